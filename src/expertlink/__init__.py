@@ -1,0 +1,55 @@
+"""Expert-parallel communication for Mixture-of-Experts models on PyTorch.
+
+`dispatch` sends every token to the ranks that hold its top-k experts, `combine` brings the weighted
+expert outputs back. Start at `MoECommunicator`.
+"""
+
+from expertlink.communicator import MoECommunicator
+from expertlink.config import MoECommunicatorConfig
+from expertlink.errors import (
+    CapacityError,
+    ClosedError,
+    ConfigurationError,
+    EngineUnavailableError,
+    ExpertlinkError,
+    HandleError,
+    InputError,
+    PeerError,
+    PeerTimeoutError,
+    RoutingChangedError,
+)
+from expertlink.requests import CombineRequest, DispatchRequest
+from expertlink.types import (
+    BlockFormat,
+    CommOverlapConfig,
+    DispatchHandle,
+    DispatchLayout,
+    DispatchOutput,
+    QuantScales,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockFormat",
+    "CapacityError",
+    "ClosedError",
+    "CombineRequest",
+    "CommOverlapConfig",
+    "ConfigurationError",
+    "DispatchHandle",
+    "DispatchLayout",
+    "DispatchOutput",
+    "DispatchRequest",
+    "EngineUnavailableError",
+    "ExpertlinkError",
+    "HandleError",
+    "InputError",
+    "MoECommunicator",
+    "MoECommunicatorConfig",
+    "PeerError",
+    "PeerTimeoutError",
+    "QuantScales",
+    "RoutingChangedError",
+    "__version__",
+]

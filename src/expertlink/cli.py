@@ -1,0 +1,197 @@
+"""The command line: `expertlink demo | bench | doctor | plot`.
+
+Every command is a thin function that imports its implementation when it is called, so that
+`--help` answers at once. Started through `__main__.main`, which turns errors into sentences.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="expertlink",
+    help="Expert-parallel communication for Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps sub-commands apart even while there is only one."""
+
+
+@app.command()
+def demo(
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes. Default: 4 on CPU, all GPUs of the host.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 150,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT", help="flat, token_major, rank_major or expert_major receive layout."
+        ),
+    ] = None,
+    mode: Annotated[str, typer.Option(metavar="MODE", help="ht or ll.")] = "ht",
+    seed: Annotated[int, typer.Option(help="Chooses the weights and the samples.")] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="File to learn from. Default: sources of Python's standard library."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/demo"),
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train a small byte-level MoE language model with expert parallelism on real text."""
+    from rich.console import Console
+
+    from expertlink.demo.run import DemoOptions, run_demo
+
+    options = DemoOptions(
+        out=out,
+        ranks=ranks,
+        steps=steps,
+        mode=mode,
+        layout=layout,
+        seed=seed,
+        text=text,
+        device=device,
+    )
+    console = Console()
+    if not run_demo(options, console):
+        console.print(
+            "The losses differ from those of one rank by more than rounding explains.", style="red"
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="Ranks to start. Default: all GPUs, or up to 4 on CPU."),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Tokens per rank. CPU: 128,1024; GPU: 4096.")
+    ] = None,
+    hidden: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Hidden size. CPU: 1024; GPU: 7168.")
+    ] = None,
+    topk: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Experts per token. CPU: 4; GPU: 8.")
+    ] = None,
+    experts: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Experts. CPU: 16; GPU: 256.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="LIST", help="bfloat16, float16, float32.")
+    ] = "bfloat16",
+    quantization: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="none, e4m3_float32, e4m3_pow2, e4m3_ue8m0."),
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="flat, token_major, rank_major, expert_major."),
+    ] = "flat",
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="balanced, zipf[:skew], one_hot, masked[:fraction], trace (the default with "
+            "--trace).",
+        ),
+    ] = None,
+    uneven: Annotated[
+        bool, typer.Option("--uneven", help="Give every rank its own T, one of them 0.")
+    ] = False,
+    mode: Annotated[str, typer.Option(metavar="LIST", help="ht, ll.")] = "ht",
+    variant: Annotated[
+        str, typer.Option(metavar="LIST", help="uncached, cached.")
+    ] = "uncached,cached",
+    engine: Annotated[str, typer.Option(metavar="LIST", help="auto, collective, nvlink.")] = "auto",
+    num_sms: Annotated[
+        str | None, typer.Option(metavar="LIST", help="SMs that a call may occupy.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
+    iters: Annotated[int, typer.Option(help="Timed iterations.")] = 50,
+    warmup: Annotated[int, typer.Option(help="Iterations before them.")] = 5,
+    inputs: Annotated[int, typer.Option(help="Inputs that the iterations take turns with.")] = 4,
+    seed: Annotated[int, typer.Option(help="Chooses routings and inputs.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 300.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Routing trace (.npz) that the routing `trace` replays.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File of the records, JSON lines.")] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the file instead of replacing it.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what every rank of a failed case said.")
+    ] = False,
+) -> None:
+    """Measure dispatch and combine, on ranks of its own or as a rank of torchrun.
+
+    LIST is one value or several with commas between; all combinations are measured.
+    Exits with 1 if a case failed, with 2 if the options make no sense.
+    """
+    from rich.console import Console
+
+    from expertlink.bench.command import BenchOptions, run_bench
+
+    options = BenchOptions(
+        ranks=ranks,
+        tokens=tokens,
+        hidden=hidden,
+        topk=topk,
+        experts=experts,
+        dtype=dtype,
+        quantization=quantization,
+        layout=layout,
+        routing=routing,
+        uneven=uneven,
+        mode=mode,
+        variant=variant,
+        engine=engine,
+        num_sms=num_sms,
+        device=device,
+        iters=iters,
+        warmup=warmup,
+        inputs=inputs,
+        seed=seed,
+        timeout=timeout,
+        trace=trace,
+        out=out,
+        append=append,
+        verbose=verbose,
+    )
+    raise typer.Exit(run_bench(options, Console()))
+
+
+@app.command()
+def plot(
+    results: Annotated[list[Path], typer.Argument(help="Files that bench --out wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("out/plots"),
+) -> None:
+    """Draw what bench measured: time, ratio to the raw exchange, bandwidth."""
+    from rich.console import Console
+
+    from expertlink.bench.command import run_plot
+
+    raise typer.Exit(run_plot(results, out, Console()))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that a round trip may take.")] = 60.0,
+) -> None:
+    """Say what this machine and installation can do. Exits with 1 if something needed is broken."""
+    from rich.console import Console
+
+    from expertlink.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(Console(), as_json=as_json, timeout_s=timeout))

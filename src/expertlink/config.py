@@ -1,0 +1,219 @@
+"""Configuration of a communicator: what is fixed once, checked when it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import torch
+
+from expertlink.errors import ConfigurationError
+from expertlink.settings import STARTUP_TIMEOUT, TIMEOUT
+from expertlink.types import BlockFormat, DispatchLayout
+
+if TYPE_CHECKING:
+    import torch.distributed
+
+MAX_TOPK = 32
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MODES = ("ht", "ll")
+ENGINES = ("auto", "collective", "nvlink")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoECommunicatorConfig:
+    """Everything a `MoECommunicator` fixes for its lifetime.
+
+    All ranks of the group pass equal values, except for `device`, `num_local_experts`,
+    `local_expert_start`, the two time-outs and the SM budgets.
+
+    Raises:
+        ConfigurationError: a field cannot work; the message names it, its value and what would.
+    """
+
+    num_experts: int
+    """E, experts in the model."""
+    hidden_size: int
+    """H, elements of a token's row."""
+    topk: int
+    """K, experts chosen per token, at most 32."""
+    max_tokens_per_rank: int
+    """Most tokens any rank dispatches in one call; padded layouts are sized by it."""
+
+    group: torch.distributed.ProcessGroup | None = None
+    """Expert-parallel group. None: the default group, or a single rank where
+    torch.distributed is not initialised."""
+    device: torch.device | str | None = None
+    """Where tensors live. None: CUDA's current device for groups that can use it, else CPU."""
+
+    mode: Literal["ht", "ll"] = "ht"
+    """"ht" for training and prefill, "ll" for decode; sets the defaults below and, on the
+    NVLink engine, the kernels."""
+    engine: Literal["auto", "collective", "nvlink"] = "auto"
+    """"auto" picks the fastest engine that can run and logs why."""
+    output_layout: (
+        DispatchLayout | Literal["flat", "token_major", "rank_major", "expert_major"] | None
+    ) = None
+    """None: FLAT in "ht" mode, EXPERT_MAJOR in "ll" mode."""
+
+    dtype: torch.dtype = torch.bfloat16
+    """Element type of unquantized rows, of expert outputs and of combine's result."""
+    quantization: BlockFormat | Literal["e4m3_float32", "e4m3_pow2", "e4m3_ue8m0"] | None = None
+    """Set to let dispatch quantize rows of `dtype` itself; leave None to send rows as given
+    (rows quantized by the caller are accepted whenever `scales` are passed)."""
+
+    num_local_experts: int | None = None
+    """Experts on this rank, a contiguous block. None: as even as possible over the ranks."""
+    local_expert_start: int | None = None
+    """First expert of this rank's block. None: blocks follow the order of the ranks."""
+    expert_map: Sequence[int] | torch.Tensor | None = None
+    """`[E]` rank of every expert, for any placement; excludes the two fields above. Local experts
+    are numbered in ascending global order."""
+
+    expert_alignment: int = 1
+    """FLAT only: every expert's group of rows is padded with zero rows to this multiple."""
+    max_recv_tokens_per_rank: int | None = None
+    """Most rows (first dimension of `tokens`, FLAT and TOKEN_MAJOR) a rank accepts. None: the
+    most that can arrive."""
+
+    num_sms_dispatch: int | None = None
+    """SMs a dispatch may occupy. None: the engine's choice. Ignored by the collective engine."""
+    num_sms_combine: int | None = None
+    """SMs a combine may occupy; as above."""
+    enable_overlap: bool = True
+    """Run `dispatch_async` / `combine_async` beside the caller's stream. False: in line with it."""
+
+    timeout_s: float | None = None
+    """Seconds a call waits for its peers. None: EXPERTLINK_TIMEOUT, else 100."""
+    startup_timeout_s: float | None = None
+    """Seconds `initialize()` waits for its peers. None: EXPERTLINK_STARTUP_TIMEOUT, else 300."""
+    check_inputs: bool | None = None
+    """Check values that only the data shows (id range, duplicate experts), and let ranks agree
+    before every combine and cached dispatch, so that an error on one rank is raised on all.
+    None: True on CPU, False on CUDA, where agreement costs a host wait per call."""
+
+    def __post_init__(self) -> None:
+        _whole(self, "num_experts", 1)
+        _whole(self, "hidden_size", 1)
+        _whole(self, "topk", 1, MAX_TOPK)
+        _whole(self, "max_tokens_per_rank", 1)
+        _whole(self, "expert_alignment", 1)
+        for name in ("max_recv_tokens_per_rank", "num_sms_dispatch", "num_sms_combine"):
+            _whole(self, name, 1, optional=True)
+        _whole(self, "num_local_experts", 0, self.num_experts, optional=True)
+        _whole(self, "local_expert_start", 0, self.num_experts, optional=True)
+        if self.topk > self.num_experts:
+            _refuse("topk", self.topk, f"at most num_experts={self.num_experts}")
+        if self.mode not in MODES:
+            _refuse("mode", self.mode, f"one of {', '.join(MODES)}")
+        if self.engine not in ENGINES:
+            _refuse("engine", self.engine, f"one of {', '.join(ENGINES)}")
+        if self.dtype not in ROW_DTYPES:
+            _refuse("dtype", self.dtype, f"one of {', '.join(map(str, ROW_DTYPES))}")
+        for name in ("enable_overlap",):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, getattr(self, name), "True or False")
+        if self.check_inputs not in (None, True, False):
+            _refuse("check_inputs", self.check_inputs, "True, False or None")
+        self._normalise()
+
+    def _normalise(self) -> None:
+        """Replaces defaults and alternative spellings by the one form the library uses."""
+        layout = self.output_layout
+        if layout is None:
+            layout = DispatchLayout.FLAT if self.mode == "ht" else DispatchLayout.EXPERT_MAJOR
+        _put(self, "output_layout", _member(DispatchLayout, "output_layout", layout))
+        if self.quantization is not None:
+            _put(self, "quantization", _member(BlockFormat, "quantization", self.quantization))
+            if self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                _refuse("dtype", self.dtype, "bfloat16, float16 or float32 with quantization")
+        if self.expert_alignment > 1 and self.layout is not DispatchLayout.FLAT:
+            _refuse("expert_alignment", self.expert_alignment, f"1 for layout {self.layout.value}")
+        if self.max_recv_tokens_per_rank is not None and self.layout.padded:
+            _refuse(
+                "max_recv_tokens_per_rank",
+                self.max_recv_tokens_per_rank,
+                f"None for layout {self.layout.value}, whose shape is fixed",
+            )
+        for name, variable in (("timeout_s", TIMEOUT), ("startup_timeout_s", STARTUP_TIMEOUT)):
+            value = getattr(self, name)
+            if value is None:
+                _put(self, name, variable.read())
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                _refuse(name, value, "a positive number of seconds, or None")
+        if self.device is not None:
+            try:
+                device = torch.device(self.device)
+            except (RuntimeError, TypeError):
+                _refuse("device", self.device, 'a torch device such as "cpu" or "cuda:0"')
+            if device.type not in ("cpu", "cuda"):
+                _refuse("device", self.device, "a cpu or cuda device")
+            _put(self, "device", device)
+        self._normalise_placement()
+
+    def _normalise_placement(self) -> None:
+        if self.expert_map is None:
+            if self.local_expert_start is not None and self.num_local_experts is None:
+                _refuse("local_expert_start", self.local_expert_start, "num_local_experts as well")
+            return
+        if self.num_local_experts is not None or self.local_expert_start is not None:
+            _refuse("expert_map", "given", "no num_local_experts / local_expert_start beside it")
+        try:
+            ranks = tuple(int(rank) for rank in self.expert_map)
+        except (TypeError, ValueError):
+            _refuse("expert_map", self.expert_map, "one rank number per expert")
+        if len(ranks) != self.num_experts:
+            _refuse(
+                "expert_map", f"{len(ranks)} entries", f"num_experts={self.num_experts} entries"
+            )
+        if min(ranks) < 0:
+            _refuse("expert_map", f"rank {min(ranks)}", "ranks from 0 to the group's size - 1")
+        _put(self, "expert_map", ranks)
+
+    @property
+    def layout(self) -> DispatchLayout:
+        """`output_layout` with its default resolved."""
+        return DispatchLayout(self.output_layout)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Element type of routing weights: float32, or float64 beside float64 rows."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """`quantization` as an enum member."""
+        return None if self.quantization is None else BlockFormat(self.quantization)
+
+
+def _refuse(field: str, value: object, accepted: str) -> NoReturn:
+    raise ConfigurationError(f"{field}={value!r} is not possible; accepted: {accepted}")
+
+
+def _put(config: MoECommunicatorConfig, field: str, value: object) -> None:
+    object.__setattr__(config, field, value)  # the dataclass is frozen for everyone else
+
+
+def _member(kind: Any, field: str, value: object) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        _refuse(field, value, f"one of {', '.join(member.value for member in kind)}")
+
+
+def _whole(
+    config: MoECommunicatorConfig,
+    field: str,
+    least: int,
+    most: int | None = None,
+    optional: bool = False,
+) -> None:
+    value = getattr(config, field)
+    if value is None and optional:
+        return
+    bounds = f"a whole number of at least {least}" + (f" and at most {most}" if most else "")
+    if isinstance(value, bool) or not isinstance(value, int):
+        _refuse(field, value, bounds)
+    if value < least or (most is not None and value > most):
+        _refuse(field, value, bounds)

@@ -1,0 +1,351 @@
+"""What this machine and installation can do, one sentence per check, for people and for scripts.
+
+Nothing here raises: a check that breaks is a check that failed, and says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from expertlink.settings import VARIABLES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from expertlink.launch import RankContext
+
+Status = Literal["ok", "warn", "fail"]
+
+_OLDEST_PYTHON = (3, 10)
+_OLDEST_TORCH = (2, 11)
+_NVLINK_CAPABILITY = (9, 0)
+_FEW_FILES = 1024
+_LITTLE_SHARED_MEMORY = 1 << 30
+_COMMAND_LINE = ("matplotlib", "numpy", "rich", "typer")
+_NVLINK_PACKAGES = {"cuda.core": "cuda-core", "cuda.bindings.nvrtc": "cuda-bindings"}
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        status: "ok"; "warn": something optional is missing or limited; "fail": the library cannot
+            work until it is repaired.
+        sentence: the finding and, where something is wrong, what to do.
+    """
+
+    name: str
+    status: Status
+    sentence: str
+
+
+def run_checks(*, timeout_s: float = 60.0) -> list[Check]:
+    """All checks, the last of which start ranks on this machine.
+
+    Args:
+        timeout_s: bound of each round trip between ranks, their start included.
+    """
+    checks: list[tuple[str, Callable[[], list[Check]]]] = [
+        ("python", _python),
+        ("torch", _torch),
+        ("distributed", _distributed),
+        ("gpus", _gpus),
+        ("nvrtc", _nvrtc),
+        ("symmetric memory", _symmetric_memory),
+        ("limits", _limits),
+        ("environment", _environment),
+        ("command line", _command_line),
+        ("engine", _engine),
+        ("round trip", lambda: _round_trips(timeout_s)),
+    ]
+    found: list[Check] = []
+    for name, check in checks:
+        try:
+            found += check()
+        except Exception as error:  # a doctor reports, whatever it meets
+            found.append(Check(name, "fail", f"the check broke: {_first_line(error)}."))
+    return found
+
+
+def exit_code(checks: list[Check]) -> int:
+    """0 where the library is usable, 1 where something that it needs failed."""
+    return int(any(check.status == "fail" for check in checks))
+
+
+def run_doctor(console: Console, *, as_json: bool, timeout_s: float) -> int:
+    """`expertlink doctor`: one line per check, or one JSON object. Returns the exit code."""
+    checks = run_checks(timeout_s=timeout_s)
+    if as_json:
+        console.print_json(
+            data={"usable": exit_code(checks) == 0, "checks": [asdict(check) for check in checks]}
+        )
+        return exit_code(checks)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        console.print(f"{check.status:<4}", style=_STYLES[check.status], end="  ")
+        line = f"{check.name:<{width}}  {check.sentence}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return exit_code(checks)
+
+
+def _python() -> list[Check]:
+    version = platform.python_version()
+    if sys.version_info[:2] < _OLDEST_PYTHON:
+        return [
+            Check("python", "fail", f"{version} is too old, {_dots(_OLDEST_PYTHON)} is needed.")
+        ]
+    return [Check("python", "ok", f"{version} on {platform.system()} {platform.machine()}.")]
+
+
+def _torch() -> list[Check]:
+    import torch
+
+    version = torch.__version__
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    numbers = version.split("+")[0].split(".")
+    if tuple(int(number) for number in numbers[:2]) < _OLDEST_TORCH:
+        sentence = f"{version} is older than {_dots(_OLDEST_TORCH)}, the oldest that is supported."
+        return [Check("torch", "fail", sentence)]
+    return [Check("torch", "ok", f"{version}, built with {built}.")]
+
+
+def _distributed() -> list[Check]:
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        sentence = "torch was built without torch.distributed, which every engine needs."
+        return [Check("distributed", "fail", sentence)]
+    if not dist.is_gloo_available():
+        sentence = "the backend gloo is missing; ranks on CPUs cannot talk to each other."
+        return [Check("distributed", "fail", sentence)]
+    if dist.is_nccl_available():
+        return [Check("distributed", "ok", "gloo and nccl.")]
+    if torch.cuda.device_count():
+        sentence = "gloo, but no nccl; ranks on GPUs need it. Install a torch that has it."
+        return [Check("distributed", "warn", sentence)]
+    return [Check("distributed", "ok", "gloo; no nccl, which only GPUs need.")]
+
+
+def _gpus() -> list[Check]:
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        if shutil.which("nvidia-smi") is not None:
+            sentence = (
+                "an NVIDIA driver is installed, but torch sees no GPU; look at "
+                "CUDA_VISIBLE_DEVICES, and whether torch is built with CUDA."
+            )
+            return [Check("gpus", "warn", sentence)]
+        return [Check("gpus", "ok", "none; tensors live on the CPU.")]
+    capabilities = {torch.cuda.get_device_capability(gpu) for gpu in range(count)}
+    names = sorted({torch.cuda.get_device_name(gpu) for gpu in range(count)})
+    kinds = ", ".join(f"sm_{major}{minor}" for major, minor in sorted(capabilities))
+    sentence = f"{count} x {' / '.join(names)}, {kinds}."
+    found = [Check("gpus", "ok", sentence)]
+    if min(capabilities) < _NVLINK_CAPABILITY:
+        sentence = f"{kinds} is below sm_90; only the collective engine serves it."
+        found.append(Check("gpus", "warn", sentence))
+    if count > 1:
+        pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+        apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+        if apart:
+            a, b = apart[0]
+            sentence = f"{len(apart)} of {len(pairs)} pairs lack peer access, GPU {a} to {b} first."
+            found.append(Check("peer access", "warn", sentence))
+        else:
+            found.append(Check("peer access", "ok", f"all {len(pairs)} pairs of GPUs."))
+    return found
+
+
+def _nvrtc() -> list[Check]:
+    missing = []
+    for module, package in _NVLINK_PACKAGES.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken package is as good as none
+            missing.append(f"{package} ({type(error).__name__})")
+    if not missing:
+        versions = [f"{name} {_version(name)}" for name in _NVLINK_PACKAGES.values()]
+        return [
+            Check("nvrtc", "ok", f"kernels can be compiled at run time: {', '.join(versions)}.")
+        ]
+    if not _has_gpu():
+        return [Check("nvrtc", "ok", "not installed; only engines for GPUs compile kernels.")]
+    sentence = f"cannot import {' and '.join(missing)}: pip install 'expertlink[cuda]'."
+    return [Check("nvrtc", "warn", sentence)]
+
+
+def _symmetric_memory() -> list[Check]:
+    name = "symmetric memory"
+    if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
+        sentence = "this torch does not have it; GPUs cannot be made to share memory."
+        return [Check(name, "warn", sentence)]
+    where = "" if _has_gpu() else "; of use with GPUs only"
+    return [Check(name, "ok", f"torch has it{where}.")]
+
+
+def _limits() -> list[Check]:
+    found: list[Check] = []
+    try:
+        import resource
+
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except (ImportError, OSError):
+        files = None
+    if files is not None and 0 <= files < _FEW_FILES:
+        sentence = f"{files} open files are allowed, every peer takes some; try ulimit -n 65536."
+        found.append(Check("open files", "warn", sentence))
+    elif files is not None:
+        allowed = "any number is" if files < 0 else f"{files} are"
+        found.append(Check("open files", "ok", f"{allowed} allowed."))
+    if os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free
+        status: Status = "ok"
+        hint = ""
+        if _has_gpu() and free < _LITTLE_SHARED_MEMORY:
+            status, hint = "warn", "; nccl may need more (in a container: --shm-size)"
+        found.append(Check("shared memory", status, f"{free / 2**30:.1f} GiB are free{hint}."))
+    return found
+
+
+def _environment() -> list[Check]:
+    found: list[Check] = []
+    for variable in VARIABLES:
+        text = os.environ.get(variable.name)
+        if not text:
+            continue
+        try:
+            variable.read()
+        except ValueError as error:
+            found.append(Check("environment", "fail", f"{error}."))
+        else:
+            sentence = f"{variable.name}={text}: {variable.meaning}."
+            found.append(Check("environment", "ok", sentence))
+    names = ", ".join(variable.name for variable in VARIABLES)
+    return found or [Check("environment", "ok", f"none of {names} is set.")]
+
+
+def _command_line() -> list[Check]:
+    missing = [name for name in _COMMAND_LINE if importlib.util.find_spec(name) is None]
+    if missing:
+        sentence = f"{', '.join(missing)} not found: pip install 'expertlink[bench]'."
+        return [Check("command line", "warn", sentence)]
+    return [Check("command line", "ok", f"{', '.join(_COMMAND_LINE)} are installed.")]
+
+
+def _engine() -> list[Check]:
+    import torch
+
+    from expertlink.engines.select import choose_engine
+
+    device = torch.device("cuda" if _has_gpu() else "cpu")
+    choice = choose_engine("auto", device=device)
+    return [Check("engine", "ok", f"auto picks {choice.name}: {choice.reason}.")]
+
+
+def _round_trips(timeout_s: float) -> list[Check]:
+    import torch
+
+    found = [_round_trip("cpu", timeout_s)]
+    if torch.cuda.device_count() > 1:
+        found.append(_round_trip("cuda", timeout_s))
+    return found
+
+
+def _round_trip(device: Literal["cpu", "cuda"], timeout_s: float) -> Check:
+    from expertlink.launch import RankPool
+
+    name = f"round trip {device}"
+    start = time.monotonic()
+    try:
+        with RankPool(num_ranks=2, device=device, startup_timeout_s=timeout_s) as pool:
+            left = max(1.0, timeout_s - (time.monotonic() - start))
+            problems = pool.run(_exchange, left, timeout_s=left)
+    except Exception as error:  # whatever ranks can die of
+        return Check(name, "fail", f"2 ranks: {_first_line(error)}.")
+    problem = next((problem for problem in problems if problem is not None), None)
+    if problem is not None:
+        return Check(name, "fail", f"2 ranks: {problem}.")
+    took = time.monotonic() - start
+    sentence = f"2 ranks dispatched and combined in every layout, in {took:.1f} s with their start."
+    return Check(name, "ok", sentence)
+
+
+def _exchange(context: RankContext, timeout_s: float) -> str | None:
+    """Runs on a rank: dispatches and combines a few tokens; says what came out wrong."""
+    import torch
+
+    from expertlink.bench.check import expected_sum, mismatch, scaling_experts
+    from expertlink.bench.routings import RoutingSpec, draw_routing
+    from expertlink.communicator import MoECommunicator
+    from expertlink.config import MoECommunicatorConfig
+    from expertlink.types import DispatchLayout
+
+    tokens, hidden, topk, experts = 16, 128, 2, 2 * context.num_ranks
+    routing = draw_routing(
+        RoutingSpec.parse("masked"),
+        tokens_per_rank=[tokens] * context.num_ranks,
+        experts=experts,
+        topk=topk,
+        seed=0,
+    )[context.rank]
+    ids_TK = routing.topk_ids_TK.to(context.device)
+    weights_TK = routing.topk_weights_TK.to(context.device)
+    generator = torch.Generator().manual_seed(context.rank)
+    x_TH = torch.randn(tokens, hidden, generator=generator).to(context.device, torch.bfloat16)
+    expected_TH = expected_sum(x_TH, ids_TK, weights_TK, num_experts=experts)
+    for layout in DispatchLayout:
+        config = MoECommunicatorConfig(
+            device=context.device,
+            num_experts=experts,
+            hidden_size=hidden,
+            topk=topk,
+            max_tokens_per_rank=tokens,
+            output_layout=layout,
+            timeout_s=timeout_s,
+            startup_timeout_s=timeout_s,
+        )
+        with MoECommunicator(config) as comm:
+            out, handle = comm.dispatch(x_TH, ids_TK, weights_TK)
+            rows = scaling_experts(out, comm.local_experts, dtype=x_TH.dtype)
+            problem = mismatch(comm.combine(rows, handle), expected_TH, wire_dtype=x_TH.dtype)
+        if problem is not None:
+            return f"{layout.value}: {problem}"
+    return None
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(unknown version)"
+
+
+def _dots(numbers: Any) -> str:
+    return ".".join(map(str, numbers))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

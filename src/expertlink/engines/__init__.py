@@ -1,0 +1,1 @@
+"""Movers of rows behind one contract (`base.Engine`); `select` picks one."""

@@ -1,0 +1,72 @@
+"""What travels beside a row: local expert ids, routing weights and scales, packed as bytes.
+
+Column order: `[K]` int32 ids (not in cached dispatches), `[K]` weights, `[S]` scales.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from expertlink.engines.base import DispatchCall
+from expertlink.layouts import as_bytes
+
+ID_BYTES = 4
+
+
+def row_bytes(x: Tensor) -> int:
+    """Bytes of a row of a 2-d tensor."""
+    return x.shape[1] * x.element_size()
+
+
+def width(call: DispatchCall) -> int:
+    """Bytes beside every row of this call."""
+    total = 0
+    if call.topk_ids_TK is not None:
+        total += call.topk_ids_TK.shape[1] * ID_BYTES
+    if call.weights_TK is not None:
+        total += row_bytes(call.weights_TK)
+    if call.scales is not None:
+        total += row_bytes(call.scales)
+    return total
+
+
+def pack(call: DispatchCall, token_of_row: Tensor, local_ids_nK: Tensor) -> Tensor | None:
+    """`[n, width]` uint8, or None where nothing travels.
+
+    `local_ids_nK` says by its sign which choices are local to a row's destination; only their
+    weights are sent.
+    """
+    parts: list[Tensor] = []
+    if call.topk_ids_TK is not None:
+        parts.append(as_bytes(local_ids_nK))
+    if call.weights_TK is not None:
+        weights = call.weights_TK.index_select(0, token_of_row)
+        parts.append(as_bytes(torch.where(local_ids_nK >= 0, weights, 0.0)))
+    if call.scales is not None:
+        parts.append(as_bytes(call.scales).index_select(0, token_of_row))
+    return torch.cat(parts, dim=1) if parts else None
+
+
+def unpack(
+    call: DispatchCall, extras_NB: Tensor, topk: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`(local_ids [N, K] int32, weights [N, K], scales [N, S])`, None for what did not travel."""
+    ids = weights = scales = None
+    begin = 0
+    if call.topk_ids_TK is not None:
+        ids = _columns(extras_NB, begin, topk * ID_BYTES, torch.int32)
+        begin += topk * ID_BYTES
+    if call.weights_TK is not None:
+        weights = _columns(extras_NB, begin, row_bytes(call.weights_TK), call.weights_TK.dtype)
+        begin += row_bytes(call.weights_TK)
+    if call.scales is not None:
+        scales = _columns(extras_NB, begin, row_bytes(call.scales), call.scales.dtype)
+    return ids, weights, scales
+
+
+def _columns(extras_NB: Tensor, begin: int, count: int, dtype: torch.dtype) -> Tensor:
+    # The copy both aligns the columns for their type and lets the packed buffer go.
+    return (
+        extras_NB[:, begin : begin + count].clone(memory_format=torch.contiguous_format).view(dtype)
+    )

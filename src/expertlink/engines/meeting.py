@@ -1,0 +1,143 @@
+"""The first meeting of the ranks: do they agree, where do the experts live, who is who."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from typing import Any
+
+import torch
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.agreement import compare
+from expertlink.engines.wire import Peer, Wire
+from expertlink.errors import ConfigurationError
+from expertlink.routing import Placement, even_blocks
+
+_COMMON_FIELDS = (
+    "num_experts",
+    "hidden_size",
+    "topk",
+    "max_tokens_per_rank",
+    "mode",
+    "expert_alignment",
+    "max_recv_tokens_per_rank",
+)
+
+
+def meet(
+    wire: Wire, config: MoECommunicatorConfig, *, engine: str, check_inputs: bool
+) -> Placement:
+    """Compares configurations and returns the placement of the experts. Collective.
+
+    Gives the wire the ranks' identities and a key of this communicator's own.
+
+    Raises:
+        ConfigurationError: on every rank, naming the fields and the ranks that differ, or what is
+            wrong with the placement.
+        PeerTimeoutError: a rank did not come within `wire.timeout_s`.
+    """
+    wire.enter("initialize", 0)
+    here = Peer.here()
+    common: dict[str, object] = {name: getattr(config, name) for name in _COMMON_FIELDS}
+    common |= {
+        "output_layout": config.layout.value,
+        "dtype": str(config.dtype),
+        "quantization": config.block_format and config.block_format.value,
+        "expert_map": _fingerprint(config.expert_map),
+        "num_local_experts given": config.num_local_experts is not None,
+        "local_expert_start given": config.local_expert_start is not None,
+        "check_inputs": check_inputs,
+        "device type": wire.device.type,
+        "engine": engine,
+    }
+    mine = {
+        "common": common,
+        "block": [config.local_expert_start, config.num_local_experts],
+        "peer": [here.host, here.pid],
+        "key": uuid.uuid4().hex,
+    }
+    answers: list[dict[str, Any]] = []
+    for rank, text in enumerate(wire.gather_text(json.dumps(mine))):
+        try:
+            answers.append(json.loads(text))
+        except ValueError as error:
+            raise ConfigurationError(
+                f"rank {rank} sent an unreadable configuration; does it run another version of "
+                "expertlink, or another collective on this group?"
+            ) from error
+    names = dict.fromkeys(name for answer in answers for name in answer["common"])
+    differing = compare({name: [a["common"].get(name) for a in answers] for name in names})
+    if differing:
+        raise ConfigurationError("ranks disagree about the configuration; " + "; ".join(differing))
+    wire.peers = [Peer(*answer["peer"]) for answer in answers]
+    wire.key = f"expertlink/{answers[0]['key']}"
+    return Placement.from_ranks(
+        _rank_of_expert(config, [tuple(answer["block"]) for answer in answers]),
+        num_ranks=wire.num_ranks,
+        device=wire.device,
+    )
+
+
+def _fingerprint(expert_map: object) -> str | None:
+    if expert_map is None:
+        return None
+    return hashlib.sha256(json.dumps(expert_map).encode()).hexdigest()[:16]
+
+
+def _rank_of_expert(
+    config: MoECommunicatorConfig, blocks: list[tuple[int | None, int | None]]
+) -> list[int]:
+    if config.expert_map is not None:
+        return [int(rank) for rank in config.expert_map]
+    if config.num_local_experts is None:
+        return even_blocks(config.num_experts, len(blocks))
+    owner: list[int | None] = [None] * config.num_experts
+    next_start = 0
+    for rank, (given_start, count) in enumerate(blocks):
+        assert count is not None
+        start = next_start if given_start is None else given_start
+        next_start = start + count
+        if next_start > config.num_experts:
+            raise ConfigurationError(
+                f"local_expert_start={start} with num_local_experts={count} on rank {rank} ends "
+                f"beyond num_experts={config.num_experts}"
+            )
+        for expert in range(start, next_start):
+            if owner[expert] is not None:
+                raise ConfigurationError(
+                    f"expert {expert} is local to ranks {owner[expert]} and {rank}: check "
+                    "local_expert_start and num_local_experts"
+                )
+            owner[expert] = rank
+    homeless = [expert for expert, rank in enumerate(owner) if rank is None]
+    if homeless:
+        raise ConfigurationError(
+            f"no rank holds expert {homeless[0]} ({len(homeless)} of {config.num_experts} experts "
+            "are without a rank): num_local_experts must add up to num_experts"
+        )
+    return [rank for rank in owner if rank is not None]
+
+
+def resolve_device(requested: torch.device | str | None, group: Any | None) -> torch.device:
+    """The device of a communicator, with its index where it is a GPU.
+
+    None: CUDA's current device where there is one and the group can use it, else CPU.
+    """
+    if requested is None:
+        usable = group is None or "nccl" in str(group.name()).lower()
+        requested = "cuda" if torch.cuda.is_available() and usable else "cpu"
+    device = torch.device(requested)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"device={str(requested)!r} is not possible: CUDA is not available to torch here"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"device={str(requested)!r} is not possible: there are {torch.cuda.device_count()} GPUs"
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,68 @@
+"""What a dispatch of the collective engine remembers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertlink.layouts import LayoutPlan
+
+
+@dataclass
+class Route:
+    """What a dispatch leaves behind for combine, backward and cached dispatches.
+
+    n rows sent, N rows received. `local_ids_NK`, `weights_NK` and `plan` appear when the dispatch
+    finishes.
+
+    Attributes:
+        num_tokens: T.
+        send_splits: rows sent to each rank.
+        receive_splits: rows received from each rank.
+        token_of_row: `[n]` source token of every row sent.
+        rows_of_token: `[T, D]` see `routing.SendPlan`.
+        row_of_choice: `[T, K]` see `routing.SendPlan`.
+        tokens_per_expert: `[E_loc]` int32 on the device.
+        tokens_per_expert_list: the same on the host.
+        rows_per_rank: `[R]` int32 on the device, `receive_splits`.
+        local_ids_NK: `[N, K]` int32.
+        weights_NK: `[N, K]` float32 or None.
+        plan: slots of the arrivals.
+    """
+
+    num_tokens: int
+    send_splits: list[int]
+    receive_splits: list[int]
+    token_of_row: Tensor
+    rows_of_token: Tensor
+    row_of_choice: Tensor
+    tokens_per_expert: Tensor
+    tokens_per_expert_list: list[int]
+    rows_per_rank: Tensor
+    local_ids_NK: Tensor | None = None
+    weights_NK: Tensor | None = None
+    plan: LayoutPlan | None = None
+
+    def slot_weights(self) -> Tensor | None:
+        """Expanded layouts: routing weight of every slot, in the rows' leading shape.
+
+        0 where no slot is filled; None for an unweighted dispatch.
+        """
+        assert self.plan is not None
+        if self.weights_NK is None:
+            return None
+        slots = self.plan.slots_of_row.view(-1)
+        total = math.prod(self.plan.shape)
+        weights = self.weights_NK.new_zeros(total + 1)  # the last entry takes what has no slot
+        weights[torch.where(slots >= 0, slots, total)] = self.weights_NK.view(-1)
+        return weights[:total].view(self.plan.shape)
+
+
+def finished(state: object) -> Route:
+    """The state of a dispatch whose rows have arrived."""
+    assert isinstance(state, Route)
+    assert state.plan is not None
+    return state

@@ -1,0 +1,224 @@
+"""The inside of a local rank: joins the process group, then serves calls until told to stop.
+
+In comes a `WorkerSpec` and, through a pipe, pickled calls; out go reports: messages, results,
+failures. The outside, which starts and ends these processes, is launch.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+DeviceType = Literal["cpu", "cuda"]
+ReportKind = Literal["ready", "message", "result", "failure"]
+
+STORE_HOST = "127.0.0.1"
+STOP = b""  # ends a worker; a pickled call is never empty
+STACK_SIGNAL = signal.SIGUSR1  # makes a worker write the stacks of its threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankContext:
+    """What a rank knows about itself; first argument of every function that runs on ranks."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    listener: Callable[[object], None] | None = field(default=None, repr=False, compare=False)
+
+    def send(self, message: object) -> None:
+        """Stream a picklable object to the caller's `on_message`; dropped if nobody listens."""
+        if self.listener is not None:
+            self.listener(message)
+
+    def __getstate__(self) -> dict[str, object]:
+        # The listener belongs to this process; without it a context can be a result.
+        return {**self.__dict__, "listener": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFailure:
+    """How one rank failed.
+
+    Attributes:
+        kind: "raised" an exception, "died" (exit or signal), or "hung" past the time-out.
+        exception_type: class name of the exception; empty unless raised.
+        message: text of the exception, or how the process ended.
+        traceback: traceback (raised), Python stack at the fatal signal (died, if there is one) or
+            stacks of all threads at the time-out (hung).
+        exception: the exception itself; None where there is none or it cannot be pickled.
+    """
+
+    rank: int
+    kind: Literal["raised", "died", "hung"]
+    exception_type: str = ""
+    message: str = ""
+    traceback: str = ""
+    exception: BaseException | None = None
+
+    def summary(self) -> str:
+        """One line: what happened, without the traceback."""
+        detail = ": ".join(part for part in (self.exception_type, self.message) if part)
+        return f"rank {self.rank} {self.kind}" + (f": {detail}" if detail else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What a worker is told when it starts; times in seconds."""
+
+    rank: int
+    num_ranks: int
+    device: DeviceType
+    backend: str
+    threads: int
+    store_port: int
+    startup_timeout_s: float
+    group_timeout_s: float
+    stack_file: Path
+
+
+def torchrun_context(*, backend: str | None = None) -> RankContext | None:
+    """Join the process group that torchrun describes in the environment, if there is one.
+
+    The caller owns the process group. The device is GPU `LOCAL_RANK` where GPUs exist, else the
+    CPU; messages are dropped.
+
+    Args:
+        backend: of torch.distributed. Default: "cpu:gloo,cuda:nccl" with GPUs, else "gloo".
+
+    Returns:
+        None where RANK, WORLD_SIZE or MASTER_ADDR is not set.
+    """
+    if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
+        return None
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend or default_backend("cuda" if device.type == "cuda" else "cpu"),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return RankContext(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
+
+
+def default_backend(device: DeviceType) -> str:
+    """Backend of torch.distributed for ranks on this kind of device."""
+    return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+
+
+def worker_main(spec: WorkerSpec, connection: Connection) -> None:
+    """Entry point of a worker process."""
+    # Ctrl-C reaches the whole terminal group; the parent alone decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with spec.stack_file.open("w") as stacks:
+        # From C, so that it works while the main thread is blocked outside of Python.
+        faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
+        faulthandler.enable(file=stacks)
+        with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone: nothing to do
+            _serve(spec, connection)
+        faulthandler.disable()
+        faulthandler.unregister(STACK_SIGNAL)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _serve(spec: WorkerSpec, connection: Connection) -> None:
+    lock = threading.Lock()
+
+    def report(kind: ReportKind, payload: object) -> None:
+        frame = pickle.dumps((kind, payload))  # by value: outlives this process
+        with lock:
+            connection.send_bytes(frame)
+
+    context = RankContext(
+        rank=spec.rank,
+        num_ranks=spec.num_ranks,
+        device=torch.device("cpu" if spec.device == "cpu" else f"cuda:{spec.rank}"),
+        listener=lambda message: report("message", message),
+    )
+    try:
+        _join(spec, context.device)
+        report("ready", None)
+    except BaseException as error:
+        report("failure", _failure(spec.rank, error))
+        return
+    while (call := connection.recv_bytes()) != STOP:
+        _answer(call, context, report)
+    dist.destroy_process_group()
+
+
+def _answer(
+    call: bytes, context: RankContext, report: Callable[[ReportKind, object], None]
+) -> None:
+    # Unpickled in a frame that ends with the call: nothing of it stays alive until the next one.
+    try:
+        fn, args, kwargs = pickle.loads(call)
+        report("result", fn(context, *args, **kwargs))
+    except BaseException as error:  # also SystemExit: the caller is to hear of it
+        report("failure", _failure(context.rank, error))
+
+
+def _join(spec: WorkerSpec, device: torch.device) -> None:
+    torch.set_num_threads(spec.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        # Otherwise gloo binds to whatever the host name resolves to, which may be nothing.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        spec.backend,
+        store=dist.TCPStore(
+            STORE_HOST,
+            spec.store_port,
+            is_master=False,
+            timeout=timedelta(seconds=spec.startup_timeout_s),
+        ),
+        rank=spec.rank,
+        world_size=spec.num_ranks,
+        timeout=timedelta(seconds=spec.group_timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _failure(rank: int, error: BaseException) -> RankFailure:
+    exception: BaseException | None = error
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        exception = None
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next  # our own frames say nothing about the error
+    text = traceback.format_exception(type(error), error, frames or error.__traceback__)
+    return RankFailure(
+        rank=rank,
+        kind="raised",
+        exception_type=type(error).__name__,
+        message=str(error),
+        traceback="".join(text).strip(),
+        exception=exception,
+    )

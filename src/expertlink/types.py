@@ -1,0 +1,162 @@
+"""What crosses the public API: layouts, scales, outputs, handles, overlap settings."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class DispatchLayout(str, enum.Enum):
+    """How the rows that a rank receives are arranged (see docs/architecture.md, "Layouts").
+
+    N rows are received; T_max is `max_tokens_per_rank`, R the ranks, E_loc the local experts.
+    """
+
+    FLAT = "flat"
+    """`[N, H]`: a row per (token, local expert), grouped by expert. Combine applies weights."""
+
+    TOKEN_MAJOR = "token_major"
+    """`[N, H]`: a row per token, with its local ids and weights. The MLP applies weights."""
+
+    RANK_MAJOR = "rank_major"
+    """`[R, T_max, H]`: as TOKEN_MAJOR, padded per source rank. The MLP applies weights."""
+
+    EXPERT_MAJOR = "expert_major"
+    """`[E_loc, R * T_max, H]`: as FLAT, padded per expert. Combine applies weights."""
+
+    @property
+    def expanded(self) -> bool:
+        """True where a token has one row per local expert, False where it has one per rank."""
+        return self in (DispatchLayout.FLAT, DispatchLayout.EXPERT_MAJOR)
+
+    @property
+    def padded(self) -> bool:
+        """True where the shape of `tokens` does not depend on the routing."""
+        return self in (DispatchLayout.RANK_MAJOR, DispatchLayout.EXPERT_MAJOR)
+
+
+class BlockFormat(str, enum.Enum):
+    """Block-scaled e4m3 rows: 128 consecutive elements share a scale (see quantization.py)."""
+
+    E4M3_FLOAT32 = "e4m3_float32"
+    """float32 scales `[T, ceil(H / 128)]`."""
+
+    E4M3_POW2 = "e4m3_pow2"
+    """float32 scales that are powers of two `[T, ceil(H / 128)]`."""
+
+    E4M3_UE8M0 = "e4m3_ue8m0"
+    """power-of-two scales, four biased exponents packed in an int32
+    `[T, ceil(ceil(H / 128) / 4)]`, lowest block in the lowest byte."""
+
+
+@dataclass(frozen=True)
+class QuantScales:
+    """Scales of quantized rows; they travel with their rows as opaque bytes.
+
+    Attributes:
+        tensor: `[T, S]` (or the leading shape of the received tokens), any dtype, contiguous.
+        format: the block format, or None for a format that the library does not know.
+    """
+
+    tensor: Tensor
+    format: BlockFormat | None = None
+
+
+@dataclass(frozen=True)
+class DispatchOutput:
+    """What a rank received. Owned by the caller, valid for as long as it is referenced.
+
+    Attributes:
+        tokens: received rows, in the shape of the layout (`DispatchLayout`).
+        num_tokens_per_expert: `[E_loc]` int32 on the device: rows of each local expert, padding
+            not counted.
+        layout: arrangement of `tokens`.
+        scales: scales of quantized rows, with the leading shape of `tokens`; else None.
+        num_tokens_per_expert_list: the same counts where the host knows them, else None.
+        expert_offsets: FLAT only, `[E_loc + 1]` int32 on the device: rows of local expert `e` start
+            at `expert_offsets[e]`; group ends (`expert_offsets[1:]`) are multiples of
+            `expert_alignment`, and rows between a group's count and its end are zero.
+        topk_ids: TOKEN_MAJOR and RANK_MAJOR only, leading shape of `tokens` + `[K]`, int64: local
+            expert index of each choice, -1 for choices of other ranks and for padding.
+        topk_weights: same shape, float32: routing weight, 0 where the id is -1; None when
+            dispatch was given no weights.
+        num_tokens_per_rank: `[R]` int32 on the device: rows received from each rank, each token
+            counted once.
+    """
+
+    tokens: Tensor
+    num_tokens_per_expert: Tensor
+    layout: DispatchLayout
+    scales: QuantScales | None = None
+    num_tokens_per_expert_list: list[int] | None = None
+    expert_offsets: Tensor | None = None
+    topk_ids: Tensor | None = None
+    topk_weights: Tensor | None = None
+    num_tokens_per_rank: Tensor | None = None
+
+
+@dataclass(eq=False)
+class DispatchHandle:
+    """Ties a dispatch to its combine. Opaque to the model: pass it on, look at nothing inside.
+
+    One combine consumes the handle. It stays good for backward and as `previous_handle` of a
+    cached dispatch for as long as its communicator is open.
+
+    Attributes:
+        owner: identity of the communicator that issued it.
+        call: sequence number of the dispatch that issued it.
+        num_tokens: T of that dispatch, the number of rows combine returns.
+        layout: arrangement of the rows that combine expects.
+        rows_shape: shape that combine expects of the expert output.
+        topk_ids: `[T, K]` the routing, the handle's own copy.
+        topk_weights: `[T, K]` float32 as given by the caller (gradients flow to it), or None.
+        state: what the engine keeps of the routing.
+        consumed: a combine has used it.
+    """
+
+    owner: int
+    call: int
+    num_tokens: int
+    layout: DispatchLayout
+    rows_shape: tuple[int, ...]
+    topk_ids: Tensor
+    topk_weights: Tensor | None
+    state: object
+    consumed: bool = False
+    # The caller's own id tensor with its version: proves "unchanged" without reading the device.
+    ids_seen: tuple[Tensor, int] | None = None
+    _finish: Callable[[], object] | None = field(default=None, repr=False)
+
+    def wait(self) -> None:
+        """Orders the current stream after a dispatch or combine issued with `async_finish=True`.
+
+        Until then the tensors that the call returned must not be read. Safe to call repeatedly.
+        """
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+
+
+@dataclass(frozen=True)
+class CommOverlapConfig:
+    """Where an asynchronous dispatch or combine runs.
+
+    Built by `MoECommunicator.create_overlap_config`.
+
+    Attributes:
+        operation: "dispatch" or "combine".
+        stream: CUDA stream that carries the operation; None on CPU, where the transfer runs in
+            the process group's own threads.
+        wait_events: CUDA events that the operation waits for, beside the caller's current stream.
+        num_sms: SMs the operation may use; None leaves it to the engine. Engines that cannot
+            bound their SMs (`collective`) ignore it.
+    """
+
+    operation: str
+    stream: torch.cuda.Stream | None = None
+    wait_events: Sequence[torch.cuda.Event] = ()
+    num_sms: int | None = None

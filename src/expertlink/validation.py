@@ -1,0 +1,140 @@
+"""Checks of what callers pass in: every message names the argument, its value and what would do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from expertlink import routing
+from expertlink.config import MoECommunicatorConfig
+from expertlink.errors import InputError
+from expertlink.quantization import scale_columns
+from expertlink.types import BlockFormat, QuantScales
+
+# One-byte rows: e4m3 / e5m2 values, or bytes that only the experts understand.
+PACKED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = (),
+    shape: tuple[int | None, ...] | None = None,
+    contiguous: bool = False,
+) -> Tensor:
+    """Returns `value` if it is a tensor as described; None in `shape` matches any size."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise InputError(f"{name} must be a dense tensor, not {value.layout}")
+    if value.device != device:
+        raise InputError(f"{name} is on {value.device}; this communicator works on {device}")
+    if dtypes and value.dtype not in dtypes:
+        accepted = " or ".join(map(str, dtypes))
+        raise InputError(f"{name} has dtype {value.dtype}; accepted: {accepted}")
+    if shape is not None:
+        fits = value.dim() == len(shape) and all(
+            want is None or have == want for have, want in zip(value.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise InputError(f"{name} has shape {tuple(value.shape)}; expected ({wanted})")
+    if contiguous and not value.is_contiguous():
+        raise InputError(f"{name} must be contiguous: it is written in place")
+    return value
+
+
+def check_rows(
+    config: MoECommunicatorConfig, x: object, scales: object, *, device: torch.device
+) -> tuple[Tensor, QuantScales | None]:
+    """Checks `input` and `scales` of a dispatch; both come back contiguous."""
+    if scales is None:
+        rows = check_tensor(
+            "input", x, device=device, dtypes=(config.dtype,), shape=(None, config.hidden_size)
+        )
+        _check_num_tokens(config, rows)
+        return rows.contiguous(), None
+    rows = check_tensor("input", x, device=device, dtypes=PACKED_DTYPES, shape=(None, None))
+    _check_num_tokens(config, rows)
+    if rows.dtype.is_floating_point and rows.shape[1] != config.hidden_size:
+        raise InputError(
+            f"input has shape {tuple(rows.shape)}; {rows.dtype} rows have "
+            f"hidden_size={config.hidden_size} elements"
+        )
+    if rows.shape[1] == 0:
+        raise InputError("input has rows of 0 bytes")
+    given = scales if isinstance(scales, QuantScales) else None
+    tensor = check_tensor(
+        "scales",
+        scales if given is None else given.tensor,
+        device=device,
+        shape=(rows.shape[0], None),
+    )
+    if tensor.shape[1] == 0:
+        raise InputError(f"scales have shape {tuple(tensor.shape)}: no scale per row")
+    block_format = config.block_format if given is None else given.format
+    if block_format is not None:
+        _check_scales(config, rows, tensor, block_format)
+    return rows.contiguous(), QuantScales(tensor.contiguous(), block_format)
+
+
+def _check_num_tokens(config: MoECommunicatorConfig, rows: Tensor) -> None:
+    if rows.shape[0] > config.max_tokens_per_rank:
+        raise InputError(
+            f"input has {rows.shape[0]} tokens; max_tokens_per_rank={config.max_tokens_per_rank}"
+        )
+
+
+def _check_scales(
+    config: MoECommunicatorConfig, rows: Tensor, scales: Tensor, block_format: BlockFormat
+) -> None:
+    packed = block_format is BlockFormat.E4M3_UE8M0
+    dtype = torch.int32 if packed else torch.float32
+    columns = scale_columns(config.hidden_size, block_format)
+    if rows.dtype is not torch.float8_e4m3fn:
+        raise InputError(f"input has dtype {rows.dtype}; {block_format.value} rows are e4m3")
+    if scales.dtype is not dtype or scales.shape[1] != columns:
+        raise InputError(
+            f"scales have dtype {scales.dtype} and shape {tuple(scales.shape)}; "
+            f"{block_format.value} at hidden_size={config.hidden_size} needs {dtype} "
+            f"({rows.shape[0]}, {columns})"
+        )
+
+
+def check_routing(
+    config: MoECommunicatorConfig,
+    topk_ids: object,
+    weights: object,
+    num_tokens: int,
+    *,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks the form of `topk_ids` and `weights`, where given; they come back contiguous."""
+    shape = (num_tokens, config.topk)
+    ids_TK = weights_TK = None
+    if topk_ids is not None:
+        ids_TK = check_tensor(
+            "topk_ids", topk_ids, device=device, dtypes=(torch.int64, torch.int32), shape=shape
+        ).contiguous()
+    if weights is not None:
+        weights_TK = check_tensor(
+            "weights", weights, device=device, dtypes=(config.weight_dtype,), shape=shape
+        ).contiguous()
+    return ids_TK, weights_TK
+
+
+def explain_ids(topk_ids_TK: Tensor, num_experts: int) -> InputError:
+    """The error for ids that are out of range or chosen twice: names the first such token."""
+    outside = routing.out_of_range(topk_ids_TK, num_experts)
+    faulty = outside if bool(outside.any()) else routing.has_duplicates(topk_ids_TK)
+    token = int(faulty.nonzero()[0])
+    ids = topk_ids_TK[token].tolist()
+    count = int(faulty.sum())
+    others = f" ({count} tokens in all)" if count > 1 else ""
+    if faulty is outside:
+        return InputError(
+            f"topk_ids[{token}]={ids}: ids must be 0..{num_experts - 1}, or -1 for none{others}"
+        )
+    return InputError(f"topk_ids[{token}]={ids}: an expert is chosen twice by one token{others}")

@@ -1,0 +1,60 @@
+"""Fixtures and marker handling that every test shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from expertlink.launch import DeviceType, RankPool
+
+# The first example of a test may start processes, so examples have no deadline of their own. On CI
+# the examples are the same in every run: a red run is then about the change at hand.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+class RankPools:
+    """Pools of local ranks that live for the whole session, started when first asked for."""
+
+    def __init__(self) -> None:
+        self._pools: dict[tuple[int, DeviceType], RankPool] = {}
+
+    def __call__(self, num_ranks: int, device: DeviceType = "cpu") -> RankPool:
+        """The pool of this size; a new one where the last one lost a rank. Skips without GPUs."""
+        if device == "cuda":
+            _require_gpus(num_ranks)
+        pool = self._pools.get((num_ranks, device))
+        if pool is None or not pool.alive:
+            if pool is not None:
+                pool.close()
+            pool = self._pools[num_ranks, device] = RankPool(num_ranks=num_ranks, device=device)
+        return pool
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+@pytest.fixture(scope="session")
+def rank_pools() -> Iterator[RankPools]:
+    """`rank_pools(num_ranks, device="cpu")` gives a running `RankPool` of that size."""
+    pools = RankPools()
+    yield pools
+    pools.close()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("gpu")
+    if marker is not None:
+        _require_gpus(int(marker.args[0]) if marker.args else 1)
+
+
+def _require_gpus(needed: int) -> None:
+    found = torch.cuda.device_count()
+    if found < needed:
+        pytest.skip(f"needs {needed} CUDA GPU{'s' if needed > 1 else ''}, {found} found")
