@@ -117,6 +117,10 @@ def bench(
         str | None, typer.Option(metavar="LIST", help="SMs that a call may occupy.")
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads per rank. Default: its share of the cores, less one."),
+    ] = None,
     iters: Annotated[int, typer.Option(help="Timed iterations.")] = 50,
     warmup: Annotated[int, typer.Option(help="Iterations before them.")] = 5,
     inputs: Annotated[int, typer.Option(help="Inputs that the iterations take turns with.")] = 4,
@@ -158,6 +162,7 @@ def bench(
         engine=engine,
         num_sms=num_sms,
         device=device,
+        threads=threads,
         iters=iters,
         warmup=warmup,
         inputs=inputs,

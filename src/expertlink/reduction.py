@@ -8,10 +8,14 @@ is skipped, which equals adding +0.0: the accumulator can never be -0.0.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 4 << 20  # accumulator bytes worked on at a time; less costs calls, more costs cache
+from expertlink.workspace import Workspace
+
+_CHUNK_BYTES = 2 << 20  # accumulator bytes worked on at a time; less costs calls, more costs cache
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +24,12 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def ordered_sum(
-    rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None = None, *, out: Tensor
+    rows_SH: Tensor,
+    slots_MC: Tensor,
+    weights_MC: Tensor | None = None,
+    *,
+    out: Tensor,
+    workspace: Workspace | None = None,
 ) -> None:
     """`out[m] = sum over c of weights[m, c] * rows[slots[m, c]]`, columns in order.
 
@@ -29,6 +38,7 @@ def ordered_sum(
         slots_MC: `[M, C]` int64, -1: no term.
         weights_MC: `[M, C]` float32, or None for plain sums.
         out: `[M, H]` receives the result, rounded once to its dtype.
+        workspace: where scratch memory is borrowed from.
     """
     if out.numel() == 0:
         return
@@ -38,38 +48,74 @@ def ordered_sum(
     if out.is_cuda:
         _sum_on_cuda(rows_SH, slots_MC, weights_MC, out)
     else:
-        _sum_on_cpu(rows_SH, slots_MC, weights_MC, out)
+        _sum_on_cpu(rows_SH, slots_MC, weights_MC, out, workspace or Workspace(out.device))
 
 
-def _sum_on_cpu(rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None, out: Tensor) -> None:
-    acc_dtype = accumulator_dtype(rows_SH.dtype)
-    absent = slots_MC < 0
-    # Present terms first, in their order: column c then concerns only rows with more than c terms.
-    order = absent.sort(dim=1, stable=True).indices
-    slots = slots_MC.gather(1, order)
-    weights = None if weights_MC is None else weights_MC.to(acc_dtype).gather(1, order)
-    terms = (~absent).sum(dim=1)
-    step = max(1, _CHUNK_BYTES // (out.shape[1] * acc_dtype.itemsize))
-    for begin in range(0, len(terms), step):
-        chunk = slice(begin, begin + step)
-        count = terms[chunk]
-        acc = None
-        for column in range(int(count.max())):
-            present = (count > column).nonzero().squeeze(1)
-            term = rows_SH.index_select(0, slots[chunk, column][present]).to(acc_dtype, copy=True)
-            if weights is not None:
-                term.mul_(weights[chunk, column][present].unsqueeze(1))
-            if acc is not None:
-                acc.index_add_(0, present, term)
-            elif len(present) == len(count):
-                acc = term.add_(0.0)  # the sum starts at +0.0, which turns a lone -0.0 positive
+@dataclass(frozen=True)
+class _Column:
+    """The terms at one position of the order: which results they belong to, whence they come."""
+
+    row_M: Tensor
+    slot_M: Tensor
+    weight_M: Tensor | None
+
+
+def _columns(slots_MC: Tensor, weights_MC: Tensor | None) -> list[_Column]:
+    """Terms by position, absent ones squeezed out: column c holds every row's c-th present term."""
+    present = slots_MC >= 0
+    position_MC = torch.where(present, present.cumsum(dim=1) - 1, -1)
+    columns = []
+    for position in range(slots_MC.shape[1]):
+        # Row-major search keeps rows ascending, which the chunks below rely on.
+        row_M, choice_M = (position_MC == position).nonzero(as_tuple=True)
+        if not len(row_M):
+            break
+        weight_M = None if weights_MC is None else weights_MC[row_M, choice_M]
+        columns.append(_Column(row_M, slots_MC[row_M, choice_M], weight_M))
+    return columns
+
+
+def _sum_on_cpu(
+    rows_SH: Tensor,
+    slots_MC: Tensor,
+    weights_MC: Tensor | None,
+    out: Tensor,
+    workspace: Workspace,
+) -> None:
+    wide = accumulator_dtype(rows_SH.dtype)
+    total, hidden = out.shape
+    step = min(total, max(1, _CHUNK_BYTES // (hidden * wide.itemsize)))
+    columns = _columns(slots_MC, None if weights_MC is None else weights_MC.to(wide))
+    edges = torch.arange(0, total + step, step)
+    cuts = [torch.searchsorted(column.row_M, edges).tolist() for column in columns]
+    narrow = workspace.take((step, hidden), rows_SH.dtype)
+    term_buffer = workspace.take((step, hidden), wide)
+    acc_buffer = workspace.take((step, hidden), wide)
+    for chunk, begin in enumerate(range(0, total, step)):
+        acc = acc_buffer[: min(step, total - begin)]
+        for index, column in enumerate(columns):
+            first, last = cuts[index][chunk], cuts[index][chunk + 1]
+            count = last - first
+            full = index == 0 and count == len(acc)  # every result has a first term
+            if index == 0 and not full:
+                acc.zero_()
+            if count == 0:
+                continue
+            term = acc if full else term_buffer[:count]
+            picked = narrow[:count]
+            torch.index_select(rows_SH, 0, column.slot_M[first:last], out=picked)
+            term.copy_(picked)
+            if column.weight_M is not None:
+                term.mul_(column.weight_M[first:last].unsqueeze(1))
+            if full:
+                acc.add_(0.0)  # sums start at +0.0: a lone -0.0 becomes positive
             else:
-                acc = torch.zeros((len(count), out.shape[1]), dtype=acc_dtype)
-                acc.index_add_(0, present, term)
-        if acc is None:
-            out[chunk].zero_()
+                acc.index_add_(0, column.row_M[first:last] - begin, term)
+        if columns:
+            out[begin : begin + len(acc)].copy_(acc)
         else:
-            out[chunk].copy_(acc)
+            out[begin : begin + len(acc)].zero_()
+    workspace.give_back(narrow, term_buffer, acc_buffer)
 
 
 def _sum_on_cuda(rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None, out: Tensor) -> None:

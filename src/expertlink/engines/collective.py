@@ -26,6 +26,7 @@ from expertlink.reduction import ordered_sum
 from expertlink.routing import Placement
 from expertlink.types import DispatchLayout, DispatchOutput, QuantScales
 from expertlink.validation import explain_ids
+from expertlink.workspace import Workspace
 
 
 class CollectiveEngine:
@@ -50,6 +51,7 @@ class CollectiveEngine:
         experts = placement.experts_of_rank[wire.rank]
         self._experts = torch.tensor(experts, dtype=torch.int64)
         self._experts_device = self._experts.to(self._device)
+        self._workspace = Workspace(self._device)
         self._call = 0
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -57,7 +59,8 @@ class CollectiveEngine:
         self._wire.timeout_s = timeout_s
 
     def close(self) -> None:
-        """Nothing is held beyond the group, which belongs to the caller."""
+        """Frees the workspace; the group belongs to the caller."""
+        self._workspace.clear()
 
     def memory_estimate(self) -> dict[str, int]:
         """Bytes by region of the largest possible call, beyond inputs and outputs."""
@@ -115,7 +118,7 @@ class CollectiveEngine:
         count = sum(send_splits)
         token_of_row = send.token_of_row[:count].clone()
         local_ids_nK = routing.local_ids_of_rows(send, count, self._placement)
-        rows_out = layouts.as_words(call.x_TW).index_select(0, token_of_row)
+        rows_out = self._pack_rows(call.x_TW, token_of_row)
         extras_out = extras.pack(call, token_of_row, local_ids_nK)
 
         table = agreement.conclude(lambda: explain_ids(ids_TK, self._placement.num_experts))
@@ -147,7 +150,7 @@ class CollectiveEngine:
                 extra_bytes=extras.width(call),
             )
         route = dataclasses.replace(finished(previous))
-        rows_out = layouts.as_words(call.x_TW).index_select(0, route.token_of_row)
+        rows_out = self._pack_rows(call.x_TW, route.token_of_row)
         row = torch.arange(len(route.token_of_row), device=self._device)[:, None]
         here_nK = route.row_of_choice[route.token_of_row] == row
         extras_out = extras.pack(call, route.token_of_row, here_nK.to(torch.int32) - 1)
@@ -178,7 +181,9 @@ class CollectiveEngine:
 
         # TOKEN_MAJOR is the order of arrival: rows are received where they belong.
         in_place = self._layout is DispatchLayout.TOKEN_MAJOR
-        rows_in = tokens if in_place else tokens.new_empty((received, width))
+        rows_in = tokens
+        if not in_place:
+            rows_in = self._workspace.take((received, width), tokens.dtype)
         moves = [self._exchange_rows(rows_out, rows_in, route)]
         extras_in = None
         if extras_out is not None:
@@ -188,7 +193,10 @@ class CollectiveEngine:
         def finish() -> None:
             for move in moves[::-1]:
                 move.wait()
+            self._workspace.give_back(rows_out)
             self._arrive(call, route, output, rows_in, extras_in)
+            if not in_place:
+                self._workspace.give_back(rows_in)
 
         return Dispatched(output=output, state=route, finish=finish)
 
@@ -273,15 +281,20 @@ class CollectiveEngine:
         partial_NH = self._partial_sums(call, route)
         if agreement is not None:
             agreement.conclude()
-        back_nH = partial_NH.new_empty((sum(route.send_splits), partial_NH.shape[1]))
+        back_shape = (sum(route.send_splits), partial_NH.shape[1])
+        back_nH = self._workspace.take(back_shape, partial_NH.dtype)
         move = self._exchange_rows(partial_NH, back_nH, route, backward=True)
+        borrowed = self._layout.expanded
         finish_grads, grads_TK = None, None
         if call.weight_grads is not None:
             grads_TK, finish_grads = self._return_grads(route, call.weight_grads)
 
         def finish() -> None:
             move.wait()
-            ordered_sum(back_nH, route.rows_of_token, out=call.out_TH)
+            if borrowed:
+                self._workspace.give_back(partial_NH)
+            ordered_sum(back_nH, route.rows_of_token, out=call.out_TH, workspace=self._workspace)
+            self._workspace.give_back(back_nH)
             if finish_grads is not None:
                 finish_grads()
 
@@ -307,9 +320,12 @@ class CollectiveEngine:
         if not self._layout.expanded:
             return layouts.collect(route.plan, call.rows)
         rows_SH = call.rows.view(-1, call.rows.shape[-1])
-        partial_NH = rows_SH.new_empty((sum(route.receive_splits), rows_SH.shape[1]))
+        shape = (sum(route.receive_splits), rows_SH.shape[1])
+        partial_NH = self._workspace.take(shape, rows_SH.dtype)
         weights = route.weights_NK if call.weighted else None
-        ordered_sum(rows_SH, route.plan.slots_of_row, weights, out=partial_NH)
+        ordered_sum(
+            rows_SH, route.plan.slots_of_row, weights, out=partial_NH, workspace=self._workspace
+        )
         return partial_NH
 
     def _return_grads(self, route: Route, grads: Tensor) -> tuple[Tensor, Callable[[], None]]:
@@ -388,6 +404,12 @@ class CollectiveEngine:
             )
             needed.append(shape[0])
         return needed
+
+    def _pack_rows(self, x_TW: Tensor, token_of_row: Tensor) -> Tensor:
+        """`[n, words]` the rows to send, in borrowed memory."""
+        words = layouts.as_words(x_TW)
+        packed = self._workspace.take((len(token_of_row), words.shape[1]), words.dtype)
+        return torch.index_select(words, 0, token_of_row, out=packed)
 
     def _exchange_rows(
         self, send: Tensor, receive: Tensor, route: Route, backward: bool = False

@@ -1,0 +1,47 @@
+"""Memory that calls borrow: on CPU, touching fresh pages costs more than copying rows into them.
+
+On CUDA torch's caching allocator already does this, in step with streams, so borrowing is plain
+allocation there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ROUND_UP = 8  # buffers are made an eighth larger, so that a slightly larger call still fits
+
+
+class Workspace:
+    """Free buffers of one communicator. What is taken and never given back is simply let go."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[torch.UntypedStorage] = []
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor; contents are whatever the last user left."""
+        if self._device.type != "cpu":
+            return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        needed = math.prod(shape) * dtype.itemsize
+        fitting = [storage for storage in self._free if storage.nbytes() >= needed]
+        if fitting:
+            storage = min(fitting, key=torch.UntypedStorage.nbytes)
+            self._free.remove(storage)
+        else:
+            if self._free:  # outgrown: the new buffer replaces the largest one
+                self._free.remove(max(self._free, key=torch.UntypedStorage.nbytes))
+            storage = torch.UntypedStorage(needed + needed // _ROUND_UP, device=self._device)
+        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[arg-type]
+
+    def give_back(self, *tensors: Tensor) -> None:
+        """Ends loans; the tensors must not be used any more."""
+        if self._device.type == "cpu":
+            self._free.extend(tensor.untyped_storage() for tensor in tensors)
+
+    def clear(self) -> None:
+        """Frees what is not on loan."""
+        self._free.clear()
