@@ -183,6 +183,12 @@ def _with_plain_strides(x_NW: Tensor) -> Tensor:
     return x_NW.as_strided(x_NW.shape, (max(x_NW.shape[1], 1), 1))
 
 
+def _alike(a_NW: Tensor, b_MW: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as words of one type; bytes where one of them sits at an odd address."""
+    a, b = as_words(a_NW), as_words(b_MW)
+    return (a, b) if a.dtype == b.dtype else (as_bytes(a_NW), as_bytes(b_MW))
+
+
 def place(plan: LayoutPlan, rows_NW: Tensor, out: Tensor, *, zero_gaps: bool = False) -> None:
     """Writes arrivals to their slots.
 
@@ -192,10 +198,7 @@ def place(plan: LayoutPlan, rows_NW: Tensor, out: Tensor, *, zero_gaps: bool = F
         out: `plan.shape + (W,)` contiguous; slots of FLAT's alignment gaps are zeroed.
         zero_gaps: zero the unfilled slots of padded layouts as well.
     """
-    flat = out.view(math.prod(plan.shape), out.shape[-1])
-    source, target = as_words(rows_NW), as_words(flat)
-    if source.dtype != target.dtype:  # an out tensor at an odd address
-        source, target = as_bytes(rows_NW), as_bytes(flat)
+    source, target = _alike(rows_NW, out.view(math.prod(plan.shape), out.shape[-1]))
     if plan.slot_of_fill is None:
         if plan.row_of_fill is None:
             target.copy_(source)
@@ -214,9 +217,16 @@ def place(plan: LayoutPlan, rows_NW: Tensor, out: Tensor, *, zero_gaps: bool = F
             target.index_copy_(0, slots, source.index_select(0, rows))
 
 
-def collect(plan: LayoutPlan, values: Tensor) -> Tensor:
-    """Deduplicated layouts: the filled slots of `plan.shape + (W,)` in arrival order, `[N, W]`."""
-    flat = values.reshape(math.prod(plan.shape), values.shape[-1])
+def collect(plan: LayoutPlan, values: Tensor, *, out: Tensor) -> None:
+    """Deduplicated layouts: the filled slots of `plan.shape + (W,)` in arrival order.
+
+    Args:
+        plan: which slots are filled.
+        values: contiguous; unfilled slots are not read.
+        out: `[N, W]` of the same dtype.
+    """
+    source, target = _alike(values.view(math.prod(plan.shape), values.shape[-1]), out)
     if plan.slot_of_fill is None:
-        return flat
-    return as_words(flat).index_select(0, plan.slot_of_fill).view(values.dtype)
+        target.copy_(source)
+    else:
+        torch.index_select(source, 0, plan.slot_of_fill, out=target)

@@ -278,13 +278,12 @@ class CollectiveEngine:
             grads = call.weight_grads
             grad_bytes = 0 if grads is None else grads.element_size() * self._config.topk
             agreement = self._agree(Operation.COMBINE, extra_bytes=grad_bytes)
-        partial_NH = self._partial_sums(call, route)
+        partial_NH, borrowed = self._partial_sums(call, route)
         if agreement is not None:
             agreement.conclude()
         back_shape = (sum(route.send_splits), partial_NH.shape[1])
         back_nH = self._workspace.take(back_shape, partial_NH.dtype)
         move = self._exchange_rows(partial_NH, back_nH, route, backward=True)
-        borrowed = self._layout.expanded
         finish_grads, grads_TK = None, None
         if call.weight_grads is not None:
             grads_TK, finish_grads = self._return_grads(route, call.weight_grads)
@@ -314,19 +313,24 @@ class CollectiveEngine:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
         return finished(state).slot_weights()
 
-    def _partial_sums(self, call: CombineCall, route: Route) -> Tensor:
-        """`[N, H]` one row per arrival, in the wire type."""
+    def _partial_sums(self, call: CombineCall, route: Route) -> tuple[Tensor, bool]:
+        """`[N, H]` one row per arrival, in the wire type; and whether its memory is borrowed."""
         assert route.plan is not None
+        if self._layout is DispatchLayout.TOKEN_MAJOR:
+            return call.rows, False  # the caller's rows are the partial sums, in arrival order
+        shape = (sum(route.receive_splits), call.rows.shape[-1])
+        partial_NH = self._workspace.take(shape, call.rows.dtype)
         if not self._layout.expanded:
-            return layouts.collect(route.plan, call.rows)
-        rows_SH = call.rows.view(-1, call.rows.shape[-1])
-        shape = (sum(route.receive_splits), rows_SH.shape[1])
-        partial_NH = self._workspace.take(shape, rows_SH.dtype)
-        weights = route.weights_NK if call.weighted else None
+            layouts.collect(route.plan, call.rows, out=partial_NH)
+            return partial_NH, True
         ordered_sum(
-            rows_SH, route.plan.slots_of_row, weights, out=partial_NH, workspace=self._workspace
+            call.rows.view(math.prod(call.rows.shape[:-1]), shape[1]),
+            route.plan.slots_of_row,
+            route.weights_NK if call.weighted else None,
+            out=partial_NH,
+            workspace=self._workspace,
         )
-        return partial_NH
+        return partial_NH, True
 
     def _return_grads(self, route: Route, grads: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Sends `[N, K]` gradients back and picks, for every choice, the one of its rank."""
@@ -336,7 +340,8 @@ class CollectiveEngine:
             padded = torch.nn.functional.pad(grads.reshape(-1), (0, 1))  # slot -1 reads the zero
             grads_NK = padded[slots]
         else:
-            grads_NK = layouts.collect(route.plan, grads).contiguous()
+            grads_NK = grads.new_empty((sum(route.receive_splits), self._config.topk))
+            layouts.collect(route.plan, grads, out=grads_NK)
         topk = self._config.topk
         back_nK = grads_NK.new_empty((sum(route.send_splits), topk))
         move = self._exchange_rows(grads_NK, back_nK, route, backward=True)

@@ -1,0 +1,1 @@
+"""Benchmarks of dispatch and combine: cases, measurement, records, plots."""

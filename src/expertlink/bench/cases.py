@@ -1,0 +1,193 @@
+"""What is measured, one `Case` per communicator, routing and variant; and how: the `Plan`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from expertlink.bench.routings import RoutingSpec
+from expertlink.config import ENGINES, MAX_TOPK, MODES
+from expertlink.errors import ConfigurationError
+from expertlink.types import BlockFormat, DispatchLayout
+
+LAYOUTS = tuple(layout.value for layout in DispatchLayout)
+QUANTIZATIONS = tuple(block_format.value for block_format in BlockFormat)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+VARIANTS = ("uncached", "cached")
+MAX_RANKS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measured situation. Lengths count elements, tokens, experts or ranks.
+
+    Raises:
+        ConfigurationError: a field cannot be measured; the message names it and what would.
+    """
+
+    ranks: int
+    tokens: int
+    """T of the rank that has most; the others have as many unless `uneven`."""
+    hidden: int
+    topk: int
+    experts: int
+    dtype: str = "bfloat16"
+    layout: str = "flat"
+    routing: str = "balanced"
+    """See `routings.py`."""
+    uneven: bool = False
+    """Every rank has its own T, one of them none."""
+    mode: str = "ht"
+    engine: str = "auto"
+    variant: str = "uncached"
+    """"uncached": every dispatch counts and exchanges its routing. "cached": it passes the handle
+    of an earlier one, whose counts, ids and weights are kept: rows alone travel."""
+    quantization: str | None = None
+    num_sms_dispatch: int | None = None
+    num_sms_combine: int | None = None
+    trace: str | None = None
+    """File that the routing `trace` replays."""
+
+    def __post_init__(self) -> None:
+        self._whole("ranks", 1, MAX_RANKS)
+        self._whole("tokens", 1)
+        self._whole("hidden", 1)
+        self._whole("topk", 1, MAX_TOPK)
+        self._whole("experts", 1)
+        for name in ("num_sms_dispatch", "num_sms_combine"):
+            if getattr(self, name) is not None:
+                self._whole(name, 1)
+        if self.topk > self.experts:
+            self._refuse("topk", f"at most experts={self.experts}")
+        self._member("dtype", tuple(DTYPES))
+        self._member("layout", LAYOUTS)
+        self._member("mode", MODES)
+        self._member("engine", ENGINES)
+        self._member("variant", VARIANTS)
+        if self.quantization is not None:
+            self._member("quantization", QUANTIZATIONS)
+        spec = RoutingSpec.parse(self.routing)
+        object.__setattr__(self, "routing", str(spec))  # one spelling per routing
+        if spec.name == "trace" and self.trace is None:
+            self._refuse("routing", "a recorded file beside it (--trace)")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Element type of unquantized rows."""
+        return DTYPES[self.dtype]
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Element type of combine's rows on the wire: the input's, bfloat16 for quantized rows."""
+        return self.torch_dtype if self.quantization is None else torch.bfloat16
+
+    @property
+    def routing_label(self) -> str:
+        """Routing as records name it: a trace by its file name, without the folder."""
+        if self.routing == "trace" and self.trace is not None:
+            return f"trace:{Path(self.trace).name}"
+        return self.routing
+
+    def key(self) -> str:
+        """All fields in one line: equal for equal cases, different for different ones."""
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+    def label(self) -> str:
+        """The case in a few words, for progress and errors."""
+        parts = [
+            f"{self.mode} {self.layout} {self.variant}",
+            f"{self.routing_label}{' uneven' if self.uneven else ''}",
+            f"T={self.tokens} H={self.hidden} K={self.topk} E={self.experts} R={self.ranks}",
+            self.dtype if self.quantization is None else f"{self.dtype}->{self.quantization}",
+        ]
+        return " · ".join(parts)
+
+    def _whole(self, name: str, least: int, most: int | None = None) -> None:
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < least or (most is not None and value > most):
+            until = "" if most is None else f" and at most {most}"
+            self._refuse(name, f"a whole number of at least {least}{until}")
+
+    def _member(self, name: str, accepted: Sequence[str]) -> None:
+        if getattr(self, name) not in accepted:
+            self._refuse(name, f"one of {', '.join(accepted)}")
+
+    def _refuse(self, name: str, accepted: str) -> NoReturn:
+        raise ConfigurationError(
+            f"{name}={getattr(self, name)!r} cannot be measured; accepted: {accepted}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to measure.
+
+    Attributes:
+        iters: timed iterations of every phase.
+        warmup: iterations before them.
+        seed: of routings and inputs.
+        inputs: different inputs that iterations take turns with, as far as memory allows.
+        timeout_s: bound of every wait inside a case, in seconds.
+        command: command line to note in the records.
+    """
+
+    iters: int = 50
+    warmup: int = 5
+    seed: int = 0
+    inputs: int = 4
+    timeout_s: float = 100.0
+    command: str = ""
+
+
+def grid(*, fixed: dict[str, Any], **lists: Sequence[Any]) -> list[Case]:
+    """All combinations of the listed values of fields of `Case`, the last field varying fastest.
+
+    Args:
+        fixed: fields that all cases share.
+        lists: values of each remaining field.
+
+    Raises:
+        ConfigurationError: a combination cannot be measured, or a list is empty.
+    """
+    for name, values in lists.items():
+        if not values:
+            raise ConfigurationError(f"{name}: at least one value is needed")
+    combinations = itertools.product(*lists.values())
+    cases = [Case(**fixed, **dict(zip(lists, values, strict=True))) for values in combinations]
+    return list(dict.fromkeys(cases))
+
+
+def default_fields(device_type: str) -> dict[str, Any]:
+    """Shape of the case that is measured where nothing else is asked for.
+
+    CUDA: the model shape that the field publishes figures for. CPU: one that a laptop measures in
+    seconds.
+    """
+    if device_type == "cuda":
+        return {"tokens": [4096], "hidden": [7168], "topk": [8], "experts": [256]}
+    return {"tokens": [128, 1024], "hidden": [1024], "topk": [4], "experts": [16]}
+
+
+def parse_ints(text: str, *, name: str) -> list[int]:
+    """Reads "128,1024".
+
+    Raises:
+        ConfigurationError: an item is no whole number.
+    """
+    try:
+        return [int(item) for item in parse_names(text)]
+    except ValueError:
+        raise ConfigurationError(
+            f"{name}={text!r} cannot be measured; accepted: whole numbers separated by commas"
+        ) from None
+
+
+def parse_names(text: str) -> list[str]:
+    """Reads "flat,token_major"; blanks around the commas do not count."""
+    return [item.strip() for item in text.split(",") if item.strip()]

@@ -1,0 +1,174 @@
+"""Measures one case on one rank: all ranks call `measure_case`, rank 0 gets the records."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expertlink.bench.cases import Case, Plan
+from expertlink.bench.clocks import Clock, Sample, gather_on_hosts, make_clock
+from expertlink.bench.inputs import Input, prepare_inputs
+from expertlink.bench.records import PHASES, Record
+from expertlink.bench.results import Measured, make_record, mean_traffic
+from expertlink.communicator import MoECommunicator
+from expertlink.config import MoECommunicatorConfig
+from expertlink.launch import RankContext
+from expertlink.types import DispatchHandle
+
+
+def measure_case(
+    context: RankContext,
+    case: Case,
+    plan: Plan,
+    *,
+    on_progress: Callable[[int], None],
+    control: dist.ProcessGroup | None = None,
+) -> list[Record]:
+    """Checks, then times a case. Collective over the default process group.
+
+    Args:
+        context: this rank.
+        case: what to measure; `case.ranks` is the size of the group.
+        plan: how.
+        on_progress: called with 1 after every timed iteration.
+        control: group of all ranks, with gloo, in which hosts meet and exchange times; its
+            time-out bounds the wait for a rank that failed. None: the default group.
+
+    Returns:
+        On rank 0 a record for each of dispatch, combine and pair; on the others nothing.
+
+    Raises:
+        WrongResultError: the result was wrong on some rank; raised on every rank.
+        ExpertlinkError: the library refused the case or lost a peer.
+    """
+    config = MoECommunicatorConfig(
+        device=context.device,
+        num_experts=case.experts,
+        hidden_size=case.hidden,
+        topk=case.topk,
+        max_tokens_per_rank=case.tokens,
+        dtype=case.torch_dtype,
+        mode="ll" if case.mode == "ll" else "ht",
+        engine=case.engine,  # pyright: ignore[reportArgumentType]
+        output_layout=case.layout,  # pyright: ignore[reportArgumentType]
+        quantization=case.quantization,  # pyright: ignore[reportArgumentType]
+        num_sms_dispatch=case.num_sms_dispatch,
+        num_sms_combine=case.num_sms_combine,
+        timeout_s=plan.timeout_s,
+        startup_timeout_s=plan.timeout_s,
+    )
+    with MoECommunicator(config) as comm:
+        inputs = prepare_inputs(comm, case, plan, context.device, control)
+        rounds = _Rounds(comm, case, inputs, make_clock(context.device, control))
+        with _no_garbage_collection():
+            for number in range(-plan.warmup, plan.iters):
+                rounds.run(number)
+                if number >= 0:
+                    on_progress(1)
+            if rounds.clock.has_idle:
+                for number in range(plan.iters):
+                    rounds.run_idle(number)
+        engine_name = comm.engine_name
+    traffic = torch.tensor(mean_traffic(inputs, case), dtype=torch.float64)
+    measured = Measured(
+        device=context.device,
+        engine_name=engine_name,
+        aligned=rounds.clock.aligned,
+        num_inputs=len(inputs),
+        times=rounds.times.gather(control),
+        traffic=gather_on_hosts(traffic, control),
+    )
+    return [make_record(phase, case, plan, measured) for phase in PHASES if context.rank == 0]
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """The repeated part: every round times each phase once."""
+
+    comm: MoECommunicator
+    case: Case
+    inputs: list[Input]
+    clock: Clock
+    times: _Times = field(default_factory=lambda: _Times())
+
+    def run(self, number: int) -> None:
+        """Times the phases and, alternately before and after them, the baseline.
+
+        Rounds with negative numbers are warm-up.
+        """
+        item = self.inputs[number % len(self.inputs)]
+        comm, times = self.comm, self.times if number >= 0 else _Times()
+
+        def both(phase: str, call: Callable[[], Any], raw: Callable[[], None]) -> Sample:
+            if number % 2:
+                times.put(phase, "raw", self.clock.sample(raw).time_us)
+            sample = self.clock.sample(call)
+            if number % 2 == 0:
+                times.put(phase, "raw", self.clock.sample(raw).time_us)
+            times.put_sample(phase, sample)
+            return sample
+
+        handle = both("dispatch", lambda: self._dispatch(item), item.raw.dispatch).result
+        both("combine", lambda: comm.combine(item.expert_out, handle), item.raw.combine)
+        times.put_sample("pair", self.clock.sample(lambda: self._pair(item)))
+
+    def run_idle(self, number: int) -> None:
+        """Times the phases from an idle device."""
+        item = self.inputs[number % len(self.inputs)]
+        dispatched = self.clock.sample_idle(lambda: self._dispatch(item))
+        handle = dispatched.result
+        combined = self.clock.sample_idle(lambda: self.comm.combine(item.expert_out, handle))
+        pair = self.clock.sample_idle(lambda: self._pair(item))
+        for phase, sample in zip(PHASES, (dispatched, combined, pair), strict=True):
+            self.times.put(phase, "idle", sample.time_us)
+            self.times.put(phase, "idle host", sample.host_us)
+
+    def _dispatch(self, item: Input) -> DispatchHandle:
+        # The received rows are dropped at once: the next call may have their memory.
+        if self.case.variant == "cached":
+            return self.comm.dispatch(item.x_TH, item.topk_ids_TK, previous_handle=item.handle)[1]
+        return self.comm.dispatch(item.x_TH, item.topk_ids_TK, item.topk_weights_TK)[1]
+
+    def _pair(self, item: Input) -> Tensor:
+        return self.comm.combine(item.expert_out, self._dispatch(item))
+
+
+class _Times:
+    """Times of this rank by phase and kind, in the order of the rounds."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], list[float]] = {}
+
+    def put_sample(self, phase: str, sample: Sample) -> None:
+        self.put(phase, "time", sample.time_us)
+        self.put(phase, "host", sample.host_us)
+        self.put(phase, "memory", sample.memory_bytes)
+
+    def put(self, phase: str, kind: str, value: float) -> None:
+        self._values.setdefault((phase, kind), []).append(value)
+
+    def gather(self, control: dist.ProcessGroup | None) -> dict[tuple[str, str], Tensor]:
+        """What all ranks put, `[R, rounds]` by phase and kind. Collective."""
+        keys = sorted(self._values)
+        mine = torch.tensor([self._values[key] for key in keys], dtype=torch.float64)
+        return dict(zip(keys, gather_on_hosts(mine, control).unbind(dim=1), strict=True))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keeps Python's collector out of the timed calls."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

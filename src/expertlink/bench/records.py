@@ -1,0 +1,267 @@
+"""Results: one JSON object per line, one line per measured phase, checked when written and read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from expertlink.bench.summary import Summary
+from expertlink.errors import InputError
+
+PHASES = ("dispatch", "combine", "pair")
+VARIANTS = ("uncached", "cached", "zero_copy", "static", "graph", "eager", "send", "recv")
+MODES = ("ht", "ll")
+MAX_LINE_BYTES = 1 << 20
+_KEY = (
+    *("engine", "mode", "phase", "variant", "layout", "dtype", "quantization", "routing"),
+    *("uneven", "ranks", "tokens", "hidden", "topk", "experts", "num_sms"),
+)
+
+
+class RecordError(InputError):
+    """A line of a results file is no valid record; the message names file, line and field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where and when a record was made. None: does not apply, or could not be found out."""
+
+    gpu: str | None
+    driver: str | None
+    torch: str
+    cuda: str | None
+    commit: str | None
+    """Commit of the library's checkout, with "-dirty" where it had changes."""
+    date: str
+    """UTC, ISO 8601."""
+    cpu: str
+    cores: int
+    backend: str
+    """Backend of torch.distributed that moved the rows of the raw baseline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One phase of one case. Times in microseconds, bandwidths in GB/s (10**9 bytes).
+
+    Times run from "inputs ready" to "outputs usable". `wire_bytes` counts the rows that leave a
+    rank (its own share is not counted), payload and scales.
+    """
+
+    engine: str
+    mode: str
+    phase: str
+    """"dispatch", "combine", or "pair": both in one go."""
+    variant: str
+    layout: str
+    dtype: str
+    quantization: str | None
+    routing: str
+    ranks: int
+    tokens: int
+    """Tokens of the rank that has most."""
+    hidden: int
+    topk: int
+    experts: int
+    num_sms: int | None
+    """SMs allowed to the phase, the larger budget for a pair; None: the engine's choice."""
+    time_us: Summary
+    """Of the slowest rank of each iteration."""
+    time_us_mean_rank: Summary
+    """Of the average rank of each iteration."""
+    host_us: Summary
+    """Until the call returned to its caller, slowest rank, peers and device idle before."""
+    wire_bytes: int
+    """Average rank."""
+    wire_gbps: float
+    """`wire_bytes` over the median of `time_us`: the average rank."""
+    ceiling_gbps: float | None = None
+    ceiling_ratio: float | None = None
+    environment: Environment
+
+    uneven: bool = False
+    """Ranks had different numbers of tokens, one of them none."""
+    wire_bytes_max: int
+    """Most that left one rank."""
+    wire_bytes_received_max: int
+    """Most that arrived at one rank."""
+    wire_gbps_max: float
+    """`wire_bytes_max` over the median of `time_us`."""
+    aggregate_gbps: float
+    """All ranks together."""
+    metadata_bytes: int | None = None
+    """Ids and weights that left the average rank beside its rows; not part of `wire_bytes`."""
+    raw_us: Summary
+    """`all_to_all_single` of the same bytes to the same ranks (own share included), alternating
+    with the measured calls; for a pair the sum of both directions."""
+    raw_gbps: float
+    raw_ratio: float
+    """Median of `time_us` over median of `raw_us`."""
+    idle_us: Summary | None = None
+    """CUDA: like `time_us`, but started from an idle device: launch time of all ranks included."""
+    aligned: str
+    """How ranks were aligned before a call: "device" (in stream order) or "host" (barrier)."""
+    iterations: int
+    inputs: int
+    """Different inputs that the iterations took turns with."""
+    threads: int
+    """CPU threads of each rank."""
+    memory_peak_bytes: int | None = None
+    """CUDA: most memory that the timed calls added to what was allocated before them."""
+    seed: int
+    command: str
+    """The command line that made the record."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check(field.name, getattr(self, field.name), str(field.type))
+        for name, accepted in (("phase", PHASES), ("variant", VARIANTS), ("mode", MODES)):
+            if getattr(self, name) not in accepted:
+                _refuse(name, f"is {getattr(self, name)!r}, not one of {', '.join(accepted)}")
+        for name in ("ranks", "tokens", "hidden", "topk", "experts", "iterations", "inputs"):
+            if getattr(self, name) < 1:
+                _refuse(name, f"is {getattr(self, name)}, expected at least 1")
+
+    def key(self) -> tuple[object, ...]:
+        """What was measured, without when and how fast: a later record with the same key replaces
+        an earlier one in a picture."""
+        return (*(getattr(self, name) for name in _KEY), self.hardware)
+
+    @property
+    def hardware(self) -> str:
+        """GPU, or CPU with its core count, that the record was made on."""
+        environment = self.environment
+        return environment.gpu or f"{environment.cpu}, {environment.cores} cores"
+
+    def to_json(self) -> str:
+        """The record in one line."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            RecordError: the line is no record; the message names the field.
+        """
+        try:
+            values = json.loads(line, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"no JSON: {error}") from None
+        values = dict(_known(cls, values, "record"))
+        for name in ("time_us", "time_us_mean_rank", "host_us", "raw_us", "idle_us"):
+            if values.get(name) is not None:
+                values[name] = _nested(Summary, values[name], name)
+        values["environment"] = _nested(Environment, values["environment"], "environment")
+        return cls(**values)
+
+
+def write_records(path: str | Path, records: Iterable[Record], *, append: bool = False) -> Path:
+    """Writes records as JSON lines, replacing the file or adding to it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    text = "".join(record.to_json() + "\n" for record in records)
+    if append:
+        with path.open("a+b") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                text = "\n" + text  # the last writer was cut off: keep its line apart
+            file.write(text.encode())
+        return path
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    return partial.replace(path)
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """All records of a file in their order; empty lines do not count.
+
+    Raises:
+        RecordError: a line is no valid record, or the file cannot be read.
+    """
+    records: list[Record] = []
+    try:
+        with Path(path).open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise RecordError(f"{path}:{number}: longer than {MAX_LINE_BYTES} bytes")
+                if line.strip():
+                    records.append(_read_line(line, f"{path}:{number}"))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return records
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The last made record of every key, in the order in which keys first appear."""
+    newest: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        kept = newest.get(record.key())
+        if kept is None or record.environment.date >= kept.environment.date:
+            newest[record.key()] = record
+    return list(newest.values())
+
+
+def _read_line(line: bytes, where: str) -> Record:
+    try:
+        return Record.from_json(line.decode())
+    except UnicodeDecodeError:
+        raise RecordError(f"{where}: no UTF-8 text") from None
+    except RecordError as error:
+        raise RecordError(f"{where}: {error}") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise RecordError(f"no JSON: {name} is no number")
+
+
+def _known(cls: type[Any], values: Any, name: str) -> dict[str, Any]:
+    """`values` as a dictionary that has exactly the fields of `cls`, optional ones aside."""
+    if not isinstance(values, dict):
+        _refuse(name, "is no JSON object")
+    known = {field.name: field for field in fields(cls)}
+    for unknown in values.keys() - known.keys():
+        _refuse(name, f"has an unknown field {unknown!r}")
+    for field in known.values():
+        if field.default is MISSING and field.name not in values:
+            _refuse(name, f"lacks the field {field.name!r}")
+    return values
+
+
+def _nested(cls: type[Any], values: Any, name: str) -> Any:
+    values = _known(cls, values, name)
+    for field in fields(cls):
+        _check(f"{name}.{field.name}", values[field.name], str(field.type))
+    return cls(**values)
+
+
+def _check(name: str, value: object, annotation: str) -> None:
+    """Whether a value has the annotated type; numbers are finite and not negative."""
+    kind, _, optional = annotation.partition(" | ")
+    if value is None and optional == "None":
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    accepted = {
+        "str": isinstance(value, str),
+        "bool": isinstance(value, bool),
+        "int": number and isinstance(value, int) and value >= 0,
+        "float": number and isinstance(value, (int, float)) and math.isfinite(value) and value >= 0,
+        "Summary": isinstance(value, Summary),
+        "Environment": isinstance(value, Environment),
+    }[kind]
+    if not accepted:
+        shown = repr(value)
+        _refuse(name, f"is {shown[:60]}, expected {annotation}")
+
+
+def _refuse(name: str, problem: str) -> NoReturn:
+    raise RecordError(f"{name} {problem}")

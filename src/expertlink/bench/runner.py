@@ -1,0 +1,233 @@
+"""Runs cases on ranks: on its own, or as one of torchrun's. A failing case does not end the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from expertlink.bench.cases import Case, Plan
+from expertlink.bench.environment import usable_cores
+from expertlink.bench.measure import measure_case
+from expertlink.bench.records import Record
+from expertlink.errors import ExpertlinkError
+from expertlink.launch import LaunchError, RankContext, RankError, RankPool
+
+_PROGRESS_INTERVAL_S = 0.1
+_STARTUP_TIMEOUT_S = 120.0
+_VERDICT_GRACE_S = 60.0
+_SHORTEST_GROUP_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one case.
+
+    Attributes:
+        case: the case.
+        records: one per phase; empty where it failed, and on torchrun's ranks other than 0.
+        error: why it failed, in one paragraph; None where it did not.
+        details: what every failed rank said, tracebacks included; empty where there is nothing.
+    """
+
+    case: Case
+    records: list[Record]
+    error: str | None = None
+    details: str = ""
+
+
+Progress = Callable[[int, int], None]
+"""Called with (case number, iterations done) while a case runs."""
+
+
+def run_on_own_ranks(
+    cases: Sequence[Case],
+    plan: Plan,
+    *,
+    device: Literal["cpu", "cuda"],
+    threads: int | None = None,
+    timeout_s: float = 300.0,
+    on_result: Callable[[CaseResult], None],
+    on_progress: Progress | None = None,
+) -> list[CaseResult]:
+    """Starts ranks on this machine and measures the cases one after the other.
+
+    Args:
+        cases: what to measure; cases with equally many ranks in a row share their processes.
+        plan: how to measure; its `timeout_s` is kept below that of a case.
+        device: where.
+        threads: CPU threads of each rank. None: a rank's share of the cores, less one for the
+            thread with which gloo moves its bytes.
+        timeout_s: bound of one case, from its communicator's start to its last record.
+        on_result: called with every case's result as soon as it is there.
+        on_progress: called while a case runs.
+    """
+    plan = replace(plan, timeout_s=min(plan.timeout_s, timeout_s / 2))
+    results: list[CaseResult] = []
+    pool: RankPool | None = None
+    try:
+        for number, case in enumerate(cases):
+            try:
+                if pool is None or not pool.alive or pool.num_ranks != case.ranks:
+                    if pool is not None:
+                        pool.close()
+                    pool = _start(case.ranks, device, threads, group_timeout_s=plan.timeout_s)
+                records = _measure(pool, number, case, plan, timeout_s, on_progress)
+                result = CaseResult(case, records)
+            except LaunchError as error:
+                result = _failed(case, error)
+                if pool is not None:
+                    pool.close()  # its ranks may not be in step any more
+                    pool = None
+            results.append(result)
+            on_result(result)
+    finally:
+        if pool is not None:
+            pool.close()
+    return results
+
+
+def run_under_torchrun(
+    context: RankContext,
+    cases: Sequence[Case],
+    plan: Plan,
+    *,
+    on_result: Callable[[CaseResult], None],
+    on_progress: Progress | None = None,
+) -> list[CaseResult]:
+    """Measures the cases as one of the ranks that torchrun started. Collective.
+
+    After a case that left the ranks out of step the remaining ones are reported as not run.
+
+    Args:
+        context: this rank, from `launch.torchrun_context`.
+        cases: what to measure, each with as many ranks as there are.
+        plan: how to measure.
+        on_result: called with every case's result; only rank 0 has records.
+        on_progress: called while a case runs.
+    """
+    results: list[CaseResult] = []
+    in_step = True
+    # Two groups of their own: a rank that failed asks for the verdict while others still measure.
+    control = _bounded_group(plan.timeout_s)
+    verdict = _bounded_group(2 * plan.timeout_s + _VERDICT_GRACE_S)
+    for number, case in enumerate(cases):
+        if in_step:
+            result = _measure_here(context, number, case, plan, on_progress, control)
+            result, in_step = _agree(result, verdict)
+        else:
+            result = CaseResult(case, [], "not run: an earlier case left the ranks out of step")
+        results.append(result)
+        on_result(result)
+    return results
+
+
+def _start(
+    ranks: int, device: Literal["cpu", "cuda"], threads: int | None, *, group_timeout_s: float
+) -> RankPool:
+    return RankPool(
+        num_ranks=ranks,
+        device=device,
+        threads=threads or max(1, usable_cores() // ranks - 1),
+        startup_timeout_s=_STARTUP_TIMEOUT_S,
+        group_timeout_s=max(group_timeout_s, _SHORTEST_GROUP_TIMEOUT_S),  # it also bounds the start
+    )
+
+
+def _measure(
+    pool: RankPool,
+    number: int,
+    case: Case,
+    plan: Plan,
+    timeout_s: float,
+    on_progress: Progress | None,
+) -> list[Record]:
+    def listen(rank: int, done: object) -> None:
+        if rank == 0 and isinstance(done, int) and on_progress is not None:
+            on_progress(number, done)
+
+    results = pool.run(_measure_on_rank, case, plan, timeout_s=timeout_s, on_message=listen)
+    return results[0]
+
+
+def _measure_on_rank(context: RankContext, case: Case, plan: Plan) -> list[Record]:
+    return measure_case(context, case, plan, on_progress=_reporter(context, context.send))
+
+
+def _reporter(context: RankContext, report: Callable[[int], None]) -> Callable[[int], None]:
+    """Counts iterations and reports now and then, so that reporting is not what is measured."""
+    done = 0
+    last = time.monotonic()
+
+    def count(step: int) -> None:
+        nonlocal done, last
+        done += step
+        if context.rank == 0 and time.monotonic() - last > _PROGRESS_INTERVAL_S:
+            last = time.monotonic()
+            report(done)
+
+    return count
+
+
+def _bounded_group(timeout_s: float) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
+
+
+def _measure_here(
+    context: RankContext,
+    number: int,
+    case: Case,
+    plan: Plan,
+    on_progress: Progress | None,
+    control: dist.ProcessGroup,
+) -> CaseResult:
+    def report(done: int) -> None:
+        if on_progress is not None:
+            on_progress(number, done)
+
+    try:
+        records = measure_case(
+            context, case, plan, on_progress=_reporter(context, report), control=control
+        )
+    except (ExpertlinkError, RuntimeError) as error:  # torch reports lost peers as RuntimeError
+        return _failed(case, error)
+    return CaseResult(case, records)
+
+
+def _agree(result: CaseResult, verdict: dist.ProcessGroup) -> tuple[CaseResult, bool]:
+    """A case that failed on one rank failed. Also returns whether the ranks are still in step."""
+    mine = torch.tensor([0 if result.error is None else 1])
+    everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    try:
+        dist.all_gather(everyone, mine, group=verdict)
+    except RuntimeError as error:
+        reason = result.error or f"ranks lost each other: {_one_line(error)}"
+        return replace(result, records=[], error=reason), False
+    failed = [rank for rank, flag in enumerate(everyone) if int(flag)]
+    if failed and result.error is None:
+        names = ", ".join(map(str, failed))
+        result = replace(result, records=[], error=f"failed on rank {names}")
+    return result, not failed or len(failed) == len(everyone)
+
+
+def _failed(case: Case, error: BaseException) -> CaseResult:
+    if isinstance(error, RankError):
+        # Ranks usually say the same: name it once.
+        ranks_of: dict[str, list[str]] = {}
+        for rank, failure in error.failures.items():
+            text = _one_line(failure.summary().split(": ", 1)[-1])
+            ranks_of.setdefault(text, []).append(str(rank))
+        reasons = [f"{text} (rank {', '.join(ranks)})" for text, ranks in ranks_of.items()]
+        return CaseResult(case, [], "; ".join(reasons), str(error))
+    return CaseResult(case, [], f"{type(error).__name__}: {_one_line(error)}")
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

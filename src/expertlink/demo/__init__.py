@@ -1,0 +1,1 @@
+"""The demo: a small byte-level MoE language model, trained with expert parallelism on real text."""

@@ -1,0 +1,29 @@
+"""Records that nobody measured, for tests of what is done with records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from expertlink.bench.records import Environment, Record
+from expertlink.bench.summary import Summary
+
+
+def make_record(
+    time_us: float = 100.0, date: str = "2030-01-01T00:00:00", **changes: Any
+) -> Record:
+    def spread(middle: float) -> Summary:
+        return Summary(0.9 * middle, middle, 1.5 * middle, 1.1 * middle)
+
+    environment = {"gpu": None, "driver": None, "torch": "2.11", "cuda": None, "commit": None}
+    environment |= {"date": date, "cpu": "some CPU", "cores": 4, "backend": "gloo"}
+    values: dict[str, Any] = {"engine": "collective", "mode": "ht", "phase": "dispatch"}
+    values |= {"variant": "uncached", "layout": "flat", "routing": "balanced"}
+    values |= {"dtype": "bfloat16", "quantization": None, "num_sms": None, "seed": 0}
+    values |= {"ranks": 4, "tokens": 128, "hidden": 1024, "topk": 4, "experts": 16}
+    values |= {"time_us": spread(time_us), "time_us_mean_rank": spread(0.9 * time_us)}
+    values |= {"host_us": spread(time_us), "wire_bytes": 1000, "wire_gbps": 1.0 / time_us}
+    values |= {"wire_bytes_max": 1100, "wire_bytes_received_max": 1100, "wire_gbps_max": 0.1}
+    values |= {"aggregate_gbps": 0.4, "raw_us": spread(50.0), "raw_gbps": 0.02, "raw_ratio": 2.0}
+    values |= {"aligned": "host", "iterations": 10, "inputs": 4, "threads": 1}
+    values |= {"command": "expertlink bench", "environment": Environment(**environment)}
+    return Record(**{**values, **changes})

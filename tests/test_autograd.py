@@ -1,0 +1,54 @@
+"""Gradients: numerically right, equal to a dense layer, for every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import train_jobs
+from oracle import Case
+
+from expertlink import DispatchLayout
+
+LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_gradcheck(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    case = Case((3,) * ranks, 2, experts=4, topk=2, layout=layout, dtype=torch.float64, masked=0.2)
+    assert all(rank_pools(ranks).run(train_jobs.gradcheck, case, timeout_s=120))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gradients_equal_a_dense_layer(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    tokens = (5, 0, 7, 3)[:ranks]
+    case = Case(tokens, 8, experts=6, topk=3, layout=layout, dtype=torch.float64, masked=0.2)
+    scattered = dataclasses.replace(case, placement="scattered", seed=4)
+    aligned = [dataclasses.replace(case, alignment=4)] if layout is DispatchLayout.FLAT else []
+    for drawn in (case, scattered, *aligned):
+        for worst in rank_pools(ranks).run(train_jobs.gradients, drawn, timeout_s=60):
+            assert max(worst.values()) < 1e-12, (drawn, worst)
+
+
+@LAYOUTS
+def test_gradients_in_bfloat16(rank_pools, layout: DispatchLayout) -> None:
+    """Only rounding separates bfloat16 rows from the dense layer: a few of its 2^-8 steps."""
+    case = Case((6, 6), 16, experts=4, topk=2, layout=layout, dtype=torch.bfloat16)
+    for worst in rank_pools(2).run(train_jobs.gradients, case, timeout_s=60):
+        assert max(worst.values()) < 0.05, worst
+
+
+@LAYOUTS
+def test_weight_gradients_return_to_their_choice(rank_pools, layout: DispatchLayout) -> None:
+    case = Case((5, 0, 4), 4, experts=7, topk=3, layout=layout, dtype=torch.float32, masked=0.3)
+    assert all(rank_pools(3).run(train_jobs.weight_grads, case, timeout_s=60))
+
+
+@LAYOUTS
+def test_backward_again_and_in_part(rank_pools, layout: DispatchLayout) -> None:
+    case = Case((5, 4), 4, experts=4, topk=2, layout=layout, dtype=torch.float64)
+    for outcome in rank_pools(2).run(train_jobs.repeated_backward, case, timeout_s=60):
+        assert outcome == (True, True, False, True)

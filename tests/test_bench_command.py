@@ -1,0 +1,197 @@
+"""`expertlink bench` and `expertlink plot`, as they are typed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_records import make_record
+from typer.testing import CliRunner
+
+from expertlink.bench.records import PHASES, read_records, write_records
+from expertlink.bench.trace import RoutingTrace
+from expertlink.cli import app
+from expertlink.types import DispatchLayout
+
+TINY = ("--ranks", "2", "--tokens", "16", "--hidden", "64", "--topk", "2", "--experts", "4")
+QUICK = (*TINY, "--iters", "3", "--warmup", "1", "--device", "cpu")
+
+
+def test_two_ranks_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    layouts = "flat,token_major,rank_major,expert_major"
+    result = CliRunner().invoke(app, ["bench", *QUICK, "--layout", layouts, "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    records = read_records(path)
+    assert len(records) == 4 * 2 * len(PHASES)
+    assert len({record.key() for record in records}) == len(records)
+    for record in records:
+        assert record.engine == "collective"
+        assert record.iterations == 3
+        assert record.raw_ratio > 0
+        assert record.time_us.min <= record.time_us.median <= record.time_us.p99
+        assert record.time_us_mean_rank.mean <= record.time_us.mean
+        assert record.environment.backend == "gloo"
+        assert record.wire_bytes <= record.wire_bytes_max
+    for layout in DispatchLayout:
+        dispatch, combine, pair = (
+            next(r for r in records if (r.layout, r.phase) == (layout.value, phase))
+            for phase in PHASES
+        )
+        # Per (token, other rank) one row each way, at most T of them.
+        assert 0 < dispatch.wire_bytes == combine.wire_bytes <= 16 * 64 * 2
+        assert pair.wire_bytes == dispatch.wire_bytes + combine.wire_bytes
+        # 2 ids and 2 weights of 4 bytes beside a row of 64 elements of 2 bytes.
+        assert dispatch.metadata_bytes is not None
+        assert dispatch.metadata_bytes * 8 == dispatch.wire_bytes
+    for word in ("token_major", "cached", "pair", "x raw", "24 records"):
+        assert word in result.output
+
+
+def test_uneven_quantized_skewed_and_appended(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "r.jsonl", [make_record()])
+    result = CliRunner().invoke(
+        app,
+        [
+            *("bench", *QUICK, "--uneven", "--routing", "zipf:1.5,one_hot,masked:0.5"),
+            *("--quantization", "e4m3_float32", "--variant", "cached", "--mode", "ll"),
+            *("--layout", "expert_major", "--hidden", "200", "--inputs", "1"),
+            *("--out", str(path), "--append"),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    records = read_records(path)[1:]
+    assert {record.routing for record in records} == {"zipf:1.5", "one_hot", "masked:0.5"}
+    for record in records:
+        assert record.uneven
+        assert record.quantization == "e4m3_float32"
+        assert record.metadata_bytes == 0
+        # 200 e4m3 elements and 2 scales one way, 200 bfloat16 elements the other.
+        row = {"dispatch": 208, "combine": 400, "pair": 8}[record.phase]
+        assert record.wire_bytes_max % row == 0
+
+
+def test_a_recorded_trace_brings_its_shape(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).permuted(
+        np.tile(np.arange(6, dtype=np.int32), (1, 2, 2, 16, 1)), axis=-1
+    )
+    trace = RoutingTrace(np.ascontiguousarray(ids[..., :3]), num_experts=6)
+    trace.save(tmp_path / "seen.npz")
+    path = tmp_path / "r.jsonl"
+    shape = ("--ranks", "2", "--tokens", "16", "--hidden", "64", "--iters", "2")
+    arguments = ["bench", *shape, "--device", "cpu", "--trace", str(tmp_path / "seen.npz")]
+    result = CliRunner().invoke(app, [*arguments, "--variant", "uncached", "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    assert {(r.routing, r.topk, r.experts) for r in read_records(path)} == {
+        ("trace:seen.npz", 3, 6)
+    }
+    result = CliRunner().invoke(app, [*arguments, "--topk", "2"])
+    assert result.exit_code == 2
+    assert "topk=3" in result.output
+
+
+@pytest.mark.gpu(2)
+def test_two_gpus_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    arguments = [*QUICK, "--device", "cuda", "--out", str(path)]
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 0, result.output
+    for record in read_records(path):
+        assert record.environment.gpu is not None
+        assert record.environment.backend == "nccl"
+        assert record.aligned == "device"
+        assert record.idle_us is not None
+        assert record.memory_peak_bytes is not None
+
+
+def test_a_failing_case_does_not_end_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    result = CliRunner().invoke(
+        app,
+        [
+            *("bench", *QUICK, "--engine", "nvlink,collective", "--variant", "uncached"),
+            *("--out", str(path)),
+        ],
+    )
+    assert result.exit_code == 1
+    assert "failed:" in result.output
+    assert "nvlink" in result.output
+    assert "Traceback" not in result.output
+    assert [record.engine for record in read_records(path)] == ["collective"] * 3
+
+
+def test_as_ranks_of_torchrun(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "expertlink", "bench", *QUICK),
+            *("--variant", "cached", "--engine", "nvlink,collective", "--out", str(path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    records = read_records(path)
+    assert [record.phase for record in records] == list(PHASES)
+    assert records[0].command.startswith("torchrun --nproc-per-node=2 -m expertlink bench")
+    assert done.returncode == 1  # for the case that failed
+    assert done.stdout.count("failed:") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layout", "rows"), "layout='rows'"),
+        (("--topk", "9", "--experts", "8"), "at most experts=8"),
+        (("--tokens", "1,x"), "tokens='1,x'"),
+        (("--tokens", ","), "tokens"),
+        (("--routing", "zipf:big"), "zipf"),
+        (("--routing", "trace"), "--trace"),
+        (("--trace", "missing.npz"), "missing.npz"),
+        (("--device", "tpu"), "device='tpu'"),
+        (("--ranks", "0"), "ranks=0"),
+        (("--iters", "0"), "iters=0"),
+        (("--timeout", "0"), "timeout=0"),
+        (("--threads", "0"), "threads=0"),
+        (("--seed", "-1"), "seed=-1"),
+        (("--variant", "graph"), "variant='graph'"),
+        (("--out", "no/such/folder.jsonl"), "does not exist"),
+    ],
+)
+def test_bad_arguments_end_in_a_sentence(arguments: tuple[str, ...], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_the_command_takes_several_files(tmp_path: Path) -> None:
+    files = [
+        write_records(tmp_path / f"{tokens}.jsonl", [make_record(tokens=tokens)])
+        for tokens in (1, 2)
+    ]
+    out = tmp_path / "plots"
+    result = CliRunner().invoke(app, ["plot", *map(str, files), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.iterdir()) == [
+        "bandwidth.png",
+        "ratio.png",
+        "time.png",
+    ]
+
+
+def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name, message in (("bad", "bad.jsonl:1"), ("empty", "no records"), ("no", "no.jsonl")):
+        path = tmp_path / f"{name}.jsonl"
+        result = CliRunner().invoke(app, ["plot", str(path), "--out", str(tmp_path)])
+        assert result.exit_code == 2
+        assert message in result.output

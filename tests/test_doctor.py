@@ -1,0 +1,89 @@
+"""`expertlink doctor`: what it finds, how it says it, and its exit code."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from expertlink import doctor
+from expertlink.cli import app
+from expertlink.doctor import Check, exit_code, run_checks
+from expertlink.settings import TIMEOUT, VARIABLES
+
+EXPECTED = {"python", "torch", "distributed", "gpus", "engine", "environment", "round trip cpu"}
+
+
+@pytest.fixture
+def _without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the one slow check."""
+    monkeypatch.setattr(doctor, "_round_trips", lambda _: [Check("round trip cpu", "ok", "Fine.")])
+
+
+def find(checks: list[Check], name: str) -> Check:
+    return next(check for check in checks if check.name == name)
+
+
+def test_only_failures_decide_the_exit_code() -> None:
+    good, odd, bad = Check("a", "ok", ""), Check("b", "warn", ""), Check("c", "fail", "")
+    assert exit_code([]) == 0
+    assert exit_code([good, odd]) == 0
+    assert exit_code([good, bad, odd]) == 1
+
+
+def test_this_machine_is_usable_and_json_says_so() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 0, answer
+    assert answer["usable"] is True
+    assert {check["name"] for check in answer["checks"]} >= EXPECTED
+    assert all(set(check) == {"name", "status", "sentence"} for check in answer["checks"])
+    assert "picks" in next(c["sentence"] for c in answer["checks"] if c["name"] == "engine")
+
+
+@pytest.mark.usefixtures("_without_ranks")
+def test_every_check_is_one_line() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    lines = result.output.splitlines()
+    assert result.exit_code == 0
+    assert len(lines) == len(run_checks())
+    assert all(line.split()[0] in ("ok", "warn", "fail") for line in lines)
+    assert all(line.endswith(".") for line in lines)
+
+
+@pytest.mark.usefixtures("_without_ranks")
+def test_variables_are_shown_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
+    assert "none of" in find(run_checks(), "environment").sentence
+    monkeypatch.setenv(TIMEOUT.name, "30")
+    assert f"{TIMEOUT.name}=30" in find(run_checks(), "environment").sentence
+    monkeypatch.setenv(TIMEOUT.name, "soon")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "soon" in result.output
+
+
+@pytest.mark.usefixtures("_without_ranks")
+def test_a_check_that_breaks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[Check]:
+        raise OSError("no such thing\nsecond line")
+
+    monkeypatch.setattr(doctor, "_limits", broken)
+    check = find(run_checks(), "limits")
+    assert check.status == "fail"
+    assert check.sentence == "the check broke: OSError: no such thing."
+
+
+def test_ranks_that_cannot_meet_in_time_are_a_failure() -> None:
+    check = find(run_checks(timeout_s=0.001), "round trip cpu")
+    assert check.status == "fail"
+    assert "2 ranks" in check.sentence
+
+
+def test_missing_packages_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_COMMAND_LINE", ("rich", "expertlink_no_such_package"))
+    [check] = doctor._command_line()
+    assert check.status == "warn"
+    assert "expertlink_no_such_package" in check.sentence

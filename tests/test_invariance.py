@@ -1,0 +1,52 @@
+"""The same global batch gives the same results however it is spread, and arranged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from train_jobs import experts_of
+
+from expertlink import DispatchLayout, MoECommunicator, MoECommunicatorConfig
+from expertlink.launch import RankContext
+
+T, H, E, K = 12, 6, 5, 3
+
+
+def whole_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(5)
+    x = torch.randn(T, H, generator=gen, dtype=torch.float64)
+    ids = torch.rand(T, E, generator=gen).topk(K).indices
+    weights = torch.rand(T, K, generator=gen, dtype=torch.float64)
+    experts = torch.randn(E, H, H, generator=gen, dtype=torch.float64)
+    return x, ids, weights, experts
+
+
+def slice_of_the_batch(ctx: RankContext, layout: DispatchLayout) -> Any:
+    x, ids, weights, experts = whole_batch()
+    begin, end = (T * r // ctx.num_ranks for r in (ctx.rank, ctx.rank + 1))
+    config = MoECommunicatorConfig(
+        num_experts=E,
+        hidden_size=H,
+        topk=K,
+        max_tokens_per_rank=T,
+        dtype=torch.float64,
+        output_layout=layout,
+        device="cpu",
+    )
+    with MoECommunicator(config) as comm:
+        out, handle = comm.dispatch(x[begin:end], ids[begin:end], weights[begin:end])
+        return comm.combine(experts_of(out, experts[comm.local_experts]), handle)
+
+
+def test_float64_results_equal_across_ranks_and_layouts(rank_pools) -> None:
+    x, ids, weights, experts = whole_batch()
+    share = torch.zeros(T, E, dtype=torch.float64).scatter_(1, ids, weights)
+    expected = torch.einsum(
+        "te,eth->th", share, torch.tanh(torch.einsum("th,ehg->etg", x, experts))
+    )
+    for ranks in (1, 2, 3, 4):
+        for layout in DispatchLayout:
+            parts = rank_pools(ranks).run(slice_of_the_batch, layout, timeout_s=60)
+            torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-13, atol=1e-13)
