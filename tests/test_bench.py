@@ -6,13 +6,17 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from bench_records import make_record
+from conftest import RankPools
 
-from expertlink.bench.cases import Case, grid, parse_ints
+from expertlink.bench.cases import Case, Plan, grid, parse_ints
 from expertlink.bench.check import expected_sum, mismatch, scaling_experts
+from expertlink.bench.inputs import WrongResultError
+from expertlink.bench.measure import measure_case
 from expertlink.bench.plots import draw_plots
 from expertlink.bench.raw import WireRows
 from expertlink.bench.records import (
@@ -24,7 +28,9 @@ from expertlink.bench.records import (
     write_records,
 )
 from expertlink.bench.summary import Summary, mean_rank, slowest_rank, summarize
+from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError
+from expertlink.launch import RankContext
 from expertlink.types import DispatchLayout, DispatchOutput
 
 SHAPE: dict[str, Any] = {"ranks": 2, "tokens": 16, "hidden": 64, "topk": 2, "experts": 4}
@@ -159,6 +165,28 @@ class TestCheck:
         rows = scaling_experts(out, [1], dtype=torch.float32).view(-1, 4)
         assert rows[0].tolist() == [0.25] * 4
         assert bool(rows[1:].isnan().all())
+
+
+def measure_a_wrong_combine(context: RankContext) -> str:
+    """Runs on a rank: measures with a communicator whose rank 0 doubles every result."""
+    combine = MoECommunicator.combine
+
+    def doubled(self: MoECommunicator, *args: Any, **kwargs: Any) -> Any:
+        return combine(self, *args, **kwargs) * (2 if self.rank == 0 else 1)
+
+    case = Case(**{**SHAPE, "ranks": context.num_ranks})
+    with mock.patch.object(MoECommunicator, "combine", doubled):
+        try:
+            measure_case(context, case, Plan(iters=1), on_progress=lambda _: None)
+        except WrongResultError as error:
+            return str(error)
+    return ""
+
+
+def test_wrong_results_are_not_timed(rank_pools: RankPools) -> None:
+    here, elsewhere = rank_pools(2).run(measure_a_wrong_combine)
+    assert "tokens are wrong" in here
+    assert "ranks [0]" in elsewhere
 
 
 class TestRecords:

@@ -8,12 +8,15 @@ is skipped, which equals adding +0.0: the accumulator can never be -0.0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from expertlink.workspace import Workspace
+
+SumKernel = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
 
 _CHUNK_BYTES = 2 << 20  # accumulator bytes worked on at a time; less costs calls, more costs cache
 
@@ -30,6 +33,7 @@ def ordered_sum(
     *,
     out: Tensor,
     workspace: Workspace | None = None,
+    kernel: SumKernel | None = None,
 ) -> None:
     """`out[m] = sum over c of weights[m, c] * rows[slots[m, c]]`, columns in order.
 
@@ -39,14 +43,17 @@ def ordered_sum(
         weights_MC: `[M, C]` float32, or None for plain sums.
         out: `[M, H]` receives the result, rounded once to its dtype.
         workspace: where scratch memory is borrowed from.
+        kernel: does it on a GPU in one pass; without one, plain torch does, in several.
     """
     if out.numel() == 0:
         return
     if rows_SH.shape[0] == 0:
         out.zero_()
         return
-    if out.is_cuda:
-        _sum_on_cuda(rows_SH, slots_MC, weights_MC, out)
+    if kernel is not None:
+        kernel(rows_SH, slots_MC, weights_MC, out)
+    elif out.is_cuda:
+        _sum_by_columns(rows_SH, slots_MC, weights_MC, out)
     else:
         _sum_on_cpu(rows_SH, slots_MC, weights_MC, out, workspace or Workspace(out.device))
 
@@ -118,32 +125,19 @@ def _sum_on_cpu(
     workspace.give_back(narrow, term_buffer, acc_buffer)
 
 
-def _sum_on_cuda(rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None, out: Tensor) -> None:
-    """Bags of rows: the CUDA kernel adds a bag's rows one after another in float32."""
-    present = slots_MC >= 0
-    starts = torch.nn.functional.pad(present.sum(dim=1).cumsum(0), (1, 0))
-    flat = present.reshape(-1)
-    # Present slots to the front, in order, without asking the device how many there are.
-    position = torch.where(flat, flat.cumsum(0) - 1, flat.numel())
-    front = torch.zeros(flat.numel() + 1, dtype=torch.int64, device=out.device)
-    front.scatter_(0, position, slots_MC.reshape(-1))
-    front = front[:-1].clamp_(min=0)
-    if weights_MC is None:
-        out.copy_(_bags(rows_SH, front, starts))
-        return
-    acc_dtype = accumulator_dtype(rows_SH.dtype)
-    weight_of_slot = torch.zeros(rows_SH.shape[0] + 1, dtype=acc_dtype, device=out.device)
-    target = torch.where(flat, slots_MC.reshape(-1), rows_SH.shape[0])
-    weight_of_slot.scatter_(0, target, weights_MC.reshape(-1).to(acc_dtype))
-    # Columns are cut so that the float32 products need no more memory than the rows themselves.
-    step = max(1, rows_SH.shape[1] // 4)
-    for begin in range(0, rows_SH.shape[1], step):
-        columns = slice(begin, begin + step)
-        products = rows_SH[:, columns] * weight_of_slot[:-1, None]
-        out[:, columns].copy_(_bags(products, front, starts))
-
-
-def _bags(rows: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
-    return torch.embedding_bag(
-        rows, slots, starts, False, 0, False, None, include_last_offset=True
-    )[0]
+def _sum_by_columns(
+    rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None, out: Tensor
+) -> None:
+    """On any device without a host wait: every column as a whole, absent terms masked."""
+    wide = accumulator_dtype(rows_SH.dtype)
+    step = max(1, _CHUNK_BYTES * 8 // (max(1, out.shape[0]) * wide.itemsize))
+    for begin in range(0, out.shape[1], step):
+        part_SH = rows_SH[:, begin : begin + step]
+        acc = torch.zeros((out.shape[0], part_SH.shape[1]), dtype=wide, device=out.device)
+        for column in range(slots_MC.shape[1]):
+            slots = slots_MC[:, column]
+            term = part_SH.index_select(0, slots.clamp(min=0)).to(wide)
+            if weights_MC is not None:
+                term = term * weights_MC[:, column, None].to(wide)
+            acc = torch.where((slots >= 0)[:, None], acc + term, acc)
+        out[:, begin : begin + step] = acc.to(out.dtype)

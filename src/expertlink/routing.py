@@ -69,29 +69,49 @@ def even_blocks(num_experts: int, num_ranks: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class SendPlan:
-    """The rows that leave one rank. n rows; copies of a token are at most D = min(R, K).
-
-    Row positions count from 0 in send order. Tensors sized by an upper bound carry meaning only in
-    their first n entries, so that no host wait is needed to build them.
+class Membership:
+    """Who needs which token: all that has to be known before rows can be counted.
 
     Attributes:
         expert_TK: `[T, K]` int64 global expert, E where there is none.
         rank_TK: `[T, K]` int64 destination rank, R where there is none.
+        member_RT: `[R, T]` bool: rank r receives token t.
         rows_per_rank: `[R]` int64.
-        tokens_per_expert: `[E]` int64, choices of each global expert.
-        token_of_row: `[T * D]` int64 source token of each row.
-        rank_of_row: `[T * D]` int64 destination of each row.
-        rows_of_token: `[T, D]` int64 the token's rows in ascending destination rank, -1 at the end.
-        row_of_choice: `[T, K]` int64 row that carries each choice, -1 where there is none.
     """
 
     expert_TK: Tensor
     rank_TK: Tensor
+    member_RT: Tensor
     rows_per_rank: Tensor
-    tokens_per_expert: Tensor
+
+
+@dataclass(frozen=True)
+class SendOrder:
+    """Rows in the order in which they leave; n rows, a token has at most D = min(R, K).
+
+    The per-row tables are sized by the bound T * D, so that building them needs no host wait; only
+    the first n entries mean something.
+
+    Attributes:
+        position_RT: `[R, T]` int64 row of token t for rank r, T * D where there is none.
+        token_of_row: `[T * D]` int64.
+        rank_of_row: `[T * D]` int64.
+    """
+
+    position_RT: Tensor
     token_of_row: Tensor
     rank_of_row: Tensor
+
+
+@dataclass(frozen=True)
+class ReturnPaths:
+    """Where a token finds what comes back.
+
+    Attributes:
+        rows_of_token: `[T, D]` int64 its rows in ascending destination rank, -1 at the end.
+        row_of_choice: `[T, K]` int64 row that carries each choice, -1 where there is none.
+    """
+
     rows_of_token: Tensor
     row_of_choice: Tensor
 
@@ -109,56 +129,68 @@ def count_choices(expert_TK: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
 
 
-def plan_send(topk_ids_TK: Tensor, placement: Placement) -> SendPlan:
-    """Order of the rows that leave this rank for the given choices.
+def find_members(topk_ids_TK: Tensor, placement: Placement) -> Membership:
+    """Destination ranks of every token.
 
     Args:
         topk_ids_TK: `[T, K]` int32 or int64 global ids; values outside `0..E-1` mean no expert.
         placement: where the experts live, on the same device.
     """
-    num_tokens, topk = topk_ids_TK.shape
-    num_ranks = placement.num_ranks
-    device = topk_ids_TK.device
-    copies = min(num_ranks, topk)
-    bound = num_tokens * copies
-
+    num_tokens, num_ranks = topk_ids_TK.shape[0], placement.num_ranks
     expert_TK = known_experts(topk_ids_TK, placement.num_experts)
     rank_TK = placement.rank_of_E[expert_TK]
-    member_TR = torch.zeros((num_tokens, num_ranks + 1), dtype=torch.bool, device=device)
-    member_TR.scatter_(1, rank_TK, True)
-    member_RT = member_TR[:, :num_ranks].t().contiguous()
+    member_TR = torch.zeros(
+        (num_tokens, num_ranks + 1), dtype=torch.bool, device=topk_ids_TK.device
+    )
+    member_RT = member_TR.scatter_(1, rank_TK, True)[:, :num_ranks].t().contiguous()
+    return Membership(expert_TK, rank_TK, member_RT, rows_per_rank=member_RT.sum(dim=1))
 
-    position_RT = member_RT.view(-1).cumsum(0).view(num_ranks, num_tokens) - 1
-    # One scatter fills both per-row tables: code = rank * T + token. Absent pairs land in the
-    # extra last entry, which nobody reads.
-    codes = torch.empty(bound + 1, dtype=torch.int64, device=device)
-    target = torch.where(member_RT, position_RT, bound).view(-1)
-    codes.scatter_(0, target, torch.arange(target.numel(), device=device))
-    codes = codes[:bound].clamp_(0, max(num_ranks * num_tokens - 1, 0))
 
-    position_TR = torch.where(member_RT, position_RT, bound).t()
-    rows_of_token = position_TR.sort(dim=1).values[:, :copies]
-    row_of_choice = torch.nn.functional.pad(position_TR, (0, 1), value=bound).gather(1, rank_TK)
-    return SendPlan(
-        expert_TK=expert_TK,
-        rank_TK=rank_TK,
-        rows_per_rank=member_RT.sum(dim=1),
-        tokens_per_expert=count_choices(expert_TK, placement.num_experts),
+def order_rows(members: Membership) -> SendOrder:
+    """Rows by (destination rank, token)."""
+    num_ranks, num_tokens = members.member_RT.shape
+    bound = num_tokens * min(num_ranks, members.rank_TK.shape[1])
+    member = members.member_RT.view(-1)
+    position = torch.where(member, member.cumsum(0) - 1, bound)
+    # One scatter fills both per-row tables: code = rank * T + token. Absent pairs land in an extra
+    # last entry that nobody reads; zeros keep the unused rest within bounds.
+    codes = torch.zeros(bound + 1, dtype=torch.int64, device=member.device)
+    codes.scatter_(0, position, torch.arange(len(position), device=member.device))
+    codes = codes[:bound]
+    return SendOrder(
+        position_RT=position.view(num_ranks, num_tokens),
         token_of_row=codes % max(num_tokens, 1),
         rank_of_row=codes // max(num_tokens, 1),
+    )
+
+
+def return_paths(members: Membership, order: SendOrder) -> ReturnPaths:
+    """Rows of every token and of every choice."""
+    num_ranks, num_tokens = members.member_RT.shape
+    copies = min(num_ranks, members.rank_TK.shape[1])
+    bound = num_tokens * copies
+    position_TR = order.position_RT.t()
+    # Rows ascend with the destination rank, so sorting puts present ones first, in rank order.
+    rows_of_token = position_TR.sort(dim=1).values[:, :copies]
+    row_of_choice = torch.nn.functional.pad(position_TR, (0, 1), value=bound).gather(
+        1, members.rank_TK
+    )
+    return ReturnPaths(
         rows_of_token=torch.where(rows_of_token < bound, rows_of_token, -1),
         row_of_choice=torch.where(row_of_choice < bound, row_of_choice, -1),
     )
 
 
-def local_ids_of_rows(plan: SendPlan, num_rows: int, placement: Placement) -> Tensor:
+def local_ids_of_rows(
+    members: Membership, order: SendOrder, num_rows: int, placement: Placement
+) -> Tensor:
     """`[n, K]` int32: for every row its token's expert indices local to the row's destination.
 
     -1 for the choices that live on other ranks.
     """
-    token = plan.token_of_row[:num_rows]
-    here = plan.rank_TK[token] == plan.rank_of_row[:num_rows, None]
-    return torch.where(here, placement.local_of_E[plan.expert_TK[token]], -1)
+    token = order.token_of_row[:num_rows]
+    here = members.rank_TK[token] == order.rank_of_row[:num_rows, None]
+    return torch.where(here, placement.local_of_E[members.expert_TK[token]], -1)
 
 
 def has_duplicates(topk_ids_TK: Tensor) -> Tensor:

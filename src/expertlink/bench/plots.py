@@ -101,7 +101,7 @@ def _time_figure(records: Sequence[Record]) -> Figure:
                 continue
             tokens, times, raws = zip(*points, strict=True)
             color = _COLORS[place % len(_COLORS)]
-            marker = _MARKERS[place % len(_MARKERS)]
+            marker = _MARKERS[(place + place // len(_COLORS)) % len(_MARKERS)]
             panel.plot(tokens, times, color=color, marker=marker, markersize=5, label=name or _ONLY)
             panel.plot(tokens, raws, color=color, linestyle=":", marker=marker, markersize=3)
         panel.set_title(phase)

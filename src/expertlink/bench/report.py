@@ -20,6 +20,7 @@ _NAMES: dict[str, Callable[[Record], object]] = {
     "E": lambda record: record.experts,
     "dtype": lambda record: dtype_label(record),
     "routing": lambda record: routing_label(record),
+    "SMs": lambda record: "auto" if record.num_sms is None else record.num_sms,
     "T": lambda record: record.tokens,
     "layout": lambda record: record.layout,
     "variant": lambda record: record.variant,
@@ -55,7 +56,7 @@ def print_records(records: Sequence[Record], console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.width, width)
     console.print(table)
-    console.print(_LEGEND, style="dim")
+    console.print(_LEGEND + ("" if unused else _IDLE_LEGEND), style="dim")
 
 
 def _table(records: Sequence[Record], left_out: Sequence[str]) -> Table:
@@ -86,9 +87,9 @@ def _table(records: Sequence[Record], left_out: Sequence[str]) -> Table:
 
 _LEGEND = (
     "µs; min, med, p99: slowest rank of each iteration; rank: median of the average rank; "
-    "idle: from an idle device; "
     "raw: all_to_all_single of the same bytes; GB/s: bytes that leave a rank, and all ranks"
 )
+_IDLE_LEGEND = "; idle: started from an idle device"
 _NUMBERS: dict[str, Callable[[Record], str]] = {
     "min": lambda record: _number(record.time_us.min),
     "med": lambda record: _number(record.time_us.median),

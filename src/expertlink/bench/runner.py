@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.environment import usable_cores
 from expertlink.bench.measure import measure_case
 from expertlink.bench.records import Record
-from expertlink.errors import ExpertlinkError
+from expertlink.errors import ClosedError, ExpertlinkError, PeerTimeoutError
 from expertlink.launch import LaunchError, RankContext, RankError, RankPool
 
 _PROGRESS_INTERVAL_S = 0.1
@@ -118,8 +117,8 @@ def run_under_torchrun(
     verdict = _bounded_group(2 * plan.timeout_s + _VERDICT_GRACE_S)
     for number, case in enumerate(cases):
         if in_step:
-            result = _measure_here(context, number, case, plan, on_progress, control)
-            result, in_step = _agree(result, verdict)
+            result, orderly = _measure_here(context, number, case, plan, on_progress, control)
+            result, in_step = _agree(result, orderly, verdict)
         else:
             result = CaseResult(case, [], "not run: an earlier case left the ranks out of step")
         results.append(result)
@@ -187,7 +186,9 @@ def _measure_here(
     plan: Plan,
     on_progress: Progress | None,
     control: dist.ProcessGroup,
-) -> CaseResult:
+) -> tuple[CaseResult, bool]:
+    """The result, and whether it leaves the ranks in step if all of them have such a one."""
+
     def report(done: int) -> None:
         if on_progress is not None:
             on_progress(number, done)
@@ -196,37 +197,47 @@ def _measure_here(
         records = measure_case(
             context, case, plan, on_progress=_reporter(context, report), control=control
         )
-    except (ExpertlinkError, RuntimeError) as error:  # torch reports lost peers as RuntimeError
-        return _failed(case, error)
-    return CaseResult(case, records)
+    except (PeerTimeoutError, ClosedError) as error:
+        return _failed(case, error), False
+    except ExpertlinkError as error:
+        return _failed(case, error), True
+    except RuntimeError as error:  # torch, for one, reports lost peers like this
+        return _failed(case, error), False
+    return CaseResult(case, records), True
 
 
-def _agree(result: CaseResult, verdict: dist.ProcessGroup) -> tuple[CaseResult, bool]:
+def _agree(
+    result: CaseResult, orderly: bool, verdict: dist.ProcessGroup
+) -> tuple[CaseResult, bool]:
     """A case that failed on one rank failed. Also returns whether the ranks are still in step."""
-    mine = torch.tensor([0 if result.error is None else 1])
-    everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    answers: list[Any] = [None] * dist.get_world_size()
     try:
-        dist.all_gather(everyone, mine, group=verdict)
+        dist.all_gather_object(answers, (result.error, orderly), group=verdict)
     except RuntimeError as error:
         reason = result.error or f"ranks lost each other: {_one_line(error)}"
         return replace(result, records=[], error=reason), False
-    failed = [rank for rank, flag in enumerate(everyone) if int(flag)]
-    if failed and result.error is None:
-        names = ", ".join(map(str, failed))
-        result = replace(result, records=[], error=f"failed on rank {names}")
-    return result, not failed or len(failed) == len(everyone)
+    errors = {rank: error for rank, (error, _) in enumerate(answers) if error is not None}
+    if not errors:
+        return result, True
+    in_step = len(errors) == len(answers) and all(orderly for _, orderly in answers)
+    return replace(result, records=[], error=_by_rank(errors)), in_step
 
 
 def _failed(case: Case, error: BaseException) -> CaseResult:
     if isinstance(error, RankError):
-        # Ranks usually say the same: name it once.
-        ranks_of: dict[str, list[str]] = {}
-        for rank, failure in error.failures.items():
-            text = _one_line(failure.summary().split(": ", 1)[-1])
-            ranks_of.setdefault(text, []).append(str(rank))
-        reasons = [f"{text} (rank {', '.join(ranks)})" for text, ranks in ranks_of.items()]
-        return CaseResult(case, [], "; ".join(reasons), str(error))
+        texts = {
+            rank: failure.summary().split(": ", 1)[-1] for rank, failure in error.failures.items()
+        }
+        return CaseResult(case, [], _by_rank(texts), str(error))
     return CaseResult(case, [], f"{type(error).__name__}: {_one_line(error)}")
+
+
+def _by_rank(texts: dict[int, str]) -> str:
+    """What ranks said, in one line; what several said is said once."""
+    ranks_of: dict[str, list[str]] = {}
+    for rank, text in texts.items():
+        ranks_of.setdefault(_one_line(text), []).append(str(rank))
+    return "; ".join(f"{text} (rank {', '.join(ranks)})" for text, ranks in ranks_of.items())
 
 
 def _one_line(text: object) -> str:

@@ -27,10 +27,10 @@ class ModelConfig:
     hidden_size: int = 128
     num_layers: int = 3
     num_heads: int = 4
-    sequence: int = 128
+    sequence: int = 64
     num_experts: int = 16
     topk: int = 2
-    expert_width: int = 256
+    expert_width: int = 128
     seed: int = 0
 
 

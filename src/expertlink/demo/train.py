@@ -30,14 +30,14 @@ class TrainConfig:
     """A training run. Its course does not depend on the number of ranks, up to rounding."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    steps: int = 120
-    batch: int = 32
+    steps: int = 150
+    batch: int = 64
     """Samples of the global batch."""
     seed: int = 0
     """Chooses the samples; the model has its own seed."""
-    learning_rate: float = 4e-3
-    warmup: int = 10
-    balance_weight: float = 0.01
+    learning_rate: float = 5e-3
+    warmup: int = 20
+    balance_weight: float = 0.05
     """Weight of the load-balancing loss."""
     max_gradient_norm: float = 1.0
     dtype: torch.dtype = torch.float32

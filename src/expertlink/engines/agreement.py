@@ -49,11 +49,13 @@ class Table:
     Attributes:
         rows: `[R, R]` rows that rank s sends to rank d.
         choices: `[R, E]` choices of each global expert by each source rank.
-        choices_device: the same where the tensors live.
+        rows_device: as `rows`, where the tensors live.
+        choices_device: as `choices`, where the tensors live.
     """
 
     rows: Tensor
     choices: Tensor
+    rows_device: Tensor
     choices_device: Tensor
 
 
@@ -113,8 +115,7 @@ class Agreement:
             InputError: the ranks' rows differ in width.
             CapacityError: a rank would receive more rows than it has room for.
         """
-        self._transfer.wait()
-        table = self._wire.to_host(self._received)
+        table = self._wire.to_host(self._received, self._transfer)
         fields, num_ranks = len(_Field), self._wire.num_ranks
         self._check_same_call(table)
         self._check_status(table[:, _Field.STATUS].tolist(), explain)
@@ -123,6 +124,7 @@ class Agreement:
         return Table(
             rows=table[:, fields : fields + num_ranks],
             choices=table[:, fields + num_ranks :],
+            rows_device=self._received[:, fields : fields + num_ranks],
             choices_device=self._received[:, fields + num_ranks :],
         )
 

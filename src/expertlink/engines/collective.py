@@ -17,14 +17,15 @@ from torch import Tensor
 
 from expertlink import layouts, routing
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines import extras
+from expertlink.engines import delivery, extras
 from expertlink.engines.agreement import UNBOUNDED, Agreement, Operation, Table
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
-from expertlink.engines.route import Route, finished
+from expertlink.engines.route import Flight, Route, Splits, finished
 from expertlink.engines.wire import Transfer, Wire
+from expertlink.jit.ordered_sum import sum_kernel
 from expertlink.reduction import ordered_sum
 from expertlink.routing import Placement
-from expertlink.types import DispatchLayout, DispatchOutput, QuantScales
+from expertlink.types import DispatchLayout
 from expertlink.validation import explain_ids
 from expertlink.workspace import Workspace
 
@@ -52,6 +53,7 @@ class CollectiveEngine:
         self._experts = torch.tensor(experts, dtype=torch.int64)
         self._experts_device = self._experts.to(self._device)
         self._workspace = Workspace(self._device)
+        self._sum_kernel = sum_kernel(config.dtype, self._device)
         self._call = 0
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -80,7 +82,7 @@ class CollectiveEngine:
     def wire_rows(self, state: object) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank, own rank included."""
         assert isinstance(state, Route)
-        return list(state.send_splits), list(state.receive_splits)
+        return list(state.splits.send), list(state.splits.receive)
 
     def refuse(self, operation: str, error: Exception) -> NoReturn:
         """Raises `error` here and `PeerError` on the ranks that exchange headers in this call."""
@@ -103,44 +105,48 @@ class CollectiveEngine:
         if self._check:
             faulty = routing.out_of_range(ids_TK, self._placement.num_experts)
             suspect = (faulty | routing.has_duplicates(ids_TK)).any()
-        send = routing.plan_send(ids_TK, self._placement)
+        members = routing.find_members(ids_TK, self._placement)
         agreement = self._agree(
             Operation.DISPATCH,
-            rows_per_rank=send.rows_per_rank,
-            choices=send.tokens_per_expert,
+            rows_per_rank=members.rows_per_rank,
+            choices=routing.count_choices(members.expert_TK, self._placement.num_experts),
             suspect=suspect,
             capacity=self._capacity(call.output_buffer),
             row_bytes=extras.row_bytes(call.x_TW),
             extra_bytes=extras.width(call),
         )
         # Own rows are packed while the headers travel.
-        send_splits = send.rows_per_rank.tolist()
+        order = routing.order_rows(members)
+        send_splits = self._wire.to_host(members.rows_per_rank).tolist()
         count = sum(send_splits)
-        token_of_row = send.token_of_row[:count].clone()
-        local_ids_nK = routing.local_ids_of_rows(send, count, self._placement)
+        token_of_row = order.token_of_row[:count].clone()
         rows_out = self._pack_rows(call.x_TW, token_of_row)
+        local_ids_nK = routing.local_ids_of_rows(members, order, count, self._placement)
         extras_out = extras.pack(call, token_of_row, local_ids_nK)
 
         table = agreement.conclude(lambda: explain_ids(ids_TK, self._placement.num_experts))
         agreement.check_capacity(self._rows_needed(table))
+        splits = Splits(send_splits, table.rows[:, self._wire.rank].tolist())
+        counts = table.choices[:, self._experts].sum(dim=0).tolist()
+        flight = self._send(call, splits, counts, rows_out, extras_out)
+        # Everything from here on is queued while rows travel.
         choices = table.choices_device.sum(dim=0, dtype=torch.int32)
+        paths = routing.return_paths(members, order)
         route = Route(
             num_tokens=call.x_TW.shape[0],
-            send_splits=send_splits,
-            receive_splits=table.rows[:, self._wire.rank].tolist(),
+            splits=splits,
             token_of_row=token_of_row,
-            rows_of_token=send.rows_of_token,
-            row_of_choice=send.row_of_choice,
+            rows_of_token=paths.rows_of_token,
+            row_of_choice=paths.row_of_choice,
             tokens_per_expert=choices.index_select(0, self._experts_device),
-            tokens_per_expert_list=table.choices[:, self._experts].sum(dim=0).tolist(),
-            rows_per_rank=table.rows[:, self._wire.rank].to(self._device, non_blocking=True),
+            tokens_per_expert_list=counts,
+            rows_per_rank=table.rows_device[:, self._wire.rank].contiguous(),
         )
-        return self._send(call, route, rows_out, extras_out)
+        return self._deliver(call, route, flight)
 
     def _cached_dispatch(self, call: DispatchCall) -> Dispatched:
         """Same routing as before: nothing is counted, ids do not travel again."""
-        previous = call.previous
-        assert isinstance(previous, Route)
+        route = dataclasses.replace(finished(call.previous))
         self._enter(Operation.CACHED_DISPATCH)
         agreement = None
         if self._check:
@@ -149,123 +155,69 @@ class CollectiveEngine:
                 row_bytes=extras.row_bytes(call.x_TW),
                 extra_bytes=extras.width(call),
             )
-        route = dataclasses.replace(finished(previous))
         rows_out = self._pack_rows(call.x_TW, route.token_of_row)
-        row = torch.arange(len(route.token_of_row), device=self._device)[:, None]
-        here_nK = route.row_of_choice[route.token_of_row] == row
-        extras_out = extras.pack(call, route.token_of_row, here_nK.to(torch.int32) - 1)
+        extras_out = None
+        if extras.width(call):
+            row = torch.arange(len(route.token_of_row), device=self._device)[:, None]
+            here_nK = route.row_of_choice[route.token_of_row] == row
+            extras_out = extras.pack(call, route.token_of_row, here_nK.to(torch.int32) - 1)
         if agreement is not None:
             agreement.conclude()
-        return self._send(call, route, rows_out, extras_out)
+        counts = route.tokens_per_expert_list
+        flight = self._send(call, route.splits, counts, rows_out, extras_out)
+        return self._deliver(call, route, flight)
 
     def _send(
-        self, call: DispatchCall, route: Route, rows_out: Tensor, extras_out: Tensor | None
-    ) -> Dispatched:
-        """Puts packed rows on the wire and allocates what they arrive in."""
-        received = sum(route.receive_splits)
-        shape = layouts.leading_shape(
-            self._layout,
-            tokens_per_expert=route.tokens_per_expert_list,
-            rows_per_source=route.receive_splits,
-            max_tokens_per_rank=self._config.max_tokens_per_rank,
-            alignment=self._config.expert_alignment,
-        )
-        width = call.x_TW.shape[1]
-        if call.output_buffer is None:
-            tokens = torch.empty((*shape, width), dtype=call.x_TW.dtype, device=self._device)
-        else:
-            tokens = call.output_buffer
-            if not self._layout.padded:
-                tokens = tokens[: shape[0]]
-        output = self._allocate(call, route, tokens, received)
-
-        # TOKEN_MAJOR is the order of arrival: rows are received where they belong.
-        in_place = self._layout is DispatchLayout.TOKEN_MAJOR
-        rows_in = tokens
-        if not in_place:
-            rows_in = self._workspace.take((received, width), tokens.dtype)
-        moves = [self._exchange_rows(rows_out, rows_in, route)]
-        extras_in = None
-        if extras_out is not None:
-            extras_in = extras_out.new_empty((received, extras_out.shape[1]))
-            moves.append(self._exchange_rows(extras_out, extras_in, route))
-
-        def finish() -> None:
-            for move in moves[::-1]:
-                move.wait()
-            self._workspace.give_back(rows_out)
-            self._arrive(call, route, output, rows_in, extras_in)
-            if not in_place:
-                self._workspace.give_back(rows_in)
-
-        return Dispatched(output=output, state=route, finish=finish)
-
-    def _allocate(
-        self, call: DispatchCall, route: Route, tokens: Tensor, received: int
-    ) -> DispatchOutput:
-        """Everything a dispatch returns; rows, ids, weights and scales are filled on arrival."""
-        shape = tokens.shape[:-1]
-        weighted = call.weights_TK is not None or route.weights_NK is not None
-        ids = weights = scales = None
-        if not self._layout.expanded:
-            local_shape = (*shape, self._config.topk)
-            ids = torch.empty(local_shape, dtype=torch.int64, device=self._device)
-            if weighted:
-                dtype = self._config.weight_dtype
-                weights = torch.empty(local_shape, dtype=dtype, device=self._device)
-        if call.scales is not None:
-            tensor = call.scales.new_empty((*shape, call.scales.shape[1]))
-            scales = QuantScales(tensor, call.scale_format)
-        offsets = None
-        if self._layout is DispatchLayout.FLAT:
-            offsets = layouts.expert_offsets(route.tokens_per_expert, self._config.expert_alignment)
-        return DispatchOutput(
-            tokens=tokens,
-            num_tokens_per_expert=route.tokens_per_expert,
-            layout=self._layout,
-            scales=scales,
-            num_tokens_per_expert_list=list(route.tokens_per_expert_list),
-            expert_offsets=offsets,
-            topk_ids=ids,
-            topk_weights=weights,
-            num_tokens_per_rank=route.rows_per_rank,
-        )
-
-    def _arrive(
         self,
         call: DispatchCall,
-        route: Route,
-        output: DispatchOutput,
-        rows_in: Tensor,
-        extras_in: Tensor | None,
-    ) -> None:
-        """Places rows and what came beside them."""
-        scales_in = None
-        if extras_in is not None:
-            local_ids_NK, weights_NK, scales_in = extras.unpack(call, extras_in, self._config.topk)
-            route.local_ids_NK = route.local_ids_NK if local_ids_NK is None else local_ids_NK
-            route.weights_NK = route.weights_NK if weights_NK is None else weights_NK
-        assert route.local_ids_NK is not None
-        if route.plan is None:
-            route.plan = layouts.plan_layout(
+        splits: Splits,
+        tokens_per_expert: list[int],
+        rows_out: Tensor,
+        extras_out: Tensor | None,
+    ) -> Flight:
+        """Puts packed rows on the wire, what travels beside them first: it is needed first."""
+        received = sum(splits.receive)
+        extras_in = extras_move = None
+        if extras_out is not None:
+            extras_in = extras_out.new_empty((received, extras_out.shape[1]))
+            extras_move = self._exchange_rows(extras_out, extras_in, splits)
+        tokens = call.output_buffer
+        if tokens is None or not self._layout.padded:
+            shape = layouts.leading_shape(
                 self._layout,
-                route.local_ids_NK,
-                tokens_per_expert=route.tokens_per_expert,
-                tokens_per_expert_list=route.tokens_per_expert_list,
-                rows_per_source=route.receive_splits,
+                tokens_per_expert=tokens_per_expert,
+                rows_per_source=splits.receive,
                 max_tokens_per_rank=self._config.max_tokens_per_rank,
                 alignment=self._config.expert_alignment,
             )
-        if rows_in is not output.tokens:
-            layouts.place(route.plan, rows_in, output.tokens, zero_gaps=call.zero_padding)
-        if output.scales is not None and scales_in is not None:
-            layouts.place(route.plan, scales_in, output.scales.tensor, zero_gaps=call.zero_padding)
-        if output.topk_ids is not None:
-            output.topk_ids.fill_(-1)
-            layouts.place(route.plan, route.local_ids_NK.to(torch.int64), output.topk_ids)
-        if output.topk_weights is not None:
-            assert route.weights_NK is not None
-            layouts.place(route.plan, route.weights_NK, output.topk_weights, zero_gaps=True)
+            if tokens is None:
+                tokens = call.x_TW.new_empty((*shape, call.x_TW.shape[1]))
+            else:
+                tokens = tokens[: shape[0]]
+        rows_in = tokens  # TOKEN_MAJOR is the order of arrival: rows come where they belong
+        if self._layout is not DispatchLayout.TOKEN_MAJOR:
+            rows_in = self._workspace.take((received, call.x_TW.shape[1]), tokens.dtype)
+        rows_move = self._exchange_rows(rows_out, rows_in, splits)
+        return Flight(tokens, rows_out, rows_in, rows_move, extras_in, extras_move)
+
+    def _deliver(self, call: DispatchCall, route: Route, flight: Flight) -> Dispatched:
+        """What remains to be done about rows in flight."""
+        output = delivery.allocate(self._config, call, route, flight.tokens)
+
+        def finish() -> None:
+            if flight.extras_move is not None:
+                flight.extras_move.wait()
+            delivery.unpack(self._config, call, route, output, flight.extras_in)
+            flight.rows_move.wait()
+            self._workspace.give_back(flight.rows_out)
+            if flight.rows_in is not flight.tokens:
+                assert route.plan is not None
+                layouts.place(
+                    route.plan, flight.rows_in, flight.tokens, zero_gaps=call.zero_padding
+                )
+                self._workspace.give_back(flight.rows_in)
+
+        return Dispatched(output=output, state=route, finish=finish)
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -281,9 +233,9 @@ class CollectiveEngine:
         partial_NH, borrowed = self._partial_sums(call, route)
         if agreement is not None:
             agreement.conclude()
-        back_shape = (sum(route.send_splits), partial_NH.shape[1])
+        back_shape = (sum(route.splits.send), partial_NH.shape[1])
         back_nH = self._workspace.take(back_shape, partial_NH.dtype)
-        move = self._exchange_rows(partial_NH, back_nH, route, backward=True)
+        move = self._exchange_rows(partial_NH, back_nH, route.splits.reversed())
         finish_grads, grads_TK = None, None
         if call.weight_grads is not None:
             grads_TK, finish_grads = self._return_grads(route, call.weight_grads)
@@ -292,7 +244,13 @@ class CollectiveEngine:
             move.wait()
             if borrowed:
                 self._workspace.give_back(partial_NH)
-            ordered_sum(back_nH, route.rows_of_token, out=call.out_TH, workspace=self._workspace)
+            ordered_sum(
+                back_nH,
+                route.rows_of_token,
+                out=call.out_TH,
+                workspace=self._workspace,
+                kernel=self._sum_kernel,
+            )
             self._workspace.give_back(back_nH)
             if finish_grads is not None:
                 finish_grads()
@@ -318,7 +276,7 @@ class CollectiveEngine:
         assert route.plan is not None
         if self._layout is DispatchLayout.TOKEN_MAJOR:
             return call.rows, False  # the caller's rows are the partial sums, in arrival order
-        shape = (sum(route.receive_splits), call.rows.shape[-1])
+        shape = (sum(route.splits.receive), call.rows.shape[-1])
         partial_NH = self._workspace.take(shape, call.rows.dtype)
         if not self._layout.expanded:
             layouts.collect(route.plan, call.rows, out=partial_NH)
@@ -329,6 +287,7 @@ class CollectiveEngine:
             route.weights_NK if call.weighted else None,
             out=partial_NH,
             workspace=self._workspace,
+            kernel=self._sum_kernel,
         )
         return partial_NH, True
 
@@ -340,11 +299,11 @@ class CollectiveEngine:
             padded = torch.nn.functional.pad(grads.reshape(-1), (0, 1))  # slot -1 reads the zero
             grads_NK = padded[slots]
         else:
-            grads_NK = grads.new_empty((sum(route.receive_splits), self._config.topk))
+            grads_NK = grads.new_empty((sum(route.splits.receive), self._config.topk))
             layouts.collect(route.plan, grads, out=grads_NK)
         topk = self._config.topk
-        back_nK = grads_NK.new_empty((sum(route.send_splits), topk))
-        move = self._exchange_rows(grads_NK, back_nK, route, backward=True)
+        back_nK = grads_NK.new_empty((sum(route.splits.send), topk))
+        move = self._exchange_rows(grads_NK, back_nK, route.splits.reversed())
         grads_TK = grads.new_zeros((route.num_tokens, topk))
 
         def finish() -> None:
@@ -416,11 +375,8 @@ class CollectiveEngine:
         packed = self._workspace.take((len(token_of_row), words.shape[1]), words.dtype)
         return torch.index_select(words, 0, token_of_row, out=packed)
 
-    def _exchange_rows(
-        self, send: Tensor, receive: Tensor, route: Route, backward: bool = False
-    ) -> Transfer:
-        """All-to-all of whole rows as bytes, forward or along the way back."""
-        splits = (route.send_splits, route.receive_splits)
-        if backward:
-            splits = splits[::-1]
-        return self._wire.exchange(layouts.as_bytes(send), layouts.as_bytes(receive), *splits)
+    def _exchange_rows(self, send: Tensor, receive: Tensor, splits: Splits) -> Transfer:
+        """All-to-all of whole rows as bytes."""
+        return self._wire.exchange(
+            layouts.as_bytes(send), layouts.as_bytes(receive), splits.send, splits.receive
+        )

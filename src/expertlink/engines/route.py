@@ -1,4 +1,4 @@
-"""What a dispatch of the collective engine remembers."""
+"""What a dispatch of the collective engine has under way, and what it remembers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertlink.engines.wire import Transfer
 from expertlink.layouts import LayoutPlan
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows exchanged with each rank, own rank included."""
+
+    send: list[int]
+    receive: list[int]
+
+    def reversed(self) -> Splits:
+        """The way back."""
+        return Splits(self.receive, self.send)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """Rows under way.
+
+    Attributes:
+        tokens: where they end up.
+        rows_out: packed rows, borrowed.
+        rows_in: `[N, W]` in order of arrival; `tokens` itself, or borrowed.
+        rows_move: their transfer.
+        extras_in: what travels beside them, or None.
+        extras_move: its transfer.
+    """
+
+    tokens: Tensor
+    rows_out: Tensor
+    rows_in: Tensor
+    rows_move: Transfer
+    extras_in: Tensor | None
+    extras_move: Transfer | None
 
 
 @dataclass
@@ -20,22 +54,20 @@ class Route:
 
     Attributes:
         num_tokens: T.
-        send_splits: rows sent to each rank.
-        receive_splits: rows received from each rank.
+        splits: rows exchanged with each rank.
         token_of_row: `[n]` source token of every row sent.
-        rows_of_token: `[T, D]` see `routing.SendPlan`.
-        row_of_choice: `[T, K]` see `routing.SendPlan`.
+        rows_of_token: `[T, D]` see `routing.ReturnPaths`.
+        row_of_choice: `[T, K]` see `routing.ReturnPaths`.
         tokens_per_expert: `[E_loc]` int32 on the device.
         tokens_per_expert_list: the same on the host.
-        rows_per_rank: `[R]` int32 on the device, `receive_splits`.
+        rows_per_rank: `[R]` int32 on the device, rows received from each rank.
         local_ids_NK: `[N, K]` int32.
         weights_NK: `[N, K]` float32 or None.
         plan: slots of the arrivals.
     """
 
     num_tokens: int
-    send_splits: list[int]
-    receive_splits: list[int]
+    splits: Splits
     token_of_row: Tensor
     rows_of_token: Tensor
     row_of_choice: Tensor

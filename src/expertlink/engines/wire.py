@@ -78,6 +78,7 @@ class Wire:
         self.key = "expertlink"
         self.phase = "start"
         self.call = 0
+        self._side: torch.cuda.Stream | None = None
         self._broken: str | None = None
 
     def enter(self, phase: str, call: int) -> None:
@@ -126,14 +127,28 @@ class Wire:
 
         return Transfer(wait)
 
-    def to_host(self, values: Tensor) -> Tensor:
-        """Copies a tensor that depends on peers to the host, within the time-out."""
+    def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
+        """Waits for `after` and copies `values` to the host, within the time-out.
+
+        CUDA: on a stream of its own if there is a transfer to wait for, so that work queued
+        meanwhile on the current stream is not waited for.
+        """
         if not values.is_cuda:
+            if after is not None:
+                after.wait()
             return values
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        current = torch.cuda.current_stream(self.device)
+        if after is None:
+            stream = current
+        else:
+            self._side = stream = self._side or torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            if after is not None:
+                after.wait()
+            host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(stream)
         started = time.monotonic()
         announced = False
         while not arrived.query():
@@ -144,6 +159,8 @@ class Wire:
             if waited > self.timeout_s:
                 error = TimeoutError(f"no answer for {waited:.1f} s")
                 raise self._diagnose(error, phase=self.phase, call=self.call, started=started)
+        if after is not None:
+            after.wait()  # the current stream may read the device's copy
         return host
 
     def gather_text(self, text: str) -> list[str]:
@@ -151,8 +168,7 @@ class Wire:
         raw = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         row = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(self.device)
         received = torch.empty((self.num_ranks, _TEXT_BYTES), dtype=torch.uint8, device=self.device)
-        self.exchange(row.repeat(self.num_ranks, 1), received).wait()
-        rows = self.to_host(received)
+        rows = self.to_host(received, self.exchange(row.repeat(self.num_ranks, 1), received))
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows.unbind()]
 
     def _diagnose(

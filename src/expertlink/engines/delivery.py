@@ -1,0 +1,76 @@
+"""The receiving half of a dispatch: the outputs, and what came beside the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from expertlink import layouts
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines import extras
+from expertlink.engines.base import DispatchCall
+from expertlink.engines.route import Route
+from expertlink.types import DispatchLayout, DispatchOutput, QuantScales
+
+
+def allocate(
+    config: MoECommunicatorConfig, call: DispatchCall, route: Route, tokens: Tensor
+) -> DispatchOutput:
+    """Everything a dispatch returns; ids, weights and scales are filled by `unpack`."""
+    shape = tokens.shape[:-1]
+    ids = weights = scales = offsets = None
+    if not config.layout.expanded:
+        ids = tokens.new_empty((*shape, config.topk), dtype=torch.int64)
+        if call.weights_TK is not None or route.weights_NK is not None:
+            weights = tokens.new_empty((*shape, config.topk), dtype=config.weight_dtype)
+    if call.scales is not None:
+        tensor = call.scales.new_empty((*shape, call.scales.shape[1]))
+        scales = QuantScales(tensor, call.scale_format)
+    if config.layout is DispatchLayout.FLAT:
+        offsets = layouts.expert_offsets(route.tokens_per_expert, config.expert_alignment)
+    return DispatchOutput(
+        tokens=tokens,
+        num_tokens_per_expert=route.tokens_per_expert,
+        layout=config.layout,
+        scales=scales,
+        num_tokens_per_expert_list=list(route.tokens_per_expert_list),
+        expert_offsets=offsets,
+        topk_ids=ids,
+        topk_weights=weights,
+        num_tokens_per_rank=route.rows_per_rank,
+    )
+
+
+def unpack(
+    config: MoECommunicatorConfig,
+    call: DispatchCall,
+    route: Route,
+    output: DispatchOutput,
+    extras_in: Tensor | None,
+) -> None:
+    """Plans the slots from the ids that arrived and places what belongs beside the rows."""
+    scales_in = None
+    if extras_in is not None:
+        local_ids_NK, weights_NK, scales_in = extras.unpack(call, extras_in, config.topk)
+        route.local_ids_NK = route.local_ids_NK if local_ids_NK is None else local_ids_NK
+        route.weights_NK = route.weights_NK if weights_NK is None else weights_NK
+    assert route.local_ids_NK is not None
+    if route.plan is None:
+        route.plan = layouts.plan_layout(
+            config.layout,
+            route.local_ids_NK,
+            tokens_per_expert=route.tokens_per_expert,
+            tokens_per_expert_list=route.tokens_per_expert_list,
+            rows_per_source=route.splits.receive,
+            max_tokens_per_rank=config.max_tokens_per_rank,
+            alignment=config.expert_alignment,
+        )
+    if output.scales is not None and scales_in is not None:
+        tensor = output.scales.tensor
+        layouts.place(route.plan, scales_in, tensor, zero_gaps=call.zero_padding)
+    if output.topk_ids is not None:
+        output.topk_ids.fill_(-1)
+        layouts.place(route.plan, route.local_ids_NK.to(torch.int64), output.topk_ids)
+    if output.topk_weights is not None:
+        assert route.weights_NK is not None
+        layouts.place(route.plan, route.weights_NK, output.topk_weights, zero_gaps=True)

@@ -1,0 +1,85 @@
+"""From a kernel's source in `expertlink.kernels` to machine code, through NVRTC.
+
+Compiling needs no GPU; `cuda-core` and NVRTC come with the extra `cuda`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+from expertlink.errors import EngineUnavailableError
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One instance of one kernel.
+
+    Attributes:
+        code: cuda.core object code.
+        instance: name under which `code` knows the kernel, template arguments included.
+        report: what the assembler says of registers, shared memory and spills.
+    """
+
+    code: Any
+    instance: str
+    report: str
+
+
+def obstacle() -> str | None:
+    """Why kernels cannot be compiled here, or None."""
+    for module in ("cuda.core", "cuda.bindings"):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"{module} is not installed (pip install 'expertlink[cuda]')"
+    return None
+
+
+def cuda_core() -> Any:
+    """The module `cuda.core`, imported when a kernel is first needed."""
+    return importlib.import_module("cuda.core")
+
+
+@cache
+def compile_kernel(
+    name: str, instance: str, arch: str, form: Literal["cubin", "ptx"] = "cubin"
+) -> CompiledKernel:
+    """Compiles one instance of `kernels/<name>.cu`.
+
+    Args:
+        name: source file without its ending.
+        instance: the kernel with its template arguments, such as `ordered_sum<float, 4, true>`.
+        arch: target, such as `sm_90a`.
+        form: machine code, or the assembly that can be read (it has no report).
+
+    Raises:
+        EngineUnavailableError: the compiler is not installed.
+    """
+    reason = obstacle()
+    if reason is not None:
+        raise EngineUnavailableError(f"kernels cannot be compiled: {reason}")
+    core = cuda_core()
+    kernels = resources.files("expertlink.kernels")
+    source = (kernels / f"{name}.cu").read_text()
+    headers = [item for item in (kernels / "common").iterdir() if item.name.endswith(".cuh")]
+    options = core.ProgramOptions(
+        arch=arch,
+        std="c++17",
+        fma=False,  # the contract rounds products and sums one by one
+        ptxas_options=["-v"],
+    )
+    # Headers are put in front of the source: nothing depends on where the package is unpacked.
+    for header in sorted(headers, key=lambda item: item.name):
+        source = source.replace(f'#include "common/{header.name}"', header.read_text())
+    log = io.StringIO()
+    program = core.Program(source, "c++", options)
+    code = program.compile(form, name_expressions=(instance,), logs=log)
+    return CompiledKernel(code=code, instance=instance, report=log.getvalue())

@@ -1,0 +1,98 @@
+"""Launcher of kernels/ordered_sum.cu: reduction.py's sums on a GPU, in one pass over memory."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink.jit.compiler import compile_kernel, cuda_core, obstacle
+from expertlink.reduction import SumKernel, accumulator_dtype
+
+logger = logging.getLogger("expertlink")
+
+MAX_TERMS = 32
+_THREADS = 256
+_BLOCKS_PER_SM = 8
+_ROW_TYPES = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float",
+    torch.float64: "double",
+}
+
+
+def instances(dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
+    """Kernel instances for rows of `dtype`, by (16 bytes at a time, weighted)."""
+    wide = 16 // dtype.itemsize
+    return {
+        (vector, weighted): (
+            f"ordered_sum<{_ROW_TYPES[dtype]}, {wide if vector else 1}, {str(weighted).lower()}>"
+        )
+        for vector in (True, False)
+        for weighted in (True, False)
+    }
+
+
+def sum_kernel(dtype: torch.dtype, device: torch.device) -> SumKernel | None:
+    """The kernel for a device, or None where plain torch has to do: on CPU, or uncompiled."""
+    if device.type != "cuda":
+        return None
+    reason = obstacle()
+    if reason is not None:
+        logger.warning("combine falls back to slower torch operations: %s", reason)
+        return None
+    return OrderedSum(dtype=dtype, device=device)
+
+
+class OrderedSum:
+    """The compiled kernels for one device and row type. Building one compiles; calls only launch.
+
+    Raises:
+        EngineUnavailableError: kernels cannot be compiled here.
+    """
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
+        major, minor = torch.cuda.get_device_capability(device)
+        compiled = {
+            key: compile_kernel("ordered_sum", instance, f"sm_{major}{minor}")
+            for key, instance in instances(dtype).items()
+        }
+        self._core = cuda_core()
+        assert device.index is not None
+        self._core.Device(device.index).set_current()
+        self._kernels: dict[tuple[bool, bool], Any] = {
+            key: kernel.code.get_kernel(kernel.instance) for key, kernel in compiled.items()
+        }
+        self._dtype = dtype
+        self._blocks = (
+            _BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+        )
+
+    def __call__(
+        self, rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None, out: Tensor
+    ) -> None:
+        """`reduction.ordered_sum` on the current stream; arguments as there, all contiguous."""
+        assert rows_SH.dtype == out.dtype == self._dtype
+        assert slots_MC.shape[1] <= MAX_TERMS
+        results, hidden = out.shape
+        slots_MC = slots_MC.contiguous()
+        if weights_MC is not None:
+            weights_MC = weights_MC.to(accumulator_dtype(rows_SH.dtype)).contiguous()
+        addresses = rows_SH.data_ptr() | out.data_ptr() | (hidden * out.element_size())
+        kernel = self._kernels[addresses % 16 == 0, weights_MC is not None]
+        stream = self._core.Stream.from_handle(torch.cuda.current_stream(out.device).cuda_stream)
+        self._core.launch(
+            stream,
+            self._core.LaunchConfig(grid=min(results, self._blocks), block=_THREADS),
+            kernel,
+            rows_SH.data_ptr(),
+            slots_MC.data_ptr(),
+            0 if weights_MC is None else weights_MC.data_ptr(),
+            out.data_ptr(),
+            results,
+            slots_MC.shape[1],
+            hidden,
+        )

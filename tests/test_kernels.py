@@ -1,0 +1,57 @@
+"""Every kernel compiles for every target, without a GPU, within its budget of resources."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import pytest
+import torch
+
+from expertlink import EngineUnavailableError
+from expertlink.jit import compiler
+from expertlink.jit.compiler import compile_kernel
+from expertlink.jit.ordered_sum import instances
+
+ARCHITECTURES = ("sm_90a", "sm_100a")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# Most registers per thread and bytes of shared memory per block: 8 blocks of 256 threads on an SM.
+BUDGETS = {"ordered_sum": (64, 1024)}
+INSTANCES = [
+    ("ordered_sum", instance) for dtype in DTYPES for instance in instances(dtype).values()
+]
+
+
+def test_every_kernel_is_covered() -> None:
+    sources = resources.files("expertlink.kernels").iterdir()
+    names = {item.name.removesuffix(".cu") for item in sources if item.name.endswith(".cu")}
+    assert names == set(BUDGETS) == {name for name, _ in INSTANCES}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "instance"), INSTANCES)
+def test_resources(name: str, instance: str, arch: str) -> None:
+    report = compile_kernel(name, instance, arch).report
+    registers, shared = BUDGETS[name]
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, report
+    assert "0 bytes stack frame" in report, report
+    used = re.search(r"Used (\d+) registers", report)
+    assert used is not None, report
+    assert int(used[1]) <= registers, report
+    memory = re.search(r"(\d+) bytes smem", report)
+    assert memory is None or int(memory[1]) <= shared, report
+
+
+def test_products_and_sums_are_not_fused() -> None:
+    """`fma` would round once where the contract rounds twice."""
+    instance = "ordered_sum<float, 4, true>"
+    assembly = compile_kernel("ordered_sum", instance, "sm_90a", form="ptx").code.decode()
+    assert "mul.rn.f32" in assembly
+    assert "fma" not in assembly
+
+
+def test_missing_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "obstacle", lambda: "cuda.core is not installed")
+    with pytest.raises(EngineUnavailableError, match="cuda.core is not installed"):
+        compile_kernel("ordered_sum", "ordered_sum<float, 1, false>", "sm_80")
