@@ -1,4 +1,4 @@
-"""`expertlink` and `python -m expertlink`: the command line, and what it says when it cannot run."""
+"""Entry of `expertlink` and `python -m expertlink`, and what is said when it cannot run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def main() -> None:
     try:
         app()
     except ExpertlinkError as error:
-        sys.exit(f"expertlink: {error}")
+        sys.stderr.write(f"expertlink: {error}\n")
+        sys.exit(2 if isinstance(error, ValueError) else 1)  # 2: the command line is at fault
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -2,12 +2,12 @@
 
 A trace is a numpy archive (`.npz`) of four arrays, none of which needs pickle:
 
-| name          | dtype, shape                              | content                                |
-|---------------|-------------------------------------------|----------------------------------------|
-| `version`     | int64 []                                  | `TRACE_VERSION`                        |
-| `num_experts` | int64 []                                  | E                                      |
-| `topk_ids`    | int32 [steps, layers, ranks, tokens, K]   | expert of every choice, -1 for none    |
-| `meta`        | uint8 [bytes]                             | a JSON object: where it was recorded   |
+| name          | dtype, shape                            | content                              |
+|---------------|-----------------------------------------|--------------------------------------|
+| `version`     | int64 []                                | `TRACE_VERSION`                      |
+| `num_experts` | int64 []                                | E                                    |
+| `topk_ids`    | int32 [steps, layers, ranks, tokens, K] | expert of every choice, -1 for none  |
+| `meta`        | uint8 [bytes]                           | a JSON object: where it was recorded |
 """
 
 from __future__ import annotations

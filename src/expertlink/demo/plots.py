@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,18 +27,21 @@ def plot_loss(records: Sequence[StepRecord], path: Path, *, title: str) -> None:
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=_BLUE, alpha=0.35, linewidth=1, label="training, every step")
     window = min(_SMOOTHED, len(losses))
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    average = np.ones(window) / window
     axes.plot(
-        steps[window - 1 :], smooth, color=_BLUE, linewidth=2, label=f"training, mean of {window}"
+        np.convolve(steps, average, mode="valid"),
+        np.convolve(losses, average, mode="valid"),
+        color=_BLUE,
+        linewidth=2,
+        label=f"training, mean of {window}",
     )
     held_out = [(r.step + 1, r.validation_loss) for r in records if r.validation_loss is not None]
     axes.plot(
         *zip(*held_out, strict=True), color=_ORANGE, marker="o", linestyle="--", label="held-out"
     )
     axes.set(xlabel="step", ylabel="cross entropy (nats per byte)", title=title)
-    bits = axes.secondary_yaxis(
-        "right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
-    )
+    to_bits, to_nats = partial(np.multiply, 1 / math.log(2)), partial(np.multiply, math.log(2))
+    bits = axes.secondary_yaxis("right", functions=(to_bits, to_nats))
     bits.set_ylabel("bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -79,7 +83,7 @@ def plot_expert_load(
         _mark_ranks(axes, [len(experts) for experts in experts_of_rank])
     panels[-1].set_xlabel("step")
     assert image is not None
-    bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.8, pad=0.08)
+    bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.6, pad=0.02, aspect=30)
     bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["⅛", "¼", "½", "1", "2", "4", "8"])
     bar.set_label("load of the expert / mean load")
     figure.suptitle("Expert load during training")

@@ -21,7 +21,7 @@ from expertlink.demo.plots import plot_expert_load, plot_loss
 from expertlink.demo.train import RankReport, StepRecord, TrainConfig
 
 PHASES = ("dispatch", "experts", "combine")
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _LAST = 10  # steps that figures "at the end" are averaged over
 
 
@@ -29,9 +29,10 @@ _LAST = 10  # steps that figures "at the end" are averaged over
 class Check:
     """Losses of the first steps on many ranks and on one.
 
-    They differ by rounding only: the ranks add the same terms up in another order. A token whose
-    second and third expert are almost equally likely may then go to the other one, which changes
-    the loss by its share of the batch. A lost, doubled or misrouted row changes far more.
+    They differ by rounding only: the ranks add the same terms up in another order, which float32
+    shows in the seventh digit. Rarely that sends a token whose last chosen expert is almost tied
+    with the next one to the other of the two: a change by one token's part in thousands, of the
+    order of 1e-5. Rows that are lost, doubled or misrouted change the loss far more.
 
     Attributes:
         losses: of the ranks, nats per byte.
@@ -163,7 +164,7 @@ def write_report(report: Report, out: Path, console: Console) -> None:
     summary = report.summary()
     text = json.dumps(summary, indent=2, allow_nan=True)
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")
-    plot_loss(records, out / "loss.png", title=f"Next byte of {report.corpus}")
+    plot_loss(records, out / "loss.png", title=f"Predicting the next byte of: {report.corpus}")
     plot_expert_load(
         records, [rank.local_experts for rank in report.ranks], out / "expert_load.png"
     )
@@ -177,6 +178,7 @@ def _table(report: Report, summary: dict[str, Any]) -> Table:
     table = Table(
         title=f"{len(report.ranks)} ranks on {report.device}, engine {summary['engine']['name']}, "
         f"mode {summary['mode']}, layout {summary['layout']}, {summary['dtype']}",
+        caption="Shares are means of the ranks; dispatch and combine include waiting for others.",
         show_header=False,
     )
     table.add_row("loss, nats per byte", f"{loss['first']:.3f} → {loss['last']:.3f}")

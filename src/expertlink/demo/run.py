@@ -30,14 +30,14 @@ class DemoOptions:
     Attributes:
         out: folder of the results; made where it does not exist.
         ranks: None: 4 on CPU, all GPUs of the host otherwise.
-        device: "auto" takes the GPUs where there are any.
+        device: "auto" takes the GPUs of a host that has several, else the CPU.
         text: a file to learn from. None: the sources of Python's standard library.
         layout: receive layout; None for the mode's own.
     """
 
     out: Path
+    steps: int
     ranks: int | None = None
-    steps: int = TrainConfig.steps
     mode: str = "ht"
     layout: str | None = None
     seed: int = 0
@@ -70,8 +70,7 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     )
     with _progress(console) as progress:
         task = progress.add_task("starting ranks", total=config.steps, status="")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = max(1, (cores or 1) // num_ranks)
+        threads = max(1, _cores() // num_ranks)
         with RankPool(num_ranks=num_ranks, device=device, threads=threads) as pool:
             progress.update(task, description="training")
             ranks = pool.run(
@@ -81,6 +80,7 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
                 timeout_s=TIMEOUT_S,
                 on_message=lambda _, record: _show(progress, task, record, config.tokens),
             )
+        torch.set_num_threads(threads)
         check = _check(config, corpus, ranks[0], device, progress)
     report = Report(config=config, corpus=corpus.name, device=device, ranks=ranks, check=check)
     write_report(report, out, console)
@@ -125,7 +125,7 @@ def _config(options: DemoOptions, device: str) -> TrainConfig:
 
 
 def _device(asked: str) -> Literal["cpu", "cuda"]:
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+    if asked == "cpu" or (asked == "auto" and torch.cuda.device_count() < 2):
         return "cpu"
     if asked not in ("auto", "cuda"):
         raise ConfigurationError(f"--device {asked}: auto, cpu or cuda is needed")
@@ -156,6 +156,12 @@ def _writable(folder: Path) -> Path:
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"--out {folder}: cannot be written to: {reason}") from None
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _progress(console: Console) -> Progress:

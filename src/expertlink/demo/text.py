@@ -62,7 +62,7 @@ class Corpus:
                 data = file.read(MAX_CORPUS_BYTES)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-        return Corpus.from_bytes(data, name=str(path), sample_bytes=sample_bytes)
+        return Corpus.from_bytes(data, name=path.name, sample_bytes=sample_bytes)
 
     @staticmethod
     def from_standard_library(*, sample_bytes: int) -> Corpus:

@@ -37,7 +37,7 @@ class TrainConfig:
     """Chooses the samples; the model has its own seed."""
     learning_rate: float = 5e-3
     warmup: int = 20
-    balance_weight: float = 0.05
+    balance_weight: float = 0.1
     """Weight of the load-balancing loss."""
     max_gradient_norm: float = 1.0
     dtype: torch.dtype = torch.float32

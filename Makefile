@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a virtual environment in .venv, with pinned packages.
+#   make test ARGS="-k launch"        make setup PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## install into .venv; done again only when the requirements change
+
+# pip is replaced first: an old one cannot install a project without setup.py in place.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## show what the library does, on this machine
+	$(BIN)/expertlink demo $(ARGS)
+
+test: $(STAMP) ## run the tests; those that need GPUs skip themselves elsewhere
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP) ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure dispatch and combine
+	$(BIN)/expertlink bench $(ARGS)
+
+clean: ## remove the environment and everything generated
+	rm -rf $(VENV) build dist out src/*.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
