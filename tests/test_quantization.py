@@ -1,4 +1,4 @@
-"""Block formats: definition, bounds, packing, and rows that dispatch quantizes or passes through."""
+"""Block formats: definition, bounds, packing, and quantized rows through dispatch."""
 
 from __future__ import annotations
 

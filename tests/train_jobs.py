@@ -117,7 +117,7 @@ def gradcheck(ctx: RankContext, case: Case) -> bool:
                 own.x_TH.to(ctx.device).requires_grad_(),
                 own.weights_TK.to(ctx.device).requires_grad_(),
             ),
-            # Other ranks take part in every evaluation: the number of calls must not depend on data.
+            # Other ranks take part in every evaluation: their number must not depend on data.
             fast_mode=False,
             raise_exception=True,
         )

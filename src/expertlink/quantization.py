@@ -57,7 +57,8 @@ def quantize(x_TH: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
     grouped = padded.unflatten(-1, (blocks, BLOCK))
     # clamp(min=) would turn NaN blocks into ordinary ones on no device: it propagates NaN.
     amax = grouped.abs().amax(dim=-1).clamp(min=SMALLEST_AMAX)
-    scale = amax / E4M3_MAX
+    # By a tensor: torch on CUDA divides by a number through its rounded reciprocal.
+    scale = amax / torch.full_like(amax, E4M3_MAX)
     if block_format is not BlockFormat.E4M3_FLOAT32:
         scale = _exponents_to_float(_ceil_exponents(scale))
     values = (grouped / scale.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)

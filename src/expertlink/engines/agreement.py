@@ -6,40 +6,14 @@ verdict: go on, or all raise. Nobody waits for a rank that refused its input.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from expertlink.engines.header import NUM_FIELDS, UNBOUNDED, Operation, Word
 from expertlink.engines.wire import Wire
 from expertlink.errors import CapacityError, InputError, PeerError
-
-UNBOUNDED = -1
-
-
-class Operation(enum.IntEnum):
-    """What a rank is in the middle of."""
-
-    DISPATCH = 1
-    CACHED_DISPATCH = 2
-    COMBINE = 3
-    WEIGHT_GRADS = 4
-
-    @property
-    def title(self) -> str:
-        """For messages."""
-        return self.name.lower().replace("_", " ")
-
-
-class _Field(enum.IntEnum):
-    OPERATION = 0
-    CALL = 1
-    STATUS = 2
-    CAPACITY = 3
-    ROW_BYTES = 4
-    EXTRA_BYTES = 5
 
 
 @dataclass(frozen=True)
@@ -65,50 +39,29 @@ class Agreement:
     Args:
         wire: the ranks' connection.
         operation: what this rank is about to do.
-        rows_per_rank: `[R]` rows for each rank, on the device; None: none counted.
-        choices: `[E]` choices of each expert, on the device; None: none counted.
-        refused: this rank takes no part in the call, or `suspect` says so.
-        suspect: bool scalar on the device: this rank's ids are faulty.
-        capacity: rows this rank has room for.
-        row_bytes: bytes of a row; all ranks must agree.
-        extra_bytes: bytes that travel beside a row; all ranks must agree.
+        header: this rank's, see header.py.
+        refused: why this rank takes no part, where the header says so.
     """
 
     def __init__(
         self,
         wire: Wire,
         operation: Operation,
+        header: Tensor,
         *,
-        num_experts: int,
-        rows_per_rank: Tensor | None = None,
-        choices: Tensor | None = None,
         refused: Exception | None = None,
-        suspect: Tensor | None = None,
-        capacity: int = UNBOUNDED,
-        row_bytes: int = 0,
-        extra_bytes: int = 0,
     ) -> None:
         self._wire = wire
         self._operation = operation
         self._refused = refused
-        device, num_ranks = wire.device, wire.num_ranks
-        header = torch.zeros(len(_Field) + num_ranks + num_experts, dtype=torch.int32)
-        fields = [operation, wire.call & 0x7FFFFFFF, refused is not None, capacity]
-        header[: len(_Field)] = torch.tensor([*map(int, fields), row_bytes, extra_bytes])
-        header = header.to(device, non_blocking=True)
-        if rows_per_rank is not None and choices is not None:
-            header[len(_Field) : len(_Field) + num_ranks] = rows_per_rank
-            header[len(_Field) + num_ranks :] = choices
-        if suspect is not None:
-            header[_Field.STATUS] += suspect
-        self._received = torch.empty((num_ranks, header.numel()), dtype=torch.int32, device=device)
-        self._transfer = wire.exchange(header.repeat(num_ranks, 1), self._received)
+        self._received = header.new_empty((wire.num_ranks, header.numel()))
+        self._transfer = wire.gather(header, self._received)
 
     def conclude(self, explain: Callable[[], Exception] | None = None) -> Table:
         """Waits for all headers and raises the same verdict on every rank, or returns the table.
 
         Args:
-            explain: makes this rank's error where `suspect` was set.
+            explain: makes this rank's error where its ids turned out to be faulty.
 
         Raises:
             PeerError: the ranks are in different calls, or another rank refused.
@@ -116,21 +69,24 @@ class Agreement:
             CapacityError: a rank would receive more rows than it has room for.
         """
         table = self._wire.to_host(self._received, self._transfer)
-        fields, num_ranks = len(_Field), self._wire.num_ranks
-        self._check_same_call(table)
-        self._check_status(table[:, _Field.STATUS].tolist(), explain)
-        _check_widths(table[:, [_Field.ROW_BYTES, _Field.EXTRA_BYTES]].tolist())
-        self._capacity = table[:, _Field.CAPACITY].tolist()
+        num_ranks = self._wire.num_ranks
+        fields = table[:, :NUM_FIELDS].tolist()
+        self._check_same_call(fields)
+        self._check_status([words[Word.STATUS] for words in fields], explain)
+        _check_widths(fields)
+        self._capacity = [words[Word.CAPACITY] for words in fields]
         return Table(
-            rows=table[:, fields : fields + num_ranks],
-            choices=table[:, fields + num_ranks :],
-            rows_device=self._received[:, fields : fields + num_ranks],
-            choices_device=self._received[:, fields + num_ranks :],
+            rows=table[:, NUM_FIELDS : NUM_FIELDS + num_ranks],
+            choices=table[:, NUM_FIELDS + num_ranks :],
+            rows_device=self._received[:, NUM_FIELDS : NUM_FIELDS + num_ranks],
+            choices_device=self._received[:, NUM_FIELDS + num_ranks :],
         )
 
-    def check_capacity(self, rows_needed: Sequence[int]) -> None:
+    def check_capacity(self, rows_needed: Callable[[], Sequence[int]]) -> None:
         """Compares what each rank would receive with the room it announced."""
-        for rank, (needed, room) in enumerate(zip(rows_needed, self._capacity, strict=True)):
+        if all(room == UNBOUNDED for room in self._capacity):
+            return
+        for rank, (needed, room) in enumerate(zip(rows_needed(), self._capacity, strict=True)):
             if room != UNBOUNDED and needed > room:
                 raise CapacityError(
                     f"rank {rank} would receive {needed} rows in dispatch #{self._wire.call} but "
@@ -141,8 +97,8 @@ class Agreement:
                     capacity=room,
                 )
 
-    def _check_same_call(self, table: Tensor) -> None:
-        calls = table[:, [_Field.OPERATION, _Field.CALL]].tolist()
+    def _check_same_call(self, fields: list[list[int]]) -> None:
+        calls = [(words[Word.OPERATION], words[Word.CALL]) for words in fields]
         if all(call == calls[0] for call in calls):
             return
         seen = "; ".join(
@@ -173,9 +129,12 @@ class Agreement:
         )
 
 
-def _check_widths(widths: list[list[int]]) -> None:
-    for index, what in ((0, "row"), (1, "scales and weights beside a row")):
-        values = [width[index] for width in widths]
+def _check_widths(fields: list[list[int]]) -> None:
+    for word, what in (
+        (Word.ROW_BYTES, "row"),
+        (Word.EXTRA_BYTES, "scales and weights beside a row"),
+    ):
+        values = [words[word] for words in fields]
         if len(set(values)) > 1:
             raise InputError(
                 f"ranks disagree about the bytes of {what}: {_by_value(values)}; every rank of a "

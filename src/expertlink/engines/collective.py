@@ -8,6 +8,7 @@ bits that every other engine reproduces.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,19 +16,25 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from expertlink import layouts, routing
+from expertlink import layouts
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import delivery, extras
-from expertlink.engines.agreement import UNBOUNDED, Agreement, Operation, Table
+from expertlink.engines.agreement import Agreement, Table
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.header import UNBOUNDED, HeaderFields, Operation, build_header
 from expertlink.engines.route import Flight, Route, Splits, finished
+from expertlink.engines.sending import Sender, TorchSender
 from expertlink.engines.wire import Transfer, Wire
-from expertlink.jit.ordered_sum import sum_kernel
-from expertlink.reduction import ordered_sum
+from expertlink.jit.compiler import obstacle
+from expertlink.jit.ordered_sum import OrderedSum
+from expertlink.jit.send_order import MAX_RANKS, KernelSender
+from expertlink.reduction import SumKernel, ordered_sum
 from expertlink.routing import Placement
 from expertlink.types import DispatchLayout
 from expertlink.validation import explain_ids
 from expertlink.workspace import Workspace
+
+logger = logging.getLogger("expertlink")
 
 
 class CollectiveEngine:
@@ -53,8 +60,23 @@ class CollectiveEngine:
         self._experts = torch.tensor(experts, dtype=torch.int64)
         self._experts_device = self._experts.to(self._device)
         self._workspace = Workspace(self._device)
-        self._sum_kernel = sum_kernel(config.dtype, self._device)
+        self._sender: Sender = TorchSender(placement)
+        self._sum_kernel: SumKernel | None = None
+        if self._device.type == "cuda":
+            self._compile_kernels()
         self._call = 0
+
+    def _compile_kernels(self) -> None:
+        """On GPUs, kernels replace long chains of small operations where they can be compiled."""
+        reason = obstacle()
+        if reason is not None:
+            logger.warning(
+                "the collective engine falls back to slower torch operations: %s", reason
+            )
+            return
+        self._sum_kernel = OrderedSum(dtype=self._config.dtype, device=self._device)
+        if self._wire.num_ranks <= MAX_RANKS:
+            self._sender = KernelSender(self._placement, device=self._device)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds."""
@@ -101,37 +123,30 @@ class CollectiveEngine:
         assert call.topk_ids_TK is not None
         self._enter(Operation.DISPATCH)
         ids_TK = call.topk_ids_TK
-        suspect = None
-        if self._check:
-            faulty = routing.out_of_range(ids_TK, self._placement.num_experts)
-            suspect = (faulty | routing.has_duplicates(ids_TK)).any()
-        members = routing.find_members(ids_TK, self._placement)
-        agreement = self._agree(
+        fields = self._fields(
             Operation.DISPATCH,
-            rows_per_rank=members.rows_per_rank,
-            choices=routing.count_choices(members.expert_TK, self._placement.num_experts),
-            suspect=suspect,
             capacity=self._capacity(call.output_buffer),
             row_bytes=extras.row_bytes(call.x_TW),
             extra_bytes=extras.width(call),
         )
+        sending = self._sender(call, fields, self._check)
+        agreement = Agreement(self._wire, Operation.DISPATCH, sending.header)
         # Own rows are packed while the headers travel.
-        order = routing.order_rows(members)
-        send_splits = self._wire.to_host(members.rows_per_rank).tolist()
+        sending.order()
+        send_splits = self._wire.to_host(sending.rows_per_rank).tolist()
         count = sum(send_splits)
-        token_of_row = order.token_of_row[:count].clone()
+        token_of_row = sending.token_of_row(count)
         rows_out = self._pack_rows(call.x_TW, token_of_row)
-        local_ids_nK = routing.local_ids_of_rows(members, order, count, self._placement)
-        extras_out = extras.pack(call, token_of_row, local_ids_nK)
+        extras_out = sending.extras(count)
 
         table = agreement.conclude(lambda: explain_ids(ids_TK, self._placement.num_experts))
-        agreement.check_capacity(self._rows_needed(table))
+        agreement.check_capacity(lambda: self._rows_needed(table))
         splits = Splits(send_splits, table.rows[:, self._wire.rank].tolist())
         counts = table.choices[:, self._experts].sum(dim=0).tolist()
         flight = self._send(call, splits, counts, rows_out, extras_out)
         # Everything from here on is queued while rows travel.
         choices = table.choices_device.sum(dim=0, dtype=torch.int32)
-        paths = routing.return_paths(members, order)
+        paths = sending.paths()
         route = Route(
             num_tokens=call.x_TW.shape[0],
             splits=splits,
@@ -321,30 +336,28 @@ class CollectiveEngine:
         self._wire.enter(operation.title, self._call + 1)
         self._call += 1
 
+    def _fields(self, operation: Operation, **fields: int) -> HeaderFields:
+        return HeaderFields(operation=operation, call=self._wire.call & 0x7FFFFFFF, **fields)
+
     def _agree(
         self,
         operation: Operation,
         *,
-        rows_per_rank: Tensor | None = None,
-        choices: Tensor | None = None,
         refused: Exception | None = None,
-        suspect: Tensor | None = None,
-        capacity: int = UNBOUNDED,
         row_bytes: int = 0,
         extra_bytes: int = 0,
     ) -> Agreement:
-        return Agreement(
-            self._wire,
-            operation,
-            num_experts=self._placement.num_experts,
-            rows_per_rank=rows_per_rank,
-            choices=choices,
-            refused=refused,
-            suspect=suspect,
-            capacity=capacity,
-            row_bytes=row_bytes,
-            extra_bytes=extra_bytes,
+        """Exchanges headers without counts."""
+        fields = self._fields(
+            operation, status=refused is not None, row_bytes=row_bytes, extra_bytes=extra_bytes
         )
+        header = build_header(
+            fields,
+            num_ranks=self._wire.num_ranks,
+            num_experts=self._placement.num_experts,
+            device=self._device,
+        )
+        return Agreement(self._wire, operation, header, refused=refused)
 
     def _capacity(self, output_buffer: Tensor | None) -> int:
         limits = []

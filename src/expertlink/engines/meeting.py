@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
+import itertools
 import json
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +29,10 @@ _COMMON_FIELDS = (
 )
 
 
+# Ranks of a group meet in the same order, so counting tells their meetings apart.
+_meetings: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+
+
 def meet(
     wire: Wire, config: MoECommunicatorConfig, *, engine: str, check_inputs: bool
 ) -> Placement:
@@ -39,6 +46,7 @@ def meet(
         PeerTimeoutError: a rank did not come within `wire.timeout_s`.
     """
     wire.enter("initialize", 0)
+    wire.assemble(next(_meetings[getattr(wire.group, "group_name", "")]))
     here = Peer.here()
     common: dict[str, object] = {name: getattr(config, name) for name in _COMMON_FIELDS}
     common |= {

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllToAllOptions
+from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from expertlink.errors import ClosedError, PeerTimeoutError
 
@@ -57,8 +57,9 @@ class Peer:
 class Transfer:
     """An exchange under way."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
+    def __init__(self, wait: Callable[[], None], keep: object = None) -> None:
         self._wait = wait
+        self._keep = keep  # what refers to the tensors, which must outlive the transfer
 
     def wait(self) -> None:
         """CPU: blocks until the data is there. CUDA: orders the current stream after it."""
@@ -79,6 +80,7 @@ class Wire:
         self.phase = "start"
         self.call = 0
         self._side: torch.cuda.Stream | None = None
+        self._pinned: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._broken: str | None = None
 
     def enter(self, phase: str, call: int) -> None:
@@ -107,37 +109,56 @@ class Wire:
         if self.group is None or self.num_ranks == 1:
             receive.copy_(send)
             return Transfer(lambda: None)
-        options = AllToAllOptions()
+        group, options = self.group, self._bounded(AllToAllOptions())
+        splits = (list(receive_splits), list(send_splits))
+        return self._start(lambda: group.alltoall_base(receive, send, *splits, options))
+
+    def gather(self, row: Tensor, rows: Tensor) -> Transfer:
+        """Starts sending `row` to every rank; `rows [R, ...]` receives one from each."""
+        if self.group is None or self.num_ranks == 1:
+            rows.copy_(row)
+            return Transfer(lambda: None)
+        if not row.is_cuda:  # gloo gathers in a ring, one neighbour after another
+            return self.exchange(row.repeat(self.num_ranks, 1), rows)
+        group, options = self.group, self._bounded(AllgatherOptions())
+        return self._start(lambda: group._allgather_base(rows, row, options))
+
+    def _bounded(self, options: Any) -> Any:
         options.asyncOp = True
         options.timeout = datetime.timedelta(seconds=self.timeout_s)
+        return options
+
+    def _start(self, issue: Callable[[], Any]) -> Transfer:
         phase, call, started = self.phase, self.call, time.monotonic()
         try:
-            work = self.group.alltoall_base(
-                receive, send, list(receive_splits), list(send_splits), options
-            )
+            work = issue()
         except RuntimeError as error:
             raise self._diagnose(error, phase=phase, call=call, started=started) from error
 
-        def wait(keep: tuple[Tensor, Tensor] = (send, receive)) -> None:
-            del keep
+        def wait() -> None:
             try:
                 work.wait()
             except RuntimeError as error:
                 raise self._diagnose(error, phase=phase, call=call, started=started) from error
 
-        return Transfer(wait)
+        return Transfer(wait, keep=issue)
 
     def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
         """Waits for `after` and copies `values` to the host, within the time-out.
 
         CUDA: on a stream of its own if there is a transfer to wait for, so that work queued
-        meanwhile on the current stream is not waited for.
+        meanwhile on the current stream is not waited for. The result is good until the next call
+        with the same shape.
         """
         if not values.is_cuda:
             if after is not None:
                 after.wait()
             return values
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        key = (values.shape, values.dtype)
+        host = self._pinned.get(key)
+        if host is None:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._pinned[key] = host
         current = torch.cuda.current_stream(self.device)
         if after is None:
             stream = current
@@ -163,12 +184,43 @@ class Wire:
             after.wait()  # the current stream may read the device's copy
         return host
 
+    def assemble(self, attempt: int) -> None:
+        """Waits until every rank is here, through the store: nothing is lost if one is not.
+
+        A first collective cannot be bounded everywhere: NCCL connects all ranks before it looks at
+        the clock.
+        """
+        if self.group is None or self.num_ranks == 1:
+            return
+        self.call = attempt
+        started = time.monotonic()
+        try:
+            self._post(0.0)
+            store = self._store()
+            silent = list(range(self.num_ranks))
+            while silent := [rank for rank in silent if not store.check([self._sign(rank)])]:
+                waited = time.monotonic() - started
+                if waited > self.timeout_s:
+                    names = ", ".join(f"rank {rank}" for rank in silent)
+                    raise PeerTimeoutError(
+                        f"rank {self.rank} waited {waited:.1f} s of at most {self.timeout_s:g} s "
+                        f"in {self.phase}; missing: {names}",
+                        rank=self.rank,
+                        missing=silent,
+                        phase=self.phase,
+                        call=attempt,
+                        waited_s=waited,
+                    )
+                time.sleep(_POLL_S / 10)
+        except RuntimeError as error:
+            raise self._diagnose(error, phase=self.phase, call=attempt, started=started) from error
+
     def gather_text(self, text: str) -> list[str]:
         """Every rank's text, cut to 2048 bytes. Collective; blocks."""
         raw = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         row = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(self.device)
         received = torch.empty((self.num_ranks, _TEXT_BYTES), dtype=torch.uint8, device=self.device)
-        rows = self.to_host(received, self.exchange(row.repeat(self.num_ranks, 1), received))
+        rows = self.to_host(received, self.gather(row, received))
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows.unbind()]
 
     def _diagnose(

@@ -11,7 +11,7 @@ import io
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 from expertlink.errors import EngineUnavailableError
 
@@ -49,16 +49,13 @@ def cuda_core() -> Any:
 
 
 @cache
-def compile_kernel(
-    name: str, instance: str, arch: str, form: Literal["cubin", "ptx"] = "cubin"
-) -> CompiledKernel:
+def compile_kernel(name: str, instance: str, arch: str) -> CompiledKernel:
     """Compiles one instance of `kernels/<name>.cu`.
 
     Args:
         name: source file without its ending.
         instance: the kernel with its template arguments, such as `ordered_sum<float, 4, true>`.
         arch: target, such as `sm_90a`.
-        form: machine code, or the assembly that can be read (it has no report).
 
     Raises:
         EngineUnavailableError: the compiler is not installed.
@@ -81,5 +78,11 @@ def compile_kernel(
         source = source.replace(f'#include "common/{header.name}"', header.read_text())
     log = io.StringIO()
     program = core.Program(source, "c++", options)
-    code = program.compile(form, name_expressions=(instance,), logs=log)
+    code = program.compile("cubin", name_expressions=(instance,), logs=log)
     return CompiledKernel(code=code, instance=instance, report=log.getvalue())
+
+
+def load_kernel(name: str, instance: str, arch: str) -> Any:
+    """The compiled instance as a cuda.core kernel, ready to launch."""
+    compiled = compile_kernel(name, instance, arch)
+    return compiled.code.get_kernel(compiled.instance)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from expertlink.jit.compiler import compile_kernel, cuda_core, obstacle
-from expertlink.reduction import SumKernel, accumulator_dtype
-
-logger = logging.getLogger("expertlink")
+from expertlink.jit.compiler import cuda_core, load_kernel
+from expertlink.reduction import accumulator_dtype
 
 MAX_TERMS = 32
 _THREADS = 256
@@ -36,17 +31,6 @@ def instances(dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
     }
 
 
-def sum_kernel(dtype: torch.dtype, device: torch.device) -> SumKernel | None:
-    """The kernel for a device, or None where plain torch has to do: on CPU, or uncompiled."""
-    if device.type != "cuda":
-        return None
-    reason = obstacle()
-    if reason is not None:
-        logger.warning("combine falls back to slower torch operations: %s", reason)
-        return None
-    return OrderedSum(dtype=dtype, device=device)
-
-
 class OrderedSum:
     """The compiled kernels for one device and row type. Building one compiles; calls only launch.
 
@@ -56,15 +40,12 @@ class OrderedSum:
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
-        compiled = {
-            key: compile_kernel("ordered_sum", instance, f"sm_{major}{minor}")
-            for key, instance in instances(dtype).items()
-        }
         self._core = cuda_core()
         assert device.index is not None
         self._core.Device(device.index).set_current()
-        self._kernels: dict[tuple[bool, bool], Any] = {
-            key: kernel.code.get_kernel(kernel.instance) for key, kernel in compiled.items()
+        self._kernels = {
+            key: load_kernel("ordered_sum", instance, f"sm_{major}{minor}")
+            for key, instance in instances(dtype).items()
         }
         self._dtype = dtype
         self._blocks = (

@@ -1,0 +1,94 @@
+"""The header that every rank sends to every rank before rows move.
+
+int32 words: the fields below, R counts of rows for each rank, E counts of choices of each expert.
+kernels/send_order.cu writes the same words.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+UNBOUNDED = -1
+
+
+class Operation(enum.IntEnum):
+    """What a rank is in the middle of."""
+
+    DISPATCH = 1
+    CACHED_DISPATCH = 2
+    COMBINE = 3
+    WEIGHT_GRADS = 4
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return self.name.lower().replace("_", " ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeaderFields:
+    """What a rank says of its call; the words of a header in this order.
+
+    Attributes:
+        operation: `Operation`.
+        call: sequence number of the call.
+        status: 0, or 1 where the rank takes no part because its input is faulty.
+        capacity: rows this rank has room for, or UNBOUNDED.
+        row_bytes: bytes of a row; all ranks must agree.
+        extra_bytes: bytes that travel beside a row; all ranks must agree.
+    """
+
+    operation: int
+    call: int
+    status: int = 0
+    capacity: int = UNBOUNDED
+    row_bytes: int = 0
+    extra_bytes: int = 0
+
+
+class Word(enum.IntEnum):
+    """Positions of the fields."""
+
+    OPERATION = 0
+    CALL = 1
+    STATUS = 2
+    CAPACITY = 3
+    ROW_BYTES = 4
+    EXTRA_BYTES = 5
+
+
+NUM_FIELDS = len(Word)
+
+
+def build_header(
+    fields: HeaderFields,
+    *,
+    num_ranks: int,
+    num_experts: int,
+    device: torch.device,
+    rows_per_rank: Tensor | None = None,
+    choices: Tensor | None = None,
+    suspect: Tensor | None = None,
+) -> Tensor:
+    """The header in plain torch.
+
+    Args:
+        fields: what the host knows.
+        rows_per_rank: `[R]` counts on the device; None: zeros.
+        choices: `[E]` counts on the device; None: zeros.
+        suspect: bool scalar on the device that raises the status.
+    """
+    header = torch.zeros(NUM_FIELDS + num_ranks + num_experts, dtype=torch.int32)
+    header[:NUM_FIELDS] = torch.tensor(astuple(fields))
+    header = header.to(device, non_blocking=True)
+    if rows_per_rank is not None:
+        header[NUM_FIELDS : NUM_FIELDS + num_ranks] = rows_per_rank
+    if choices is not None:
+        header[NUM_FIELDS + num_ranks :] = choices
+    if suspect is not None:
+        header[Word.STATUS] += suspect
+    return header
