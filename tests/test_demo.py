@@ -154,6 +154,15 @@ def test_demo_writes_all_its_results(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.gpu(2)
+def test_demo_on_gpus_agrees_with_one_gpu(tmp_path: Path) -> None:
+    done = run_command("demo", "--device", "cuda", "--steps", "6", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["device"], summary["dtype"]) == ("cuda", "bfloat16")
+    assert summary["ranks"] == min(torch.cuda.device_count(), ModelConfig.num_experts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

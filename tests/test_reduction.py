@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertlink import reduction
+from expertlink.jit.compiler import Launcher
 from expertlink.jit.ordered_sum import OrderedSum
 from expertlink.reduction import ordered_sum
 
@@ -83,7 +84,8 @@ def test_rows_that_no_slot_names_are_not_read() -> None:
 @pytest.mark.gpu
 def test_kernel_equals_the_definition() -> None:
     device = torch.device("cuda", 0)
-    kernels = {dtype: OrderedSum(dtype=dtype, device=device) for dtype in DTYPES}
+    launcher = Launcher(device)
+    kernels = {dtype: OrderedSum(launcher, dtype=dtype) for dtype in DTYPES}
 
     @settings(max_examples=150)
     @given(sums(), st.booleans())
@@ -115,7 +117,7 @@ def test_kernel_on_many_rows() -> None:
     out = torch.empty((3000, 7168), dtype=torch.bfloat16)
     ordered_sum(rows, slots, weights, out=out)
     device = torch.device("cuda", 0)
-    kernel = OrderedSum(dtype=torch.bfloat16, device=device)
+    kernel = OrderedSum(Launcher(device), dtype=torch.bfloat16)
     moved = torch.empty_like(out, device=device)
     ordered_sum(rows.to(device), slots.to(device), weights.to(device), out=moved, kernel=kernel)
     assert same(moved, out)

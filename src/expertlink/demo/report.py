@@ -21,7 +21,7 @@ from expertlink.demo.plots import plot_expert_load, plot_loss
 from expertlink.demo.train import RankReport, StepRecord, TrainConfig
 
 PHASES = ("dispatch", "experts", "combine")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 _LAST = 10  # steps that figures "at the end" are averaged over
 
 
@@ -32,12 +32,14 @@ class Check:
     They differ by rounding only: the ranks add the same terms up in another order, which float32
     shows in the seventh digit. Rarely that sends a token whose last chosen expert is almost tied
     with the next one to the other of the two: a change by one token's part in thousands, of the
-    order of 1e-5. Rows that are lost, doubled or misrouted change the loss far more.
+    order of 1e-5. bfloat16 rows are rounded once per rank that holds some of a token's experts, so
+    they differ by more, of the order of 1e-4. Rows that are lost, doubled or misrouted change the
+    loss far more than either.
 
     Attributes:
         losses: of the ranks, nats per byte.
         reference: of one rank.
-        dtype: of the rows; bfloat16 rounds the sum of a token's experts once per rank.
+        dtype: of the rows.
     """
 
     losses: list[float]

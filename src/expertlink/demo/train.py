@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,8 @@ class TrainConfig:
     max_gradient_norm: float = 1.0
     dtype: torch.dtype = torch.float32
     """Type of the rows that dispatch and combine move, and of the experts' arithmetic."""
-    mode: Any = "ht"
-    layout: Any = None
+    mode: str = "ht"
+    layout: str | None = None
     """Receive layout; None for the mode's own."""
     validate_every: int = 20
     trace_every: int = 10
@@ -68,8 +68,8 @@ class TrainConfig:
             topk=self.model.topk,
             max_tokens_per_rank=max(self.tokens_of(r, num_ranks) for r in range(num_ranks)),
             dtype=self.dtype,
-            mode=self.mode,
-            output_layout=self.layout,
+            mode=cast(Any, self.mode),  # refuses other texts
+            output_layout=cast(Any, self.layout),
         )
 
 

@@ -21,13 +21,13 @@ class Table:
     """All ranks' headers.
 
     Attributes:
-        rows: `[R, R]` rows that rank s sends to rank d.
+        rows: `[s][d]` rows that rank s sends to rank d.
         choices: `[R, E]` choices of each global expert by each source rank.
-        rows_device: as `rows`, where the tensors live.
+        rows_device: `[R, R]` int32, as `rows`, where the tensors live.
         choices_device: as `choices`, where the tensors live.
     """
 
-    rows: Tensor
+    rows: list[list[int]]
     choices: Tensor
     rows_device: Tensor
     choices_device: Tensor
@@ -70,13 +70,14 @@ class Agreement:
         """
         table = self._wire.to_host(self._received, self._transfer)
         num_ranks = self._wire.num_ranks
-        fields = table[:, :NUM_FIELDS].tolist()
+        head = table[:, : NUM_FIELDS + num_ranks].tolist()
+        fields = [words[:NUM_FIELDS] for words in head]
         self._check_same_call(fields)
         self._check_status([words[Word.STATUS] for words in fields], explain)
         _check_widths(fields)
         self._capacity = [words[Word.CAPACITY] for words in fields]
         return Table(
-            rows=table[:, NUM_FIELDS : NUM_FIELDS + num_ranks],
+            rows=[words[NUM_FIELDS:] for words in head],
             choices=table[:, NUM_FIELDS + num_ranks :],
             rows_device=self._received[:, NUM_FIELDS : NUM_FIELDS + num_ranks],
             choices_device=self._received[:, NUM_FIELDS + num_ranks :],

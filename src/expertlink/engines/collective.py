@@ -22,10 +22,10 @@ from expertlink.engines import delivery, extras
 from expertlink.engines.agreement import Agreement, Table
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.header import UNBOUNDED, HeaderFields, Operation, build_header
-from expertlink.engines.route import Flight, Route, Splits, finished
-from expertlink.engines.sending import Sender, TorchSender
+from expertlink.engines.route import Flight, Packed, Route, Splits, finished
+from expertlink.engines.sending import Sender, Sending, TorchSender
 from expertlink.engines.wire import Transfer, Wire
-from expertlink.jit.compiler import obstacle
+from expertlink.jit.compiler import Launcher, obstacle
 from expertlink.jit.ordered_sum import OrderedSum
 from expertlink.jit.send_order import MAX_RANKS, KernelSender
 from expertlink.reduction import SumKernel, ordered_sum
@@ -57,8 +57,10 @@ class CollectiveEngine:
         self._check = check_inputs
         self._wire = wire
         experts = placement.experts_of_rank[wire.rank]
-        self._experts = torch.tensor(experts, dtype=torch.int64)
-        self._experts_device = self._experts.to(self._device)
+        # A block of experts is a slice, which costs less than a selection.
+        first = experts[0] if experts else 0
+        block = experts == tuple(range(first, first + len(experts)))
+        self._experts = slice(first, first + len(experts)) if block else list(experts)
         self._workspace = Workspace(self._device)
         self._sender: Sender = TorchSender(placement)
         self._sum_kernel: SumKernel | None = None
@@ -74,9 +76,10 @@ class CollectiveEngine:
                 "the collective engine falls back to slower torch operations: %s", reason
             )
             return
-        self._sum_kernel = OrderedSum(dtype=self._config.dtype, device=self._device)
+        launcher = Launcher(self._device)
+        self._sum_kernel = OrderedSum(launcher, dtype=self._config.dtype)
         if self._wire.num_ranks <= MAX_RANKS:
-            self._sender = KernelSender(self._placement, device=self._device)
+            self._sender = KernelSender(launcher, self._placement)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds."""
@@ -131,31 +134,28 @@ class CollectiveEngine:
         )
         sending = self._sender(call, fields, self._check)
         agreement = Agreement(self._wire, Operation.DISPATCH, sending.header)
-        # Own rows are packed while the headers travel.
         sending.order()
-        send_splits = self._wire.to_host(sending.rows_per_rank).tolist()
-        count = sum(send_splits)
-        token_of_row = sending.token_of_row(count)
-        rows_out = self._pack_rows(call.x_TW, token_of_row)
-        extras_out = sending.extras(count)
-
+        packed = None
+        if self._device.type == "cpu":  # own counts are at hand: pack while the headers travel
+            packed = self._pack(call, sending, sum(sending.rows_per_rank.tolist()))
         table = agreement.conclude(lambda: explain_ids(ids_TK, self._placement.num_experts))
         agreement.check_capacity(lambda: self._rows_needed(table))
-        splits = Splits(send_splits, table.rows[:, self._wire.rank].tolist())
+        rank = self._wire.rank
+        splits = Splits(table.rows[rank], [rows[rank] for rows in table.rows])
         counts = table.choices[:, self._experts].sum(dim=0).tolist()
-        flight = self._send(call, splits, counts, rows_out, extras_out)
+        packed = packed or self._pack(call, sending, sum(splits.send))
+        flight = self._send(call, splits, counts, packed.rows, packed.extras)
         # Everything from here on is queued while rows travel.
-        choices = table.choices_device.sum(dim=0, dtype=torch.int32)
         paths = sending.paths()
         route = Route(
             num_tokens=call.x_TW.shape[0],
             splits=splits,
-            token_of_row=token_of_row,
+            token_of_row=packed.token_of_row,
             rows_of_token=paths.rows_of_token,
             row_of_choice=paths.row_of_choice,
-            tokens_per_expert=choices.index_select(0, self._experts_device),
+            tokens_per_expert=table.choices_device[:, self._experts].sum(dim=0, dtype=torch.int32),
             tokens_per_expert_list=counts,
-            rows_per_rank=table.rows_device[:, self._wire.rank].contiguous(),
+            rows_per_rank=table.rows_device[:, rank].contiguous(),
         )
         return self._deliver(call, route, flight)
 
@@ -375,12 +375,18 @@ class CollectiveEngine:
             shape = layouts.leading_shape(
                 self._layout,
                 tokens_per_expert=per_expert[list(experts)].tolist() if experts else [],
-                rows_per_source=table.rows[:, rank].tolist(),
+                rows_per_source=[rows[rank] for rows in table.rows],
                 max_tokens_per_rank=self._config.max_tokens_per_rank,
                 alignment=self._config.expert_alignment,
             )
             needed.append(shape[0])
         return needed
+
+    def _pack(self, call: DispatchCall, sending: Sending, count: int) -> Packed:
+        """The rows to send, and what travels beside them."""
+        token_of_row = sending.token_of_row(count)
+        rows = self._pack_rows(call.x_TW, token_of_row)
+        return Packed(token_of_row, rows, sending.extras(count))
 
     def _pack_rows(self, x_TW: Tensor, token_of_row: Tensor) -> Tensor:
         """`[n, words]` the rows to send, in borrowed memory."""

@@ -25,6 +25,21 @@ class Splits:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Rows ready to be sent.
+
+    Attributes:
+        token_of_row: `[n]` source token of every row.
+        rows: `[n, words]`, borrowed.
+        extras: `[n, bytes]` uint8 what travels beside them, or None.
+    """
+
+    token_of_row: Tensor
+    rows: Tensor
+    extras: Tensor | None
+
+
+@dataclass(frozen=True)
 class Flight:
     """Rows under way.
 

@@ -13,6 +13,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import torch
+
 from expertlink.errors import EngineUnavailableError
 
 
@@ -82,7 +84,36 @@ def compile_kernel(name: str, instance: str, arch: str) -> CompiledKernel:
     return CompiledKernel(code=code, instance=instance, report=log.getvalue())
 
 
-def load_kernel(name: str, instance: str, arch: str) -> Any:
-    """The compiled instance as a cuda.core kernel, ready to launch."""
-    compiled = compile_kernel(name, instance, arch)
-    return compiled.code.get_kernel(compiled.instance)
+class Launcher:
+    """Loads and launches kernels on one device, keeping what every launch needs again.
+
+    Raises:
+        EngineUnavailableError: kernels cannot be compiled here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        reason = obstacle()
+        if reason is not None:
+            raise EngineUnavailableError(f"kernels cannot be compiled: {reason}")
+        assert device.index is not None
+        self._core = cuda_core()
+        self._core.Device(device.index).set_current()
+        self._device = device
+        self._config = cache(self._core.LaunchConfig)
+        self._stream = cache(self._core.Stream.from_handle)
+        properties = torch.cuda.get_device_properties(device)
+        self.num_sms: int = properties.multi_processor_count
+        self._arch = f"sm_{properties.major}{properties.minor}"
+
+    def load(self, name: str, instance: str) -> Any:
+        """The instance of a kernel, compiled for this device and ready to launch."""
+        compiled = compile_kernel(name, instance, self._arch)
+        return compiled.code.get_kernel(compiled.instance)
+
+    def launch(
+        self, kernel: Any, *arguments: int, grid: int, block: int, shared_bytes: int = 0
+    ) -> None:
+        """Queues a kernel on torch's current stream. Arguments are addresses and 64-bit numbers."""
+        stream = self._stream(torch.cuda.current_stream(self._device).cuda_stream)
+        config = self._config(grid=grid, block=block, shmem_size=shared_bytes)
+        self._core.launch(stream, config, kernel, *arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertlink.jit.compiler import cuda_core, load_kernel
+from expertlink.jit.compiler import Launcher
 from expertlink.reduction import accumulator_dtype
 
 MAX_TERMS = 32
@@ -32,25 +32,16 @@ def instances(dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
 
 
 class OrderedSum:
-    """The compiled kernels for one device and row type. Building one compiles; calls only launch.
+    """The compiled kernels for one row type. Building one compiles; calls only launch."""
 
-    Raises:
-        EngineUnavailableError: kernels cannot be compiled here.
-    """
-
-    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
-        major, minor = torch.cuda.get_device_capability(device)
-        self._core = cuda_core()
-        assert device.index is not None
-        self._core.Device(device.index).set_current()
+    def __init__(self, launcher: Launcher, *, dtype: torch.dtype) -> None:
+        self._launcher = launcher
+        self._dtype = dtype
         self._kernels = {
-            key: load_kernel("ordered_sum", instance, f"sm_{major}{minor}")
+            key: launcher.load("ordered_sum", instance)
             for key, instance in instances(dtype).items()
         }
-        self._dtype = dtype
-        self._blocks = (
-            _BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-        )
+        self._most_blocks = _BLOCKS_PER_SM * launcher.num_sms
 
     def __call__(
         self, rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None, out: Tensor
@@ -63,12 +54,8 @@ class OrderedSum:
         if weights_MC is not None:
             weights_MC = weights_MC.to(accumulator_dtype(rows_SH.dtype)).contiguous()
         addresses = rows_SH.data_ptr() | out.data_ptr() | (hidden * out.element_size())
-        kernel = self._kernels[addresses % 16 == 0, weights_MC is not None]
-        stream = self._core.Stream.from_handle(torch.cuda.current_stream(out.device).cuda_stream)
-        self._core.launch(
-            stream,
-            self._core.LaunchConfig(grid=min(results, self._blocks), block=_THREADS),
-            kernel,
+        self._launcher.launch(
+            self._kernels[addresses % 16 == 0, weights_MC is not None],
             rows_SH.data_ptr(),
             slots_MC.data_ptr(),
             0 if weights_MC is None else weights_MC.data_ptr(),
@@ -76,4 +63,6 @@ class OrderedSum:
             results,
             slots_MC.shape[1],
             hidden,
+            grid=min(results, self._most_blocks),
+            block=_THREADS,
         )

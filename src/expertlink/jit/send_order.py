@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertlink.engines.base import DispatchCall
 from expertlink.engines.header import NUM_FIELDS, HeaderFields
-from expertlink.jit.compiler import cuda_core, load_kernel
+from expertlink.jit.compiler import Launcher
 from expertlink.layouts import as_bytes
 from expertlink.routing import Placement, ReturnPaths
 
@@ -34,27 +34,19 @@ def order_instances() -> dict[tuple[torch.dtype, torch.dtype], str]:
 
 
 class KernelSender:
-    """`engines.sending.Sender` on a GPU. Building one compiles; calls only launch.
+    """`engines.sending.Sender` on a GPU. Building one compiles; calls only launch."""
 
-    Raises:
-        EngineUnavailableError: kernels cannot be compiled here.
-    """
-
-    def __init__(self, placement: Placement, *, device: torch.device) -> None:
-        major, minor = torch.cuda.get_device_capability(device)
-        arch = f"sm_{major}{minor}"
-        self.core = cuda_core()
-        assert device.index is not None
-        self.core.Device(device.index).set_current()
+    def __init__(self, launcher: Launcher, placement: Placement) -> None:
+        self.launcher = launcher
+        self.placement = placement
         self.count_kernels = {
-            dtype: load_kernel("send_order", instance, arch)
+            dtype: launcher.load("send_order", instance)
             for dtype, instance in count_instances().items()
         }
         self.order_kernels = {
-            dtypes: load_kernel("send_order", instance, arch)
+            dtypes: launcher.load("send_order", instance)
             for dtypes, instance in order_instances().items()
         }
-        self.placement = placement
 
     def __call__(self, call: DispatchCall, fields: HeaderFields, check: bool) -> KernelSending:
         return KernelSending(self, call, fields, check)
@@ -145,7 +137,6 @@ class KernelSending:
         return ReturnPaths(self._rows_of_token, self._row_of_choice)
 
     def _launch(self, kernel: Any, shared_words: int, *arguments: int) -> None:
-        core = self._sender.core
-        stream = torch.cuda.current_stream(self.header.device).cuda_stream
-        config = core.LaunchConfig(grid=self._blocks, block=THREADS, shmem_size=shared_words * 4)
-        core.launch(core.Stream.from_handle(stream), config, kernel, *arguments)
+        self._sender.launcher.launch(
+            kernel, *arguments, grid=self._blocks, block=THREADS, shared_bytes=shared_words * 4
+        )
