@@ -68,5 +68,14 @@ def test_environment_variables_are_all_there() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", TEXT):
-        assert (README.parent / target).exists(), target
+    for page in (README, README.parent / "docs" / "architecture.md"):
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", page.read_text()):
+            goal = page.parent / target if target else page
+            assert goal.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(goal), f"{page.name}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings of a page as links spell them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -20,6 +20,8 @@ from expertlink.bench.trace import RoutingTrace
 from expertlink.demo.plots import plot_expert_load, plot_loss
 from expertlink.demo.train import RankReport, StepRecord, TrainConfig
 
+SUMMARY, LOSS, EXPERT_LOAD = "summary.json", "loss.png", "expert_load.png"
+TRACE = "routing_trace.npz"
 PHASES = ("dispatch", "experts", "combine")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 _LAST = 10  # steps that figures "at the end" are averaged over
@@ -165,14 +167,12 @@ def write_report(report: Report, out: Path, console: Console) -> None:
     records = report.records
     summary = report.summary()
     text = json.dumps(summary, indent=2, allow_nan=True)
-    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
-    plot_loss(records, out / "loss.png", title=f"Predicting the next byte of: {report.corpus}")
-    plot_expert_load(
-        records, [rank.local_experts for rank in report.ranks], out / "expert_load.png"
-    )
-    report.trace().save(out / "routing_trace.npz")
+    (out / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    plot_loss(records, out / LOSS, title=f"Predicting the next byte of: {report.corpus}")
+    plot_expert_load(records, [rank.local_experts for rank in report.ranks], out / EXPERT_LOAD)
+    report.trace().save(out / TRACE)
     console.print(_table(report, summary))
-    console.print(f"Written to [bold]{out}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    console.print(f"Written to [bold]{out}[/]: {', '.join((SUMMARY, LOSS, EXPERT_LOAD, TRACE))}")
 
 
 def _table(report: Report, summary: dict[str, Any]) -> Table:
