@@ -18,7 +18,7 @@ from expertlink.workspace import Workspace
 
 SumKernel = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
 
-_CHUNK_BYTES = 2 << 20  # accumulator bytes worked on at a time; less costs calls, more costs cache
+_CHUNK_BYTES = 1 << 20  # accumulator bytes worked on at a time; less costs calls, more costs cache
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -98,6 +98,7 @@ def _sum_on_cpu(
     narrow = workspace.take((step, hidden), rows_SH.dtype)
     term_buffer = workspace.take((step, hidden), wide)
     acc_buffer = workspace.take((step, hidden), wide)
+    zero = torch.zeros((), dtype=wide)
     for chunk, begin in enumerate(range(0, total, step)):
         acc = acc_buffer[: min(step, total - begin)]
         for index, column in enumerate(columns):
@@ -108,15 +109,20 @@ def _sum_on_cpu(
                 acc.zero_()
             if count == 0:
                 continue
-            term = acc if full else term_buffer[:count]
             picked = narrow[:count]
             torch.index_select(rows_SH, 0, column.slot_M[first:last], out=picked)
-            term.copy_(picked)
-            if column.weight_M is not None:
-                term.mul_(column.weight_M[first:last].unsqueeze(1))
+            weight = None if column.weight_M is None else column.weight_M[first:last, None]
             if full:
-                acc.add_(0.0)  # sums start at +0.0: a lone -0.0 becomes positive
+                # Sums start at +0.0, which makes a lone -0.0 positive; adding it fuses with the
+                # product in one pass over memory, and exactly, whether or not it is an fma.
+                if weight is None:
+                    acc.copy_(picked.add_(0.0))
+                else:
+                    torch.addcmul(zero, acc.copy_(picked), weight, out=acc)
             else:
+                term = term_buffer[:count].copy_(picked)
+                if weight is not None:
+                    term.mul_(weight)
                 acc.index_add_(0, column.row_M[first:last] - begin, term)
         if columns:
             out[begin : begin + len(acc)].copy_(acc)

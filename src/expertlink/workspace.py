@@ -27,13 +27,14 @@ class Workspace:
         if self._device.type != "cpu":
             return torch.empty(tuple(shape), dtype=dtype, device=self._device)
         needed = math.prod(shape) * dtype.itemsize
-        fitting = [storage for storage in self._free if storage.nbytes() >= needed]
+        # The smallest that fits; of equal ones the last used, which may still be in the cache.
+        sizes = [storage.nbytes() for storage in self._free]
+        fitting = [(size, -index) for index, size in enumerate(sizes) if size >= needed]
         if fitting:
-            storage = min(fitting, key=torch.UntypedStorage.nbytes)
-            self._free.remove(storage)
+            storage = self._free.pop(-min(fitting)[1])
         else:
-            if self._free:  # outgrown: the new buffer replaces the largest one
-                self._free.remove(max(self._free, key=torch.UntypedStorage.nbytes))
+            if sizes:  # outgrown: the new buffer replaces the largest one
+                self._free.pop(sizes.index(max(sizes)))
             storage = torch.UntypedStorage(needed + needed // _ROUND_UP, device=self._device)
         return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[arg-type]
 
