@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from expertlink import (
     DispatchHandle,
@@ -35,7 +34,7 @@ def make(ctx: RankContext, **fields: Any) -> MoECommunicator:
     return MoECommunicator(MoECommunicatorConfig(**{**defaults, **fields}))
 
 
-def good(comm: MoECommunicator) -> dict[str, Tensor]:
+def good(comm: MoECommunicator) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(comm.rank)
     ids_TK = torch.rand(T, E, generator=gen).topk(K).indices
     x_TH = torch.randn(T, H, generator=gen)
@@ -178,3 +177,37 @@ def absent(ctx: RankContext, culprit: int, phase: str, how: str) -> Any:
         comm.close()
         return type(error).__name__, str(error), missing, waited, again
     return "", "no error", None, 0.0, ("", "")
+
+
+def other_communicator(ctx: RankContext, culprit: int) -> Any:
+    """One rank uses another communicator of the group than the rest."""
+    with make(ctx) as a, make(ctx) as b:
+        mine = b if ctx.rank == culprit else a
+        return outcome(lambda: mine.dispatch(**good(mine)))
+
+
+def late_meeting(ctx: RankContext, culprit: int) -> Any:
+    """One rank misses the first attempt to meet; the second one succeeds."""
+    comm = make(ctx, startup_timeout_s=1.0)
+    first = ("", "")
+    if ctx.rank == culprit:
+        time.sleep(2.0)
+    else:
+        first = outcome(comm.initialize)
+    comm.close()
+    with make(ctx) as again:
+        return first, works(again)
+
+
+def failed_wait(ctx: RankContext, culprit: int) -> Any:
+    """A wait that failed keeps failing: unfilled tensors never pass for results."""
+    comm = make(ctx, timeout_s=2.0)
+    assert works(comm)
+    out, handle = comm.dispatch(**good(comm))
+    if ctx.rank == culprit:
+        return None
+    # The combine's agreement needs the missing rank, a request's transfer would as well.
+    first = outcome(lambda: comm.combine_async(out.tokens, handle).wait())
+    second = outcome(lambda: comm.combine_async(out.tokens, handle).wait())
+    third = outcome(lambda: comm.dispatch(**good(comm)))
+    return first[0], second[0], third[0]

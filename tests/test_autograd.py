@@ -52,3 +52,9 @@ def test_backward_again_and_in_part(rank_pools, layout: DispatchLayout) -> None:
     case = Case((5, 4), 4, experts=4, topk=2, layout=layout, dtype=torch.float64)
     for outcome in rank_pools(2).run(train_jobs.repeated_backward, case, timeout_s=60):
         assert outcome == (True, True, False, True)
+
+
+@LAYOUTS
+def test_weights_beside_quantized_rows(rank_pools, layout: DispatchLayout) -> None:
+    case = Case((5, 4), 8, experts=4, topk=2, layout=layout, dtype=torch.float32, masked=0.2)
+    assert all(rank_pools(2).run(train_jobs.quantized_weights, case, timeout_s=60))

@@ -88,6 +88,7 @@ def _works(comm: MoECommunicator) -> None:
     fields = good()
     out, handle = comm.dispatch(**fields)
     result = comm.combine(out.tokens, handle)
+    assert isinstance(result, torch.Tensor)
     kept = torch.where(fields["topk_ids"] >= 0, fields["weights"], 0.0).sum(1, keepdim=True)
     torch.testing.assert_close(result, fields["input"] * kept)
 
@@ -325,3 +326,23 @@ def test_unchecked_inputs_stay_memory_safe() -> None:
         assert out.topk_ids is not None
         assert out.topk_ids.tolist() == [[2, -1]]
         assert torch.equal(comm.combine(out.tokens, handle), torch.ones(1, H))
+
+
+def test_inference_mode() -> None:
+    """Serving code runs inside it: tensors made there have no version to compare."""
+    with torch.inference_mode(), make() as comm:
+        _works(comm)
+        fields = good()
+        _, handle = comm.dispatch(**fields)
+        comm.dispatch(fields["input"], fields["topk_ids"], previous_handle=handle)
+        with pytest.raises(RoutingChangedError):
+            comm.dispatch(fields["input"], fields["topk_ids"].flip(0), previous_handle=handle)
+
+
+def test_unchecked_double_ids_never_write_out_of_bounds() -> None:
+    """EXPERT_MAJOR has room for each token once per expert."""
+    twice = torch.zeros((T, K), dtype=torch.int64)
+    with make(check_inputs=False, output_layout="expert_major") as comm:
+        with pytest.raises(InputError, match="expert 0 was chosen 8 times by at most 4 tokens"):
+            comm.dispatch(torch.ones(T, H), twice, torch.ones(T, K))
+        _works(comm)

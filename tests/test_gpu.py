@@ -12,7 +12,7 @@ from quant_jobs import opaque_rows, quantized_dispatch
 from rank_jobs import contract
 
 from expertlink import BlockFormat, DispatchLayout
-from expertlink.launch import RankFailure, RankPool
+from expertlink.launch import RankPool
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 RANKS = pytest.mark.parametrize(
@@ -94,8 +94,9 @@ def test_a_missing_rank_is_named_in_time(phase: str) -> None:
         )
         pool.kill()
     for rank in (0, 2, 3):
-        assert not isinstance(results[rank], (RankFailure, BaseException)), results[rank]
-        kind, message, missing, waited, _ = results[rank]
+        seen = results[rank]
+        assert isinstance(seen, tuple), seen
+        kind, message, missing, waited, _ = seen
         assert kind == "PeerTimeoutError", message
         assert missing == (1,), message
         assert waited < 10.0

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from expertlink import EngineUnavailableError
+from expertlink.engines.send_order import count_instances, order_instances
 from expertlink.jit import compiler
 from expertlink.jit.compiler import compile_kernel
 from expertlink.jit.ordered_sum import instances
-from expertlink.jit.send_order import count_instances, order_instances
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

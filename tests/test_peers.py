@@ -8,7 +8,7 @@ import peer_jobs
 import pytest
 import torch
 
-from expertlink.launch import RankFailure, RankPool
+from expertlink.launch import RankPool
 
 RANKS, CULPRIT = 3, 1
 OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
@@ -132,8 +132,9 @@ def test_a_missing_rank_is_named_in_time(phase: str, how: str) -> None:
             peer_jobs.absent, CULPRIT, phase, how, timeout_s=30, return_exceptions=True
         )
     for rank in OTHERS:
-        assert not isinstance(results[rank], (RankFailure, BaseException)), results[rank]
-        kind, message, missing, waited, again = results[rank]
+        seen = results[rank]
+        assert isinstance(seen, tuple), seen
+        kind, message, missing, waited, again = seen
         assert kind == "PeerTimeoutError", message
         assert missing == (CULPRIT,), message
         assert f"missing: rank {CULPRIT}" in message
@@ -143,3 +144,28 @@ def test_a_missing_rank_is_named_in_time(phase: str, how: str) -> None:
             assert ("has exited" if how == "dies" else "is alive") in message
         assert waited < 2.0 + 2.0 + 3.0, "time-out, then the search for the missing, then slack"
         assert again[0] == "ClosedError", again
+
+
+def test_communicators_are_told_apart(rank_pools) -> None:
+    results = rank_pools(RANKS).run(peer_jobs.other_communicator, CULPRIT, timeout_s=60)
+    for rank, (kind, message) in enumerate(results):
+        assert kind == "PeerError", message
+        odd = "rank 1" if rank != CULPRIT else "rank 0"
+        assert f"{odd} is in dispatch #1 of another communicator" in message
+
+
+def test_a_missed_meeting_can_be_repeated() -> None:
+    with RankPool(num_ranks=RANKS) as pool:
+        results = pool.run(peer_jobs.late_meeting, CULPRIT, timeout_s=60)
+    assert all(worked for _, worked in results)
+    for rank in OTHERS:
+        kind, message = results[rank][0]
+        assert kind == "PeerTimeoutError"
+        assert f"missing: rank {CULPRIT}" in message
+
+
+def test_failed_waits_stay_failed() -> None:
+    with RankPool(num_ranks=RANKS) as pool:
+        results = pool.run(peer_jobs.failed_wait, CULPRIT, timeout_s=60)
+    for rank in OTHERS:
+        assert results[rank] == ("PeerTimeoutError", "ClosedError", "ClosedError")

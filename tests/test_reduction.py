@@ -35,6 +35,7 @@ def sums(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
     results, terms = draw(st.integers(0, 6)), draw(st.integers(1, 9))
     hidden, total = draw(st.sampled_from([1, 7, 8, 64, 136])), draw(st.integers(0, 12))
     rows = torch.randn((total, hidden), generator=gen, dtype=torch.float64)
+    rows *= draw(st.sampled_from([1.0, 1e-5, 1e-25, 1e-38]))  # products and results that underflow
     rows[torch.rand(rows.shape, generator=gen) < 0.2] = -0.0
     absent = torch.rand((results, terms), generator=gen) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     slots = torch.randint(0, max(total, 1), (results, terms), generator=gen)
@@ -42,6 +43,7 @@ def sums(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
     weights = None
     if draw(st.booleans()):
         weights = torch.randn((results, terms), generator=gen, dtype=torch.float64)
+        weights *= draw(st.sampled_from([1.0, 1e-20]))
         weights = weights.to(torch.float64 if dtype is torch.float64 else torch.float32)
     return rows.to(dtype), slots, weights
 

@@ -168,3 +168,20 @@ def repeated_backward(ctx: RankContext, case: Case) -> Any:
         with torch.no_grad():
             plain = layer(comm, x_TH, ids_TK, weights_TK, mine)
         return same, only_weights, plain.requires_grad, torch.equal(plain, result)
+
+
+def quantized_weights(ctx: RankContext, case: Case) -> bool:
+    """Quantized rows carry no gradients, the routing weights beside them do."""
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    with MoECommunicator(config_of(case, ctx.device, quantization="e4m3_float32")) as comm:
+        weights_TK = own.weights_TK.to(ctx.device).requires_grad_()
+        out, handle = comm.dispatch(own.x_TH.to(ctx.device), own.ids_TK.to(ctx.device), weights_TK)
+        assert not out.tokens.requires_grad
+        rows = torch.ones(handle.rows_shape, dtype=case.dtype, device=ctx.device)
+        if out.topk_weights is not None:
+            rows = rows * out.topk_weights.sum(-1, keepdim=True)
+        comm.combine(rows, handle).sum().backward()
+    expected = torch.where(own.ids_TK >= 0, float(case.hidden), 0.0)
+    assert weights_TK.grad is not None
+    return torch.equal(weights_TK.grad.cpu(), expected)

@@ -58,12 +58,18 @@ class _Dispatch(torch.autograd.Function):
         started.append(engine.dispatch(call))
         ctx.engine, ctx.state, ctx.shape = engine, started[0].state, x_TW.shape
         output = started[0].output
+        ctx.quantized = call.scales is not None
+        if ctx.quantized:
+            ctx.mark_non_differentiable(output.tokens)
         return output.tokens, output.topk_weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_tokens, grad_weights = grads
+        if ctx.quantized:  # only the weights carry gradients
+            grads_TK = ctx.engine.weight_grads(ctx.state, grad_weights.contiguous())
+            return None, grads_TK, None, None, None
         out_TH = grad_tokens.new_empty(ctx.shape)
         combined = ctx.engine.combine(
             CombineCall(

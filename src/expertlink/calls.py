@@ -57,7 +57,6 @@ class CallBuilder:
         ids_TK, weights_TK = check_routing(config, topk_ids, weights, rows.shape[0], device=device)
         if previous is not None:
             self._check_previous(previous, topk_ids, ids_TK, rows.shape[0])
-        tracked = needs_grad(rows, weights_TK)
         block_format = config.block_format
         if quant is None and block_format is not None:
             if rows.requires_grad and torch.is_grad_enabled():
@@ -68,7 +67,7 @@ class CallBuilder:
             rows, scale_values = quantization.quantize(rows, block_format)
             quant = QuantScales(scale_values, block_format)
         if output_buffer is not None:
-            if tracked:
+            if needs_grad(rows, weights_TK):
                 raise InputError(
                     "output_buffer cannot be used where gradients are tracked: backward needs the "
                     "rows to stay as they are"
@@ -82,8 +81,14 @@ class CallBuilder:
             weights_TK=weights_TK,
             output_buffer=output_buffer,
             previous=None if previous is None else previous.state,
-            zero_padding=tracked,
+            # Gradients of the experts multiply whole padded blocks: garbage there must not be NaN.
+            zero_padding=torch.is_grad_enabled(),
         )
+
+    def tracked(self, call: DispatchCall) -> bool:
+        """Whether autograd follows a dispatch: its rows, or the weights that come out with them."""
+        weights_TK = None if self._config.layout.expanded else call.weights_TK
+        return needs_grad(call.x_TW, weights_TK)
 
     def _check_previous(
         self,

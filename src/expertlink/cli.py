@@ -43,7 +43,9 @@ def demo(
         typer.Option(help="File to learn from. Default: sources of Python's standard library."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/demo"),
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="auto, cpu or cuda.")
+    ] = "auto",
 ) -> None:
     """Train a small byte-level MoE language model with expert parallelism on real text."""
     from rich.console import Console
@@ -116,7 +118,9 @@ def bench(
     num_sms: Annotated[
         str | None, typer.Option(metavar="LIST", help="SMs that a call may occupy.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="auto, cpu or cuda.")
+    ] = "auto",
     threads: Annotated[
         int | None,
         typer.Option(help="CPU threads per rank. Default: its share of the cores, less one."),

@@ -70,7 +70,6 @@ class MoECommunicator:
         self._calls = CallBuilder(
             config, device=self.device, num_ranks=self.num_ranks, identity=self._identity
         )
-        self._num_dispatches = 0
         self._closed = False
 
     # -- life -------------------------------------------------------------------------------------
@@ -253,16 +252,14 @@ class MoECommunicator:
         overlap: CommOverlapConfig | None,
     ) -> tuple[DispatchOutput, DispatchHandle, Callable[[], None]]:
         engine = self._ready()
-        self._num_dispatches += 1
         kind = "dispatch" if previous is None else "cached_dispatch"
         try:
             call = self._calls.dispatch(x, topk_ids, weights, scales, output_buffer, previous)
         except ExpertlinkError as error:
             engine.refuse(kind, error)
-        tracked = autograd.needs_grad(call.x_TW, call.weights_TK)
 
         def begin() -> Dispatched:
-            if tracked:
+            if self._calls.tracked(call):
                 return autograd.dispatch(engine, call)
             return engine.dispatch(call)
 
@@ -279,14 +276,14 @@ class MoECommunicator:
             weights_TK = previous.topk_weights
         handle = DispatchHandle(
             owner=self._identity,
-            call=self._num_dispatches,
+            call=started.call,
             num_tokens=call.x_TW.shape[0],
             layout=self.config.layout,
             rows_shape=(*output.tokens.shape[:-1], self.config.hidden_size),
             topk_ids=ids_TK,
             topk_weights=weights_TK,
             state=started.state,
-            ids_seen=None if topk_ids is None else (topk_ids, topk_ids._version),
+            ids_seen=_seen(topk_ids),
         )
         return output, handle, wait
 
@@ -420,10 +417,9 @@ class MoECommunicator:
         overlap: CommOverlapConfig | None,
         inputs: Sequence[Tensor | None],
     ) -> tuple[_Started, Callable[[], None]]:
-        stream = overlap.stream if overlap is not None else self._stream
         return launch(
             begin,
-            stream=stream if beside and self.config.enable_overlap else None,
+            stream=(self._stream if overlap is None else overlap.stream) if beside else None,
             wait_events=() if overlap is None else overlap.wait_events,
             inputs=inputs,
         )
@@ -432,3 +428,10 @@ class MoECommunicator:
         self.initialize()
         assert self._engine is not None
         return self._engine
+
+
+def _seen(topk_ids: Tensor | None) -> tuple[Tensor, int] | None:
+    """A tensor with its version; None where versions are not counted."""
+    if topk_ids is None or topk_ids.is_inference():
+        return None
+    return topk_ids, topk_ids._version

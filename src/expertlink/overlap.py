@@ -27,6 +27,8 @@ def launch(
     there now and waiting only orders the then current stream after it.
     """
     if stream is None:
+        for event in wait_events:
+            event.wait()
         started = begin()
 
         def finish() -> None:

@@ -98,7 +98,6 @@ def _sum_on_cpu(
     narrow = workspace.take((step, hidden), rows_SH.dtype)
     term_buffer = workspace.take((step, hidden), wide)
     acc_buffer = workspace.take((step, hidden), wide)
-    zero = torch.zeros((), dtype=wide)
     for chunk, begin in enumerate(range(0, total, step)):
         acc = acc_buffer[: min(step, total - begin)]
         for index, column in enumerate(columns):
@@ -113,12 +112,11 @@ def _sum_on_cpu(
             torch.index_select(rows_SH, 0, column.slot_M[first:last], out=picked)
             weight = None if column.weight_M is None else column.weight_M[first:last, None]
             if full:
-                # Sums start at +0.0, which makes a lone -0.0 positive; adding it fuses with the
-                # product in one pass over memory, and exactly, whether or not it is an fma.
+                # Sums start at +0.0, which makes a lone -0.0 positive.
                 if weight is None:
                     acc.copy_(picked.add_(0.0))
                 else:
-                    torch.addcmul(zero, acc.copy_(picked), weight, out=acc)
+                    acc.copy_(picked).mul_(weight).add_(0.0)
             else:
                 term = term_buffer[:count].copy_(picked)
                 if weight is not None:

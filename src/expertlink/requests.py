@@ -28,9 +28,9 @@ class Request(Generic[Result]):
         Raises:
             PeerTimeoutError: a peer did not take part within the time-out.
         """
-        wait, self._wait = self._wait, None
-        if wait is not None:
-            wait()
+        if self._wait is not None:
+            self._wait()
+            self._wait = None  # a failed wait stays failed
         return self._result
 
 

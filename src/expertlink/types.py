@@ -136,9 +136,9 @@ class DispatchHandle:
 
         Until then the tensors that the call returned must not be read. Safe to call repeatedly.
         """
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
+        if self._finish is not None:
+            self._finish()
+            self._finish = None  # a failed wait stays failed
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ class Case:
 
     @property
     def wire_dtype(self) -> torch.dtype:
-        """Element type of combine's rows on the wire: the input's, bfloat16 for quantized rows."""
-        return self.torch_dtype if self.quantization is None else torch.bfloat16
+        """Element type of combine's rows on the wire, whatever dispatch sends."""
+        return self.torch_dtype
 
     @property
     def routing_label(self) -> str:

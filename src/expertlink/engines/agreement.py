@@ -99,12 +99,15 @@ class Agreement:
                 )
 
     def _check_same_call(self, fields: list[list[int]]) -> None:
-        calls = [(words[Word.OPERATION], words[Word.CALL]) for words in fields]
+        names = (Word.OPERATION, Word.COMMUNICATOR, Word.CALL)
+        calls = [tuple(words[name] for name in names) for words in fields]
         if all(call == calls[0] for call in calls):
             return
+        own = self._wire.number
         seen = "; ".join(
             f"rank {rank} is in {Operation(operation).title} #{call}"
-            for rank, (operation, call) in enumerate(calls)
+            + ("" if communicator == own else " of another communicator")
+            for rank, (operation, communicator, call) in enumerate(calls)
         )
         odd = [rank for rank, call in enumerate(calls) if call != calls[self._wire.rank]]
         raise PeerError(

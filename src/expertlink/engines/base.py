@@ -67,12 +67,14 @@ class Dispatched:
     Attributes:
         output: what the rank receives.
         state: the engine's memory of the routing; complete once finished.
-        finish: waits for and places the rows; call exactly once, on the stream of the call.
+        finish: waits for and places the rows; call until it succeeds, on the stream of the call.
+        call: sequence number, as in error messages.
     """
 
     output: DispatchOutput
     state: object
     finish: Callable[[], None]
+    call: int
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from expertlink.engines.agreement import Agreement, Table
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.header import UNBOUNDED, HeaderFields, Operation, build_header
 from expertlink.engines.route import Flight, Packed, Route, Splits, finished
+from expertlink.engines.send_order import MAX_RANKS, KernelSender
 from expertlink.engines.sending import Sender, Sending, TorchSender
 from expertlink.engines.wire import Transfer, Wire
+from expertlink.errors import InputError
 from expertlink.jit.compiler import Launcher, obstacle
 from expertlink.jit.ordered_sum import OrderedSum
-from expertlink.jit.send_order import MAX_RANKS, KernelSender
 from expertlink.reduction import SumKernel, ordered_sum
 from expertlink.routing import Placement
 from expertlink.types import DispatchLayout
@@ -140,6 +141,7 @@ class CollectiveEngine:
             packed = self._pack(call, sending, sum(sending.rows_per_rank.tolist()))
         table = agreement.conclude(lambda: explain_ids(ids_TK, self._placement.num_experts))
         agreement.check_capacity(lambda: self._rows_needed(table))
+        self._check_experts(table)
         rank = self._wire.rank
         splits = Splits(table.rows[rank], [rows[rank] for rows in table.rows])
         counts = table.choices[:, self._experts].sum(dim=0).tolist()
@@ -161,8 +163,8 @@ class CollectiveEngine:
 
     def _cached_dispatch(self, call: DispatchCall) -> Dispatched:
         """Same routing as before: nothing is counted, ids do not travel again."""
-        route = dataclasses.replace(finished(call.previous))
         self._enter(Operation.CACHED_DISPATCH)
+        route = dataclasses.replace(finished(call.previous))
         agreement = None
         if self._check:
             agreement = self._agree(
@@ -218,6 +220,7 @@ class CollectiveEngine:
     def _deliver(self, call: DispatchCall, route: Route, flight: Flight) -> Dispatched:
         """What remains to be done about rows in flight."""
         output = delivery.allocate(self._config, call, route, flight.tokens)
+        call_number = self._wire.call
 
         def finish() -> None:
             if flight.extras_move is not None:
@@ -232,14 +235,14 @@ class CollectiveEngine:
                 )
                 self._workspace.give_back(flight.rows_in)
 
-        return Dispatched(output=output, state=route, finish=finish)
+        return Dispatched(output=output, state=route, finish=finish, call=call_number)
 
     # -- combine ----------------------------------------------------------------------------------
 
     def combine(self, call: CombineCall) -> Combined:
         """Starts a combine: partial sums are on their way to the tokens' ranks."""
-        route = finished(call.state)
         self._enter(Operation.COMBINE)
+        route = finished(call.state)
         agreement = None
         if self._check:
             grads = call.weight_grads
@@ -274,8 +277,8 @@ class CollectiveEngine:
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
-        route = finished(state)
         self._enter(Operation.WEIGHT_GRADS)
+        route = finished(state)
         if self._check:
             self._agree(Operation.WEIGHT_GRADS).conclude()
         grads_TK, finish = self._return_grads(route, weight_grads)
@@ -337,7 +340,12 @@ class CollectiveEngine:
         self._call += 1
 
     def _fields(self, operation: Operation, **fields: int) -> HeaderFields:
-        return HeaderFields(operation=operation, call=self._wire.call & 0x7FFFFFFF, **fields)
+        return HeaderFields(
+            operation=operation,
+            communicator=self._wire.number,
+            call=self._wire.call & 0x7FFFFFFF,
+            **fields,
+        )
 
     def _agree(
         self,
@@ -366,6 +374,18 @@ class CollectiveEngine:
         if output_buffer is not None and not self._layout.padded:
             limits.append(output_buffer.shape[0])
         return min(limits, default=UNBOUNDED)
+
+    def _check_experts(self, table: Table) -> None:
+        """EXPERT_MAJOR has room for a token once per expert; unchecked ids could ask for more."""
+        if self._layout is not DispatchLayout.EXPERT_MAJOR or self._check:
+            return
+        room = self._wire.num_ranks * self._config.max_tokens_per_rank
+        most, expert = table.choices.sum(dim=0).max(dim=0)
+        if most > room:
+            raise InputError(
+                f"expert {int(expert)} was chosen {int(most)} times by at most {room} tokens: "
+                "topk_ids name an expert twice in one token (check_inputs=True finds which)"
+            )
 
     def _rows_needed(self, table: Table) -> list[int]:
         """First dimension of `tokens` on every rank."""

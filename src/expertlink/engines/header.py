@@ -35,6 +35,7 @@ class HeaderFields:
 
     Attributes:
         operation: `Operation`.
+        communicator: tells the communicators of a group apart.
         call: sequence number of the call.
         status: 0, or 1 where the rank takes no part because its input is faulty.
         capacity: rows this rank has room for, or UNBOUNDED.
@@ -43,6 +44,7 @@ class HeaderFields:
     """
 
     operation: int
+    communicator: int
     call: int
     status: int = 0
     capacity: int = UNBOUNDED
@@ -54,11 +56,12 @@ class Word(enum.IntEnum):
     """Positions of the fields."""
 
     OPERATION = 0
-    CALL = 1
-    STATUS = 2
-    CAPACITY = 3
-    ROW_BYTES = 4
-    EXTRA_BYTES = 5
+    COMMUNICATOR = 1
+    CALL = 2
+    STATUS = 3
+    CAPACITY = 4
+    ROW_BYTES = 5
+    EXTRA_BYTES = 6
 
 
 NUM_FIELDS = len(Word)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import itertools
 import json
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +27,9 @@ _COMMON_FIELDS = (
 )
 
 
-# Ranks of a group meet in the same order, so counting tells their meetings apart.
-_meetings: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+# Ranks of a group meet in the same order, so counting tells their meetings apart. One that failed
+# for want of a rank counts for nobody and can be tried again.
+_meetings: collections.Counter[str] = collections.Counter()
 
 
 def meet(
@@ -46,7 +45,9 @@ def meet(
         PeerTimeoutError: a rank did not come within `wire.timeout_s`.
     """
     wire.enter("initialize", 0)
-    wire.assemble(next(_meetings[getattr(wire.group, "group_name", "")]))
+    name = getattr(wire.group, "group_name", "")
+    wire.assemble(_meetings[name])
+    _meetings[name] += 1
     here = Peer.here()
     common: dict[str, object] = {name: getattr(config, name) for name in _COMMON_FIELDS}
     common |= {
@@ -81,6 +82,7 @@ def meet(
         raise ConfigurationError("ranks disagree about the configuration; " + "; ".join(differing))
     wire.peers = [Peer(*answer["peer"]) for answer in answers]
     wire.key = f"expertlink/{answers[0]['key']}"
+    wire.number = int(answers[0]["key"][:7], 16)
     return Placement.from_ranks(
         _rank_of_expert(config, [tuple(answer["block"]) for answer in answers]),
         num_ranks=wire.num_ranks,

@@ -77,6 +77,7 @@ class Wire:
         self.timeout_s = timeout_s
         self.peers: list[Peer] = []
         self.key = "expertlink"
+        self.number = 0  # of the communicator, the same on all ranks
         self.phase = "start"
         self.call = 0
         self._side: torch.cuda.Stream | None = None
@@ -89,11 +90,14 @@ class Wire:
         Raises:
             ClosedError: an earlier wait failed; the process group cannot be used any more.
         """
+        self._refuse_if_broken()
+        self.phase, self.call = phase, call
+
+    def _refuse_if_broken(self) -> None:
         if self._broken is not None:
             raise ClosedError(
                 f"this communicator is unusable after an earlier failure: {self._broken}"
             )
-        self.phase, self.call = phase, call
 
     def exchange(
         self,
@@ -136,6 +140,7 @@ class Wire:
             raise self._diagnose(error, phase=phase, call=call, started=started) from error
 
         def wait() -> None:
+            self._refuse_if_broken()
             try:
                 work.wait()
             except RuntimeError as error:
@@ -150,10 +155,10 @@ class Wire:
         meanwhile on the current stream is not waited for. The result is good until the next call
         with the same shape.
         """
-        if not values.is_cuda:
+        if not values.is_cuda or self.num_ranks == 1:
             if after is not None:
                 after.wait()
-            return values
+            return values.cpu()
         key = (values.shape, values.dtype)
         host = self._pinned.get(key)
         if host is None:
@@ -176,7 +181,8 @@ class Wire:
             waited = time.monotonic() - started
             if waited > min(1.0, self.timeout_s / 4) and not announced:
                 announced = True
-                self._post(waited)
+                with contextlib.suppress(RuntimeError):  # a lost store is found out in due course
+                    self._post(waited)
             if waited > self.timeout_s:
                 error = TimeoutError(f"no answer for {waited:.1f} s")
                 raise self._diagnose(error, phase=self.phase, call=self.call, started=started)
@@ -201,6 +207,7 @@ class Wire:
             while silent := [rank for rank in silent if not store.check([self._sign(rank)])]:
                 waited = time.monotonic() - started
                 if waited > self.timeout_s:
+                    store.delete_key(self._sign(self.rank))  # a later attempt starts afresh
                     names = ", ".join(f"rank {rank}" for rank in silent)
                     raise PeerTimeoutError(
                         f"rank {self.rank} waited {waited:.1f} s of at most {self.timeout_s:g} s "

@@ -12,7 +12,7 @@ constexpr int kMaxTopk = 32;
 constexpr int kSharedExperts = 2048;  // more experts than this are counted in global memory
 
 // Words of a header, as in engines/header.py.
-enum { kOperation, kCall, kStatus, kCapacity, kRowBytes, kExtraBytes, kNumFields };
+enum { kOperation, kCommunicator, kCall, kStatus, kCapacity, kRowBytes, kExtraBytes, kNumFields };
 
 struct Shape {
     long long tokens, topk, ranks, experts;
@@ -40,9 +40,9 @@ template <typename Id>
 __global__ void __launch_bounds__(kThreads, 2)
     count_rows(const Id* __restrict__ ids, const long long* __restrict__ rank_of,
                long long tokens, long long topk, long long ranks, long long experts,
-               long long operation, long long call, long long capacity, long long row_bytes,
-               long long extra_bytes, long long check, int* __restrict__ header,
-               int* __restrict__ block_rows) {
+               long long operation, long long communicator, long long call, long long capacity,
+               long long row_bytes, long long extra_bytes, long long check,
+               int* __restrict__ header, int* __restrict__ block_rows) {
     const Shape shape{tokens, topk, ranks, experts};
     extern __shared__ int rows[];  // [R]
     __shared__ int choices[kSharedExperts];
@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         // kStatus belongs to the checks of all blocks.
         header[kOperation] = static_cast<int>(operation);
+        header[kCommunicator] = static_cast<int>(communicator);
         header[kCall] = static_cast<int>(call);
         header[kCapacity] = static_cast<int>(capacity);
         header[kRowBytes] = static_cast<int>(row_bytes);

@@ -31,7 +31,7 @@ __device__ __forceinline__ float widen(float16 x) {
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 
-// Round to nearest even. NaN becomes 0x7fc0, as torch's conversion on the CPU makes it.
+// Round to nearest even. NaN stays NaN; its bits are not part of the contract.
 __device__ __forceinline__ void narrow(float wide, bfloat16& x) {
     unsigned bits = __float_as_uint(wide);
     unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

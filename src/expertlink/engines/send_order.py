@@ -81,6 +81,7 @@ class KernelSending:
             placement.rank_of_E.data_ptr(),
             *self._shape,
             fields.operation,
+            fields.communicator,
             fields.call,
             fields.capacity,
             fields.row_bytes,
