@@ -35,6 +35,7 @@ from expertlink.launch_worker import (
     RankFailure,
     WorkerSpec,
     default_backend,
+    keep_freed_memory,
     torchrun_context,
     worker_main,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "RankFailure",
     "RankPool",
     "RanksHungError",
+    "keep_freed_memory",
     "run_ranks",
     "torchrun_context",
 ]

@@ -8,8 +8,8 @@ is skipped, which equals adding +0.0: the accumulator can never be -0.0.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from expertlink.workspace import Workspace
 
 SumKernel = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
 
-_CHUNK_BYTES = 1 << 20  # accumulator bytes worked on at a time; less costs calls, more costs cache
+_CHUNK_BYTES = 384 << 10  # sums made at a time; less costs more calls, more falls out of the cache
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,30 +58,6 @@ def ordered_sum(
         _sum_on_cpu(rows_SH, slots_MC, weights_MC, out, workspace or Workspace(out.device))
 
 
-@dataclass(frozen=True)
-class _Column:
-    """The terms at one position of the order: which results they belong to, whence they come."""
-
-    row_M: Tensor
-    slot_M: Tensor
-    weight_M: Tensor | None
-
-
-def _columns(slots_MC: Tensor, weights_MC: Tensor | None) -> list[_Column]:
-    """Terms by position, absent ones squeezed out: column c holds every row's c-th present term."""
-    present = slots_MC >= 0
-    position_MC = torch.where(present, present.cumsum(dim=1) - 1, -1)
-    columns = []
-    for position in range(slots_MC.shape[1]):
-        # Row-major search keeps rows ascending, which the chunks below rely on.
-        row_M, choice_M = (position_MC == position).nonzero(as_tuple=True)
-        if not len(row_M):
-            break
-        weight_M = None if weights_MC is None else weights_MC[row_M, choice_M]
-        columns.append(_Column(row_M, slots_MC[row_M, choice_M], weight_M))
-    return columns
-
-
 def _sum_on_cpu(
     rows_SH: Tensor,
     slots_MC: Tensor,
@@ -89,44 +65,43 @@ def _sum_on_cpu(
     out: Tensor,
     workspace: Workspace,
 ) -> None:
+    """A few results at a time, so that their terms stay in the cache between the steps."""
     wide = accumulator_dtype(rows_SH.dtype)
     total, hidden = out.shape
+    present = slots_MC >= 0
+    slot_P = slots_MC[present]  # present terms, those of a result one after another
+    weight_P1 = None if weights_MC is None else weights_MC[present].to(wide).unsqueeze(1)
+    starts = torch.nn.functional.pad(present.sum(dim=1).cumsum(0), (1, 0))
     step = min(total, max(1, _CHUNK_BYTES // (hidden * wide.itemsize)))
-    columns = _columns(slots_MC, None if weights_MC is None else weights_MC.to(wide))
-    edges = torch.arange(0, total + step, step)
-    cuts = [torch.searchsorted(column.row_M, edges).tolist() for column in columns]
-    narrow = workspace.take((step, hidden), rows_SH.dtype)
-    term_buffer = workspace.take((step, hidden), wide)
-    acc_buffer = workspace.take((step, hidden), wide)
-    for chunk, begin in enumerate(range(0, total, step)):
-        acc = acc_buffer[: min(step, total - begin)]
-        for index, column in enumerate(columns):
-            first, last = cuts[index][chunk], cuts[index][chunk + 1]
-            count = last - first
-            full = index == 0 and count == len(acc)  # every result has a first term
-            if index == 0 and not full:
-                acc.zero_()
-            if count == 0:
-                continue
-            picked = narrow[:count]
-            torch.index_select(rows_SH, 0, column.slot_M[first:last], out=picked)
-            weight = None if column.weight_M is None else column.weight_M[first:last, None]
-            if full:
-                # Sums start at +0.0, which makes a lone -0.0 positive.
-                if weight is None:
-                    acc.copy_(picked.add_(0.0))
-                else:
-                    acc.copy_(picked).mul_(weight).add_(0.0)
-            else:
-                term = term_buffer[:count].copy_(picked)
-                if weight is not None:
-                    term.mul_(weight)
-                acc.index_add_(0, column.row_M[first:last] - begin, term)
-        if columns:
-            out[begin : begin + len(acc)].copy_(acc)
-        else:
-            out[begin : begin + len(acc)].zero_()
-    workspace.give_back(narrow, term_buffer, acc_buffer)
+    cuts = [*starts[:-1:step].tolist(), len(slot_P)]
+    most = max(end - begin for begin, end in itertools.pairwise(cuts))
+    narrow = workspace.take((most, hidden), rows_SH.dtype)
+    terms = workspace.take((most, hidden), wide)
+    positions = torch.arange(most)
+    for chunk, (first, last) in enumerate(itertools.pairwise(cuts)):
+        results = slice(chunk * step, (chunk + 1) * step)
+        if first == last:
+            out[results].zero_()
+            continue
+        picked, term_PH = narrow[: last - first], terms[: last - first]
+        torch.index_select(rows_SH, 0, slot_P[first:last], out=picked)
+        term_PH.copy_(picked)
+        if weight_P1 is not None:
+            term_PH.mul_(weight_P1[first:last])
+        # A bag adds its rows one after another, from +0.0.
+        bags = starts[chunk * step : min(total, (chunk + 1) * step) + 1] - first
+        sums = torch.embedding_bag(
+            term_PH,
+            positions[: last - first],
+            bags,
+            False,
+            0,
+            False,
+            None,
+            include_last_offset=True,
+        )[0]
+        out[results].copy_(sums)
+    workspace.give_back(narrow, terms)
 
 
 def _sum_by_columns(
@@ -134,7 +109,7 @@ def _sum_by_columns(
 ) -> None:
     """On any device without a host wait: every column as a whole, absent terms masked."""
     wide = accumulator_dtype(rows_SH.dtype)
-    step = max(1, _CHUNK_BYTES * 8 // (max(1, out.shape[0]) * wide.itemsize))
+    step = max(1, _CHUNK_BYTES * 64 // (max(1, out.shape[0]) * wide.itemsize))
     for begin in range(0, out.shape[1], step):
         part_SH = rows_SH[:, begin : begin + step]
         acc = torch.zeros((out.shape[0], part_SH.shape[1]), dtype=wide, device=out.device)

@@ -64,7 +64,8 @@ def measure_case(
         timeout_s=plan.timeout_s,
         startup_timeout_s=plan.timeout_s,
     )
-    with MoECommunicator(config) as comm:
+    # As in serving: with gradients enabled, padding would be zeroed for the experts' backward.
+    with torch.no_grad(), MoECommunicator(config) as comm:
         inputs = prepare_inputs(comm, case, plan, context.device, control)
         rounds = _Rounds(comm, case, inputs, make_clock(context.device, control))
         with _no_garbage_collection():
