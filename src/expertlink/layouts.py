@@ -45,10 +45,10 @@ def align(count: int, alignment: int) -> int:
     return -(-count // alignment) * alignment
 
 
-def expert_offsets(tokens_per_expert: Tensor, alignment: int = 1) -> Tensor:
-    """FLAT: `[E_loc + 1]` int32 first row of every expert's group, and the end of the last."""
-    aligned = (tokens_per_expert + (alignment - 1)) // alignment * alignment
-    return torch.nn.functional.pad(aligned.cumsum(0), (1, 0)).to(torch.int32)
+def expert_offsets(tokens_per_expert: Sequence[int], alignment: int = 1) -> list[int]:
+    """FLAT: `[E_loc + 1]` first row of every expert's group, and the end of the last."""
+    groups = (align(count, alignment) for count in tokens_per_expert)
+    return list(itertools.accumulate(groups, initial=0))
 
 
 def leading_shape(
@@ -74,8 +74,7 @@ def plan_layout(
     layout: DispatchLayout,
     local_ids_NK: Tensor,
     *,
-    tokens_per_expert: Tensor,
-    tokens_per_expert_list: Sequence[int],
+    tokens_per_expert: Sequence[int],
     rows_per_source: Sequence[int],
     max_tokens_per_rank: int,
     alignment: int = 1,
@@ -85,80 +84,69 @@ def plan_layout(
     Args:
         layout: the layout.
         local_ids_NK: `[N, K]` int32 local expert index of each choice of each arrival, or -1.
-        tokens_per_expert: `[E_loc]` int32 on the device, choices of each local expert.
-        tokens_per_expert_list: the same on the host.
+        tokens_per_expert: choices of each local expert.
         rows_per_source: arrivals from each rank.
         max_tokens_per_rank: T_max, sizes the padded layouts.
         alignment: FLAT: multiple to which each expert's group is padded.
     """
-    num_ranks = len(rows_per_source)
     shape = leading_shape(
         layout,
-        tokens_per_expert=tokens_per_expert_list,
+        tokens_per_expert=tokens_per_expert,
         rows_per_source=rows_per_source,
         max_tokens_per_rank=max_tokens_per_rank,
         alignment=alignment,
     )
-    if layout.expanded:
-        if layout is DispatchLayout.FLAT:
-            starts = expert_offsets(tokens_per_expert, alignment)[:-1].to(torch.int64)
-        else:
-            starts = torch.arange(shape[0], device=local_ids_NK.device) * shape[1]
-        filled = sum(tokens_per_expert_list)
-        return _plan_expanded(layout, shape, local_ids_NK, tokens_per_expert, starts, filled)
-    device = local_ids_NK.device
-    total = local_ids_NK.shape[0]
-    slots = torch.arange(total, device=device)
-    if layout is DispatchLayout.RANK_MAJOR:
-        starts = list(itertools.accumulate(rows_per_source, initial=0))
-        shift = [rank * max_tokens_per_rank - starts[rank] for rank in range(num_ranks)]
-        table = torch.tensor([shift, list(rows_per_source)], dtype=torch.int64)
-        shift_R, rows_R = table.to(device, non_blocking=True)
-        slots = slots + torch.repeat_interleave(shift_R, rows_R, output_size=total)
-    return LayoutPlan(
-        layout=layout,
-        shape=shape,
-        row_of_fill=None,
-        slot_of_fill=slots if layout.padded else None,
-        slots_of_row=slots[:, None],
-    )
-
-
-def _plan_expanded(
-    layout: DispatchLayout,
-    shape: tuple[int, ...],
-    local_ids_NK: Tensor,
-    tokens_per_expert: Tensor,
-    starts: Tensor,
-    filled: int,
-) -> LayoutPlan:
-    total, topk = local_ids_NK.shape
-    device = local_ids_NK.device
-    num_local = tokens_per_expert.numel()
-
-    # A stable sort by expert keeps (source rank, source token) order inside each expert.
-    flat_ids = local_ids_NK.reshape(-1)
-    keys = torch.where(flat_ids < 0, num_local, flat_ids)
-    by_expert = keys.sort(stable=True).indices[:filled]
-
-    fill = torch.arange(filled, device=device)
-    if shape == (filled,):
-        slot_of_fill = None
-        slots = fill
+    groups = tokens_per_expert if layout.expanded else rows_per_source
+    if layout is DispatchLayout.FLAT:
+        starts = expert_offsets(tokens_per_expert, alignment)
+    elif layout.padded:
+        starts = [group * shape[1] for group in range(len(groups))]
     else:
-        counts = tokens_per_expert.to(torch.int64)
-        dense_starts = counts.cumsum(0) - counts
-        slots = fill + (starts - dense_starts)[keys[by_expert].to(torch.int64)]
-        slot_of_fill = slots
-    slots_of_row = torch.full((total * topk,), -1, dtype=torch.int64, device=device)
-    slots_of_row[by_expert] = slots
+        starts = list(itertools.accumulate(groups, initial=0))
+    if layout.expanded:
+        by_group, group_of_fill = _sort_by_expert(local_ids_NK, groups)
+    else:
+        by_group = torch.arange(len(local_ids_NK), device=local_ids_NK.device)
+        group_of_fill = None
+    slots = _shift(by_group, groups, starts, group_of_fill)
+
+    if not layout.expanded:
+        return LayoutPlan(layout, shape, None, slots if layout.padded else None, slots[:, None])
+    slots_of_row = local_ids_NK.new_full((local_ids_NK.numel(),), -1, dtype=torch.int64)
+    slots_of_row[by_group] = slots
     return LayoutPlan(
         layout=layout,
         shape=shape,
-        row_of_fill=by_expert // topk,
-        slot_of_fill=slot_of_fill,
-        slots_of_row=slots_of_row.view(total, topk),
+        row_of_fill=by_group // local_ids_NK.shape[1],
+        slot_of_fill=None if shape == (len(slots),) else slots,
+        slots_of_row=slots_of_row.view(local_ids_NK.shape),
     )
+
+
+def _sort_by_expert(local_ids_NK: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Local choices, as positions in the flattened ids, by expert; and the expert of each.
+
+    The sort is stable, which keeps (source rank, source token) order inside each expert.
+    """
+    flat = local_ids_NK.reshape(-1)
+    ordered = torch.where(flat < 0, len(groups), flat).sort(stable=True)
+    filled = sum(groups)
+    return ordered.indices[:filled], ordered.values[:filled]
+
+
+def _shift(
+    items: Tensor, groups: Sequence[int], starts: Sequence[int], group_of_item: Tensor | None
+) -> Tensor:
+    """Slots of items that come group by group, `groups` long, when groups start at `starts`."""
+    position = torch.arange(len(items), device=items.device)
+    dense = list(itertools.accumulate(groups, initial=0))
+    shifts = [start - first for start, first in zip(starts[: len(groups)], dense, strict=False)]
+    if not any(shifts):
+        return position
+    table = torch.tensor([shifts, list(groups)]).to(items.device, non_blocking=True)
+    if group_of_item is not None:
+        return position + table[0][group_of_item.to(torch.int64)]
+    return position + torch.repeat_interleave(table[0], table[1], output_size=len(items))
 
 
 def as_bytes(x_NW: Tensor) -> Tensor:

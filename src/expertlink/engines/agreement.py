@@ -23,14 +23,10 @@ class Table:
     Attributes:
         rows: `[s][d]` rows that rank s sends to rank d.
         choices: `[R, E]` choices of each global expert by each source rank.
-        rows_device: `[R, R]` int32, as `rows`, where the tensors live.
-        choices_device: as `choices`, where the tensors live.
     """
 
     rows: list[list[int]]
     choices: Tensor
-    rows_device: Tensor
-    choices_device: Tensor
 
 
 class Agreement:
@@ -79,8 +75,6 @@ class Agreement:
         return Table(
             rows=[words[NUM_FIELDS:] for words in head],
             choices=table[:, NUM_FIELDS + num_ranks :],
-            rows_device=self._received[:, NUM_FIELDS : NUM_FIELDS + num_ranks],
-            choices_device=self._received[:, NUM_FIELDS + num_ranks :],
         )
 
     def check_capacity(self, rows_needed: Callable[[], Sequence[int]]) -> None:

@@ -155,9 +155,7 @@ class CollectiveEngine:
             token_of_row=packed.token_of_row,
             rows_of_token=paths.rows_of_token,
             row_of_choice=paths.row_of_choice,
-            tokens_per_expert=table.choices_device[:, self._experts].sum(dim=0, dtype=torch.int32),
-            tokens_per_expert_list=counts,
-            rows_per_rank=table.rows_device[:, rank].contiguous(),
+            tokens_per_expert=counts,
         )
         return self._deliver(call, route, flight)
 
@@ -180,7 +178,7 @@ class CollectiveEngine:
             extras_out = extras.pack(call, route.token_of_row, here_nK.to(torch.int32) - 1)
         if agreement is not None:
             agreement.conclude()
-        counts = route.tokens_per_expert_list
+        counts = route.tokens_per_expert
         flight = self._send(call, route.splits, counts, rows_out, extras_out)
         return self._deliver(call, route, flight)
 

@@ -18,7 +18,7 @@ def allocate(
 ) -> DispatchOutput:
     """Everything a dispatch returns; ids, weights and scales are filled by `unpack`."""
     shape = tokens.shape[:-1]
-    ids = weights = scales = offsets = None
+    ids = weights = scales = None
     if not config.layout.expanded:
         ids = tokens.new_empty((*shape, config.topk), dtype=torch.int64)
         if call.weights_TK is not None or route.weights_NK is not None:
@@ -26,18 +26,22 @@ def allocate(
     if call.scales is not None:
         tensor = call.scales.new_empty((*shape, call.scales.shape[1]))
         scales = QuantScales(tensor, call.scale_format)
-    if config.layout is DispatchLayout.FLAT:
-        offsets = layouts.expert_offsets(route.tokens_per_expert, config.expert_alignment)
+    # The host knows all counts: they go to the device in one piece.
+    counts, received = route.tokens_per_expert, route.splits.receive
+    offsets = layouts.expert_offsets(counts, config.expert_alignment)
+    packed = torch.tensor([*counts, *received, *offsets], dtype=torch.int32)
+    packed = packed.to(tokens.device, non_blocking=True)
+    counts_E, received_R, offsets_E = packed.split([len(counts), len(received), len(offsets)])
     return DispatchOutput(
         tokens=tokens,
-        num_tokens_per_expert=route.tokens_per_expert,
+        num_tokens_per_expert=counts_E,
         layout=config.layout,
         scales=scales,
-        num_tokens_per_expert_list=list(route.tokens_per_expert_list),
-        expert_offsets=offsets,
+        num_tokens_per_expert_list=list(counts),
+        expert_offsets=offsets_E if config.layout is DispatchLayout.FLAT else None,
         topk_ids=ids,
         topk_weights=weights,
-        num_tokens_per_rank=route.rows_per_rank,
+        num_tokens_per_rank=received_R,
     )
 
 
@@ -60,7 +64,6 @@ def unpack(
             config.layout,
             route.local_ids_NK,
             tokens_per_expert=route.tokens_per_expert,
-            tokens_per_expert_list=route.tokens_per_expert_list,
             rows_per_source=route.splits.receive,
             max_tokens_per_rank=config.max_tokens_per_rank,
             alignment=config.expert_alignment,

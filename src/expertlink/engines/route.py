@@ -73,9 +73,7 @@ class Route:
         token_of_row: `[n]` source token of every row sent.
         rows_of_token: `[T, D]` see `routing.ReturnPaths`.
         row_of_choice: `[T, K]` see `routing.ReturnPaths`.
-        tokens_per_expert: `[E_loc]` int32 on the device.
-        tokens_per_expert_list: the same on the host.
-        rows_per_rank: `[R]` int32 on the device, rows received from each rank.
+        tokens_per_expert: choices of each local expert.
         local_ids_NK: `[N, K]` int32.
         weights_NK: `[N, K]` float32 or None.
         plan: slots of the arrivals.
@@ -86,9 +84,7 @@ class Route:
     token_of_row: Tensor
     rows_of_token: Tensor
     row_of_choice: Tensor
-    tokens_per_expert: Tensor
-    tokens_per_expert_list: list[int]
-    rows_per_rank: Tensor
+    tokens_per_expert: list[int]
     local_ids_NK: Tensor | None = None
     weights_NK: Tensor | None = None
     plan: LayoutPlan | None = None

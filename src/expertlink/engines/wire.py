@@ -186,8 +186,6 @@ class Wire:
             if waited > self.timeout_s:
                 error = TimeoutError(f"no answer for {waited:.1f} s")
                 raise self._diagnose(error, phase=self.phase, call=self.call, started=started)
-        if after is not None:
-            after.wait()  # the current stream may read the device's copy
         return host
 
     def assemble(self, attempt: int) -> None:
