@@ -23,6 +23,7 @@ def resident(field: str) -> int:
     raise AssertionError(f"no {field}")
 
 
+@torch.no_grad()  # as in serving: with gradients enabled padding is zeroed, and thus touched
 def peaks(ctx: RankContext, case: Case) -> dict[str, float]:
     """Peak of dispatch and of combine beyond inputs and outputs, in units of the rows received."""
     own = inputs_of(case, ctx.rank)

@@ -72,8 +72,9 @@ def leading_shape(
 
 def plan_layout(
     layout: DispatchLayout,
-    local_ids_NK: Tensor,
+    local_ids_NK: Tensor | None,
     *,
+    device: torch.device,
     tokens_per_expert: Sequence[int],
     rows_per_source: Sequence[int],
     max_tokens_per_rank: int,
@@ -83,7 +84,9 @@ def plan_layout(
 
     Args:
         layout: the layout.
-        local_ids_NK: `[N, K]` int32 local expert index of each choice of each arrival, or -1.
+        local_ids_NK: `[N, K]` int32 local expert index of each choice of each arrival, or -1;
+            only expanded layouts need it.
+        device: where the plan's tensors live.
         tokens_per_expert: choices of each local expert.
         rows_per_source: arrivals from each rank.
         max_tokens_per_rank: T_max, sizes the padded layouts.
@@ -103,15 +106,12 @@ def plan_layout(
         starts = [group * shape[1] for group in range(len(groups))]
     else:
         starts = list(itertools.accumulate(groups, initial=0))
-    if layout.expanded:
-        by_group, group_of_fill = _sort_by_expert(local_ids_NK, groups)
-    else:
-        by_group = torch.arange(len(local_ids_NK), device=local_ids_NK.device)
-        group_of_fill = None
-    slots = _shift(by_group, groups, starts, group_of_fill)
-
     if not layout.expanded:
+        slots = _shift(sum(groups), groups, starts, None, device)
         return LayoutPlan(layout, shape, None, slots if layout.padded else None, slots[:, None])
+    assert local_ids_NK is not None
+    by_group, group_of_fill = _sort_by_expert(local_ids_NK, groups)
+    slots = _shift(len(by_group), groups, starts, group_of_fill, device)
     slots_of_row = local_ids_NK.new_full((local_ids_NK.numel(),), -1, dtype=torch.int64)
     slots_of_row[by_group] = slots
     return LayoutPlan(
@@ -135,18 +135,22 @@ def _sort_by_expert(local_ids_NK: Tensor, groups: Sequence[int]) -> tuple[Tensor
 
 
 def _shift(
-    items: Tensor, groups: Sequence[int], starts: Sequence[int], group_of_item: Tensor | None
+    count: int,
+    groups: Sequence[int],
+    starts: Sequence[int],
+    group_of_item: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
     """Slots of items that come group by group, `groups` long, when groups start at `starts`."""
-    position = torch.arange(len(items), device=items.device)
+    position = torch.arange(count, device=device)
     dense = list(itertools.accumulate(groups, initial=0))
     shifts = [start - first for start, first in zip(starts[: len(groups)], dense, strict=False)]
     if not any(shifts):
         return position
-    table = torch.tensor([shifts, list(groups)]).to(items.device, non_blocking=True)
+    table = torch.tensor([shifts, list(groups)]).to(device, non_blocking=True)
     if group_of_item is not None:
         return position + table[0][group_of_item.to(torch.int64)]
-    return position + torch.repeat_interleave(table[0], table[1], output_size=len(items))
+    return position + torch.repeat_interleave(table[0], table[1], output_size=count)
 
 
 def as_bytes(x_NW: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expertlink.engines.header import NUM_FIELDS, UNBOUNDED, Operation, Word
+from expertlink.engines.header import NUM_FIELDS, Operation, Word
 from expertlink.engines.wire import Wire
-from expertlink.errors import CapacityError, InputError, PeerError
+from expertlink.errors import InputError, PeerError
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class Table:
     Attributes:
         rows: `[s][d]` rows that rank s sends to rank d.
         choices: `[R, E]` choices of each global expert by each source rank.
+        capacity: rows each rank has room for, or UNBOUNDED.
     """
 
     rows: list[list[int]]
     choices: Tensor
+    capacity: list[int]
 
 
 class Agreement:
@@ -62,7 +64,6 @@ class Agreement:
         Raises:
             PeerError: the ranks are in different calls, or another rank refused.
             InputError: the ranks' rows differ in width.
-            CapacityError: a rank would receive more rows than it has room for.
         """
         table = self._wire.to_host(self._received, self._transfer)
         num_ranks = self._wire.num_ranks
@@ -71,26 +72,11 @@ class Agreement:
         self._check_same_call(fields)
         self._check_status([words[Word.STATUS] for words in fields], explain)
         _check_widths(fields)
-        self._capacity = [words[Word.CAPACITY] for words in fields]
         return Table(
             rows=[words[NUM_FIELDS:] for words in head],
             choices=table[:, NUM_FIELDS + num_ranks :],
+            capacity=[words[Word.CAPACITY] for words in fields],
         )
-
-    def check_capacity(self, rows_needed: Callable[[], Sequence[int]]) -> None:
-        """Compares what each rank would receive with the room it announced."""
-        if all(room == UNBOUNDED for room in self._capacity):
-            return
-        for rank, (needed, room) in enumerate(zip(rows_needed(), self._capacity, strict=True)):
-            if room != UNBOUNDED and needed > room:
-                raise CapacityError(
-                    f"rank {rank} would receive {needed} rows in dispatch #{self._wire.call} but "
-                    f"has room for {room} (max_recv_tokens_per_rank or its output_buffer); "
-                    "nothing was sent",
-                    rank=rank,
-                    rows=needed,
-                    capacity=room,
-                )
 
     def _check_same_call(self, fields: list[list[int]]) -> None:
         names = (Word.OPERATION, Word.COMMUNICATOR, Word.CALL)

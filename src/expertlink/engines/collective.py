@@ -18,15 +18,14 @@ from torch import Tensor
 
 from expertlink import layouts
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines import delivery, extras
-from expertlink.engines.agreement import Agreement, Table
+from expertlink.engines import capacity, delivery, extras
+from expertlink.engines.agreement import Agreement
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
-from expertlink.engines.header import UNBOUNDED, HeaderFields, Operation, build_header
+from expertlink.engines.header import HeaderFields, Operation, build_header
 from expertlink.engines.route import Flight, Packed, Route, Splits, finished
 from expertlink.engines.send_order import MAX_RANKS, KernelSender
 from expertlink.engines.sending import Sender, Sending, TorchSender
 from expertlink.engines.wire import Transfer, Wire
-from expertlink.errors import InputError
 from expertlink.jit.compiler import Launcher, obstacle
 from expertlink.jit.ordered_sum import OrderedSum
 from expertlink.reduction import SumKernel, ordered_sum
@@ -129,7 +128,7 @@ class CollectiveEngine:
         ids_TK = call.topk_ids_TK
         fields = self._fields(
             Operation.DISPATCH,
-            capacity=self._capacity(call.output_buffer),
+            capacity=capacity.announced(self._config, call.output_buffer),
             row_bytes=extras.row_bytes(call.x_TW),
             extra_bytes=extras.width(call),
         )
@@ -140,11 +139,11 @@ class CollectiveEngine:
         if self._device.type == "cpu":  # own counts are at hand: pack while the headers travel
             packed = self._pack(call, sending, sum(sending.rows_per_rank.tolist()))
         table = agreement.conclude(lambda: explain_ids(ids_TK, self._placement.num_experts))
-        agreement.check_capacity(lambda: self._rows_needed(table))
-        self._check_experts(table)
+        capacity.check(self._config, self._placement, table, call=self._wire.call)
         rank = self._wire.rank
         splits = Splits(table.rows[rank], [rows[rank] for rows in table.rows])
-        counts = table.choices[:, self._experts].sum(dim=0).tolist()
+        choices = table.choices[:, self._experts].tolist()
+        counts = [sum(column) for column in zip(*choices, strict=True)]
         packed = packed or self._pack(call, sending, sum(splits.send))
         flight = self._send(call, splits, counts, packed.rows, packed.extras)
         # Everything from here on is queued while rows travel.
@@ -190,12 +189,16 @@ class CollectiveEngine:
         rows_out: Tensor,
         extras_out: Tensor | None,
     ) -> Flight:
-        """Puts packed rows on the wire, what travels beside them first: it is needed first."""
+        """Puts packed rows on the wire, and what travels beside them.
+
+        Expanded layouts need the ids to place the rows, so those go first; others do not.
+        """
         received = sum(splits.receive)
         extras_in = extras_move = None
         if extras_out is not None:
             extras_in = extras_out.new_empty((received, extras_out.shape[1]))
-            extras_move = self._exchange_rows(extras_out, extras_in, splits)
+            if self._layout.expanded:
+                extras_move = self._exchange_rows(extras_out, extras_in, splits)
         tokens = call.output_buffer
         if tokens is None or not self._layout.padded:
             shape = layouts.leading_shape(
@@ -213,27 +216,33 @@ class CollectiveEngine:
         if self._layout is not DispatchLayout.TOKEN_MAJOR:
             rows_in = self._workspace.take((received, call.x_TW.shape[1]), tokens.dtype)
         rows_move = self._exchange_rows(rows_out, rows_in, splits)
+        if extras_out is not None and extras_in is not None and extras_move is None:
+            extras_move = self._exchange_rows(extras_out, extras_in, splits)
         return Flight(tokens, rows_out, rows_in, rows_move, extras_in, extras_move)
 
     def _deliver(self, call: DispatchCall, route: Route, flight: Flight) -> Dispatched:
         """What remains to be done about rows in flight."""
         output = delivery.allocate(self._config, call, route, flight.tokens)
-        call_number = self._wire.call
+        number = self._wire.call
 
-        def finish() -> None:
+        def receive_extras() -> Tensor | None:
             if flight.extras_move is not None:
                 flight.extras_move.wait()
-            delivery.unpack(self._config, call, route, output, flight.extras_in)
+            return delivery.unpack(self._config, call, route, flight.extras_in)
+
+        def finish() -> None:
+            scales = receive_extras() if self._layout.expanded else None
+            plan = delivery.plan(self._config, route, self._device)
             flight.rows_move.wait()
             self._workspace.give_back(flight.rows_out)
             if flight.rows_in is not flight.tokens:
-                assert route.plan is not None
-                layouts.place(
-                    route.plan, flight.rows_in, flight.tokens, zero_gaps=call.zero_padding
-                )
+                layouts.place(plan, flight.rows_in, flight.tokens, zero_gaps=call.zero_padding)
                 self._workspace.give_back(flight.rows_in)
+            if not self._layout.expanded:
+                scales = receive_extras()
+            delivery.place_beside(call, route, output, scales)
 
-        return Dispatched(output=output, state=route, finish=finish, call=call_number)
+        return Dispatched(output=output, state=route, finish=finish, call=number)
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -364,41 +373,6 @@ class CollectiveEngine:
             device=self._device,
         )
         return Agreement(self._wire, operation, header, refused=refused)
-
-    def _capacity(self, output_buffer: Tensor | None) -> int:
-        limits = []
-        if self._config.max_recv_tokens_per_rank is not None:
-            limits.append(self._config.max_recv_tokens_per_rank)
-        if output_buffer is not None and not self._layout.padded:
-            limits.append(output_buffer.shape[0])
-        return min(limits, default=UNBOUNDED)
-
-    def _check_experts(self, table: Table) -> None:
-        """EXPERT_MAJOR has room for a token once per expert; unchecked ids could ask for more."""
-        if self._layout is not DispatchLayout.EXPERT_MAJOR or self._check:
-            return
-        room = self._wire.num_ranks * self._config.max_tokens_per_rank
-        most, expert = table.choices.sum(dim=0).max(dim=0)
-        if most > room:
-            raise InputError(
-                f"expert {int(expert)} was chosen {int(most)} times by at most {room} tokens: "
-                "topk_ids name an expert twice in one token (check_inputs=True finds which)"
-            )
-
-    def _rows_needed(self, table: Table) -> list[int]:
-        """First dimension of `tokens` on every rank."""
-        per_expert = table.choices.sum(dim=0)
-        needed = []
-        for rank, experts in enumerate(self._placement.experts_of_rank):
-            shape = layouts.leading_shape(
-                self._layout,
-                tokens_per_expert=per_expert[list(experts)].tolist() if experts else [],
-                rows_per_source=[rows[rank] for rows in table.rows],
-                max_tokens_per_rank=self._config.max_tokens_per_rank,
-                alignment=self._config.expert_alignment,
-            )
-            needed.append(shape[0])
-        return needed
 
     def _pack(self, call: DispatchCall, sending: Sending, count: int) -> Packed:
         """The rows to send, and what travels beside them."""

@@ -16,7 +16,7 @@ from expertlink.types import DispatchLayout, DispatchOutput, QuantScales
 def allocate(
     config: MoECommunicatorConfig, call: DispatchCall, route: Route, tokens: Tensor
 ) -> DispatchOutput:
-    """Everything a dispatch returns; ids, weights and scales are filled by `unpack`."""
+    """Everything a dispatch returns; ids, weights and scales are filled by `place_beside`."""
     shape = tokens.shape[:-1]
     ids = weights = scales = None
     if not config.layout.expanded:
@@ -46,32 +46,42 @@ def allocate(
 
 
 def unpack(
-    config: MoECommunicatorConfig,
-    call: DispatchCall,
-    route: Route,
-    output: DispatchOutput,
-    extras_in: Tensor | None,
-) -> None:
-    """Plans the slots from the ids that arrived and places what belongs beside the rows."""
-    scales_in = None
-    if extras_in is not None:
-        local_ids_NK, weights_NK, scales_in = extras.unpack(call, extras_in, config.topk)
-        route.local_ids_NK = route.local_ids_NK if local_ids_NK is None else local_ids_NK
-        route.weights_NK = route.weights_NK if weights_NK is None else weights_NK
-    assert route.local_ids_NK is not None
+    config: MoECommunicatorConfig, call: DispatchCall, route: Route, extras_in: Tensor | None
+) -> Tensor | None:
+    """Moves ids and weights that arrived into the route; returns the scales, if any came."""
+    if extras_in is None:
+        return None
+    local_ids_NK, weights_NK, scales = extras.unpack(call, extras_in, config.topk)
+    route.local_ids_NK = route.local_ids_NK if local_ids_NK is None else local_ids_NK
+    route.weights_NK = route.weights_NK if weights_NK is None else weights_NK
+    return scales
+
+
+def plan(config: MoECommunicatorConfig, route: Route, device: torch.device) -> layouts.LayoutPlan:
+    """The slots of the rows; made once for all dispatches of a routing."""
     if route.plan is None:
         route.plan = layouts.plan_layout(
             config.layout,
             route.local_ids_NK,
+            device=device,
             tokens_per_expert=route.tokens_per_expert,
             rows_per_source=route.splits.receive,
             max_tokens_per_rank=config.max_tokens_per_rank,
             alignment=config.expert_alignment,
         )
-    if output.scales is not None and scales_in is not None:
+    return route.plan
+
+
+def place_beside(
+    call: DispatchCall, route: Route, output: DispatchOutput, scales: Tensor | None
+) -> None:
+    """Places what belongs beside the rows."""
+    assert route.plan is not None
+    if output.scales is not None and scales is not None:
         tensor = output.scales.tensor
-        layouts.place(route.plan, scales_in, tensor, zero_gaps=call.zero_padding)
+        layouts.place(route.plan, scales, tensor, zero_gaps=call.zero_padding)
     if output.topk_ids is not None:
+        assert route.local_ids_NK is not None
         output.topk_ids.fill_(-1)
         layouts.place(route.plan, route.local_ids_NK.to(torch.int64), output.topk_ids)
     if output.topk_weights is not None:

@@ -70,9 +70,9 @@ class KernelSending:
             dtype=torch.int32,
             device=ids_TK.device,
         )
+        self._counts = counts
         self.header = counts[: NUM_FIELDS + ranks + experts]
-        self._block_rows = counts[NUM_FIELDS + ranks + experts :]
-        self.rows_per_rank = self.header[NUM_FIELDS : NUM_FIELDS + ranks]
+        self._block_rows = counts.data_ptr() + self.header.nbytes
         self._shape = (*ids_TK.shape, ranks, experts)
         self._launch(
             sender.count_kernels[ids_TK.dtype],
@@ -88,8 +88,12 @@ class KernelSending:
             fields.extra_bytes,
             int(check),
             self.header.data_ptr(),
-            self._block_rows.data_ptr(),
+            self._block_rows,
         )
+
+    @property
+    def rows_per_rank(self) -> Tensor:
+        return self.header[NUM_FIELDS : NUM_FIELDS + self._sender.placement.num_ranks]
 
     def order(self) -> None:
         call, placement = self._call, self._sender.placement
@@ -101,10 +105,9 @@ class KernelSending:
         bound = num_tokens * copies
         weight_dtype = torch.float32 if weights_TK is None else weights_TK.dtype
         words = topk * (1 + (0 if weights_TK is None else weight_dtype.itemsize // 4))
+        # One allocation; the tables are cut out of it when they are asked for.
         tables = ids_TK.new_empty(2 * bound + num_tokens * topk, dtype=torch.int64)
-        self._token_of_row = tables[:bound]
-        self._rows_of_token = tables[bound : 2 * bound].view(num_tokens, copies)
-        self._row_of_choice = tables[2 * bound :].view(num_tokens, topk)
+        self._tables, self._copies = tables, copies
         self._extras = ids_TK.new_empty((bound, words), dtype=torch.int32)
         self._launch(
             self._sender.order_kernels[ids_TK.dtype, weight_dtype],
@@ -115,27 +118,32 @@ class KernelSending:
             placement.local_of_E.data_ptr(),
             *self._shape,
             self.header.data_ptr(),
-            self._block_rows.data_ptr(),
-            self._token_of_row.data_ptr(),
-            self._rows_of_token.data_ptr(),
-            self._row_of_choice.data_ptr(),
+            self._block_rows,
+            tables.data_ptr(),
+            tables.data_ptr() + 8 * bound,
+            tables.data_ptr() + 16 * bound,
             self._extras.data_ptr(),
             copies,
         )
 
     def token_of_row(self, count: int) -> Tensor:
-        return self._token_of_row[:count]
+        return self._tables[:count]
 
     def extras(self, count: int) -> Tensor | None:
         packed = as_bytes(self._extras[:count])
         scales = self._call.scales
         if scales is None:
             return packed
-        rows = as_bytes(scales).index_select(0, self._token_of_row[:count])
+        rows = as_bytes(scales).index_select(0, self.token_of_row(count))
         return torch.cat([packed, rows], dim=1)
 
     def paths(self) -> ReturnPaths:
-        return ReturnPaths(self._rows_of_token, self._row_of_choice)
+        num_tokens, topk, *_ = self._shape
+        bound = num_tokens * self._copies
+        return ReturnPaths(
+            rows_of_token=self._tables[bound : 2 * bound].view(num_tokens, self._copies),
+            row_of_choice=self._tables[2 * bound :].view(num_tokens, topk),
+        )
 
     def _launch(self, kernel: Any, shared_words: int, *arguments: int) -> None:
         self._sender.launcher.launch(

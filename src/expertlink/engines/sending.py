@@ -22,8 +22,11 @@ class Sending(Protocol):
 
     header: Tensor
     """The call's header, with this rank's counts."""
-    rows_per_rank: Tensor
-    """`[R]` rows for each rank, on the device."""
+
+    @property
+    def rows_per_rank(self) -> Tensor:
+        """`[R]` rows for each rank, on the device."""
+        ...
 
     def order(self) -> None:
         """Queues what finds the rows' order; needs no host wait."""
@@ -75,16 +78,19 @@ class TorchSending:
             faulty = routing.out_of_range(ids_TK, num_experts) | routing.has_duplicates(ids_TK)
             suspect = faulty.any()
         self._members = routing.find_members(ids_TK, placement)
-        self.rows_per_rank = self._members.rows_per_rank
         self.header = build_header(
             fields,
             num_ranks=placement.num_ranks,
             num_experts=num_experts,
             device=ids_TK.device,
-            rows_per_rank=self.rows_per_rank,
+            rows_per_rank=self._members.rows_per_rank,
             choices=routing.count_choices(self._members.expert_TK, num_experts),
             suspect=suspect,
         )
+
+    @property
+    def rows_per_rank(self) -> Tensor:
+        return self._members.rows_per_rank
 
     def order(self) -> None:
         self._order = routing.order_rows(self._members)

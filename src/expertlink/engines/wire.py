@@ -80,7 +80,6 @@ class Wire:
         self.number = 0  # of the communicator, the same on all ranks
         self.phase = "start"
         self.call = 0
-        self._side: torch.cuda.Stream | None = None
         self._pinned: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._broken: str | None = None
 
@@ -151,30 +150,20 @@ class Wire:
     def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
         """Waits for `after` and copies `values` to the host, within the time-out.
 
-        CUDA: on a stream of its own if there is a transfer to wait for, so that work queued
-        meanwhile on the current stream is not waited for. The result is good until the next call
-        with the same shape.
+        The result is good until the next call with the same shape.
         """
+        if after is not None:
+            after.wait()
         if not values.is_cuda or self.num_ranks == 1:
-            if after is not None:
-                after.wait()
             return values.cpu()
         key = (values.shape, values.dtype)
         host = self._pinned.get(key)
         if host is None:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._pinned[key] = host
-        current = torch.cuda.current_stream(self.device)
-        if after is None:
-            stream = current
-        else:
-            self._side = stream = self._side or torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            if after is not None:
-                after.wait()
-            host.copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(stream)
+        host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
         started = time.monotonic()
         announced = False
         while not arrived.query():
