@@ -211,3 +211,12 @@ def failed_wait(ctx: RankContext, culprit: int) -> Any:
     second = outcome(lambda: comm.combine_async(out.tokens, handle).wait())
     third = outcome(lambda: comm.dispatch(**good(comm)))
     return first[0], second[0], third[0]
+
+
+def one_call_ahead(ctx: RankContext, culprit: int) -> Any:
+    """One rank has counted a call that the others did not make."""
+    with make(ctx) as comm:
+        assert works(comm)
+        if ctx.rank == culprit:
+            comm._engine._wire.call += 1  # type: ignore[union-attr]
+        return outcome(lambda: comm.dispatch(**good(comm))), works(comm)

@@ -169,3 +169,11 @@ def test_failed_waits_stay_failed() -> None:
         results = pool.run(peer_jobs.failed_wait, CULPRIT, timeout_s=60)
     for rank in OTHERS:
         assert results[rank] == ("PeerTimeoutError", "ClosedError", "ClosedError")
+
+
+def test_ranks_one_call_apart_are_brought_back_into_step(rank_pools) -> None:
+    results = rank_pools(RANKS).run(peer_jobs.one_call_ahead, CULPRIT, timeout_s=60)
+    for seen, recovered in results:
+        assert seen[0] == "PeerError"
+        assert "rank 0 is in dispatch #3; rank 1 is in dispatch #4" in seen[1]
+        assert recovered

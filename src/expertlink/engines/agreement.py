@@ -90,6 +90,9 @@ class Agreement:
             for rank, (operation, communicator, call) in enumerate(calls)
         )
         odd = [rank for rank, call in enumerate(calls) if call != calls[self._wire.rank]]
+        if all(communicator == own for _, communicator, _ in calls):
+            # A rank that missed a call is back in step with the next one.
+            self._wire.call = max(call for _, _, call in calls)
         raise PeerError(
             f"the ranks are not in the same call: {seen}. All ranks of a group make the same "
             "dispatch and combine calls in the same order",

@@ -66,7 +66,6 @@ class CollectiveEngine:
         self._sum_kernel: SumKernel | None = None
         if self._device.type == "cuda":
             self._compile_kernels()
-        self._call = 0
 
     def _compile_kernels(self) -> None:
         """On GPUs, kernels replace long chains of small operations where they can be compiled."""
@@ -343,8 +342,7 @@ class CollectiveEngine:
     # -- shared -----------------------------------------------------------------------------------
 
     def _enter(self, operation: Operation) -> None:
-        self._wire.enter(operation.title, self._call + 1)
-        self._call += 1
+        self._wire.enter(operation.title, self._wire.call + 1)
 
     def _fields(self, operation: Operation, **fields: int) -> HeaderFields:
         return HeaderFields(

@@ -83,6 +83,7 @@ def meet(
     wire.peers = [Peer(*answer["peer"]) for answer in answers]
     wire.key = f"expertlink/{answers[0]['key']}"
     wire.number = int(answers[0]["key"][:7], 16)
+    wire.call = 0
     return Placement.from_ranks(
         _rank_of_expert(config, [tuple(answer["block"]) for answer in answers]),
         num_ranks=wire.num_ranks,

@@ -79,7 +79,7 @@ class Wire:
         self.key = "expertlink"
         self.number = 0  # of the communicator, the same on all ranks
         self.phase = "start"
-        self.call = 0
+        self.call = 0  # sequence number of the current call, counted alike on all ranks
         self._pinned: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._broken: str | None = None
 
