@@ -8,7 +8,7 @@ from torch import Tensor
 from expertlink import quantization
 from expertlink.autograd import needs_grad
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.base import CombineCall, DispatchCall
+from expertlink.engines.base import CombineCall, DispatchCall, Dispatched
 from expertlink.errors import HandleError, InputError, RoutingChangedError
 from expertlink.types import DispatchHandle, QuantScales
 from expertlink.validation import check_routing, check_rows, check_tensor
@@ -89,6 +89,37 @@ class CallBuilder:
         """Whether autograd follows a dispatch: its rows, or the weights that come out with them."""
         weights_TK = None if self._config.layout.expanded else call.weights_TK
         return needs_grad(call.x_TW, weights_TK)
+
+    def handle(
+        self,
+        call: DispatchCall,
+        started: Dispatched,
+        previous: DispatchHandle | None,
+        topk_ids: Tensor | None,
+    ) -> DispatchHandle:
+        """The handle of a dispatch that was started with the caller's `topk_ids`."""
+        if previous is None:
+            assert call.topk_ids_TK is not None
+            ids_TK = call.topk_ids_TK.clone()
+        else:
+            ids_TK = previous.topk_ids
+        weights_TK = call.weights_TK
+        if previous is not None and weights_TK is None:
+            weights_TK = previous.topk_weights
+        seen = None
+        if topk_ids is not None and not topk_ids.is_inference():  # those have no version
+            seen = (topk_ids, topk_ids._version)
+        return DispatchHandle(
+            owner=self._identity,
+            call=started.call,
+            num_tokens=call.x_TW.shape[0],
+            layout=self._config.layout,
+            rows_shape=(*started.output.tokens.shape[:-1], self._config.hidden_size),
+            topk_ids=ids_TK,
+            topk_weights=weights_TK,
+            state=started.state,
+            ids_seen=seen,
+        )
 
     def _check_previous(
         self,

@@ -265,27 +265,8 @@ class MoECommunicator:
 
         inputs = (call.x_TW, call.scales, call.topk_ids_TK, call.weights_TK)
         started, wait = self._launch(begin, beside, overlap, inputs)
-        output = started.output
-        if previous is None:
-            assert call.topk_ids_TK is not None
-            ids_TK = call.topk_ids_TK.clone()
-        else:
-            ids_TK = previous.topk_ids
-        weights_TK = call.weights_TK
-        if previous is not None and weights_TK is None:
-            weights_TK = previous.topk_weights
-        handle = DispatchHandle(
-            owner=self._identity,
-            call=started.call,
-            num_tokens=call.x_TW.shape[0],
-            layout=self.config.layout,
-            rows_shape=(*output.tokens.shape[:-1], self.config.hidden_size),
-            topk_ids=ids_TK,
-            topk_weights=weights_TK,
-            state=started.state,
-            ids_seen=_seen(topk_ids),
-        )
-        return output, handle, wait
+        handle = self._calls.handle(call, started, previous, topk_ids)
+        return started.output, handle, wait
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -428,10 +409,3 @@ class MoECommunicator:
         self.initialize()
         assert self._engine is not None
         return self._engine
-
-
-def _seen(topk_ids: Tensor | None) -> tuple[Tensor, int] | None:
-    """A tensor with its version; None where versions are not counted."""
-    if topk_ids is None or topk_ids.is_inference():
-        return None
-    return topk_ids, topk_ids._version
