@@ -10,6 +10,10 @@ import torch
 from oracle import Case
 
 from expertlink import DispatchLayout
+from expertlink.engines.base import CombineCall
+from expertlink.engines.route import Route, Splits
+from expertlink.layouts import LayoutPlan
+from expertlink.overlap import tensors_in
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 
@@ -47,3 +51,26 @@ def test_many_calls_of_changing_shape(rank_pools, layout: DispatchLayout) -> Non
     # Padded layouts take their size from the communicator's maximum: the largest case comes first.
     fixed = [case for case in cases if case.max_tokens == base.max_tokens or not layout.padded]
     assert all(rank_pools(2).run(async_jobs.soak, fixed, 60, timeout_s=120))
+
+
+def test_side_streams_see_every_tensor() -> None:
+    """Memory is recorded per tensor: the search must reach into records inside of records."""
+
+    class Marked(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    def marked() -> torch.Tensor:
+        return torch.zeros(1).as_subclass(Marked)
+
+    plan = LayoutPlan(DispatchLayout.FLAT, (1,), marked(), None, marked())
+    route = Route(
+        num_tokens=1,
+        splits=Splits([1], [1]),
+        token_of_row=marked(),
+        rows_of_token=marked(),
+        row_of_choice=marked(),
+        tokens_per_expert=[1],
+        plan=plan,
+    )
+    call = CombineCall(rows=marked(), state=route, weighted=True, out_TH=marked())
+    assert len(list(tensors_in(call))) == 7

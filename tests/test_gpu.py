@@ -32,6 +32,7 @@ def cases_for(ranks: int, layout: DispatchLayout) -> list[Case]:
         Case(tokens, 20, experts=7, topk=4, layout=layout, dtype=torch.float64, seed=5),
         Case(tokens, 16, experts=9, topk=3, layout=layout, placement="scattered", seed=6),
         Case(tokens, 16, experts=9, topk=3, layout=layout, weighted=False, seed=7),
+        Case(tokens, 8, experts=3000, topk=8, layout=layout, seed=11),
         Case((0,) * ranks, 16, experts=8, topk=2, layout=layout, seed=8),
         Case(tokens, 16, experts=8, topk=2, layout=layout, masked=1.0, seed=9),
     ]

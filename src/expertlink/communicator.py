@@ -15,7 +15,7 @@ from torch import Tensor
 from expertlink import autograd
 from expertlink.calls import CallBuilder
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.base import Combined, Dispatched, Engine
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
 from expertlink.engines.meeting import meet, resolve_device
 from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.engines.wire import Wire
@@ -263,8 +263,7 @@ class MoECommunicator:
                 return autograd.dispatch(engine, call)
             return engine.dispatch(call)
 
-        inputs = (call.x_TW, call.scales, call.topk_ids_TK, call.weights_TK)
-        started, wait = self._launch(begin, beside, overlap, inputs)
+        started, wait = self._launch(begin, beside, overlap, call)
         handle = self._calls.handle(call, started, previous, topk_ids)
         return started.output, handle, wait
 
@@ -352,7 +351,7 @@ class MoECommunicator:
             result.append(call.out_TH)
             return engine.combine(call)
 
-        started, wait = self._launch(begin, beside, overlap, (call.rows, call.weight_grads))
+        started, wait = self._launch(begin, beside, overlap, call)
         handle.consumed = True
         if started.weight_grads_TK is None:
             return result[0], wait
@@ -396,13 +395,13 @@ class MoECommunicator:
         begin: Callable[[], _Started],
         beside: bool,
         overlap: CommOverlapConfig | None,
-        inputs: Sequence[Tensor | None],
+        call: DispatchCall | CombineCall,
     ) -> tuple[_Started, Callable[[], None]]:
         return launch(
             begin,
             stream=(self._stream if overlap is None else overlap.stream) if beside else None,
             wait_events=() if overlap is None else overlap.wait_events,
-            inputs=inputs,
+            call=call,
         )
 
     def _ready(self) -> Engine:

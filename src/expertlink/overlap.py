@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from expertlink.engines.base import Combined, Dispatched
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 
 Started = TypeVar("Started", Dispatched, Combined)
 
@@ -18,7 +19,7 @@ def launch(
     *,
     stream: torch.cuda.Stream | None,
     wait_events: Sequence[torch.cuda.Event],
-    inputs: Sequence[Tensor | None],
+    call: DispatchCall | CombineCall,
 ) -> tuple[Started, Callable[[], None]]:
     """Starts an operation and returns it with the function that makes its results readable.
 
@@ -46,26 +47,23 @@ def launch(
             started.finish()
         done = torch.cuda.Event()
         done.record(stream)
-    for tensor in inputs:
-        if tensor is not None:
-            tensor.record_stream(stream)  # its memory must outlive the work queued here
+    for tensor in tensors_in(call):
+        tensor.record_stream(stream)  # its memory must outlive the work queued here
 
     def join() -> None:
         current = torch.cuda.current_stream(stream.device)
         current.wait_event(done)
-        for tensor in _tensors(started):
+        for tensor in tensors_in(started):  # allocated for the side stream, read on this one
             tensor.record_stream(current)
 
     return started, join
 
 
-def _tensors(started: Dispatched | Combined) -> list[Tensor]:
-    """Result tensors that were allocated on the side stream and will be read on another."""
-    if isinstance(started, Combined):
-        found: list[object] = [started.out_TH, started.weight_grads_TK]
-    else:
-        output = started.output
-        found = [*vars(output).values(), *vars(started.state).values()]
-        if output.scales is not None:
-            found.append(output.scales.tensor)
-    return [value for value in found if isinstance(value, Tensor)]
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every CUDA tensor that a record, or a record inside it, holds."""
+    if isinstance(value, Tensor):
+        if value.is_cuda:
+            yield value
+    elif dataclasses.is_dataclass(value):
+        for member in vars(value).values():
+            yield from tensors_in(member)
