@@ -310,6 +310,13 @@ def test_unavailable_engine_and_device() -> None:
     assert "nvlink engine cannot be used" in comm.engine_reason
 
 
+def test_a_budget_that_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    make().initialize()
+    assert not caplog.records
+    make(num_sms_combine=8).initialize()
+    assert "torch.distributed decides" in caplog.text
+
+
 def test_environment_sets_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTLINK_TIMEOUT", "7.5")
     assert make().config.timeout_s == 7.5

@@ -64,6 +64,8 @@ class CollectiveEngine:
         self._workspace = Workspace(self._device)
         self._sender: Sender = TorchSender(placement)
         self._sum_kernel: SumKernel | None = None
+        if config.num_sms_dispatch is not None or config.num_sms_combine is not None:
+            logger.warning("num_sms_dispatch and num_sms_combine: torch.distributed decides that")
         if self._device.type == "cuda":
             self._compile_kernels()
 
