@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # optimizers import it; later than gloo starts, the exit may abort
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -179,6 +181,31 @@ def test_closed_communicator() -> None:
     for call in (comm.initialize, lambda: comm.dispatch(**good()), lambda: comm.local_experts):
         with pytest.raises(ClosedError, match="closed"):
             call()
+
+
+def test_closing_lets_go_of_the_group() -> None:
+    """Whatever lives on - handles, results with their graph - keeps no process group alive."""
+
+    class Group:
+        def rank(self) -> int:
+            return 0
+
+        def size(self) -> int:
+            return 1
+
+    group = Group()
+    alive = weakref.ref(group)
+    comm = make(group=group)
+    fields = good()
+    fields["input"].requires_grad_()
+    out, handle = comm.dispatch(**fields)
+    result = comm.combine(out.tokens, handle)
+    comm.close()
+    del group, comm
+    gc.collect()
+    assert alive() is None
+    with pytest.raises(ClosedError, match="closed"):
+        result.sum().backward()
 
 
 def test_changed_routing_is_detected() -> None:

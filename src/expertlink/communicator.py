@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -67,8 +68,10 @@ class MoECommunicator:
         self._engine: Engine | None = None
         self._placement: Placement | None = None
         self._stream: torch.cuda.Stream | None = None
+        # What outlives close(), such as graphs of old results, must not hold on to the group.
+        self._groupless = dataclasses.replace(config, group=None)
         self._calls = CallBuilder(
-            config, device=self.device, num_ranks=self.num_ranks, identity=self._identity
+            self._groupless, device=self.device, num_ranks=self.num_ranks, identity=self._identity
         )
         self._closed = False
 
@@ -95,7 +98,7 @@ class MoECommunicator:
         wire.timeout_s = self._timeout_s
         self._engine = build_engine(
             self._choice,
-            self.config,
+            self._groupless,
             wire=wire,
             placement=self._placement,
             check_inputs=self._check,
@@ -109,7 +112,7 @@ class MoECommunicator:
         """Releases everything; handles become unusable. Not collective; safe to repeat."""
         if self._engine is not None:
             self._engine.close()
-        self._engine = None
+        self._engine = self._group = None
         self._closed = True
 
     def __enter__(self) -> MoECommunicator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -119,6 +120,9 @@ def torchrun_context(*, backend: str | None = None) -> RankContext | None:
     else:
         keep_freed_memory()
     if not dist.is_initialized():
+        # Optimizers import it. Where that happens after gloo has started (seen with torch 2.13),
+        # something keeps the group alive and the process may abort when it exits.
+        importlib.import_module("torch._dynamo")
         dist.init_process_group(
             backend or default_backend("cuda" if device.type == "cuda" else "cpu"),
             device_id=device if device.type == "cuda" else None,

@@ -87,8 +87,9 @@ class CollectiveEngine:
         self._wire.timeout_s = timeout_s
 
     def close(self) -> None:
-        """Frees the workspace; the group belongs to the caller."""
+        """Frees the workspace and lets go of the group, which belongs to the caller."""
         self._workspace.clear()
+        self._wire.close()
 
     def memory_estimate(self) -> dict[str, int]:
         """Bytes by region of the largest possible call, beyond inputs and outputs."""

@@ -82,6 +82,7 @@ class Wire:
         self.call = 0  # sequence number of the current call, counted alike on all ranks
         self._pinned: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._broken: str | None = None
+        self._closed = False
 
     def enter(self, phase: str, call: int) -> None:
         """Names what the following exchanges belong to, for error messages.
@@ -93,10 +94,20 @@ class Wire:
         self.phase, self.call = phase, call
 
     def _refuse_if_broken(self) -> None:
+        if self._closed:
+            raise ClosedError("this communicator is closed")
         if self._broken is not None:
             raise ClosedError(
                 f"this communicator is unusable after an earlier failure: {self._broken}"
             )
+
+    def close(self) -> None:
+        """Lets go of the group, also where results of old calls still refer to this wire.
+
+        A process group that outlives `destroy_process_group` can abort the process at its exit.
+        """
+        self._closed = True
+        self.group = None
 
     def exchange(
         self,
