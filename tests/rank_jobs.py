@@ -109,15 +109,20 @@ def dispatch_case(
     return comm.dispatch(own.x_TH.to(comm.device), own.ids_TK.to(comm.device), weights, **options)
 
 
-def contract(ctx: RankContext, cases: list[Case]) -> int:
+def contract(ctx: RankContext, cases: list[Case], **fields: Any) -> int:
     """Dispatch and combine, twice, then cached, then into given buffers; all against the oracle."""
     for case in cases:
-        with MoECommunicator(config_of(case, ctx.device)) as comm:
-            try:
-                _contract(comm, case, ctx.rank)
-            except AssertionError as error:
-                raise AssertionError(f"{error}\nin {case}") from error
+        with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+            check_contract(comm, case)
     return len(cases)
+
+
+def check_contract(comm: MoECommunicator, case: Case) -> None:
+    """`contract` of one case on a communicator that is there already."""
+    try:
+        _contract(comm, case, comm.rank)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\nin {case}") from error
 
 
 def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:

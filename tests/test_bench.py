@@ -58,7 +58,7 @@ class TestCases:
             ("routing", "trace"),
             ("mode", "fast"),
             ("engine", "pigeon"),
-            ("variant", "graph"),
+            ("variant", "best"),
             ("quantization", "int4"),
             ("num_sms_dispatch", 0),
         ],
@@ -66,6 +66,18 @@ class TestCases:
     def test_what_cannot_be_measured_is_named(self, field: str, value: Any) -> None:
         with pytest.raises(ValueError, match=field.split("_")[0]):
             Case(**{**SHAPE, field: value})
+
+    @pytest.mark.parametrize("variant", ["zero_copy", "zero_copy_cached", "zero_copy_static"])
+    def test_views_of_the_pool_need_rows_that_lie_there(self, variant: str) -> None:
+        for layout in ("flat", "expert_major"):
+            with pytest.raises(ConfigurationError, match=f"variant='{variant}'.*'{layout}'"):
+                Case(**SHAPE, variant=variant, layout=layout)
+        assert Case(**SHAPE, variant=variant, layout="rank_major").calls.zero_copy
+
+    @pytest.mark.parametrize("variant", ["zero_copy", "static", "graph"])
+    def test_variants_of_the_nvlink_engine(self, variant: str) -> None:
+        with pytest.raises(ConfigurationError, match=f"variant='{variant}'.*nvlink"):
+            Case(**SHAPE, variant=variant, layout="token_major", engine="collective")
 
     def test_a_grid_is_all_combinations_once(self) -> None:
         fixed = {name: value for name, value in SHAPE.items() if name != "tokens"}
@@ -166,6 +178,26 @@ class TestCheck:
         assert rows[0].tolist() == [0.25] * 4
         assert bool(rows[1:].isnan().all())
 
+    @pytest.mark.parametrize("layout", list(DispatchLayout))
+    def test_rows_beyond_the_counts_do_not_matter(self, layout: DispatchLayout) -> None:
+        """With static shapes there is room for more rows than were received."""
+        padded = layout in (DispatchLayout.RANK_MAJOR, DispatchLayout.EXPERT_MAJOR)
+        lead = (1, 3) if padded else (3,)
+        ids = torch.full((*lead, 1), 10**6)  # no id of an expert
+        ids.view(-1)[0] = 0
+        out = DispatchOutput(
+            tokens=torch.ones(*lead, 4),
+            num_tokens_per_expert=torch.tensor([1], dtype=torch.int32),
+            num_tokens_per_rank=torch.tensor([1], dtype=torch.int32),
+            layout=layout,
+            expert_offsets=torch.tensor([0, 1], dtype=torch.int32),
+            topk_ids=ids,
+            topk_weights=torch.full((*lead, 1), 0.5),
+        )
+        rows = scaling_experts(out, [1], dtype=torch.float32).view(-1, 4)
+        assert rows[0].tolist() == [0.25 if layout.expanded else 0.125] * 4
+        assert bool(rows[1:].isnan().all())
+
 
 def measure_a_wrong_combine(context: RankContext) -> str:
     """Runs on a rank: measures with a communicator whose rank 0 doubles every result."""
@@ -191,7 +223,9 @@ def test_wrong_results_are_not_timed(rank_pools: RankPools) -> None:
 
 class TestRecords:
     def test_records_survive_a_file(self, tmp_path: Path) -> None:
-        records = [make_record(), make_record(phase="pair", idle_us=Summary(1.0, 2.0, 3.0, 2.0))]
+        spread = Summary(1.0, 2.0, 3.0, 2.0)
+        ceiling: dict[str, Any] = {"ceiling": "put+get", "ceiling_us": spread, "get_us": spread}
+        records = [make_record(), make_record(phase="pair", idle_us=spread, **ceiling)]
         path = write_records(tmp_path / "r.jsonl", records)
         assert read_records(path) == records
         assert [json.loads(line)["phase"] for line in path.read_text().splitlines()] == [
@@ -213,6 +247,8 @@ class TestRecords:
         [
             ({"phase": "sleep"}, "phase"),
             ({"variant": "best"}, "variant"),
+            ({"ceiling": "all"}, "ceiling"),
+            ({"put_us": 3.0}, "put_us"),
             ({"mode": "xx"}, "mode"),
             ({"ranks": 0}, "ranks"),
             ({"tokens": "128"}, "tokens"),
@@ -273,3 +309,21 @@ class TestPlots:
         assert [path.name for path in paths] == ["time.png", "ratio.png", "bandwidth.png"]
         for path in paths:
             assert path.read_bytes().startswith(b"\x89PNG")
+
+    def test_pictures_of_ceilings_and_of_sweeps(self, tmp_path: Path) -> None:
+        spread = Summary(40.0, 40.0, 40.0, 40.0)
+        ceilings: dict[str, Any] = {"ceiling_us": spread, "ceiling_ratio": 0.4}
+        always = ["time.png", "ratio.png", "bandwidth.png"]
+
+        def drawn(sms: list[int | None], **changes: Any) -> list[str]:
+            records = [
+                make_record(phase=phase, num_sms=count, **changes)
+                for phase in PHASES
+                for count in sms
+            ]
+            return [path.name for path in draw_plots(records, tmp_path)]
+
+        assert drawn([None, 8]) == always
+        assert drawn([8], **ceilings) == [*always, "efficiency.png"]
+        assert drawn([8, 24]) == [*always, "sms.png"]
+        assert drawn([8, 24], **ceilings) == [*always, "efficiency.png", "sms.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from bench_records import make_record
 from typer.testing import CliRunner
 
+from expertlink.bench.overlap import hidden_part
 from expertlink.bench.records import PHASES, read_records, write_records
 from expertlink.bench.trace import RoutingTrace
 from expertlink.cli import app
@@ -94,6 +96,46 @@ def test_a_recorded_trace_brings_its_shape(tmp_path: Path) -> None:
     assert "topk=3" in result.output
 
 
+def test_a_sweep_of_sm_budgets_goes_pairwise(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    budgets = ("--num-sms-dispatch", "8,16", "--num-sms-combine", "24")
+    arguments = ["bench", *QUICK, *budgets, "--variant", "cached", "--out", str(path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert [(r.phase, r.num_sms) for r in read_records(path)] == [
+        *(("dispatch", 8), ("combine", 24), ("pair", 24)),
+        *(("dispatch", 16), ("combine", 24), ("pair", 24)),
+    ]
+    pairs = [r for r in read_records(path) if r.phase == "pair"]
+    assert [(r.num_sms_dispatch, r.num_sms_combine) for r in pairs] == [(8, 24), (16, 24)]
+    assert pairs[0].key() != pairs[1].key()
+    assert pairs[0].ceiling is None
+    assert pairs[0].ceiling_note is not None
+    assert f"no ceilings: {pairs[0].ceiling_note}" in result.output
+
+
+def test_overlap_with_a_matrix_product(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    product = ("--overlap", "--gemm", "16,32,8")
+    result = CliRunner().invoke(app, ["bench", *QUICK, *product, "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["case"]["variant"] for line in lines] == ["uncached", "cached"]
+    for line in lines:
+        assert line["kind"] == "overlap"
+        assert line["gemm"] == [16, 32, 8]
+        assert line["iterations"] == 3
+        times = [line[f"{name}_us"]["median"] for name in ("gemm", "dispatch", "both")]
+        assert line["hidden"] == pytest.approx(hidden_part(*times), abs=1e-3)
+    assert "hidden" in result.output
+
+
+def test_what_overlap_hides() -> None:
+    assert hidden_part(10.0, 4.0, 10.0) == 1.0
+    assert hidden_part(4.0, 10.0, 12.0) == 0.5
+    assert hidden_part(10.0, 4.0, 14.0) == 0.0
+
+
 @pytest.mark.gpu(2)
 def test_two_gpus_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
@@ -160,7 +202,13 @@ def test_as_ranks_of_torchrun(tmp_path: Path) -> None:
         (("--timeout", "0"), "timeout=0"),
         (("--threads", "0"), "threads=0"),
         (("--seed", "-1"), "seed=-1"),
-        (("--variant", "graph"), "variant='graph'"),
+        (("--variant", "graph"), "variant='graph' cannot be measured on CPU ranks"),
+        (("--variant", "zero_copy"), "layout='flat'"),
+        (("--variant", "static", "--engine", "collective"), "engine='collective'"),
+        (("--num-sms", "8", "--num-sms-combine", "8"), "num_sms='8'"),
+        (("--num-sms-dispatch", "8,16", "--num-sms-combine", "8,16,24"), "pairwise"),
+        (("--ceiling-sms", "0"), "ceiling_sms=0"),
+        (("--overlap", "--gemm", "8,8"), "gemm='8,8'"),
         (("--out", "no/such/folder.jsonl"), "does not exist"),
     ],
 )

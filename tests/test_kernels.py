@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from expertlink import EngineUnavailableError
+from expertlink.bench import ceilings
 from expertlink.engines.send_order import count_instances, order_instances
 from expertlink.jit import compiler
 from expertlink.jit.compiler import compile_kernel
@@ -18,8 +19,10 @@ ARCHITECTURES = ("sm_90a", "sm_100a")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Most registers per thread and bytes of shared memory per block: 256 threads a block.
-BUDGETS = {"ordered_sum": (64, 1024), "send_order": (96, 24 << 10)}
+BUDGETS = {"ceiling": (64, 1024), "ordered_sum": (64, 1024), "send_order": (96, 24 << 10)}
+PRELUDES = {"ceiling": ceilings.ARGUMENTS.declaration}
 INSTANCES = [
+    *(("ceiling", f"{kind}_rows") for kind in ceilings.KINDS),
     *(("ordered_sum", instance) for dtype in DTYPES for instance in instances(dtype).values()),
     *(("send_order", instance) for instance in count_instances().values()),
     *(("send_order", instance) for instance in order_instances().values()),
@@ -35,7 +38,7 @@ def test_every_kernel_is_covered() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("name", "instance"), INSTANCES)
 def test_resources(name: str, instance: str, arch: str) -> None:
-    report = compile_kernel(name, instance, arch).report
+    report = compile_kernel(name, instance, arch, prelude=PRELUDES.get(name, "")).report
     registers, shared = BUDGETS[name]
     assert "0 bytes spill stores, 0 bytes spill loads" in report, report
     assert "0 bytes stack frame" in report, report

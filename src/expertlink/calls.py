@@ -46,6 +46,7 @@ class CallBuilder:
         scales: QuantScales | Tensor | None,
         output_buffer: Tensor | None,
         previous: DispatchHandle | None,
+        num_sms: int | None = None,
     ) -> DispatchCall:
         """The call for `MoECommunicator.dispatch`; raises what that documents."""
         config, device = self._config, self._device
@@ -66,6 +67,14 @@ class CallBuilder:
                 )
             rows, scale_values = quantization.quantize(rows, block_format)
             quant = QuantScales(scale_values, block_format)
+        if config.zero_copy:
+            if output_buffer is not None:
+                raise InputError("output_buffer and zero_copy=True exclude each other")
+            if needs_grad(rows, weights_TK):
+                raise InputError(
+                    "zero_copy=True cannot be used where gradients are tracked: a later dispatch "
+                    "overwrites the rows that backward needs"
+                )
         if output_buffer is not None:
             if needs_grad(rows, weights_TK):
                 raise InputError(
@@ -83,6 +92,7 @@ class CallBuilder:
             previous=None if previous is None else previous.state,
             # Gradients of the experts multiply whole padded blocks: garbage there must not be NaN.
             zero_padding=torch.is_grad_enabled(),
+            num_sms=num_sms,
         )
 
     def tracked(self, call: DispatchCall) -> bool:
@@ -100,7 +110,9 @@ class CallBuilder:
         """The handle of a dispatch that was started with the caller's `topk_ids`."""
         if previous is None:
             assert call.topk_ids_TK is not None
-            ids_TK = call.topk_ids_TK.clone()
+            ids_TK = started.topk_ids_TK
+            if ids_TK is None:
+                ids_TK = call.topk_ids_TK.clone()
         else:
             ids_TK = previous.topk_ids
         weights_TK = call.weights_TK
@@ -179,6 +191,7 @@ class CallBuilder:
         handle: DispatchHandle,
         out: Tensor | None,
         weight_grads: Tensor | None,
+        num_sms: int | None = None,
     ) -> CombineCall:
         """The call for `MoECommunicator.combine`; raises what that documents."""
         config = self._config
@@ -220,6 +233,7 @@ class CallBuilder:
             weighted=config.layout.expanded and handle.topk_weights is not None,
             out_TH=rows.new_empty(result_shape) if out is None else out,
             weight_grads=weight_grads,
+            num_sms=num_sms,
         )
 
     def check_owner(self, handle: object) -> None:

@@ -112,11 +112,34 @@ def bench(
     ] = False,
     mode: Annotated[str, typer.Option(metavar="LIST", help="ht, ll.")] = "ht",
     variant: Annotated[
-        str, typer.Option(metavar="LIST", help="uncached, cached.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="uncached, cached; GPU: zero_copy, zero_copy_cached, static, zero_copy_static, "
+            "graph.",
+        ),
     ] = "uncached,cached",
     engine: Annotated[str, typer.Option(metavar="LIST", help="auto, collective, nvlink.")] = "auto",
     num_sms: Annotated[
         str | None, typer.Option(metavar="LIST", help="SMs that a call may occupy.")
+    ] = None,
+    num_sms_dispatch: Annotated[
+        str | None, typer.Option(metavar="LIST", help="SMs for dispatch, instead of --num-sms.")
+    ] = None,
+    num_sms_combine: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="SMs for combine, pairwise with those for dispatch."),
+    ] = None,
+    ceiling_sms: Annotated[
+        int, typer.Option(help="SMs of the plain bulk copies that show what the wire allows.")
+    ] = 24,
+    overlap: Annotated[
+        bool,
+        typer.Option("--overlap", help="Measure dispatch beside a matrix product instead."),
+    ] = False,
+    gemm: Annotated[
+        str | None,
+        typer.Option(metavar="M,N,K", help="That product. CPU: 256,512,512; GPU: 8192,4096,7168."),
     ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="auto, cpu or cuda.")
@@ -165,6 +188,11 @@ def bench(
         variant=variant,
         engine=engine,
         num_sms=num_sms,
+        num_sms_dispatch=num_sms_dispatch,
+        num_sms_combine=num_sms_combine,
+        ceiling_sms=ceiling_sms,
+        overlap=overlap,
+        gemm=gemm,
         device=device,
         threads=threads,
         iters=iters,
@@ -185,7 +213,7 @@ def plot(
     results: Annotated[list[Path], typer.Argument(help="Files that bench --out wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("out/plots"),
 ) -> None:
-    """Draw what bench measured: time, ratio to the raw exchange, bandwidth."""
+    """Draw what bench measured: time, ratio to the raw exchange and to the wire, bandwidth, SMs."""
     from rich.console import Console
 
     from expertlink.bench.command import run_plot

@@ -43,20 +43,25 @@ class MoECommunicator:
 
     Args:
         config: what is fixed for the communicator's lifetime.
+        share_with: another communicator of the same group, of the nvlink engine: both use its
+            memory and take turns, as the layers of a model do. Build the largest one first.
 
     Raises:
         ConfigurationError: device and group do not fit each other.
         EngineUnavailableError: the requested engine cannot run here.
     """
 
-    def __init__(self, config: MoECommunicatorConfig) -> None:
+    def __init__(
+        self, config: MoECommunicatorConfig, *, share_with: MoECommunicator | None = None
+    ) -> None:
         self.config = config
+        self._share_with = share_with
         self._identity = next(_identities)
         self._group: Any = config.group
         if self._group is None and dist.is_available() and dist.is_initialized():
             self._group = dist.group.WORLD
         self.device = resolve_device(config.device, self._group)
-        self._choice: EngineChoice = choose_engine(config.engine, device=self.device)
+        self._choice: EngineChoice = choose_engine(config, device=self.device)
         self._check = self.device.type == "cpu"
         if config.check_inputs is not None:
             self._check = config.check_inputs
@@ -95,14 +100,16 @@ class MoECommunicator:
         self._placement = meet(
             wire, self.config, engine=self._choice.name, check_inputs=self._check
         )
-        wire.timeout_s = self._timeout_s
-        self._engine = build_engine(
+        other = self._share_with
+        self._choice, self._engine = build_engine(
             self._choice,
             self._groupless,
             wire=wire,
             placement=self._placement,
             check_inputs=self._check,
+            share_with=None if other is None else other._ready(),
         )
+        self._engine.set_timeout(self._timeout_s)
         self._calls.num_local_experts = len(self._placement.experts_of_rank[self.rank])
         if self.config.enable_overlap and self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
@@ -143,7 +150,7 @@ class MoECommunicator:
 
     @property
     def engine_name(self) -> str:
-        """Engine in use: "collective"."""
+        """Engine in use: "nvlink" or "collective"; settled once initialized."""
         return self._choice.name
 
     @property
@@ -166,6 +173,18 @@ class MoECommunicator:
     def memory_estimate(self) -> dict[str, int]:
         """Bytes by region that the largest possible call holds beyond inputs and outputs."""
         return self._ready().memory_estimate()
+
+    def check_health(self) -> None:
+        """Raises what went wrong in calls that did not wait on the host, if anything. Local.
+
+        Every call does so first. Use it after work whose calls were replayed by a CUDA graph, once
+        the stream has been synchronized.
+
+        Raises:
+            PeerTimeoutError: a rank did not take part in time.
+            CapacityError: with static shapes, rows found no room.
+        """
+        self._ready().check_health()
 
     def wire_rows(self, handle: DispatchHandle) -> tuple[list[int], list[int]]:
         """Rows that a dispatch sent to and received from each rank, own rank included."""
@@ -257,7 +276,10 @@ class MoECommunicator:
         engine = self._ready()
         kind = "dispatch" if previous is None else "cached_dispatch"
         try:
-            call = self._calls.dispatch(x, topk_ids, weights, scales, output_buffer, previous)
+            num_sms = None if overlap is None else overlap.num_sms
+            call = self._calls.dispatch(
+                x, topk_ids, weights, scales, output_buffer, previous, num_sms
+            )
         except ExpertlinkError as error:
             engine.refuse(kind, error)
 
@@ -340,7 +362,8 @@ class MoECommunicator:
     ) -> tuple[Any, Callable[[], None]]:
         engine = self._ready()
         try:
-            call = self._calls.combine(rows, handle, out, weight_grads)
+            num_sms = None if overlap is None else overlap.num_sms
+            call = self._calls.combine(rows, handle, out, weight_grads, num_sms)
         except ExpertlinkError as error:
             engine.refuse("combine", error)
         weights_TK = handle.topk_weights if call.weighted else None

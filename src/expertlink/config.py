@@ -77,6 +77,13 @@ class MoECommunicatorConfig:
     """Most rows (first dimension of `tokens`, FLAT and TOKEN_MAJOR) a rank accepts. None: the
     most that can arrive."""
 
+    zero_copy: bool = False
+    """TOKEN_MAJOR and RANK_MAJOR on the nvlink engine: `tokens` is a view of memory that peers have
+    written to, valid until the next but one dispatch is issued. False: the caller owns it."""
+    static_shapes: bool = False
+    """nvlink engine: `tokens` has room for the most rows that can arrive, counts stay on the device,
+    and no call waits on the host, so that calls can be captured in CUDA graphs."""
+
     num_sms_dispatch: int | None = None
     """SMs a dispatch may occupy. None: the engine's choice. Ignored by the collective engine."""
     num_sms_combine: int | None = None
@@ -111,7 +118,7 @@ class MoECommunicatorConfig:
             _refuse("engine", self.engine, f"one of {', '.join(ENGINES)}")
         if self.dtype not in ROW_DTYPES:
             _refuse("dtype", self.dtype, f"one of {', '.join(map(str, ROW_DTYPES))}")
-        for name in ("enable_overlap",):
+        for name in ("enable_overlap", "zero_copy", "static_shapes"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         if self.check_inputs not in (None, True, False):
@@ -130,6 +137,8 @@ class MoECommunicatorConfig:
                 _refuse("dtype", self.dtype, "bfloat16, float16 or float32 with quantization")
         if self.expert_alignment > 1 and self.layout is not DispatchLayout.FLAT:
             _refuse("expert_alignment", self.expert_alignment, f"1 for layout {self.layout.value}")
+        if self.zero_copy and self.layout.expanded:
+            _refuse("zero_copy", True, f"False for layout {self.layout.value}, which copies rows")
         if self.max_recv_tokens_per_rank is not None and self.layout.padded:
             _refuse(
                 "max_recv_tokens_per_rank",

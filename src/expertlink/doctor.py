@@ -251,10 +251,14 @@ def _command_line() -> list[Check]:
 def _engine() -> list[Check]:
     import torch
 
+    from expertlink.config import MoECommunicatorConfig
     from expertlink.engines.select import choose_engine
 
     device = torch.device("cuda" if _has_gpu() else "cpu")
-    choice = choose_engine("auto", device=device)
+    typical = MoECommunicatorConfig(
+        num_experts=8, hidden_size=1024, topk=2, max_tokens_per_rank=128
+    )
+    choice = choose_engine(typical, device=device)
     return [Check("engine", "ok", f"auto picks {choice.name}: {choice.reason}.")]
 
 

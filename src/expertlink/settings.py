@@ -1,52 +1,87 @@
 """Every environment variable the library reads, in one table.
 
-A variable gives the default of a configuration field; a field that is set wins. Variables are read
-when a communicator is built, never at import.
+Most variables give the default of a configuration field; a field that is set wins. Variables are
+read when a communicator is built, never at import.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from expertlink.errors import ConfigurationError
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True)
-class Variable:
-    """One environment variable: its name, its default and what it changes."""
+class Variable(Generic[Value]):
+    """One environment variable: its name, its default, what it changes, and how it is read.
+
+    Attributes:
+        default: value where the variable is unset or empty.
+        parse: text to value; raises a ValueError that says what is expected.
+    """
 
     name: str
-    default: float
+    default: Value
     meaning: str
+    parse: Callable[[str], Value]
 
-    def read(self) -> float:
-        """Value of the variable, a positive number.
+    def read(self) -> Value:
+        """Value of the variable.
 
         Raises:
-            ConfigurationError: the variable is set to something else.
+            ConfigurationError: the variable is set to something that cannot be meant.
         """
         text = os.environ.get(self.name)
         if text is None or text.strip() == "":
             return self.default
         try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not value > 0:
-            raise ConfigurationError(f"{self.name}={text!r}: a positive number is expected")
-        return value
+            return self.parse(text)
+        except ValueError as error:
+            raise ConfigurationError(f"{self.name}={text!r}: {error} is expected") from None
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not value > 0:
+        raise ValueError("a positive number")
+    return value
+
+
+def _absolute_path(text: str) -> Path | None:
+    # Relative paths would mean another directory in every working directory.
+    path = Path(os.path.expanduser(text))
+    if not path.is_absolute():
+        raise ValueError("an absolute path")
+    return path
 
 
 TIMEOUT = Variable(
     "EXPERTLINK_TIMEOUT",
     100.0,
     "seconds a dispatch or combine waits for its peers (config field timeout_s)",
+    _positive_number,
 )
 STARTUP_TIMEOUT = Variable(
     "EXPERTLINK_STARTUP_TIMEOUT",
     300.0,
     "seconds initialize() waits for its peers (config field startup_timeout_s)",
+    _positive_number,
+)
+CACHE_DIR: Variable[Path | None] = Variable(
+    "EXPERTLINK_CACHE_DIR",
+    None,
+    "directory of compiled kernels, of mode 0700; unset: $XDG_CACHE_HOME/expertlink, "
+    "else ~/.cache/expertlink",
+    _absolute_path,
 )
 
-VARIABLES = (TIMEOUT, STARTUP_TIMEOUT)
+VARIABLES: tuple[Variable[Any], ...] = (TIMEOUT, STARTUP_TIMEOUT, CACHE_DIR)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from expertlink.bench.routings import RoutingSpec
+from expertlink.bench.variants import VARIANTS, Variant
 from expertlink.config import ENGINES, MAX_TOPK, MODES
 from expertlink.errors import ConfigurationError
 from expertlink.types import BlockFormat, DispatchLayout
@@ -18,7 +19,6 @@ from expertlink.types import BlockFormat, DispatchLayout
 LAYOUTS = tuple(layout.value for layout in DispatchLayout)
 QUANTIZATIONS = tuple(block_format.value for block_format in BlockFormat)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-VARIANTS = ("uncached", "cached")
 MAX_RANKS = 4096
 
 
@@ -45,8 +45,7 @@ class Case:
     mode: str = "ht"
     engine: str = "auto"
     variant: str = "uncached"
-    """"uncached": every dispatch counts and exchanges its routing. "cached": it passes the handle
-    of an earlier one, whose counts, ids and weights are kept: rows alone travel."""
+    """See `variants.py`."""
     quantization: str | None = None
     num_sms_dispatch: int | None = None
     num_sms_combine: int | None = None
@@ -68,13 +67,22 @@ class Case:
         self._member("layout", LAYOUTS)
         self._member("mode", MODES)
         self._member("engine", ENGINES)
-        self._member("variant", VARIANTS)
+        self._member("variant", tuple(VARIANTS))
         if self.quantization is not None:
             self._member("quantization", QUANTIZATIONS)
         spec = RoutingSpec.parse(self.routing)
         object.__setattr__(self, "routing", str(spec))  # one spelling per routing
         if spec.name == "trace" and self.trace is None:
             self._refuse("routing", "a recorded file beside it (--trace)")
+        if self.calls.zero_copy and DispatchLayout(self.layout).expanded:
+            self._refuse("variant", f"token_major or rank_major rows, not layout={self.layout!r}")
+        if self.calls.needs_nvlink and self.engine == "collective":
+            self._refuse("variant", "the nvlink engine, not engine='collective'")
+
+    @property
+    def calls(self) -> Variant:
+        """What `variant` stands for."""
+        return VARIANTS[self.variant]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -135,6 +143,9 @@ class Plan:
         inputs: different inputs that iterations take turns with, as far as memory allows.
         timeout_s: bound of every wait inside a case, in seconds.
         command: command line to note in the records.
+        ceiling_num_sms: SMs that the bulk copies of the ceilings occupy.
+        gemm: m, n, k of the matrix product that is measured beside a dispatch; None where no
+            overlap is measured.
     """
 
     iters: int = 50
@@ -143,6 +154,8 @@ class Plan:
     inputs: int = 4
     timeout_s: float = 100.0
     command: str = ""
+    ceiling_num_sms: int = 24
+    gemm: tuple[int, int, int] | None = None
 
 
 def grid(*, fixed: dict[str, Any], **lists: Sequence[Any]) -> list[Case]:

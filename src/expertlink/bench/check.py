@@ -36,7 +36,8 @@ def scaling_experts(
 
     Returns:
         Expert output in the shape of `out.tokens`, in memory of its own. Where no row was
-        received, it is NaN: combine must not read it.
+        received, it is NaN: combine must not read it. Counts are read from the device, so the
+        shape may be the largest possible one (`static_shapes`).
     """
     if out.scales is not None and block_format is not None:
         rows = dequantize(out.tokens, out.scales.tensor, block_format, dtype)
@@ -49,7 +50,9 @@ def scaling_experts(
     if out.layout is DispatchLayout.FLAT:
         assert out.expert_offsets is not None
         per_row = factors.repeat_interleave(out.expert_offsets.to(torch.int64).diff())
-        return rows.mul_(per_row.to(dtype)[:, None])
+        rows[: len(per_row)].mul_(per_row.to(dtype)[:, None])
+        rows[len(per_row) :] = float("nan")
+        return rows
     if out.layout is DispatchLayout.EXPERT_MAJOR:
         rows.mul_(factors.to(dtype)[:, None, None])
         for expert, count in enumerate(counts.tolist()):
@@ -57,12 +60,22 @@ def scaling_experts(
         return rows
     assert out.topk_ids is not None
     assert out.topk_weights is not None
-    chosen = out.topk_ids >= 0
-    weight = out.topk_weights * padded[out.topk_ids.to(torch.int64)]
+    ids = out.topk_ids.to(torch.int64).masked_fill(~_received(out)[..., None], -1)
+    chosen = ids >= 0
+    weight = out.topk_weights * padded[ids]
     per_row = torch.where(chosen, weight, 0.0).sum(dim=-1)
     rows = rows.float().mul_(per_row[..., None]).to(dtype)
     rows[~chosen.any(dim=-1)] = float("nan")
     return rows
+
+
+def _received(out: DispatchOutput) -> Tensor:
+    """Leading shape of the tokens (TOKEN_MAJOR, RANK_MAJOR), bool: where a rank got a row."""
+    places = torch.arange(out.tokens.shape[-2], device=out.tokens.device)
+    counts_R = out.num_tokens_per_rank
+    if counts_R is None:
+        return torch.ones(out.tokens.shape[:-1], dtype=torch.bool, device=places.device)
+    return places < (counts_R.sum() if out.tokens.dim() == 2 else counts_R[:, None])
 
 
 def expected_sum(

@@ -19,7 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from expertlink.bench.cases import Case, Plan, default_fields, grid, parse_ints, parse_names
 from expertlink.bench.environment import usable_cores
-from expertlink.bench.records import Record, latest, read_records, write_records
+from expertlink.bench.measure import measure_case
+from expertlink.bench.overlap import (
+    DEFAULT_GEMM,
+    OverlapRecord,
+    check_overlap,
+    measure_overlap,
+    print_overlap,
+)
+from expertlink.bench.records import Line, Record, latest, read_records, write_records
 from expertlink.bench.report import print_records
 from expertlink.bench.runner import CaseResult, run_on_own_ranks, run_under_torchrun
 from expertlink.errors import ConfigurationError, ExpertlinkError
@@ -53,6 +61,11 @@ class BenchOptions:
     quantization: str | None = None
     engine: str = "auto"
     num_sms: str | None = None
+    num_sms_dispatch: str | None = None
+    num_sms_combine: str | None = None
+    ceiling_sms: int = 24
+    overlap: bool = False
+    gemm: str | None = None
     device: str = "auto"
     threads: int | None = None
     iters: int = 50
@@ -74,7 +87,9 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     try:
         device, ranks = _device_and_ranks(options, context)
         cases = build_cases(options, device=device, ranks=ranks)
-        plan = _plan(options)
+        plan = _plan(options, device)
+        if plan.gemm is not None:
+            check_overlap(cases)
         _check_out(options.out)
     except ExpertlinkError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
@@ -84,7 +99,7 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     _leave(context)
     records = [record for result in results for record in result.records]
     if records:
-        print_records(records, console)
+        _print(records, console)
         if options.out is not None:
             console.print(f"{len(records)} records in {escape(str(options.out))}", soft_wrap=True)
     failed = [result for result in results if result.error is not None]
@@ -94,6 +109,15 @@ def run_bench(options: BenchOptions, console: Console) -> int:
         if options.verbose and result.details:
             console.print(result.details, markup=False, highlight=False, soft_wrap=True)
     return FAILED if failed else OK
+
+
+def _print(records: Sequence[Line], console: Console) -> None:
+    phases = [record for record in records if isinstance(record, Record)]
+    overlaps = [record for record in records if isinstance(record, OverlapRecord)]
+    if phases:
+        print_records(phases, console)
+    if overlaps:
+        print_overlap(overlaps, console)
 
 
 def run_plot(results: Sequence[Path], out: Path, console: Console) -> int:
@@ -128,7 +152,6 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
             shape[name] = parse_ints(text, name=name)
     routing = options.routing or ("balanced" if options.trace is None else "trace")
     quantization = parse_names(options.quantization or "none")
-    sms = [None] if options.num_sms is None else parse_ints(options.num_sms, name="num_sms")
     lists: dict[str, Sequence[Any]] = {
         "engine": parse_names(options.engine),
         "mode": parse_names(options.mode),
@@ -136,14 +159,24 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
         "quantization": [None if name == "none" else name for name in quantization],
         "routing": parse_names(routing),
         **shape,
-        "num_sms_dispatch": sms,
         "layout": parse_names(options.layout),
         "variant": parse_names(options.variant),
     }
     trace = None if options.trace is None else str(options.trace)
-    cases = grid(fixed={"ranks": ranks, "uneven": options.uneven, "trace": trace}, **lists)
-    cases = [replace(case, num_sms_combine=case.num_sms_dispatch) for case in cases]
+    fixed = {"ranks": ranks, "uneven": options.uneven, "trace": trace}
+    cases = [
+        case
+        for dispatch, combine in _budgets(options)
+        for case in grid(
+            fixed={**fixed, "num_sms_dispatch": dispatch, "num_sms_combine": combine}, **lists
+        )
+    ]
     for case in cases:
+        if device == "cpu" and case.calls.needs_nvlink:
+            raise ConfigurationError(
+                f"variant={case.variant!r} cannot be measured on CPU ranks: it needs the nvlink "
+                "engine, which moves rows between GPUs"
+            )
         if case.routing != "trace":
             continue
         recorded = _trace_shape(Path(case.trace or ""))
@@ -155,6 +188,28 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     return cases
 
 
+def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
+    """SMs of dispatch and combine, in pairs; a single value stands beside each of the others."""
+    both = options.num_sms
+    if both is not None and (options.num_sms_dispatch or options.num_sms_combine):
+        raise ConfigurationError(
+            f"num_sms={both!r} is for dispatch and combine alike; accepted: either that, or "
+            "num_sms_dispatch and num_sms_combine"
+        )
+    lists: list[Sequence[int | None]] = []
+    for name in ("num_sms_dispatch", "num_sms_combine"):
+        text = getattr(options, name) or both
+        lists.append([None] if text is None else parse_ints(text, name=name))
+    longest = max(map(len, lists))
+    if any(len(values) not in (1, longest) for values in lists):
+        raise ConfigurationError(
+            f"num_sms_dispatch={options.num_sms_dispatch!r} and num_sms_combine="
+            f"{options.num_sms_combine!r} go pairwise; accepted: equally many values, or one"
+        )
+    dispatch, combine = ([*values] * longest if len(values) == 1 else [*values] for values in lists)
+    return list(dict.fromkeys(zip(dispatch, combine, strict=True)))
+
+
 def _measure(
     options: BenchOptions,
     cases: list[Case],
@@ -163,6 +218,7 @@ def _measure(
     context: RankContext | None,
     console: Console,
 ) -> list[CaseResult]:
+    measure = measure_case if plan.gemm is None else measure_overlap
     written = options.append
 
     def keep(result: CaseResult) -> None:
@@ -192,13 +248,16 @@ def _measure(
                 device=device,
                 threads=options.threads,
                 timeout_s=options.timeout,
+                measure=measure,
                 on_result=keep,
                 on_progress=show,
             )
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         context = replace(context, device=torch.device("cpu")) if device == "cpu" else context
-        return run_under_torchrun(context, cases, plan, on_result=keep, on_progress=show)
+        return run_under_torchrun(
+            context, cases, plan, measure=measure, on_result=keep, on_progress=show
+        )
 
 
 def _under_torchrun() -> bool:
@@ -238,8 +297,8 @@ def _device_and_ranks(
     return ("cuda" if on_gpu else "cpu"), ranks
 
 
-def _plan(options: BenchOptions) -> Plan:
-    least_of = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1}
+def _plan(options: BenchOptions, device: str) -> Plan:
+    least_of = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1, "ceiling_sms": 1}
     for name, least in least_of.items():
         value = getattr(options, name)
         if value is not None and value < least:
@@ -257,7 +316,20 @@ def _plan(options: BenchOptions) -> Plan:
         seed=options.seed,
         timeout_s=options.timeout / 2,
         command=_command_line(),
+        ceiling_num_sms=options.ceiling_sms,
+        gemm=_gemm(options, device) if options.overlap else None,
     )
+
+
+def _gemm(options: BenchOptions, device: str) -> tuple[int, int, int]:
+    if options.gemm is None:
+        return DEFAULT_GEMM[device]
+    sizes = parse_ints(options.gemm, name="gemm")
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ConfigurationError(
+            f"gemm={options.gemm!r} cannot be measured; accepted: m,n,k, each at least 1"
+        )
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _command_line() -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.check import expected_sum, mismatch, scaling_experts
 from expertlink.bench.clocks import gather_on_hosts
+from expertlink.bench.graphs import CapturedCalls, capture_calls
 from expertlink.bench.raw import RawExchange, WireRows
 from expertlink.bench.routings import RoutingSpec, draw_routing, draw_token_counts
 from expertlink.communicator import MoECommunicator
@@ -38,6 +39,7 @@ class Input:
         handle: of an earlier dispatch with this routing.
         wire: rows on the wire.
         raw: the baseline for them.
+        graphs: the captured calls; None where the variant launches its calls itself.
     """
 
     x_TH: Tensor
@@ -47,6 +49,18 @@ class Input:
     handle: DispatchHandle
     wire: WireRows
     raw: RawExchange
+    graphs: CapturedCalls | None
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the input holds, roughly."""
+        wire = self.wire
+        # Both graphs with a dispatch have an output of their own.
+        outputs = self.expert_out.nbytes * (1 if self.graphs is None else 3)
+        rows = sum(wire.rows_to) + sum(wire.rows_from)
+        return (
+            self.x_TH.nbytes + outputs + rows * (wire.dispatch_row_bytes + wire.combine_row_bytes)
+        )
 
 
 def prepare_inputs(
@@ -63,13 +77,8 @@ def prepare_inputs(
         item, wrong = _prepare_one(comm, case, plan.seed, len(inputs), device)
         inputs.append(item)
         problem = problem or wrong
-        held = item.expert_out.nbytes + item.x_TH.nbytes
-        held += (sum(item.wire.rows_to) + sum(item.wire.rows_from)) * (
-            item.wire.dispatch_row_bytes + item.wire.combine_row_bytes
-        )
-        largest = gather_on_hosts(
-            torch.tensor([float(held)]), control
-        )  # all ranks take turns with as many
+        # All ranks take turns with as many.
+        largest = gather_on_hosts(torch.tensor([float(item.nbytes)]), control)
         if float(largest.max()) * (len(inputs) + 1) > _MOST_INPUT_BYTES[device.type]:
             break
     wrong_ranks = gather_on_hosts(
@@ -112,10 +121,19 @@ def _prepare_one(
     expected_TH = expected_sum(
         x_TH, ids_TK, weights_TK, num_experts=case.experts, block_format=block_format
     )
+    problem = mismatch(y_TH, expected_TH, wire_dtype=case.wire_dtype)
+    graphs = None
+    if case.calls.graph:
+        graphs = capture_calls(comm, x_TH, ids_TK, weights_TK, expert_out)
+        graphs.dispatch.replay()
+        graphs.combine.replay()
+        graphs.pair.replay()
+        for replayed_TH in (graphs.y_TH, graphs.pair_y_TH):
+            wrong = mismatch(replayed_TH, expected_TH, wire_dtype=case.wire_dtype)
+            problem = problem or wrong
     wire = _wire_rows(comm, case, handle)
     raw = RawExchange(wire, device=device)
-    item = Input(x_TH, ids_TK, weights_TK, expert_out, handle, wire, raw)
-    return item, mismatch(y_TH, expected_TH, wire_dtype=case.wire_dtype)
+    return Input(x_TH, ids_TK, weights_TK, expert_out, handle, wire, raw, graphs), problem
 
 
 def _wire_rows(comm: MoECommunicator, case: Case, handle: DispatchHandle) -> WireRows:

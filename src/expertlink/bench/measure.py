@@ -13,14 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
+from expertlink.bench.ceilings import Ceilings
 from expertlink.bench.clocks import Clock, Sample, gather_on_hosts, make_clock
 from expertlink.bench.inputs import Input, prepare_inputs
 from expertlink.bench.records import PHASES, Record
 from expertlink.bench.results import Measured, make_record, mean_traffic
 from expertlink.communicator import MoECommunicator
 from expertlink.config import MoECommunicatorConfig
+from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
-from expertlink.types import DispatchHandle
+from expertlink.types import DispatchHandle, DispatchOutput
 
 
 def measure_case(
@@ -48,27 +50,17 @@ def measure_case(
         WrongResultError: the result was wrong on some rank; raised on every rank.
         ExpertlinkError: the library refused the case or lost a peer.
     """
-    config = MoECommunicatorConfig(
-        device=context.device,
-        num_experts=case.experts,
-        hidden_size=case.hidden,
-        topk=case.topk,
-        max_tokens_per_rank=case.tokens,
-        dtype=case.torch_dtype,
-        mode="ll" if case.mode == "ll" else "ht",
-        engine=case.engine,  # pyright: ignore[reportArgumentType]
-        output_layout=case.layout,  # pyright: ignore[reportArgumentType]
-        quantization=case.quantization,  # pyright: ignore[reportArgumentType]
-        num_sms_dispatch=case.num_sms_dispatch,
-        num_sms_combine=case.num_sms_combine,
-        timeout_s=plan.timeout_s,
-        startup_timeout_s=plan.timeout_s,
-    )
     # As in serving: with gradients enabled, padding would be zeroed for the experts' backward.
-    with torch.no_grad(), MoECommunicator(config) as comm:
+    with torch.no_grad(), open_communicator(context, case, plan) as comm:
         inputs = prepare_inputs(comm, case, plan, context.device, control)
-        rounds = _Rounds(comm, case, inputs, make_clock(context.device, control))
-        with _no_garbage_collection():
+        wires = [item.wire for item in inputs]
+        with (
+            Ceilings(
+                wires, device=context.device, control=control, num_sms=plan.ceiling_num_sms
+            ) as ceilings,
+            no_garbage_collection(),
+        ):
+            rounds = _Rounds(comm, case, inputs, make_clock(context.device, control), ceilings)
             for number in range(-plan.warmup, plan.iters):
                 rounds.run(number)
                 if number >= 0:
@@ -85,8 +77,42 @@ def measure_case(
         num_inputs=len(inputs),
         times=rounds.times.gather(control),
         traffic=gather_on_hosts(traffic, control),
+        ceiling_note=ceilings.note,
     )
     return [make_record(phase, case, plan, measured) for phase in PHASES if context.rank == 0]
+
+
+def open_communicator(context: RankContext, case: Case, plan: Plan) -> MoECommunicator:
+    """The communicator of a case.
+
+    Raises:
+        ConfigurationError: the engine that serves the case does not have its variant.
+    """
+    config = MoECommunicatorConfig(
+        device=context.device,
+        num_experts=case.experts,
+        hidden_size=case.hidden,
+        topk=case.topk,
+        max_tokens_per_rank=case.tokens,
+        dtype=case.torch_dtype,
+        mode="ll" if case.mode == "ll" else "ht",
+        engine=case.engine,  # pyright: ignore[reportArgumentType]
+        output_layout=case.layout,  # pyright: ignore[reportArgumentType]
+        quantization=case.quantization,  # pyright: ignore[reportArgumentType]
+        num_sms_dispatch=case.num_sms_dispatch,
+        num_sms_combine=case.num_sms_combine,
+        timeout_s=plan.timeout_s,
+        startup_timeout_s=plan.timeout_s,
+        **case.calls.config_fields,
+    )
+    comm = MoECommunicator(config)
+    if case.calls.needs_nvlink and comm.engine_name != "nvlink":
+        comm.close()
+        raise ConfigurationError(
+            f"variant={case.variant!r} cannot be measured with the {comm.engine_name} engine "
+            f"({comm.engine_reason}); accepted: uncached, cached"
+        )
+    return comm
 
 
 @dataclass(frozen=True)
@@ -97,27 +123,35 @@ class _Rounds:
     case: Case
     inputs: list[Input]
     clock: Clock
+    ceilings: Ceilings
     times: _Times = field(default_factory=lambda: _Times())
 
     def run(self, number: int) -> None:
-        """Times the phases and, alternately before and after them, the baseline.
+        """Times the phases and, alternately before and after them, what they are compared with.
 
         Rounds with negative numbers are warm-up.
         """
-        item = self.inputs[number % len(self.inputs)]
-        comm, times = self.comm, self.times if number >= 0 else _Times()
+        index = number % len(self.inputs)
+        item = self.inputs[index]
+        times = self.times if number >= 0 else _Times()
 
-        def both(phase: str, call: Callable[[], Any], raw: Callable[[], None]) -> Sample:
+        def compared(phase: str, call: Callable[[], Any], raw: Callable[[], None]) -> Sample:
+            others = {"raw": raw, **self.ceilings.calls(index, phase)}
+
+            def time_others() -> None:
+                for kind, other in others.items():
+                    times.put(phase, kind, self.clock.sample(other).time_us)
+
             if number % 2:
-                times.put(phase, "raw", self.clock.sample(raw).time_us)
+                time_others()
             sample = self.clock.sample(call)
             if number % 2 == 0:
-                times.put(phase, "raw", self.clock.sample(raw).time_us)
+                time_others()
             times.put_sample(phase, sample)
             return sample
 
-        handle = both("dispatch", lambda: self._dispatch(item), item.raw.dispatch).result
-        both("combine", lambda: comm.combine(item.expert_out, handle), item.raw.combine)
+        handle = compared("dispatch", lambda: self._dispatch(item), item.raw.dispatch).result
+        compared("combine", lambda: self._combine(item, handle), item.raw.combine)
         times.put_sample("pair", self.clock.sample(lambda: self._pair(item)))
 
     def run_idle(self, number: int) -> None:
@@ -125,20 +159,39 @@ class _Rounds:
         item = self.inputs[number % len(self.inputs)]
         dispatched = self.clock.sample_idle(lambda: self._dispatch(item))
         handle = dispatched.result
-        combined = self.clock.sample_idle(lambda: self.comm.combine(item.expert_out, handle))
+        combined = self.clock.sample_idle(lambda: self._combine(item, handle))
         pair = self.clock.sample_idle(lambda: self._pair(item))
         for phase, sample in zip(PHASES, (dispatched, combined, pair), strict=True):
             self.times.put(phase, "idle", sample.time_us)
             self.times.put(phase, "idle host", sample.host_us)
 
     def _dispatch(self, item: Input) -> DispatchHandle:
+        if item.graphs is not None:
+            item.graphs.dispatch.replay()
+            return item.handle  # the captured combine knows its own
         # The received rows are dropped at once: the next call may have their memory.
-        if self.case.variant == "cached":
-            return self.comm.dispatch(item.x_TH, item.topk_ids_TK, previous_handle=item.handle)[1]
-        return self.comm.dispatch(item.x_TH, item.topk_ids_TK, item.topk_weights_TK)[1]
+        return dispatch_input(self.comm, self.case, item)[1]
 
-    def _pair(self, item: Input) -> Tensor:
-        return self.comm.combine(item.expert_out, self._dispatch(item))
+    def _combine(self, item: Input, handle: DispatchHandle) -> None:
+        if item.graphs is not None:
+            item.graphs.combine.replay()
+        else:
+            self.comm.combine(item.expert_out, handle)
+
+    def _pair(self, item: Input) -> None:
+        if item.graphs is not None:
+            item.graphs.pair.replay()
+        else:
+            self._combine(item, self._dispatch(item))
+
+
+def dispatch_input(
+    comm: MoECommunicator, case: Case, item: Input
+) -> tuple[DispatchOutput, DispatchHandle]:
+    """One dispatch of an input, as the variant has it."""
+    if case.calls.cached:
+        return comm.dispatch(item.x_TH, item.topk_ids_TK, previous_handle=item.handle)
+    return comm.dispatch(item.x_TH, item.topk_ids_TK, item.topk_weights_TK)
 
 
 class _Times:
@@ -163,7 +216,7 @@ class _Times:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Keeps Python's collector out of the timed calls."""
     enabled = gc.isenabled()
     gc.collect()

@@ -8,18 +8,25 @@ import os
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
+from expertlink.bench import variants
 from expertlink.bench.summary import Summary
 from expertlink.errors import InputError
 
 PHASES = ("dispatch", "combine", "pair")
-VARIANTS = ("uncached", "cached", "zero_copy", "static", "graph", "eager", "send", "recv")
+VARIANTS = (*variants.VARIANTS, "eager", "send", "recv")
+CEILINGS = ("put", "get", "put+put", "put+get")
 MODES = ("ht", "ll")
 MAX_LINE_BYTES = 1 << 20
 _KEY = (
     *("engine", "mode", "phase", "variant", "layout", "dtype", "quantization", "routing"),
     *("uneven", "ranks", "tokens", "hidden", "topk", "experts", "num_sms"),
+    *("num_sms_dispatch", "num_sms_combine"),
+)
+_SUMMARIES = (
+    *("time_us", "time_us_mean_rank", "host_us", "raw_us", "idle_us"),
+    *("ceiling_us", "put_us", "get_us"),
 )
 
 
@@ -81,7 +88,9 @@ class Record:
     wire_gbps: float
     """`wire_bytes` over the median of `time_us`: the average rank."""
     ceiling_gbps: float | None = None
+    """`wire_bytes` over the median of `ceiling_us`."""
     ceiling_ratio: float | None = None
+    """Median of `ceiling_us` over median of `time_us`: 1.0 is as fast as the wire."""
     environment: Environment
 
     uneven: bool = False
@@ -102,6 +111,26 @@ class Record:
     raw_gbps: float
     raw_ratio: float
     """Median of `time_us` over median of `raw_us`."""
+    ceiling: str | None = None
+    """Which ceiling: "put" for dispatch, the faster of "put" and "get" for combine, both with a
+    "+" between for a pair. None: nothing was measured, see `ceiling_note`."""
+    ceiling_us: Summary | None = None
+    """That ceiling, alternating with the measured calls; for a pair the sum of both parts."""
+    ceiling_num_sms: int | None = None
+    """SMs that its copies occupied."""
+    ceiling_note: str | None = None
+    """Why there is no ceiling."""
+    put_us: Summary | None = None
+    """Plain bulk copies of the rows that the phase puts on the wire, from local memory into that
+    of the peers (own share excluded); slowest rank."""
+    put_ratio: float | None = None
+    """Median of `put_us` over median of `time_us`."""
+    get_us: Summary | None = None
+    """The same rows, from the memory of the peers into shared memory."""
+    get_ratio: float | None = None
+    num_sms_dispatch: int | None = None
+    """Pair only: SMs allowed to its dispatch."""
+    num_sms_combine: int | None = None
     idle_us: Summary | None = None
     """CUDA: like `time_us`, but started from an idle device: launch time of all ranks included."""
     aligned: str
@@ -123,6 +152,8 @@ class Record:
         for name, accepted in (("phase", PHASES), ("variant", VARIANTS), ("mode", MODES)):
             if getattr(self, name) not in accepted:
                 _refuse(name, f"is {getattr(self, name)!r}, not one of {', '.join(accepted)}")
+        if self.ceiling is not None and self.ceiling not in CEILINGS:
+            _refuse("ceiling", f"is {self.ceiling!r}, not one of {', '.join(CEILINGS)}")
         for name in ("ranks", "tokens", "hidden", "topk", "experts", "iterations", "inputs"):
             if getattr(self, name) < 1:
                 _refuse(name, f"is {getattr(self, name)}, expected at least 1")
@@ -154,14 +185,22 @@ class Record:
         except (ValueError, RecursionError) as error:
             raise RecordError(f"no JSON: {error}") from None
         values = dict(_known(cls, values, "record"))
-        for name in ("time_us", "time_us_mean_rank", "host_us", "raw_us", "idle_us"):
+        for name in _SUMMARIES:
             if values.get(name) is not None:
                 values[name] = _nested(Summary, values[name], name)
         values["environment"] = _nested(Environment, values["environment"], "environment")
         return cls(**values)
 
 
-def write_records(path: str | Path, records: Iterable[Record], *, append: bool = False) -> Path:
+class Line(Protocol):
+    """What a results file has one of per line."""
+
+    def to_json(self) -> str:
+        """The text of the line."""
+        ...
+
+
+def write_records(path: str | Path, records: Iterable[Line], *, append: bool = False) -> Path:
     """Writes records as JSON lines, replacing the file or adding to it.
 
     Raises:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from expertlink.bench.records import Record
@@ -20,7 +21,7 @@ _NAMES: dict[str, Callable[[Record], object]] = {
     "E": lambda record: record.experts,
     "dtype": lambda record: dtype_label(record),
     "routing": lambda record: routing_label(record),
-    "SMs": lambda record: "auto" if record.num_sms is None else record.num_sms,
+    "SMs": lambda record: sms_label(record),
     "T": lambda record: record.tokens,
     "layout": lambda record: record.layout,
     "variant": lambda record: record.variant,
@@ -40,12 +41,22 @@ def dtype_label(record: Record) -> str:
     return record.dtype if record.quantization is None else f"{record.dtype}->{record.quantization}"
 
 
+def sms_label(record: Record) -> str:
+    """SMs of the phase; for a pair with two different budgets both of them."""
+    budgets = [record.num_sms_dispatch, record.num_sms_combine]
+    if budgets[0] == budgets[1]:  # not a pair, a pair of equals, or an old record
+        budgets = [record.num_sms]
+    return "+".join("auto" if budget is None else str(budget) for budget in budgets)
+
+
 def print_records(records: Sequence[Record], console: Console) -> None:
     """Prints one row per record; what all records share stands in the title.
 
     A terminal that is too narrow does not get the columns that matter least; a file gets all.
     """
     unused = [] if any(record.idle_us for record in records) else ["idle"]
+    if all(record.ceiling is None for record in records):
+        unused += ["put ratio", "get ratio"]
     left_out: list[str] = []
     while True:
         table = _table(records, left_out + unused)
@@ -56,7 +67,12 @@ def print_records(records: Sequence[Record], console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.width, width)
     console.print(table)
-    console.print(_LEGEND + ("" if unused else _IDLE_LEGEND), style="dim")
+    legend = _LEGEND
+    for column, text in _EXTRA_LEGENDS.items():
+        legend += "" if column in unused else text
+    console.print(legend, style="dim")
+    for note in dict.fromkeys(record.ceiling_note for record in records if record.ceiling_note):
+        console.print(f"no ceilings: {escape(note)}", style="dim")
 
 
 def _table(records: Sequence[Record], left_out: Sequence[str]) -> Table:
@@ -89,7 +105,11 @@ _LEGEND = (
     "µs; min, med, p99: slowest rank of each iteration; rank: median of the average rank; "
     "raw: all_to_all_single of the same bytes; GB/s: bytes that leave a rank, and all ranks"
 )
-_IDLE_LEGEND = "; idle: started from an idle device"
+_EXTRA_LEGENDS = {
+    "idle": "; idle: started from an idle device",
+    "put ratio": "; put ratio, get ratio: time of plain bulk copies of the same bytes over med, "
+    "1 is as fast as the wire",
+}
 _NUMBERS: dict[str, Callable[[Record], str]] = {
     "min": lambda record: _number(record.time_us.min),
     "med": lambda record: _number(record.time_us.median),
@@ -102,6 +122,8 @@ _NUMBERS: dict[str, Callable[[Record], str]] = {
     "all": lambda record: _number(record.aggregate_gbps),
     "raw": lambda record: _number(record.raw_us.median),
     "x raw": lambda record: f"{record.raw_ratio:.2f}",
+    "put ratio": lambda record: "" if record.put_ratio is None else f"{record.put_ratio:.2f}",
+    "get ratio": lambda record: "" if record.get_ratio is None else f"{record.get_ratio:.2f}",
 }
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
+from expertlink.bench.ceilings import KINDS
 from expertlink.bench.environment import describe_environment
 from expertlink.bench.inputs import Input
 from expertlink.bench.records import PHASES, Record
-from expertlink.bench.summary import Summary, gbps, mean_rank, slowest_rank, summarize
+from expertlink.bench.summary import Summary, gbps, mean_rank, rounded, slowest_rank, summarize
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,11 @@ class Measured:
         engine_name: engine that served the case.
         aligned: how ranks were aligned before a call.
         num_inputs: inputs that took turns.
-        times: `[R, rounds]` by phase and kind: "time", "host", "raw", "idle", "idle host" in
-            microseconds, "memory" in bytes; a pair has no "raw", CPUs have no "idle".
+        times: `[R, rounds]` by phase and kind: "time", "host", "raw", "put", "get", "idle",
+            "idle host" in microseconds, "memory" in bytes; a pair has no "raw", "put" and "get",
+            CPUs have no "idle".
         traffic: `[R, phases, 3]`, see `mean_traffic`.
+        ceiling_note: why there are no "put" and "get"; None where there are.
     """
 
     device: torch.device
@@ -34,11 +38,12 @@ class Measured:
     num_inputs: int
     times: dict[tuple[str, str], Tensor]
     traffic: Tensor
+    ceiling_note: str | None
 
 
 def mean_traffic(inputs: list[Input], case: Case) -> list[list[float]]:
     """For every phase the bytes `[sent, received, metadata]`, averaged over the inputs."""
-    topk = case.topk if case.variant == "uncached" else 0
+    topk = 0 if case.calls.cached else case.topk
     traffic = []
     for phase in PHASES:
         counts = [
@@ -53,12 +58,7 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
     """The record of one phase."""
     times = measured.times
     time_us = _summary(times[phase, "time"])
-    if phase == "pair":
-        there = slowest_rank(times["dispatch", "raw"])
-        back = slowest_rank(times["combine", "raw"])
-        raw_us = _rounded(summarize([a + b for a, b in zip(there, back, strict=True)]))
-    else:
-        raw_us = _summary(times[phase, "raw"])
+    raw_us = _compared(times, dict.fromkeys(_parts(phase), "raw"))
     idle = times.get((phase, "idle"))
     budgets = {
         "dispatch": (case.num_sms_dispatch,),
@@ -82,11 +82,14 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
         topk=case.topk,
         experts=case.experts,
         num_sms=max((budget for budget in budgets if budget is not None), default=None),
+        num_sms_dispatch=case.num_sms_dispatch if phase == "pair" else None,
+        num_sms_combine=case.num_sms_combine if phase == "pair" else None,
         time_us=time_us,
-        time_us_mean_rank=_rounded(summarize(mean_rank(times[phase, "time"]))),
+        time_us_mean_rank=rounded(summarize(mean_rank(times[phase, "time"]))),
         host_us=_summary(times.get((phase, "idle host"), times[phase, "host"])),
         wire_bytes=round(float(sent.mean())),
         wire_gbps=_gbps(sent.mean(), time_us),
+        **_ceilings(phase, plan, measured, time_us, sent.mean()),
         environment=describe_environment(
             device=measured.device, backend="nccl" if on_gpu else "gloo"
         ),
@@ -98,7 +101,7 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
         metadata_bytes=round(float(metadata.mean())),
         raw_us=raw_us,
         raw_gbps=_gbps(sent.mean(), raw_us),
-        raw_ratio=round(time_us.median / raw_us.median, 3) if raw_us.median > 0 else 0.0,
+        raw_ratio=round(_ratio(time_us, raw_us), 3),
         idle_us=None if idle is None else _summary(idle),
         aligned=measured.aligned,
         iterations=plan.iters,
@@ -110,14 +113,51 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
     )
 
 
+def _ceilings(
+    phase: str, plan: Plan, measured: Measured, time_us: Summary, sent: Tensor
+) -> dict[str, Any]:
+    """The fields of a record that say how close to the wire a phase is."""
+    times = measured.times
+    if measured.ceiling_note is not None:
+        return {"ceiling_note": measured.ceiling_note}
+    kinds = {part: {kind: _summary(times[part, kind]) for kind in KINDS} for part in _parts(phase)}
+    # Dispatch has to put: its rows leave when their senders know of them. Combine may do either.
+    chosen = {
+        part: "put" if part == "dispatch" else min(KINDS, key=lambda kind: by_kind[kind].median)
+        for part, by_kind in kinds.items()
+    }
+    put_us, get_us = (_compared(times, dict.fromkeys(_parts(phase), kind)) for kind in KINDS)
+    ceiling_us = _compared(times, chosen)
+    return {
+        "ceiling": "+".join(chosen.values()),
+        "ceiling_us": ceiling_us,
+        "ceiling_gbps": _gbps(sent, ceiling_us),
+        "ceiling_ratio": _ratio(ceiling_us, time_us),
+        "ceiling_num_sms": plan.ceiling_num_sms,
+        "put_us": put_us,
+        "put_ratio": _ratio(put_us, time_us),
+        "get_us": get_us,
+        "get_ratio": _ratio(get_us, time_us),
+    }
+
+
+def _parts(phase: str) -> tuple[str, ...]:
+    """The phases that are measured beside what they are compared with."""
+    return ("dispatch", "combine") if phase == "pair" else (phase,)
+
+
+def _compared(times: dict[tuple[str, str], Tensor], kinds: dict[str, str]) -> Summary:
+    """Times of one kind, or the sum over the phases that are given with their kinds."""
+    columns = [slowest_rank(times[phase, kind]) for phase, kind in kinds.items()]
+    return rounded(summarize([sum(column) for column in zip(*columns, strict=True)]))
+
+
+def _ratio(above: Summary, below: Summary) -> float:
+    return round(above.median / below.median, 4) if below.median > 0 else 0.0
+
+
 def _summary(times_RI: Tensor) -> Summary:
-    return _rounded(summarize(slowest_rank(times_RI)))
-
-
-def _rounded(summary: Summary) -> Summary:
-    return Summary(
-        *(round(value, 2) for value in (summary.min, summary.median, summary.p99, summary.mean))
-    )
+    return rounded(summarize(slowest_rank(times_RI)))
 
 
 def _gbps(num_bytes: Tensor, time: Summary) -> float:

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.environment import usable_cores
 from expertlink.bench.measure import measure_case
-from expertlink.bench.records import Record
+from expertlink.bench.records import Line
 from expertlink.errors import ClosedError, ExpertlinkError, PeerTimeoutError
 from expertlink.launch import LaunchError, RankContext, RankError, RankPool
 
@@ -29,19 +29,33 @@ class CaseResult:
 
     Attributes:
         case: the case.
-        records: one per phase; empty where it failed, and on torchrun's ranks other than 0.
+        records: what was measured; empty where it failed, and on torchrun's ranks other than 0.
         error: why it failed, in one paragraph; None where it did not.
         details: what every failed rank said, tracebacks included; empty where there is nothing.
     """
 
     case: Case
-    records: list[Record]
+    records: Sequence[Line]
     error: str | None = None
     details: str = ""
 
 
 Progress = Callable[[int, int], None]
 """Called with (case number, iterations done) while a case runs."""
+
+
+class Measure(Protocol):
+    """A function of a module that measures one case on one rank, like `measure.measure_case`."""
+
+    def __call__(
+        self,
+        context: RankContext,
+        case: Case,
+        plan: Plan,
+        *,
+        on_progress: Callable[[int], None],
+        control: dist.ProcessGroup | None = None,
+    ) -> Sequence[Line]: ...
 
 
 def run_on_own_ranks(
@@ -51,6 +65,7 @@ def run_on_own_ranks(
     device: Literal["cpu", "cuda"],
     threads: int | None = None,
     timeout_s: float = 300.0,
+    measure: Measure = measure_case,
     on_result: Callable[[CaseResult], None],
     on_progress: Progress | None = None,
 ) -> list[CaseResult]:
@@ -63,6 +78,7 @@ def run_on_own_ranks(
         threads: CPU threads of each rank. None: a rank's share of the cores, less one for the
             thread with which gloo moves its bytes.
         timeout_s: bound of one case, from its communicator's start to its last record.
+        measure: what every rank does with a case.
         on_result: called with every case's result as soon as it is there.
         on_progress: called while a case runs.
     """
@@ -76,7 +92,7 @@ def run_on_own_ranks(
                     if pool is not None:
                         pool.close()
                     pool = _start(case.ranks, device, threads, group_timeout_s=plan.timeout_s)
-                records = _measure(pool, number, case, plan, timeout_s, on_progress)
+                records = _measure(pool, number, case, plan, measure, timeout_s, on_progress)
                 result = CaseResult(case, records)
             except LaunchError as error:
                 result = _failed(case, error)
@@ -96,6 +112,7 @@ def run_under_torchrun(
     cases: Sequence[Case],
     plan: Plan,
     *,
+    measure: Measure = measure_case,
     on_result: Callable[[CaseResult], None],
     on_progress: Progress | None = None,
 ) -> list[CaseResult]:
@@ -107,6 +124,7 @@ def run_under_torchrun(
         context: this rank, from `launch.torchrun_context`.
         cases: what to measure, each with as many ranks as there are.
         plan: how to measure.
+        measure: what every rank does with a case.
         on_result: called with every case's result; only rank 0 has records.
         on_progress: called while a case runs.
     """
@@ -117,7 +135,9 @@ def run_under_torchrun(
     verdict = _bounded_group(2 * plan.timeout_s + _VERDICT_GRACE_S)
     for number, case in enumerate(cases):
         if in_step:
-            result, orderly = _measure_here(context, number, case, plan, on_progress, control)
+            result, orderly = _measure_here(
+                context, number, case, plan, measure, on_progress, control
+            )
             result, in_step = _agree(result, orderly, verdict)
         else:
             result = CaseResult(case, [], "not run: an earlier case left the ranks out of step")
@@ -143,19 +163,24 @@ def _measure(
     number: int,
     case: Case,
     plan: Plan,
+    measure: Measure,
     timeout_s: float,
     on_progress: Progress | None,
-) -> list[Record]:
+) -> Sequence[Line]:
     def listen(rank: int, done: object) -> None:
         if rank == 0 and isinstance(done, int) and on_progress is not None:
             on_progress(number, done)
 
-    results = pool.run(_measure_on_rank, case, plan, timeout_s=timeout_s, on_message=listen)
+    results = pool.run(
+        _measure_on_rank, case, plan, measure, timeout_s=timeout_s, on_message=listen
+    )
     return results[0]
 
 
-def _measure_on_rank(context: RankContext, case: Case, plan: Plan) -> list[Record]:
-    return measure_case(context, case, plan, on_progress=_reporter(context, context.send))
+def _measure_on_rank(
+    context: RankContext, case: Case, plan: Plan, measure: Measure
+) -> Sequence[Line]:
+    return measure(context, case, plan, on_progress=_reporter(context, context.send))
 
 
 def _reporter(context: RankContext, report: Callable[[int], None]) -> Callable[[int], None]:
@@ -184,6 +209,7 @@ def _measure_here(
     number: int,
     case: Case,
     plan: Plan,
+    measure: Measure,
     on_progress: Progress | None,
     control: dist.ProcessGroup,
 ) -> tuple[CaseResult, bool]:
@@ -194,7 +220,7 @@ def _measure_here(
             on_progress(number, done)
 
     try:
-        records = measure_case(
+        records = measure(
             context, case, plan, on_progress=_reporter(context, report), control=control
         )
     except (PeerTimeoutError, ClosedError) as error:

@@ -29,6 +29,13 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(ordered[0], median, p99, sum(ordered) / count)
 
 
+def rounded(summary: Summary) -> Summary:
+    """To hundredths of a microsecond, as records keep it."""
+    return Summary(
+        *(round(value, 2) for value in (summary.min, summary.median, summary.p99, summary.mean))
+    )
+
+
 def slowest_rank(times_RI: Tensor) -> list[float]:
     """Time of the slowest rank of each iteration: a collective step is over when all are."""
     return times_RI.amax(dim=0).tolist()

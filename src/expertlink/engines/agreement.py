@@ -69,51 +69,81 @@ class Agreement:
         num_ranks = self._wire.num_ranks
         head = table[:, : NUM_FIELDS + num_ranks].tolist()
         fields = [words[:NUM_FIELDS] for words in head]
-        self._check_same_call(fields)
-        self._check_status([words[Word.STATUS] for words in fields], explain)
-        _check_widths(fields)
+        judge(self._wire, self._operation, fields, refused=self._refused, explain=explain)
         return Table(
             rows=[words[NUM_FIELDS:] for words in head],
             choices=table[:, NUM_FIELDS + num_ranks :],
             capacity=[words[Word.CAPACITY] for words in fields],
         )
 
-    def _check_same_call(self, fields: list[list[int]]) -> None:
-        names = (Word.OPERATION, Word.COMMUNICATOR, Word.CALL)
-        calls = [tuple(words[name] for name in names) for words in fields]
-        if all(call == calls[0] for call in calls):
-            return
-        own = self._wire.number
-        seen = "; ".join(
-            f"rank {rank} is in {Operation(operation).title} #{call}"
-            + ("" if communicator == own else " of another communicator")
-            for rank, (operation, communicator, call) in enumerate(calls)
-        )
-        odd = [rank for rank, call in enumerate(calls) if call != calls[self._wire.rank]]
-        if all(communicator == own for _, communicator, _ in calls):
-            # A rank that missed a call is back in step with the next one.
-            self._wire.call = max(call for _, _, call in calls)
-        raise PeerError(
-            f"the ranks are not in the same call: {seen}. All ranks of a group make the same "
-            "dispatch and combine calls in the same order",
-            ranks=odd,
-        )
 
-    def _check_status(self, status: list[int], explain: Callable[[], Exception] | None) -> None:
-        if not any(status):
-            return
-        own = self._refused
-        if own is None and status[self._wire.rank] and explain is not None:
-            own = explain()
-        text = "" if own is None else f"{type(own).__name__}: {own}"
-        texts = self._wire.gather_text(text)
-        if own is not None:
-            raise own
-        ranks = [rank for rank, code in enumerate(status) if code]
-        reasons = "; ".join(f"rank {rank} refused it: {texts[rank]}" for rank in ranks)
-        raise PeerError(
-            f"{self._operation.title} #{self._wire.call} did not happen: {reasons}", ranks=ranks
-        )
+def judge(
+    wire: Wire,
+    operation: Operation,
+    fields: list[list[int]],
+    *,
+    refused: Exception | None = None,
+    explain: Callable[[], Exception] | None = None,
+) -> None:
+    """Raises the verdict that every rank reaches on the same fields, or returns.
+
+    Args:
+        wire: the ranks' connection.
+        operation: what this rank is about to do.
+        fields: `[R][NUM_FIELDS]` what every rank said of its call.
+        refused: why this rank takes no part, where its status says so.
+        explain: makes that error where the device found it out.
+
+    Raises:
+        PeerError: the ranks are in different calls, or another rank refused.
+        InputError: the ranks' rows differ in width.
+    """
+    _check_same_call(wire, fields)
+    _check_status(wire, operation, [words[Word.STATUS] for words in fields], refused, explain)
+    _check_widths(fields)
+
+
+def _check_same_call(wire: Wire, fields: list[list[int]]) -> None:
+    names = (Word.OPERATION, Word.COMMUNICATOR, Word.CALL)
+    calls = [tuple(words[name] for name in names) for words in fields]
+    if all(call == calls[0] for call in calls):
+        return
+    own = wire.number
+    seen = "; ".join(
+        f"rank {rank} is in {Operation(operation).title} #{call}"
+        + ("" if communicator == own else " of another communicator")
+        for rank, (operation, communicator, call) in enumerate(calls)
+    )
+    odd = [rank for rank, call in enumerate(calls) if call != calls[wire.rank]]
+    if all(communicator == own for _, communicator, _ in calls):
+        # A rank that missed a call is back in step with the next one.
+        wire.call = max(call for _, _, call in calls)
+    raise PeerError(
+        f"the ranks are not in the same call: {seen}. All ranks of a group make the same "
+        "dispatch and combine calls in the same order",
+        ranks=odd,
+    )
+
+
+def _check_status(
+    wire: Wire,
+    operation: Operation,
+    status: list[int],
+    refused: Exception | None,
+    explain: Callable[[], Exception] | None,
+) -> None:
+    if not any(status):
+        return
+    own = refused
+    if own is None and status[wire.rank] and explain is not None:
+        own = explain()
+    text = "" if own is None else f"{type(own).__name__}: {own}"
+    texts = wire.gather_text(text)
+    if own is not None:
+        raise own
+    ranks = [rank for rank, code in enumerate(status) if code]
+    reasons = "; ".join(f"rank {rank} refused it: {texts[rank]}" for rank in ranks)
+    raise PeerError(f"{operation.title} #{wire.call} did not happen: {reasons}", ranks=ranks)
 
 
 def _check_widths(fields: list[list[int]]) -> None:

@@ -28,6 +28,7 @@ class DispatchCall:
         output_buffer: caller's tensor for `tokens`, or None.
         previous: state of an earlier dispatch whose routing is reused, or None.
         zero_padding: unfilled slots of padded layouts must read as zero.
+        num_sms: SMs the call may occupy; None: the configuration's, or the engine's choice.
     """
 
     x_TW: Tensor
@@ -38,6 +39,7 @@ class DispatchCall:
     output_buffer: Tensor | None = None
     previous: object | None = None
     zero_padding: bool = False
+    num_sms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class CombineCall:
         out_TH: `[T, H]` tensor for the result.
         weight_grads: float32, gradient of every slot's weight (expanded layouts: the leading shape
             of the rows; others: that + `[K]`), to be returned as `[T, K]`; or None.
+        num_sms: as in `DispatchCall`.
     """
 
     rows: Tensor
@@ -58,6 +61,7 @@ class CombineCall:
     weighted: bool
     out_TH: Tensor
     weight_grads: Tensor | None = None
+    num_sms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,14 @@ class Dispatched:
         state: the engine's memory of the routing; complete once finished.
         finish: waits for and places the rows; call until it succeeds, on the stream of the call.
         call: sequence number, as in error messages.
+        topk_ids_TK: the engine's own copy of the call's ids, where it made one.
     """
 
     output: DispatchOutput
     state: object
     finish: Callable[[], None]
     call: int
+    topk_ids_TK: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,10 @@ class Engine(Protocol):
 
         They raise `PeerError` with the same text instead of waiting for this rank.
         """
+        ...
+
+    def check_health(self) -> None:
+        """Raises failures of earlier calls that nobody has been told about yet."""
         ...
 
     def wire_rows(self, state: object) -> tuple[list[int], list[int]]:

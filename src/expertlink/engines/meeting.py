@@ -24,6 +24,8 @@ _COMMON_FIELDS = (
     "mode",
     "expert_alignment",
     "max_recv_tokens_per_rank",
+    "zero_copy",
+    "static_shapes",
 )
 
 

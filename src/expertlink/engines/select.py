@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import Engine
 from expertlink.engines.collective import CollectiveEngine
+from expertlink.engines.nvlink import build
 from expertlink.engines.wire import Wire
 from expertlink.errors import EngineUnavailableError
 from expertlink.routing import Placement
@@ -22,25 +24,21 @@ class EngineChoice:
     reason: str
 
 
-def choose_engine(requested: str, *, device: torch.device) -> EngineChoice:
-    """The engine for a configuration's `engine` field.
+def choose_engine(config: MoECommunicatorConfig, *, device: torch.device) -> EngineChoice:
+    """The engine for a configuration, as far as this rank can tell alone.
 
     Raises:
         EngineUnavailableError: the requested engine cannot run here.
     """
-    obstacle = nvlink_obstacle(device)
-    if requested == "nvlink":
-        raise EngineUnavailableError(f"engine='nvlink' cannot be used: {obstacle}")
-    if requested == "collective":
+    if config.engine == "collective":
         return EngineChoice("collective", "engine='collective' was asked for")
+    obstacle = build.obstacle(config, device)
+    if obstacle is None:
+        asked = "engine='nvlink' was asked for" if config.engine == "nvlink" else "GPUs are direct"
+        return EngineChoice("nvlink", asked)
+    if config.engine == "nvlink" or config.zero_copy or config.static_shapes:
+        raise _unavailable(config, obstacle)
     return EngineChoice("collective", f"the nvlink engine cannot be used: {obstacle}")
-
-
-def nvlink_obstacle(device: torch.device) -> str:
-    """Why direct NVLink transport is out of reach for tensors on `device`."""
-    if device.type != "cuda":
-        return f"tensors live on {device.type}, it moves rows between GPUs"
-    return "this version of expertlink does not contain it"
 
 
 def build_engine(
@@ -50,7 +48,42 @@ def build_engine(
     wire: Wire,
     placement: Placement,
     check_inputs: bool,
-) -> Engine:
-    """The chosen engine, ready for calls."""
-    assert choice.name == CollectiveEngine.name
-    return CollectiveEngine(config, wire=wire, placement=placement, check_inputs=check_inputs)
+    share_with: Engine | None = None,
+) -> tuple[EngineChoice, Engine]:
+    """The engine, ready for calls, and the choice that the ranks agree on. Collective.
+
+    Args:
+        choice: what every rank chose alone.
+        config: the communicator's.
+        wire: the ranks' connection.
+        placement: where the experts live.
+        check_inputs: as configured.
+        share_with: engine of another communicator whose memory serves this one too.
+
+    Raises:
+        EngineUnavailableError: on every rank, if the ranks cannot use the engine that was asked for.
+    """
+    if choice.name == "nvlink":
+        try:
+            engine: Any = build.build(
+                config,
+                wire=wire,
+                placement=placement,
+                check_inputs=check_inputs,
+                share_with=share_with,
+            )
+            return choice, engine
+        except EngineUnavailableError as error:
+            if config.engine == "nvlink" or config.zero_copy or config.static_shapes:
+                raise _unavailable(config, str(error)) from error
+            choice = EngineChoice("collective", f"the nvlink engine cannot be used: {error}")
+    engine = CollectiveEngine(config, wire=wire, placement=placement, check_inputs=check_inputs)
+    return choice, engine
+
+
+def _unavailable(config: MoECommunicatorConfig, obstacle: str) -> EngineUnavailableError:
+    asked = "engine='nvlink'"
+    if config.engine != "nvlink":
+        asked = "zero_copy=True" if config.zero_copy else "static_shapes=True"
+        asked += ", which needs the nvlink engine,"
+    return EngineUnavailableError(f"{asked} cannot be used: {obstacle}")

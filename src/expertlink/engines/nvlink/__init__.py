@@ -1,0 +1,1 @@
+"""The nvlink engine: kernels that load and store the memory of other GPUs directly."""

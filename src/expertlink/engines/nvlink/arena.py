@@ -1,0 +1,250 @@
+"""The memory that ranks write into each other: one allocation per rank, every offset made here.
+
+torch's symmetric memory is an alpha API; this file is the only one that knows it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.errors import ConfigurationError, EngineUnavailableError
+from expertlink.types import DispatchLayout
+
+HEAD_WORDS = 8  # of a count row, before the counts
+_ALIGNMENT = 1024
+_STATE_WORDS = 16
+_SCALE_SHARE = 8  # scales may take an eighth of a row's elements in bytes: 4 bytes per 32
+
+
+def round_up(value: int, multiple: int) -> int:
+    """`value` rounded up to a multiple of `multiple`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """Bytes of a row and of what travels beside it.
+
+    Attributes:
+        row: largest row, a multiple of 16.
+        scales_at: where scales start in what is beside a row: K ids, K places and K weights first.
+        beside: room for all of that, a multiple of 16.
+    """
+
+    row: int
+    scales_at: int
+    beside: int
+
+    @staticmethod
+    def of(config: MoECommunicatorConfig) -> RowShape:
+        """The shape that a configuration needs."""
+        scales_at = round_up(12 * config.topk, 16)
+        scales = round_up(max(16, config.hidden_size // _SCALE_SHARE), 16)
+        row = config.hidden_size * config.dtype.itemsize
+        return RowShape(row=row, scales_at=scales_at, beside=scales_at + scales)
+
+
+@dataclass(frozen=True)
+class ArenaPlan:
+    """Sizes of an arena's regions, in bytes. Every rank has the same.
+
+    Attributes:
+        flags: ready and credit words of every rank, then an arrival flag for every row.
+        counts: a count row from every rank.
+        beside: what travels beside staged rows.
+        rows: staged rows.
+        pool: rows of one zero-copy dispatch; there are two pools, or none.
+    """
+
+    flags: int
+    counts: int
+    beside: int
+    rows: int
+    pool: int
+
+    @staticmethod
+    def of(config: MoECommunicatorConfig, num_ranks: int) -> ArenaPlan:
+        """What a communicator needs."""
+        shape = RowShape.of(config)
+        slots = num_ranks * config.max_tokens_per_rank
+        words = HEAD_WORDS + num_ranks + config.num_experts
+        sizes = {
+            "flags": 4 * (2 * num_ranks + slots),
+            "counts": 4 * num_ranks * words,
+            "beside": slots * shape.beside,
+            "rows": slots * shape.row,
+            "pool": slots * shape.row if config.zero_copy else 0,
+        }
+        return ArenaPlan(**{name: round_up(size, _ALIGNMENT) for name, size in sizes.items()})
+
+    def holds(self, other: ArenaPlan) -> bool:
+        """Whether a communicator that needs `other` can share this arena."""
+        return all(getattr(self, name) >= size for name, size in vars(other).items())
+
+    def regions(self) -> dict[str, int]:
+        """Bytes by region, in the order of their offsets."""
+        return {
+            "flags": self.flags,
+            "counts": self.counts,
+            "ids, weights and scales in transit": self.beside,
+            "rows in transit": self.rows,
+            "pools of zero-copy rows": 2 * self.pool,
+        }
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole arena."""
+        return sum(self.regions().values())
+
+    def offsets(self, num_ranks: int) -> dict[str, int]:
+        """Offsets of the regions as the kernels name them."""
+        flags, counts, beside, rows, _ = itertools.accumulate(
+            (0, self.flags, self.counts, self.beside, self.rows)
+        )
+        return {
+            "kReadyAt": flags,
+            "kCreditsAt": flags + 4 * num_ranks,
+            "kFlagsAt": flags + 8 * num_ranks,
+            "kCountsAt": counts,
+            "kMetaAt": beside,
+            "kStagingAt": rows,
+        }
+
+    def pool_at(self, index: int) -> int:
+        """Offset of pool 0 or 1."""
+        return self.flags + self.counts + self.beside + self.rows + index * self.pool
+
+
+class Buffer(Protocol):
+    """Memory of one size on every rank: this rank's, and where every rank's is seen from here."""
+
+    local: Tensor
+    addresses: list[int]
+
+
+class SymmetricBuffer:
+    """Zeroed memory on every rank that all ranks of the group can address. Collective.
+
+    Args:
+        group: the ranks; None: this one alone.
+        nbytes: bytes on each rank, the same everywhere.
+        device: this rank's GPU.
+
+    Attributes:
+        local: `[nbytes]` uint8, this rank's.
+        addresses: of every rank's memory as this GPU sees it, the own one included.
+
+    Raises:
+        EngineUnavailableError: the GPUs of the group cannot address each other.
+    """
+
+    def __init__(self, group: Any | None, nbytes: int, device: torch.device) -> None:
+        self._handle: Any = None
+        if group is None or group.size() == 1:
+            self.local = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self.addresses = [self.local.data_ptr()]
+            return
+        try:
+            import torch.distributed._symmetric_memory as symmetric
+
+            self.local = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
+            self._handle = symmetric.rendezvous(self.local, group)
+            self.local.zero_()
+            torch.cuda.synchronize(device)
+            # Addresses of the buffers themselves: the handle's own table ignores offsets.
+            self.addresses = [
+                self._handle.get_buffer(rank, (1,), torch.uint8, 0).data_ptr()
+                for rank in range(group.size())
+            ]
+        except (ImportError, AttributeError, RuntimeError) as error:
+            raise EngineUnavailableError(
+                f"the GPUs of the group cannot address each other's memory: {_first_line(error)}"
+            ) from error
+
+    def close(self) -> None:
+        """Lets go of the memory; peers that still hold it keep it alive."""
+        self._handle = None
+        self.local = torch.empty(0, dtype=torch.uint8)
+
+
+class Arena:
+    """One rank's view of the arenas of all ranks, with its own counters.
+
+    Communicators that share an arena take turns: their calls form one sequence, which `enter` keeps
+    in order across streams.
+
+    Args:
+        plan: sizes.
+        buffer: memory of all ranks, zeroed everywhere before anybody uses it.
+        device: this rank's GPU.
+    """
+
+    def __init__(self, plan: ArenaPlan, *, buffer: Buffer, device: torch.device) -> None:
+        self.plan = plan
+        self.buffer = buffer
+        self.local = buffer.local
+        addresses = buffer.addresses
+        self.num_ranks = len(addresses)
+        self.device = device
+        self.bases = torch.tensor(list(addresses), dtype=torch.int64, device=device)
+        self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
+        self._next_pool = 0
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    def next_pool(self) -> int:
+        """Offset of the pool for the next zero-copy dispatch; the two take turns."""
+        self._next_pool ^= 1
+        return self.plan.pool_at(self._next_pool)
+
+    def enter(self, stream: torch.cuda.Stream) -> None:
+        """Orders `stream` after the last call, where that was made on another stream."""
+        if self._last is None or self._last[0] == stream:
+            return
+        if not torch.cuda.is_current_stream_capturing():
+            stream.wait_event(self._last[1])
+
+    def leave(self, stream: torch.cuda.Stream) -> None:
+        """Remembers that a call was queued on `stream`."""
+        if torch.cuda.is_current_stream_capturing():
+            return
+        event = torch.cuda.Event() if self._last is None else self._last[1]
+        event.record(stream)
+        self._last = (stream, event)
+
+    def check_fits(self, needed: ArenaPlan) -> None:
+        """Refuses a communicator that needs more than there is."""
+        if self.plan.holds(needed):
+            return
+        short = [
+            f"{name}: {getattr(needed, name)} bytes needed, {size} there"
+            for name, size in vars(self.plan).items()
+            if getattr(needed, name) > size
+        ]
+        raise ConfigurationError(
+            f"the shared memory is too small for this communicator ({'; '.join(short)}): build the "
+            "communicator with the largest needs first"
+        )
+
+
+def row_limit(config: MoECommunicatorConfig, num_ranks: int, num_local: int) -> int:
+    """Most rows that `tokens` can have on a rank."""
+    arrivals = num_ranks * config.max_tokens_per_rank
+    if config.layout is DispatchLayout.EXPERT_MAJOR:
+        return num_local * arrivals
+    if config.layout is DispatchLayout.FLAT:
+        gaps = num_local * (config.expert_alignment - 1)
+        most = arrivals * min(config.topk, num_local) + gaps
+    else:
+        most = arrivals
+    limit = config.max_recv_tokens_per_rank
+    return most if limit is None else min(most, limit)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,108 @@
+"""What the host tells the kernels dispatch.cu and combine.cu: one definition for both sides."""
+
+from __future__ import annotations
+
+import enum
+
+from expertlink.jit.kernel import Field, Struct
+
+
+class Flag(enum.IntFlag):
+    """What a launch does, and with what."""
+
+    COUNT = 1
+    """Count and plan: the routing is new."""
+    SEND = 2
+    PLACE = 4
+    CACHED = 8
+    """Slots and ids are those of an earlier dispatch."""
+    ZERO_COPY = 16
+    """Peers' rows go to their place in the pool, nothing is moved here."""
+    WIDE_IDS = 32
+    """`ids` are int64, else int32."""
+    CHECK_IDS = 64
+    """Ids out of range or chosen twice make this rank refuse the call."""
+    WANTS_MAIL = 128
+    """The host waits for the counts."""
+    DISCARD = 256
+    """Nothing is placed; the peers may go on."""
+    CLEAR_REST = 512
+    """Ids and weights of rows beyond the last are cleared."""
+    NEW_WEIGHTS = 1024
+    """Weights travel. (A rank without tokens has no address for them.)"""
+    GRADS = 2048
+    """Gradients of the slots' weights travel."""
+
+
+FLAG_CONSTANTS = {
+    "k" + "".join(part.capitalize() for part in str(flag.name).split("_")): int(flag)
+    for flag in Flag
+}
+
+# What both kernels begin with: peers.cuh reads these.
+_COMMON = (
+    Field("char* const*", "bases", "[R] arena of every rank"),
+    Field("State*", "state", "this rank's"),
+    Field("Control*", "control", "this rank's, in host memory"),
+    Field("int", "rank", "this rank"),
+    Field("int", "operation", "header.Operation"),
+    Field("int", "communicator", "tells communicators apart"),
+    Field("int", "call", "sequence number, 0 where the host does not count"),
+    Field("int", "status", "1: this rank refuses the call"),
+    Field("int", "capacity", "rows this rank has room for, or -1"),
+    Field("int", "row_bytes", "bytes of a row"),
+    Field("int", "beside_bytes", "bytes that travel beside a row, a multiple of 16"),
+    Field("int", "flags", "Flag"),
+    Field("int", "num_tokens", "T"),
+    Field("int", "num_senders", "blocks that send; the others place or add up"),
+    Field("int", "slot_bytes", "shared memory of a warp's row and what is beside it"),
+    Field("int", "max_slots", "rows that the output has room for"),
+    Field("const void*", "ids", "[T, K] global expert ids"),
+    Field("const int*", "rank_of", "[E] rank of each expert"),
+    Field("int*", "slots_of_token", "[T, D] rank * T_max + position, ascending, then -1"),
+    Field("int*", "rows_from", "[R] rows received from each rank"),
+    Field("int*", "first_row", "[R] rows received from the ranks before"),
+    Field("int*", "choices_of_row", "[N, K] slot (expanded) or local expert of each choice, or -1"),
+    Field("float*", "weights_of_row", "[N, K] weight of each choice, or null"),
+)
+
+DISPATCH = Struct(
+    "DispatchArguments",
+    (
+        *_COMMON,
+        Field("const char*", "x", "[T] rows"),
+        Field("const float*", "weights", "[T, K] new weights"),
+        Field("const char*", "scales", "[T] scales, or null"),
+        Field("int", "scale_bytes", "bytes of a row's scales"),
+        Field("int", "groups", "masks of 32 tokens that fit into shared memory"),
+        Field("const int*", "local_of", "[E] index of each expert on its rank"),
+        Field("const int*", "experts", "[E_loc] global ids of the local experts"),
+        Field("int", "num_local", "E_loc"),
+        Field("int*", "faulty", "not 0: ids are faulty"),
+        Field("int*", "histogram", "[blocks, R + E] scratch"),
+        Field("int*", "ordinals", "[T, K] scratch: place among the choices of an expert"),
+        Field("int*", "own_tokens", "[T] tokens of the rows that stay on this rank"),
+        Field("void*", "ids_copy", "[T, K] the ids, kept"),
+        Field("int*", "first_sent", "[R] where this rank's rows start at each rank"),
+        Field("int*", "first_slot", "[R, E_loc] where a source's rows of an expert start"),
+        Field("int*", "tokens_per_expert", "[E_loc]"),
+        Field("int*", "expert_offsets", "[E_loc + 1], or null"),
+        Field("int*", "tokens_per_rank", "[R]"),
+        Field("char*", "tokens", "output rows"),
+        Field("char*", "scales_out", "output scales, or null"),
+        Field("long long*", "topk_ids", "[N, K] local ids, deduplicated layouts"),
+        Field("float*", "topk_weights", "[N, K], or null"),
+        Field("long long", "pool_at", "offset of the pool in the arena"),
+    ),
+)
+
+COMBINE = Struct(
+    "CombineArguments",
+    (
+        *_COMMON,
+        Field("const void*", "rows", "expert outputs in the layout's shape"),
+        Field("void*", "out", "[T] rows"),
+        Field("const float*", "slot_grads", "gradients of the slots' weights"),
+        Field("float*", "grads_out", "[T, K]"),
+    ),
+)

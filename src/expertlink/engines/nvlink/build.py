@@ -1,0 +1,144 @@
+"""Whether the nvlink engine can serve a communicator, and building it together with the other ranks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink.arena import Arena, ArenaPlan, RowShape, SymmetricBuffer
+from expertlink.engines.nvlink.engine import NvlinkEngine
+from expertlink.engines.nvlink.kernels import BlockShape, DeviceRunner
+from expertlink.engines.nvlink.throughput import HighThroughput
+from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.wire import Wire
+from expertlink.errors import ConfigurationError, EngineUnavailableError, ExpertlinkError
+from expertlink.jit import compiler
+from expertlink.routing import Placement
+
+logger = logging.getLogger("expertlink")
+_DTYPES = (torch.bfloat16, torch.float16)
+_OLDEST = (9, 0)
+
+
+def obstacle(config: MoECommunicatorConfig, device: torch.device) -> str | None:
+    """Why this rank cannot use the engine, or None."""
+    if device.type != "cuda":
+        return f"tensors live on {device.type}, it moves rows between GPUs"
+    if config.dtype not in _DTYPES:
+        return f"rows are {config.dtype}, it adds up {' and '.join(map(str, _DTYPES))} only"
+    row_bytes = config.hidden_size * config.dtype.itemsize
+    if row_bytes % 16:
+        return f"rows have {row_bytes} bytes, it moves multiples of 16"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, it needs 9.0"
+    return compiler.obstacle()
+
+
+def build(
+    config: MoECommunicatorConfig,
+    *,
+    wire: Wire,
+    placement: Placement,
+    check_inputs: bool,
+    share_with: Any | None = None,
+) -> NvlinkEngine:
+    """The engine of this rank. Collective; what is in the way of one rank is raised on all.
+
+    Raises:
+        EngineUnavailableError: the GPUs cannot reach each other, or the kernels cannot be built.
+        ConfigurationError: `share_with` has no memory to share, or too little.
+    """
+    num_ranks, device = placement.num_ranks, wire.device
+    num_local = len(placement.experts_of_rank[wire.rank])
+    plan = ArenaPlan.of(config, num_ranks)
+    blocks = BlockShape(config, num_ranks=num_ranks, num_local=num_local)
+    in_the_way = blocks.obstacle(RowShape.of(config).row) or _unreachable(wire)
+    runner: DeviceRunner | None = None
+    if in_the_way is None:
+        if share_with is not None:
+            plan = _shared_arena(share_with, plan).plan
+        try:
+            runner = DeviceRunner(config, plan, num_ranks=num_ranks, device=device)
+        except ExpertlinkError as error:
+            in_the_way = str(error)
+    _all_or_none(wire, in_the_way)
+    assert runner is not None
+    if share_with is not None:
+        arena, watchdog = share_with.arena, share_with.watchdog
+    else:
+        buffer = error_text = None
+        try:
+            buffer = SymmetricBuffer(wire.group, plan.total, device)
+        except EngineUnavailableError as error:
+            error_text = str(error)
+        _all_or_none(wire, error_text)  # also: everybody's memory is zeroed before it is used
+        assert buffer is not None
+        arena = Arena(plan, buffer=buffer, device=device)
+        watchdog = Watchdog(
+            rank=wire.rank,
+            num_ranks=num_ranks,
+            counts=config.num_experts,
+            timeout_s=wire.timeout_s,
+        )
+    for region, size in plan.regions().items():
+        logger.debug("rank %d: arena: %s: %d bytes", wire.rank, region, size)
+    calls = HighThroughput(
+        config,
+        rank=wire.rank,
+        placement=placement,
+        arena=arena,
+        watchdog=watchdog,
+        run=runner,
+        num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
+        communicator=wire.number,
+        check=check_inputs,
+        blocks=blocks,
+    )
+    return NvlinkEngine(
+        config,
+        wire=wire,
+        placement=placement,
+        arena=arena,
+        watchdog=watchdog,
+        calls=calls,
+        check=check_inputs,
+    )
+
+
+def _shared_arena(other: object, plan: ArenaPlan) -> Arena:
+    if not isinstance(other, NvlinkEngine):
+        raise ConfigurationError(
+            "share_with: that communicator does not use the nvlink engine and has no such memory"
+        )
+    other.arena.check_fits(plan)
+    return other.arena
+
+
+def _unreachable(wire: Wire) -> str | None:
+    """Why the ranks' GPUs cannot be direct neighbours, as far as the host can tell."""
+    hosts = {peer.host for peer in wire.peers}
+    if len(hosts) > 1 and not _has_fabric(wire.device):
+        return f"the ranks are on {len(hosts)} hosts without a common NVLink fabric"
+    return None
+
+
+def _has_fabric(device: torch.device) -> bool:
+    """Whether memory of this GPU can be shared across hosts of a rack."""
+    import cuda.bindings.driver as driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
+    status, value = driver.cuDeviceGetAttribute(attribute, device.index)
+    return not status and bool(value)
+
+
+def _all_or_none(wire: Wire, in_the_way: str | None) -> None:
+    """Goes on only if nothing is in the way of any rank."""
+    texts = wire.gather_text(in_the_way or "")
+    blocked = {rank: text for rank, text in enumerate(texts) if text}
+    if blocked:
+        rank, text = next(iter(blocked.items()))
+        raise EngineUnavailableError(text if len(texts) == 1 else f"rank {rank}: {text}")

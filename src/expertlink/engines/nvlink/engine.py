@@ -1,0 +1,195 @@
+"""The nvlink engine behind the seam of engines/base.py: agreement, order and failures of calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.agreement import Agreement, judge
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.header import HeaderFields, Operation, build_header
+from expertlink.engines.nvlink.arena import Arena
+from expertlink.engines.nvlink.throughput import HighThroughput, Started, as_route
+from expertlink.engines.nvlink.watchdog import DISAGREE, Watchdog
+from expertlink.engines.wire import Wire
+from expertlink.errors import CapacityError, PeerError
+from expertlink.routing import Placement
+from expertlink.validation import explain_ids
+
+logger = logging.getLogger("expertlink")
+
+
+class NvlinkEngine:
+    """Moves rows with kernels that address the memory of other GPUs.
+
+    Args:
+        config: the communicator's.
+        wire: the ranks' connection, for what is said in words.
+        placement: where the experts live.
+        arena: memory shared with the other ranks.
+        watchdog: host memory that the kernels write.
+        calls: queues this rank's calls.
+        check: ranks agree before every combine and cached dispatch.
+    """
+
+    name = "nvlink"
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        *,
+        wire: Wire,
+        placement: Placement,
+        arena: Arena,
+        watchdog: Watchdog,
+        calls: HighThroughput,
+        check: bool,
+    ) -> None:
+        self._config, self._wire, self._placement = config, wire, placement
+        self.arena, self.watchdog, self._calls = arena, watchdog, calls
+        self._check = check
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Bounds later waits, in seconds."""
+        self._wire.timeout_s = timeout_s
+        self.watchdog.set_timeout(timeout_s)
+
+    def close(self) -> None:
+        """Lets go of the group; the arena goes with the last communicator that shares it."""
+        self._wire.close()
+
+    def memory_estimate(self) -> dict[str, int]:
+        """Bytes of the arena by region; no call needs more beyond its inputs and outputs."""
+        return self.arena.plan.regions()
+
+    def wire_rows(self, state: object) -> tuple[list[int], list[int]]:
+        """Rows sent to and received from each rank, own rank included."""
+        return as_route(state).wire_rows()
+
+    def check_health(self) -> None:
+        """Raises what the kernels have reported since the last call."""
+        self.watchdog.check(self._wire.call)
+
+    def refuse(self, operation: str, error: Exception) -> NoReturn:
+        """Raises `error` here and `PeerError` on the ranks that agree on this call."""
+        kind = Operation[operation.upper()]
+        if kind is Operation.DISPATCH:
+            self._enter(kind)
+            stream = self._begin()
+            mail = self._calls.refuse(kind, number=self._wire.call)
+            self.arena.leave(stream)
+            if mail is not None:
+                judge(self._wire, kind, mail.heads, refused=error)
+        elif self._check:
+            self._enter(kind)
+            self._agree(kind, refused=error)
+        raise error
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def dispatch(self, call: DispatchCall) -> Dispatched:
+        """Queues a dispatch; an uncached one waits for all ranks' counts unless shapes are static."""
+        kind = Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH
+        self._enter(kind)
+        if call.x_TW.data_ptr() % 16:
+            call = dataclasses.replace(call, x_TW=call.x_TW.clone())
+        if self._check and call.previous is not None:
+            self._agree(kind)
+        stream = self._begin()
+        try:
+            started = self._calls.dispatch(call, number=self._wire.call)
+        finally:
+            self.arena.leave(stream)
+        if started.output is None or started.route is None:
+            self._refused(call, started)
+        return Dispatched(
+            output=started.output,
+            state=started.route,
+            finish=_nothing_left,
+            call=self._wire.call,
+            topk_ids_TK=started.route.ids_TK,
+        )
+
+    def combine(self, call: CombineCall) -> Combined:
+        """Queues a combine."""
+        self._enter(Operation.COMBINE)
+        if self._check:
+            self._agree(Operation.COMBINE)
+        stream = self._begin()
+        grads_TK = self._calls.combine(call)
+        self.arena.leave(stream)
+        return Combined(out_TH=call.out_TH, weight_grads_TK=grads_TK, finish=_nothing_left)
+
+    def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
+        """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
+        self._enter(Operation.WEIGHT_GRADS)
+        if self._check:
+            self._agree(Operation.WEIGHT_GRADS)
+        stream = self._begin()
+        grads_TK = self._calls.weight_grads(as_route(state), weight_grads)
+        self.arena.leave(stream)
+        return grads_TK
+
+    def slot_weights(self, state: object) -> Tensor | None:
+        """Expanded layouts: routing weight of every slot, 0 where none is filled."""
+        return as_route(state).slot_weights()
+
+    # -- shared -----------------------------------------------------------------------------------
+
+    def _enter(self, operation: Operation) -> None:
+        self._wire.enter(operation.title, self._wire.call + 1)
+        self.watchdog.check(self._wire.call)
+
+    def _begin(self) -> torch.cuda.Stream:
+        stream = torch.cuda.current_stream(self.arena.device)
+        self.arena.enter(stream)
+        return stream
+
+    def _agree(self, operation: Operation, *, refused: Exception | None = None) -> None:
+        """Exchanges headers between the hosts."""
+        wire = self._wire
+        fields = HeaderFields(
+            operation=operation,
+            communicator=wire.number,
+            call=wire.call & 0x7FFFFFFF,
+            status=int(refused is not None),
+        )
+        header = build_header(
+            fields,
+            num_ranks=wire.num_ranks,
+            num_experts=self._placement.num_experts,
+            device=self.arena.device,
+        )
+        Agreement(wire, operation, header, refused=refused).conclude()
+
+    def _refused(self, call: DispatchCall, started: Started) -> NoReturn:
+        """A dispatch that no rank carries out."""
+        mail, number = started.mail, self._wire.call
+        assert mail is not None
+        if mail.verdict == DISAGREE:
+            ids_TK = call.topk_ids_TK
+            assert ids_TK is not None
+            judge(
+                self._wire,
+                Operation.DISPATCH,
+                mail.heads,
+                explain=lambda: explain_ids(ids_TK, self._placement.num_experts),
+            )
+            raise PeerError(f"dispatch #{number} did not happen", ranks=())
+        raise CapacityError(
+            f"rank {mail.rank} would receive {mail.rows} rows in dispatch #{number} but has room "
+            f"for {mail.capacity} (max_recv_tokens_per_rank or its output_buffer); nothing was "
+            "placed",
+            rank=mail.rank,
+            rows=mail.rows,
+            capacity=mail.capacity,
+        )
+
+
+def _nothing_left() -> None:
+    """All work of a call is queued before it returns."""

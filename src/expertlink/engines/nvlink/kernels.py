@@ -1,0 +1,187 @@
+"""The kernels of the nvlink engine, specialised to a communicator, and the shape of their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink.arena import ArenaPlan, RowShape, round_up
+from expertlink.engines.nvlink.arguments import COMBINE, DISPATCH, FLAG_CONSTANTS
+from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
+from expertlink.jit.kernel import Arguments, load_kernel
+from expertlink.types import DispatchLayout
+
+KERNELS = ("dispatch", "combine")
+SHARED_BYTES = 227 * 1024  # of a block on sm_90 and later
+_STATIC_BYTES = 2048  # of which barriers and small tables take this much at most
+_MAX_WARPS = 16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Grid of one launch.
+
+    Attributes:
+        grid: blocks.
+        block: threads.
+        shared_bytes: dynamic shared memory of a block.
+        follows: may start before the kernel before it is over.
+    """
+
+    grid: int
+    block: int
+    shared_bytes: int
+    follows: bool = False
+
+
+Run = Callable[[str, Arguments, Launch], None]
+"""Queues "dispatch" or "combine" with its arguments on the current stream."""
+
+
+def kernel_constants(
+    config: MoECommunicatorConfig, plan: ArenaPlan, *, num_ranks: int
+) -> dict[str, int]:
+    """What a communicator fixes, under the names that the kernels know; the same on all ranks."""
+    shape = RowShape.of(config)
+    layout = config.layout
+    return {
+        "kNumRanks": num_ranks,
+        "kNumExperts": config.num_experts,
+        "kTopk": config.topk,
+        "kCopies": min(num_ranks, config.topk),
+        "kMaxTokens": config.max_tokens_per_rank,
+        "kExpanded": int(layout.expanded),
+        "kPadded": int(layout.padded),
+        "kLayoutIsRankMajor": int(layout is DispatchLayout.RANK_MAJOR),
+        "kAlignment": config.expert_alignment,
+        "kIsBfloat16": int(config.dtype is torch.bfloat16),
+        "kStagingStride": shape.row,
+        "kMetaStride": shape.beside,
+        "kScalesAt": shape.scales_at,
+        "kMaxWarps": _MAX_WARPS,
+        "kGradBytes": round_up(4 * config.topk, 16),
+        **plan.offsets(num_ranks),
+        **FLAG_CONSTANTS,
+    }
+
+
+def compile_for(
+    config: MoECommunicatorConfig,
+    plan: ArenaPlan,
+    *,
+    num_ranks: int,
+    arch: str,
+    hosted: bool = False,
+) -> dict[str, CompiledKernel]:
+    """Machine code of the kernels by name. Needs no GPU.
+
+    Args:
+        config: the communicator's.
+        plan: of its arena.
+        num_ranks: R.
+        arch: target such as `sm_90a`.
+        hosted: entry points for several ranks on one GPU, whose argument is a table of structs.
+    """
+    prelude = "struct State;\nstruct Control;\n"
+    prelude += constants(kernel_constants(config, plan, num_ranks=num_ranks))
+    prelude += DISPATCH.declaration + COMBINE.declaration
+    suffix = "_hosted" if hosted else ""
+    return {name: compile_kernel(name, name + suffix, arch, prelude=prelude) for name in KERNELS}
+
+
+class DeviceRunner:
+    """Launches this rank's kernels on torch's current stream. Building one compiles and loads."""
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        plan: ArenaPlan,
+        *,
+        num_ranks: int,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        compiled = compile_for(config, plan, num_ranks=num_ranks, arch=architecture(device))
+        self._kernels = {
+            name: load_kernel(device, code, max_shared_bytes=SHARED_BYTES - _STATIC_BYTES)
+            for name, code in compiled.items()
+        }
+
+    def __call__(self, name: str, arguments: Arguments, launch: Launch) -> None:
+        self._kernels[name].launch(
+            arguments,
+            grid=launch.grid,
+            block=launch.block,
+            shared_bytes=launch.shared_bytes,
+            stream=torch.cuda.current_stream(self._device).cuda_stream,
+            follows=launch.follows,
+        )
+
+
+def architecture(device: torch.device) -> str:
+    """Compiler target of a GPU, such as `sm_90a`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}a"
+
+
+class BlockShape:
+    """Threads and shared memory of blocks for rows of a size.
+
+    Args:
+        config: the communicator's.
+        num_ranks: R.
+        num_local: E_loc.
+        max_warps: most warps of a block.
+    """
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        *,
+        num_ranks: int,
+        num_local: int,
+        max_warps: int = _MAX_WARPS,
+    ) -> None:
+        self._beside = RowShape.of(config).beside
+        self._room = SHARED_BYTES - _STATIC_BYTES
+        self._columns = num_ranks + config.num_experts
+        self._plan_bytes = 4 * (2 * num_ranks + num_local + 1)
+        self._max_warps = max_warps
+
+    def slot_bytes(self, row_bytes: int) -> int:
+        """Shared memory of a warp."""
+        return round_up(row_bytes + self._beside, 128)
+
+    def warps(self, row_bytes: int) -> int:
+        """Warps of a block, each with a row of its own in shared memory."""
+        return max(1, min(self._max_warps, self._room // self.slot_bytes(row_bytes)))
+
+    def groups(self, warps: int) -> int:
+        """Masks of 32 tokens that counting can hold at a time."""
+        return min(warps, self._room // (4 * self._columns) - 2)
+
+    def shared_bytes(self, row_bytes: int, *, counts: bool) -> int:
+        """Dynamic shared memory of a block."""
+        warps = self.warps(row_bytes)
+        ring = warps * self.slot_bytes(row_bytes)
+        if not counts:
+            return ring
+        return max(ring, 4 * (self.groups(warps) + 2) * self._columns, self._plan_bytes)
+
+    def obstacle(self, row_bytes: int) -> str | None:
+        """Why a communicator is too large for these kernels, or None."""
+        if self.slot_bytes(row_bytes) > self._room:
+            return f"rows of {row_bytes} bytes exceed the shared memory of a block"
+        if self.groups(1) < 1 or self._plan_bytes > self._room:
+            return f"{self._columns} ranks and experts exceed the shared memory of a block"
+        return None
+
+
+def split_blocks(total: int, *, senders: float) -> tuple[int, int]:
+    """Blocks that send, and all blocks, of `total`; a single block does both."""
+    if total == 1:
+        return 1, 1
+    return min(total - 1, max(1, round(total * senders))), total

@@ -1,0 +1,294 @@
+"""Kernels that take one struct: its definition, its memory on the host, and lean launches of it.
+
+One `Struct` gives the C++ declaration for the compiler and the layout for the host:
+
+    ARGUMENTS = Struct("Arguments", [Field("const char*", "rows", "[T, H] rows to send")])
+    compiled = compile_kernel("send", "send", "sm_90a", prelude=ARGUMENTS.declaration)
+    kernel = load_kernel(device, compiled)
+    arguments = ARGUMENTS.new(rows=x_TH.data_ptr())
+    kernel.launch(arguments, grid=132, block=256, shared_bytes=0, stream=stream.cuda_stream)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expertlink.errors import ExpertlinkError
+from expertlink.jit.compiler import CompiledKernel
+
+_TYPES: dict[str, type[Any]] = {
+    "int": ctypes.c_int32,
+    "unsigned": ctypes.c_uint32,
+    "long long": ctypes.c_int64,
+    "unsigned long long": ctypes.c_uint64,
+    "float": ctypes.c_float,
+}
+_CONFIGURATIONS = 256  # launch configurations kept per kernel
+
+
+class CudaError(ExpertlinkError, RuntimeError):
+    """A call of the CUDA driver failed; the message has its name and the name of the error."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member of a struct.
+
+    Attributes:
+        ctype: a pointer such as `const char*`, or one of int, unsigned, long long,
+            unsigned long long, float.
+        name: a C++ identifier.
+        meaning: one line, with shape and unit.
+    """
+
+    ctype: str
+    name: str
+    meaning: str
+
+
+class Arguments(ctypes.Structure):
+    """Memory of one struct, with its members as attributes; `Struct.new` makes them.
+
+    Pointers take addresses, and None or 0 for null. Numbers wrap as in C. A launch copies the
+    struct, so it may be changed as soon as the launch has returned; what its pointers point to has
+    to live until the kernel is done.
+
+    Attributes:
+        parameters: address of the array of one pointer, to the struct, that a launch takes.
+    """
+
+    __slots__ = ("_pointer", "parameters")
+
+    if TYPE_CHECKING:  # the members of a struct are known when it is defined
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: object) -> None: ...
+
+    def __init__(self, **values: object) -> None:
+        super().__init__(**values)
+        self._pointer = ctypes.c_void_p(ctypes.addressof(self))
+        self.parameters = ctypes.addressof(self._pointer)
+
+
+class Struct:
+    """The one definition of a struct that host and kernels share.
+
+    Attributes:
+        name: its C++ name.
+        size: bytes, with the padding at its end.
+        declaration: C++ text; it does not compile where the compiler's layout is another one.
+
+    Raises:
+        ValueError: a type is not supported, a name is no identifier or taken, a meaning has more
+            than one line, or there are no members.
+    """
+
+    def __init__(self, name: str, fields: Sequence[Field]) -> None:
+        names = [name, *(field.name for field in fields)]
+        for taken in (*dir(Arguments), "_fields_"):
+            if taken in names:
+                raise ValueError(f"struct {name}: a member cannot be called {taken}")
+        if not fields or len(set(names)) < len(names):
+            raise ValueError(f"struct {name} needs members, each with a name of its own")
+        for field in fields:
+            if not field.name.isidentifier() or len(field.meaning.splitlines()) > 1:
+                raise ValueError(f"struct {name}: {field} has no proper name or meaning")
+        members = [(field.name, _ctypes_type(name, field)) for field in fields]
+        self.name = name
+        self._type: type[Arguments] = type(
+            name, (Arguments,), {"__slots__": (), "_fields_": members}
+        )
+        self.size = ctypes.sizeof(self._type)
+        lines = "".join(
+            f"    {field.ctype} {field.name};  // {field.meaning}\n" for field in fields
+        )
+        self.declaration = (
+            f"struct {name} {{\n{lines}}};\n"
+            f'static_assert(sizeof({name}) == {self.size}, "{name} differs from the host\'s");\n'
+            f"static_assert(alignof({name}) == {ctypes.alignment(self._type)}, "
+            f'"{name} differs from the host\'s");\n'
+        )
+
+    def new(self, **values: int | float | None) -> Arguments:
+        """A struct with these members; others are zero.
+
+        Raises:
+            AttributeError: there is no member of that name. Setting one later raises it too.
+        """
+        return self._type(**values)
+
+
+def _ctypes_type(struct: str, field: Field) -> type[Any]:
+    if field.ctype.endswith("*"):
+        return ctypes.c_void_p
+    if field.ctype not in _TYPES:
+        known = ", ".join(_TYPES)
+        raise ValueError(f"struct {struct}: {field.ctype!r} is no pointer and none of {known}")
+    return _TYPES[field.ctype]
+
+
+class Kernel:
+    """A loaded kernel whose only parameter is a struct, or a pointer: a struct that holds one.
+
+    `load_kernel` makes them. Launches may come from several threads; on each of them the kernel's
+    device has to be torch's current one (`torch.cuda.set_device`, or any work on it before).
+    """
+
+    def __init__(self, driver: Any, function: Any, name: str) -> None:
+        self._driver = driver
+        self._function = function
+        self._name = name
+        self._launch = driver.cuLaunchKernel
+        self._launch_following = driver.cuLaunchKernelEx
+        self._stream = cache(driver.CUstream)
+        self._following = lru_cache(_CONFIGURATIONS)(self._following_configuration)
+        self._accepted: type[Arguments] | None = None
+        info = driver.cuFuncGetParamInfo(function, 0)
+        _, self._parameter_bytes = _checked("cuFuncGetParamInfo", info)
+        if not driver.cuFuncGetParamInfo(function, 1)[0]:
+            raise CudaError(f"{name} has several parameters; only one struct can be passed")
+
+    def launch(
+        self,
+        arguments: Arguments,
+        *,
+        grid: int | tuple[int, int],
+        block: int,
+        shared_bytes: int,
+        stream: int,
+        follows: bool = False,
+    ) -> None:
+        """Queues the kernel; does not wait for it.
+
+        Args:
+            arguments: what `Struct.new` gave; copied before this returns.
+            grid: blocks along x, or along x and y.
+            block: threads per block.
+            shared_bytes: dynamic shared memory of a block; above 48 KB the kernel has to be loaded
+                with `max_shared_bytes` at least as large.
+            stream: handle of a stream of the kernel's device, `torch.cuda.Stream.cuda_stream`.
+            follows: programmatic dependent launch. The kernel may start before its predecessor on
+                the stream is done, and has to wait for it itself (`griddepcontrol.wait`).
+
+        Raises:
+            CudaError: the driver refuses the launch, or reports an earlier kernel's failure.
+        """
+        if type(arguments) is not self._accepted:
+            self._accept(arguments)
+        x, y = (grid, 1) if isinstance(grid, int) else grid
+        if follows:
+            config = self._following(x, y, block, shared_bytes, stream)
+            result = self._launch_following(config, self._function, arguments.parameters, 0)
+        else:
+            result = self._launch(
+                self._function,
+                *(x, y, 1, block, 1, 1),
+                shared_bytes,
+                self._stream(stream),
+                arguments.parameters,
+                0,
+            )
+        if result[0]:
+            raise CudaError(
+                f"launch of {self._name} failed: {result[0].name} (grid {x} x {y}, block {block}, "
+                f"{shared_bytes} bytes of shared memory)"
+            )
+
+    def _accept(self, arguments: Arguments) -> None:
+        # Once per type: a struct of another size would be read beyond its end.
+        size = ctypes.sizeof(arguments)
+        if size != self._parameter_bytes:
+            raise CudaError(
+                f"{self._name} takes {self._parameter_bytes} bytes of arguments, "
+                f"{type(arguments).__name__} has {size}"
+            )
+        self._accepted = type(arguments)
+
+    def _following_configuration(
+        self, x: int, y: int, block: int, shared_bytes: int, stream: int
+    ) -> Any:
+        # Never changed once made, so that threads can share it.
+        driver = self._driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = x, y, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = driver.CUstream(stream)
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        return config
+
+
+@cache
+def load_kernel(
+    device: torch.device, compiled: CompiledKernel, max_shared_bytes: int = 0
+) -> Kernel:
+    """Loads a kernel into the primary context of a device, the one that torch uses.
+
+    The machine code is on the device when this returns, and stays there until the process ends.
+
+    Args:
+        device: a CUDA device with its index.
+        compiled: what `compile_kernel` gave for this device's architecture.
+        max_shared_bytes: most dynamic shared memory that a launch will ask for.
+
+    Raises:
+        CudaError: the driver refuses.
+    """
+    assert device.type == "cuda"
+    assert device.index is not None
+    driver = _driver()
+    with _primary_context(driver, device.index):
+        module = _checked("cuModuleLoadData", driver.cuModuleLoadData(compiled.cubin))
+        function = _checked(
+            "cuModuleGetFunction",
+            driver.cuModuleGetFunction(module, compiled.lowered_name.encode()),
+        )
+        if max_shared_bytes > 0:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(
+                f"cuFuncSetAttribute({max_shared_bytes} bytes of shared memory)",
+                driver.cuFuncSetAttribute(function, attribute, max_shared_bytes),
+            )
+        # Otherwise the first launch would load it, which waits for kernels that may wait for us.
+        _checked("cuFuncLoad", driver.cuFuncLoad(function))
+        return Kernel(driver, function, compiled.instance)
+
+
+def _driver() -> Any:
+    return importlib.import_module("cuda.bindings.driver")
+
+
+@contextmanager
+def _primary_context(driver: Any, index: int) -> Iterator[None]:
+    """Makes a device's primary context the current one of this thread, for a while."""
+    _checked("cuInit", driver.cuInit(0))
+    number = _checked("cuDeviceGet", driver.cuDeviceGet(index))
+    # Never released: what is loaded into it stays.
+    context = _checked("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(number))
+    _checked("cuCtxPushCurrent", driver.cuCtxPushCurrent(context))
+    try:
+        yield
+    finally:
+        _checked("cuCtxPopCurrent", driver.cuCtxPopCurrent())
+
+
+def _checked(call: str, result: tuple[Any, ...]) -> Any:
+    """What a driver call returned beside its status: nothing, one value or a tuple."""
+    status, *values = result
+    if status:
+        raise CudaError(f"{call} failed: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)

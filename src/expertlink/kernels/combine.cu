@@ -1,0 +1,163 @@
+// combine: one partial sum per (token, rank) travels back to the token's rank, which adds them up.
+//
+// The first `num_senders` blocks make partial sums and send them, in the order in which the rows
+// arrived; the others add them up, token by token, as they come in. The roundings are those of
+// reduction.py.
+
+#include "peers.cuh"
+#include "ring.cuh"
+#include "sum.cuh"
+
+// Where an arrival's choices and weights are kept; deduplicated layouts: also its row.
+__device__ __forceinline__ long long row_of(const CombineArguments& a, int source, int position) {
+    const int row = kLayoutIsRankMajor ? source * kMaxTokens + position
+                                       : a.first_row[source] + position;
+    // Static shapes: rows for which there was no room do not exist; that has been reported.
+    return kExpanded ? row : min(row, a.max_slots - 1);
+}
+
+// Weight gradients of an arrival's choices, written beside the partial sum.
+__device__ __forceinline__ void write_grads(const CombineArguments& a, char* beside, long long row) {
+    const int lane = threadIdx.x % 32;
+    if (lane < kTopk) {
+        const long long at = row * kTopk + lane;
+        const int choice = a.choices_of_row[at];
+        float grad = 0.0f;
+        if (choice >= 0) grad = a.slot_grads[kExpanded ? choice : at];
+        reinterpret_cast<float*>(beside)[lane] = grad;
+    }
+    fence_shared_to_bulk();
+}
+
+__device__ __forceinline__ bool return_rows(const CombineArguments& a, const Watch& watch,
+                                            char* shared, unsigned long long* barriers) {
+    __shared__ int rows_from[kNumRanks];
+    __shared__ int most;
+    const int lane = threadIdx.x % 32;
+    Slot slot = open_slot(shared, barriers, a.slot_bytes);
+    if (threadIdx.x == 0) most = 0;
+    if (!peers_have_room(a, watch, false)) return false;
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        rows_from[r] = a.rows_from[r];
+        atomicMax(&most, rows_from[r]);
+    }
+    __syncthreads();
+
+    unsigned* announced = nullptr;  // flag of the row before this one; lane 0
+    const auto announce = [&] {
+        if (announced == nullptr) return;
+        bulk_wait_written();
+        store_release_system(announced, watch.transfer);
+    };
+
+    const int stride = blockDim.x / 32 * a.num_senders;
+    for (int turn = threadIdx.x / 32 * a.num_senders + blockIdx.x; turn < most * kNumRanks;
+         turn += stride) {
+        const int position = turn / kNumRanks;
+        const int source = (turn + a.rank) % kNumRanks;
+        if (position >= rows_from[source]) continue;
+        // Own rows need no copy where they are partial sums already.
+        const bool own = source == a.rank;
+        if (own && !kExpanded && !(a.flags & kGrads)) continue;
+        const long long row = row_of(a, source, position);
+        const bool loads = !kExpanded && a.row_bytes != 0 && !own;
+        bulk_wait_read();
+        __syncwarp();
+        if (loads && lane == 0)
+            slot.load(static_cast<const char*>(a.rows) + row * a.row_bytes, a.row_bytes);
+        if (a.flags & kGrads) write_grads(a, slot.beside, row);
+        if (kExpanded && a.row_bytes != 0) {
+            sum_choices(a, row, slot.row);
+            fence_shared_to_bulk();
+        }
+        announce();
+        __syncwarp();
+        if (loads) slot.loaded();
+        if (lane == 0) {
+            const int at = a.rank * kMaxTokens + position;
+            char* const peer = a.bases[source];
+            if (loads || (kExpanded && a.row_bytes != 0))
+                bulk_store(staged_row(peer, at), slot.row, a.row_bytes);
+            if (a.flags & kGrads)
+                bulk_store(staged_meta(peer, at), slot.beside, kGradBytes);
+            bulk_commit();
+            announced = arrival_flag(peer, at);
+        }
+    }
+    announce();
+    return true;
+}
+
+__device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& watch, int block,
+                                       int num_blocks) {
+    const int lane = threadIdx.x % 32;
+    char* const base = a.bases[a.rank];
+    const int stride = blockDim.x / 32 * num_blocks;
+    for (int token = threadIdx.x / 32 * num_blocks + block; token < a.num_tokens; token += stride) {
+        const int code = lane < kCopies ? a.slots_of_token[token * kCopies + lane] : -1;
+        const int source = code / kMaxTokens;
+        // An own row of a deduplicated layout is its own partial sum.
+        const bool direct = !kExpanded && code >= 0 && source == a.rank;
+        bool here = true;
+        if (code >= 0 && (!direct || a.flags & kGrads))
+            here = wait_until(arrival_flag(base, code), watch.transfer, watch, kPhaseRow, source,
+                              code % kMaxTokens);
+        if (!__all_sync(0xffffffffu, here)) return false;
+        if (a.row_bytes != 0) {
+            const char* term = direct ? static_cast<const char*>(a.rows) +
+                                            row_of(a, source, code % kMaxTokens) * a.row_bytes
+                                      : staged_row(base, max(code, 0));
+            const int terms = __popc(__ballot_sync(0xffffffffu, code >= 0));
+            sum_terms(term, terms, static_cast<char*>(a.out) +
+                                       static_cast<long long>(token) * a.row_bytes, a.row_bytes);
+        }
+        if (!(a.flags & kGrads)) continue;
+        // The choice's rank is the one of the token's slots that has the same rank.
+        const long long at = static_cast<long long>(token) * kTopk + lane;
+        long long id = -1;
+        if (lane < kTopk)
+            id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
+                                    : static_cast<const int*>(a.ids)[at];
+        const int rank = id >= 0 && id < kNumExperts ? a.rank_of[id] : -1;
+        float grad = 0.0f;
+        for (int d = 0; d < kCopies; ++d) {
+            const int candidate = __shfl_sync(0xffffffffu, code, d);
+            if (candidate >= 0 && candidate / kMaxTokens == rank)
+                grad = __int_as_float(load_fresh(
+                    reinterpret_cast<const int*>(staged_meta(base, candidate)) + lane));
+        }
+        if (lane < kTopk) a.grads_out[at] = grad;
+    }
+    return true;
+}
+
+__device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watch& watch,
+                                           char* shared, unsigned long long* barriers) {
+    const int block = blockIdx.x, blocks = gridDim.x;
+    say_ready(a, watch);
+    if (block < a.num_senders && !return_rows(a, watch, shared, barriers)) return false;
+    // A single block does both, one after the other.
+    if (block < a.num_senders && blocks > a.num_senders) return true;
+    const int first = blocks == a.num_senders ? 0 : a.num_senders;
+    return add_up(a, watch, block - first, blocks - first);
+}
+
+__device__ __forceinline__ void combine_rank(const CombineArguments& a) {
+    extern __shared__ __align__(128) char shared[];
+    __shared__ unsigned long long barriers[kMaxWarps];
+    const Watch watch{a.state, a.control, a.state->sent + 1, static_cast<unsigned>(a.operation)};
+    if (gave_up(watch) || !run_halves(a, watch, shared, barriers)) return;
+    if (!last_to_leave(&a.state->left_send, gridDim.x)) return;
+    grant_credit(a, watch);
+    if (threadIdx.x == 0) a.state->sent = a.state->received = watch.transfer;
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)
+    combine(const __grid_constant__ CombineArguments arguments) {
+    combine_rank(arguments);
+}
+
+// Several ranks on one GPU, each a row of the grid.
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1) combine_hosted(const CombineArguments* arguments) {
+    combine_rank(arguments[blockIdx.y]);
+}

@@ -1,0 +1,152 @@
+// The few PTX instructions that C++ has no words for: bulk copies, memory order, time.
+//
+// A bulk copy runs beside the thread that issues it. Loads into shared memory report to an mbarrier;
+// stores out of it belong to a group of the issuing thread, which waits either until the group's
+// shared memory has been read (it may be overwritten) or until its bytes are written (it may be
+// announced to others).
+#pragma once
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// -- bulk copies ----------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(unsigned long long* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    // The copy engine must see the initialised barrier.
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Loads `bytes` (a multiple of 16) and lets the barrier's current phase wait for them.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, unsigned bytes,
+                                          unsigned long long* barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(shared)),
+        "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// Local copies always end, so this wait needs no bound.
+__device__ __forceinline__ void bulk_load_wait(unsigned long long* barrier, unsigned parity) {
+    unsigned done = 0;
+    while (!done)
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+            "  selp.u32 %0, 1, 0, p; }"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+}
+
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, unsigned bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                     __cvta_generic_to_global(global)),
+                 "r"(shared_address(shared)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// The shared memory of all stores of this thread has been read.
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// The bytes of all stores of this thread are written.
+__device__ __forceinline__ void bulk_wait_written() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// What this thread wrote to shared memory by ordinary stores may be read by bulk copies.
+__device__ __forceinline__ void fence_shared_to_bulk() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// What this thread has acquired in global memory may be read by bulk copies.
+__device__ __forceinline__ void fence_global_to_bulk() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// -- memory order ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned load_acquire_system(const unsigned* word) {
+    unsigned value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release_system(unsigned* word, unsigned value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_acquire_device(const unsigned* word) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release_device(unsigned* word, unsigned value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+// Adds one with acquire and release, so that the last of several arrivals sees what all others did.
+__device__ __forceinline__ unsigned arrive_device(unsigned* word) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(word)
+                 : "memory");
+    return before;
+}
+
+// -- loads past the L1 cache ----------------------------------------------------------------------
+// Memory that peers write is read through the L2 cache: the L1 cache may hold an older copy.
+
+__device__ __forceinline__ int load_fresh(const int* word) {
+    int value;
+    asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint4 load_fresh(const uint4* words) {
+    uint4 value;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(words)
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint4 load_once(const uint4* words) {
+    uint4 value;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(words));
+    return value;
+}
+
+// -- time and launches ----------------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned long long nanoseconds() {
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+
+// A kernel launched to follow this one may start.
+__device__ __forceinline__ void let_follower_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Waits until the kernel that this one follows is over and its writes are visible.
+__device__ __forceinline__ void wait_for_predecessor() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}

@@ -1,0 +1,115 @@
+// Waiting and telling: every word that ranks or blocks wait for, and the report of a wait that ends
+// without it. docs/architecture.md, "The flag protocol", says who writes what and when.
+#pragma once
+
+#include "common/ptx.cuh"
+
+// Phases of a wait, as watchdog.py names them.
+enum Phase { kPhaseBlocks = 1, kPhaseCredit = 2, kPhaseReady = 3, kPhaseRow = 4, kPhaseAgreement = 5 };
+
+// Device memory of one rank, zeroed at start.
+struct State {
+    unsigned sent;        // transfers whose sending half is over
+    unsigned received;    // transfers whose receiving half is over
+    unsigned arrived;     // blocks at the grid barrier
+    unsigned generation;  // times the grid barrier has opened
+    unsigned left_send;   // blocks that are done with the sending half
+    unsigned left_place;  // blocks that are done with the receiving half
+    unsigned planned;     // last transfer whose slots are known
+    unsigned failed;      // not 0: a wait has expired, nobody waits any more
+};
+
+// Host memory that the device writes, one per rank.
+struct Control {
+    unsigned reported;  // not 0: the words below are valid
+    unsigned phase, peer, expected, seen, index, waited_ms, operation;
+    unsigned long long timeout_ns;  // written by the host
+    unsigned overflowed;            // static shapes: transfer that found no room, and for whom
+    unsigned overflow_rank, overflow_rows, overflow_capacity;
+    unsigned unused[2];
+    unsigned mail_number;  // transfer that the mail below belongs to
+    unsigned mail[1];      // see plan.cuh
+};
+
+// What waits need to know of the rank they happen on.
+struct Watch {
+    State* state;
+    Control* control;
+    unsigned transfer;
+    unsigned operation;
+};
+
+constexpr unsigned kSpinsBetweenLooks = 256;
+
+// Structs travel by value into what is not inlined: a reference would put them on the stack.
+__device__ __noinline__ void report(const Watch watch, Phase phase, int peer, unsigned expected,
+                                    unsigned seen, int index, unsigned long long waited_ns) {
+    if (atomicCAS(&watch.state->failed, 0u, 1u) != 0u) return;  // the first wait to expire speaks
+    Control* control = watch.control;
+    control->phase = phase;
+    control->peer = static_cast<unsigned>(peer);
+    control->expected = expected;
+    control->seen = seen;
+    control->index = static_cast<unsigned>(index);
+    control->waited_ms = static_cast<unsigned>(waited_ns / 1000000ull);
+    control->operation = watch.operation;
+    store_release_system(&control->reported, watch.transfer ? watch.transfer : 1u);
+}
+
+__device__ __forceinline__ bool gave_up(const Watch& watch) {
+    return load_acquire_device(&watch.state->failed) != 0u;
+}
+
+// `now` is at least `wanted`; counters may wrap around.
+__device__ __forceinline__ bool reached(unsigned now, unsigned wanted) {
+    return static_cast<int>(now - wanted) >= 0;
+}
+
+// Slow half of a wait: when it began, or 0 if it must end.
+__device__ __noinline__ unsigned long long look_at_clock(const Watch watch, Phase phase, int peer,
+                                                         unsigned expected, unsigned seen,
+                                                         int index, unsigned long long since) {
+    if (gave_up(watch)) return 0;
+    const unsigned long long now = nanoseconds();
+    if (since == 0) return now;
+    const unsigned long long limit =
+        *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
+    if (now - since < limit) return since;
+    report(watch, phase, peer, expected, seen, index, now - since);
+    return 0;
+}
+
+// Waits until `word`, which a peer or this GPU writes, has reached `wanted`; false: give up.
+__device__ __forceinline__ bool wait_until(const unsigned* word, unsigned wanted,
+                                           const Watch& watch, Phase phase, int peer,
+                                           int index = 0) {
+    unsigned long long since = 0;
+    for (unsigned spins = 1;; ++spins) {
+        const unsigned now = load_acquire_system(word);
+        if (reached(now, wanted)) return true;
+        if (spins % kSpinsBetweenLooks != 0) continue;
+        since = look_at_clock(watch, phase, peer, wanted, now, index, since);
+        if (since == 0) return false;
+    }
+}
+
+// All blocks of this grid's row meet; what they wrote before is visible after. All of them are
+// resident: grids are no larger than the GPU has multiprocessors.
+__device__ __forceinline__ bool meet_blocks(const Watch& watch) {
+    __shared__ bool opened;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        State* state = watch.state;
+        // Read before arriving: nobody opens the barrier before this block has arrived.
+        const unsigned generation = load_acquire_device(&state->generation);
+        opened = true;
+        if (arrive_device(&state->arrived) == gridDim.x - 1) {
+            state->arrived = 0;
+            store_release_device(&state->generation, generation + 1);
+        } else {
+            opened = wait_until(&state->generation, generation + 1, watch, kPhaseBlocks, -1);
+        }
+    }
+    __syncthreads();
+    return opened;
+}

@@ -1,0 +1,164 @@
+// Planning, second step of an uncached dispatch, done by one block: from the count rows of all ranks
+// to the first slot of every group of rows, the counts that the caller sees, and the host's mail.
+#pragma once
+
+#include "count.cuh"
+
+// The mail: these words, then the heads of all ranks' count rows, the rows from each rank, and the
+// choices of each local expert.
+enum Mail { kMailVerdict, kMailRank, kMailRows, kMailCapacity, kMailArrivals, kMailSlots, kMailWords };
+enum Verdict { kFine = 0, kDisagree = 1, kOverflow = 2 };
+
+__device__ __forceinline__ int align_up(int count) {
+    return (count + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+// In place: values[i] becomes the sum of those before it; returns the sum of all. One warp.
+__device__ __forceinline__ int scan_exclusive(int* values, int count) {
+    const int lane = threadIdx.x % 32;
+    int carry = 0;
+    for (int first = 0; first < count; first += 32) {
+        const int i = first + lane;
+        const int own = i < count ? values[i] : 0;
+        int sum = own;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, sum, step);
+            if (lane >= step) sum += other;
+        }
+        if (i < count) values[i] = carry + sum - own;
+        carry += __shfl_sync(0xffffffffu, sum, 31);
+    }
+    return carry;
+}
+
+// Shared memory: kNumRanks + num_local + 1 + kNumRanks words.
+__device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Watch& watch,
+                                           int* shared) {
+    char* const base = a.bases[a.rank];
+    const int* const rows = reinterpret_cast<const int*>(base + kCountsAt);
+    const unsigned* const ready = reinterpret_cast<const unsigned*>(base + kReadyAt);
+    bool here = true;
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
+        here &= wait_until(&ready[r], watch.transfer, watch, kPhaseReady, r);
+    if (!__syncthreads_and(here)) return false;
+
+    int* const arrivals = shared;                 // [R] rows from each rank
+    int* const groups = arrivals + kNumRanks;     // [E_loc] rows of each local expert
+    int* const needed = groups + a.num_local + 1;  // [R] rows each rank would receive
+    __shared__ int num_arrivals, num_slots, disagree, verdict, worst, room;
+    const auto count = [&](int source, int column) {
+        return load_fresh(&rows[source * kCountWords + kHeadWords + column]);
+    };
+    if (threadIdx.x == 0) disagree = worst = room = 0;
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        arrivals[r] = count(r, a.rank);
+        needed[r] = 0;
+        if (!kExpanded)
+            for (int s = 0; s < kNumRanks; ++s) needed[r] += count(s, r);
+    }
+    __syncthreads();
+
+    // Rows of each source rank and local expert: where they start inside the expert's group.
+    for (int e = threadIdx.x; e < a.num_local; e += blockDim.x) {
+        int sum = 0;
+        for (int s = 0; s < kNumRanks; ++s) {
+            const int own = count(s, kNumRanks + a.experts[e]);
+            if (kExpanded) a.first_slot[s * a.num_local + e] = sum;
+            sum += own;
+        }
+        groups[e] = sum;
+        a.tokens_per_expert[e] = sum;
+    }
+    if (kExpanded && !kPadded)
+        for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) {
+            int sum = 0;
+            for (int s = 0; s < kNumRanks; ++s) sum += count(s, kNumRanks + e);
+            atomicAdd(&needed[a.rank_of[e]], align_up(sum));
+        }
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        const int* const head = rows + r * kCountWords;
+        bool same = load_fresh(&head[kStatus]) == 0;
+        for (int word : {kOperation, kCommunicator, kCall, kRowBytes, kExtraBytes})
+            same &= load_fresh(&head[word]) == head_word(a, word);
+        if (!same) atomicOr(&disagree, 1);
+    }
+    __syncthreads();
+
+    unsigned* const mail = watch.control->mail;
+    const bool mails = a.flags & kWantsMail;
+    if (mails) {
+        for (int e = threadIdx.x; e < a.num_local; e += blockDim.x)
+            mail[kMailWords + kNumRanks * kHeadWords + kNumRanks + e] = groups[e];
+        for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
+            mail[kMailWords + kNumRanks * kHeadWords + r] = arrivals[r];
+        for (int i = threadIdx.x; i < kNumRanks * kHeadWords; i += blockDim.x)
+            mail[kMailWords + i] = load_fresh(&rows[i / kHeadWords * kCountWords + i % kHeadWords]);
+    }
+    __syncthreads();  // counts of experts turn into offsets below
+
+    if (threadIdx.x < 32) {
+        for (int e = threadIdx.x; e < a.num_local; e += 32) groups[e] = align_up(groups[e]);
+        __syncwarp();
+        const int slots = scan_exclusive(groups, a.num_local);
+        const int total = scan_exclusive(arrivals, kNumRanks);
+        if (threadIdx.x == 0) {
+            groups[a.num_local] = slots;
+            num_arrivals = total;
+            num_slots = kExpanded ? slots : total;
+        }
+    }
+    __syncthreads();
+
+    if (kExpanded) {
+        for (int i = threadIdx.x; i < kNumRanks * a.num_local; i += blockDim.x) {
+            const int e = i % a.num_local;
+            a.first_slot[i] += kPadded ? e * kNumRanks * kMaxTokens : groups[e];
+        }
+        if (a.expert_offsets != nullptr)
+            for (int e = threadIdx.x; e <= a.num_local; e += blockDim.x)
+                a.expert_offsets[e] = groups[e];
+    }
+    if (threadIdx.x == 0) {
+        verdict = disagree ? kDisagree : kFine;
+        for (int r = 0; r < kNumRanks && verdict == kFine; ++r) {
+            room = load_fresh(&rows[r * kCountWords + kCapacity]);
+            worst = r;
+            if (room >= 0 && needed[r] > room) verdict = kOverflow;
+        }
+    }
+    __syncthreads();
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        a.first_row[r] = arrivals[r];
+        // A call that the host is about to refuse places nothing.
+        const int own = verdict != kFine && mails ? 0 : count(r, a.rank);
+        a.rows_from[r] = own;
+        a.tokens_per_rank[r] = own;
+        int before = 0;  // rows of the ranks before this one at rank r: where this one's start
+        for (int s = 0; s < a.rank; ++s) before += count(s, r);
+        a.first_sent[r] = kPadded ? a.rank * kMaxTokens : before;
+    }
+    __syncthreads();
+
+    if (threadIdx.x == 0) {
+        Control* const control = watch.control;
+        if (mails) {
+            mail[kMailVerdict] = verdict;
+            mail[kMailRank] = worst;
+            mail[kMailRows] = needed[worst];
+            mail[kMailCapacity] = room;
+            mail[kMailArrivals] = num_arrivals;
+            mail[kMailSlots] = num_slots;
+            store_release_system(&control->mail_number, watch.transfer);
+        } else if (verdict == kDisagree) {
+            report(watch, kPhaseAgreement, worst, 0, 0, 0, 0);
+        } else if (verdict == kOverflow && control->overflowed == 0) {
+            control->overflow_rank = worst;
+            control->overflow_rows = needed[worst];
+            control->overflow_capacity = room;
+            store_release_system(&control->overflowed, watch.transfer);
+        }
+        store_release_device(&watch.state->planned, watch.transfer);
+    }
+    return mails || verdict != kDisagree;
+}

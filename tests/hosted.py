@@ -1,0 +1,248 @@
+"""Several ranks of the nvlink engine in one process on one GPU: threads that launch together.
+
+Every rank runs the engine's own host code in a thread of its own. A launch waits until all ranks
+have come to it and starts one kernel with a row of blocks per rank, so all are resident at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink import MoECommunicator, MoECommunicatorConfig
+from expertlink.calls import CallBuilder
+from expertlink.engines.nvlink.arena import Arena, ArenaPlan
+from expertlink.engines.nvlink.engine import NvlinkEngine
+from expertlink.engines.nvlink.kernels import (
+    SHARED_BYTES,
+    BlockShape,
+    Launch,
+    architecture,
+    compile_for,
+)
+from expertlink.engines.nvlink.throughput import HighThroughput
+from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.wire import Transfer, Wire
+from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
+from expertlink.routing import Placement, even_blocks
+
+_POINTER = Struct("Table", (Field("const void*", "table", "[R] arguments"),))
+_PATIENCE_S = 60.0
+DEVICE = torch.device("cuda", 0)
+
+
+class Meeting:
+    """Where the threads of all ranks exchange values: `swap` returns everybody's."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._values: list[Any] = [None] * num_ranks
+        self._barrier = threading.Barrier(num_ranks)
+
+    def swap(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait(_PATIENCE_S)
+        everyone = list(self._values)
+        self._barrier.wait(_PATIENCE_S)
+        return everyone
+
+    def break_up(self) -> None:
+        """Lets everybody who waits fail: a rank has failed."""
+        self._barrier.abort()
+
+
+class HostedWire(Wire):
+    """What ranks say in words, through the meeting."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(None, device=DEVICE, timeout_s=30.0)
+        self.rank, self.num_ranks, self._meeting = rank, meeting.num_ranks, meeting
+
+    def gather_text(self, text: str) -> list[str]:
+        return self._meeting.swap(self.rank, text)
+
+    def gather(self, row: Tensor, rows: Tensor) -> Transfer:
+        everyone = self._meeting.swap(self.rank, row)
+        torch.stack(everyone, out=rows)
+        return Transfer(lambda: None)
+
+    def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
+        return values.cpu()
+
+
+@dataclass
+class Memory:
+    """A rank's buffer, and where all of them are."""
+
+    local: Tensor
+    addresses: list[int]
+
+
+class Fleet:
+    """The ranks' common launches for one configuration.
+
+    Args:
+        config: of every rank's communicator.
+        num_ranks: R.
+        max_warps: warps of a block; few, so that many blocks fit on the GPU.
+        skip: called with the launch's number; ranks it returns do not take part in that launch.
+    """
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        num_ranks: int,
+        *,
+        max_warps: int = 4,
+        skip: Callable[[int], Sequence[int]] = lambda number: (),
+    ) -> None:
+        self.config, self.num_ranks, self._skip = config, num_ranks, skip
+        self.plan = ArenaPlan.of(config, num_ranks)
+        owners = (
+            even_blocks(config.num_experts, num_ranks)
+            if config.expert_map is None
+            else [int(rank) for rank in config.expert_map]
+        )
+        self.placement = Placement.from_ranks(owners, num_ranks=num_ranks, device=DEVICE)
+        torch.cuda.init()
+        compiled = compile_for(
+            config, self.plan, num_ranks=num_ranks, arch=architecture(DEVICE), hosted=True
+        )
+        self._kernels = {
+            name: load_kernel(DEVICE, code, max_shared_bytes=SHARED_BYTES - 2048)
+            for name, code in compiled.items()
+        }
+        self.max_warps = max_warps
+        self._buffers = [
+            torch.zeros(self.plan.total, dtype=torch.uint8, device=DEVICE) for _ in range(num_ranks)
+        ]
+        self.addresses = [buffer.data_ptr() for buffer in self._buffers]
+        self.meeting = Meeting(num_ranks)
+        self._launches = Meeting(num_ranks)
+        self._number = 0
+        self._tables: list[tuple[Tensor, Tensor]] = []
+
+    def memory(self, rank: int) -> Memory:
+        return Memory(self._buffers[rank], self.addresses)
+
+    def run(self, rank: int, name: str, arguments: Arguments, launch: Launch) -> None:
+        """One rank's share of a launch; rank 0 starts it."""
+        everyone = self._launches.swap(rank, (name, bytes(arguments), launch))
+        if rank == 0:
+            self._start(everyone)
+        self._launches.swap(rank, None)
+
+    def _start(self, everyone: list[tuple[str, bytes, Launch]]) -> None:
+        name, _, launch = everyone[0]
+        assert all(other[0] == name for other in everyone), [other[0] for other in everyone]
+        assert all(other[2] == launch for other in everyone), [other[2] for other in everyone]
+        absent = set(self._skip(self._number))
+        self._number += 1
+        present = [item for rank, item in enumerate(everyone) if rank not in absent]
+        blocks_per_sm = min(
+            SHARED_BYTES // max(launch.shared_bytes + 2048, 1), 65536 // (launch.block * 128)
+        )
+        sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+        assert launch.grid * len(present) <= sms * blocks_per_sm, "blocks would wait for blocks"
+        host = torch.frombuffer(
+            bytearray(b"".join(item[1] for item in present)), dtype=torch.uint8
+        ).pin_memory()
+        table = host.to(DEVICE, non_blocking=True)
+        self._tables = [*self._tables[-64:], (host, table)]
+        self._kernels[name].launch(
+            _POINTER.new(table=table.data_ptr()),
+            grid=(launch.grid, len(present)),
+            block=launch.block,
+            shared_bytes=launch.shared_bytes,
+            stream=torch.cuda.current_stream(DEVICE).cuda_stream,
+            follows=False,
+        )
+
+    def break_up(self) -> None:
+        """Ends all waiting between threads."""
+        self.meeting.break_up()
+        self._launches.break_up()
+
+
+class HostedCommunicator(MoECommunicator):
+    """A communicator whose ranks are threads."""
+
+    def __init__(self, fleet: Fleet, rank: int) -> None:
+        super().__init__(fleet.config)
+        self._fleet = fleet
+        self.rank, self.num_ranks = rank, fleet.num_ranks
+        self._calls = CallBuilder(
+            fleet.config, device=DEVICE, num_ranks=fleet.num_ranks, identity=self._identity
+        )
+
+    def initialize(self) -> None:
+        if self._engine is not None:
+            return
+        fleet, config = self._fleet, self.config
+        wire = HostedWire(self.rank, fleet.meeting)
+        self._placement = fleet.placement
+        num_local = len(fleet.placement.experts_of_rank[self.rank])
+        watchdog = Watchdog(
+            rank=self.rank,
+            num_ranks=fleet.num_ranks,
+            counts=config.num_experts,
+            timeout_s=self._timeout_s,
+        )
+        arena = Arena(fleet.plan, buffer=fleet.memory(self.rank), device=DEVICE)
+        calls = HighThroughput(
+            config,
+            rank=self.rank,
+            placement=fleet.placement,
+            arena=arena,
+            watchdog=watchdog,
+            run=lambda name, arguments, launch: fleet.run(self.rank, name, arguments, launch),
+            num_sms=132,
+            communicator=0,
+            check=self._check,
+            blocks=BlockShape(
+                config,
+                num_ranks=fleet.num_ranks,
+                num_local=num_local,
+                max_warps=fleet.max_warps,
+            ),
+        )
+        self._engine = NvlinkEngine(
+            config,
+            wire=wire,
+            placement=fleet.placement,
+            arena=arena,
+            watchdog=watchdog,
+            calls=calls,
+            check=self._check,
+        )
+        self._calls.num_local_experts = num_local
+
+
+def run_hosted(fleet: Fleet, job: Callable[..., Any], *args: Any) -> list[Any]:
+    """`job(communicator, *args)` on every rank; results by rank, or the first failure."""
+
+    def one(rank: int) -> Any:
+        try:
+            with torch.cuda.device(DEVICE), HostedCommunicator(fleet, rank) as comm:
+                return job(comm, *args)
+        except BaseException:
+            fleet.break_up()
+            raise
+
+    with ThreadPoolExecutor(fleet.num_ranks) as threads:
+        futures = [threads.submit(one, rank) for rank in range(fleet.num_ranks)]
+        errors = [future.exception() for future in futures]
+    # A rank that failed by itself says more than those that lost it.
+    own = [error for error in errors if error is not None]
+    for error in own:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    if own:
+        raise own[0]
+    return [future.result() for future in futures]
