@@ -21,6 +21,7 @@ from expertlink.engines.nvlink.arena import Arena, ArenaPlan
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.kernels import (
     SHARED_BYTES,
+    STATIC_BYTES,
     BlockShape,
     Launch,
     architecture,
@@ -115,7 +116,7 @@ class Fleet:
             config, self.plan, num_ranks=num_ranks, arch=architecture(DEVICE), hosted=True
         )
         self._kernels = {
-            name: load_kernel(DEVICE, code, max_shared_bytes=SHARED_BYTES - 2048)
+            name: load_kernel(DEVICE, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
             for name, code in compiled.items()
         }
         self.max_warps = max_warps
@@ -146,7 +147,7 @@ class Fleet:
         self._number += 1
         present = [item for rank, item in enumerate(everyone) if rank not in absent]
         blocks_per_sm = min(
-            SHARED_BYTES // max(launch.shared_bytes + 2048, 1), 65536 // (launch.block * 128)
+            SHARED_BYTES // max(launch.shared_bytes + STATIC_BYTES, 1), 65536 // (launch.block * 128)
         )
         sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
         assert launch.grid * len(present) <= sms * blocks_per_sm, "blocks would wait for blocks"

@@ -29,28 +29,18 @@ __device__ __forceinline__ void write_grads(const CombineArguments& a, char* bes
     fence_shared_to_bulk();
 }
 
-__device__ __forceinline__ bool return_rows(const CombineArguments& a, const Watch& watch,
-                                            char* shared, unsigned long long* barriers) {
-    __shared__ int rows_from[kNumRanks];
-    __shared__ int most;
+// One warp's share of the rows that go back.
+__device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ring, Slot slot,
+                                             const int* rows_from, int most) {
     const int lane = threadIdx.x % 32;
-    Slot slot = open_slot(shared, barriers, a.slot_bytes);
-    if (threadIdx.x == 0) most = 0;
-    if (!peers_have_room(a, watch, false)) return false;
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
-        rows_from[r] = a.rows_from[r];
-        atomicMax(&most, rows_from[r]);
-    }
-    __syncthreads();
-
-    unsigned* announced = nullptr;  // flag of the row before this one; lane 0
-    const auto announce = [&] {
-        if (announced == nullptr) return;
+    const int stride = (blockDim.x / 32 - 1) * a.num_senders;
+    int written = -1;    // row before this one; lane 0
+    unsigned words = 0;  // rows left in the box
+    auto stages = make_stages<kSendStages>(slot, a.slot_bytes - kMetaStride);
+    const auto tell = [&] {
         bulk_wait_written();
-        store_release_system(announced, watch.transfer);
+        leave_word(ring, written, words);
     };
-
-    const int stride = blockDim.x / 32 * a.num_senders;
     for (int turn = threadIdx.x / 32 * a.num_senders + blockIdx.x; turn < most * kNumRanks;
          turn += stride) {
         const int position = turn / kNumRanks;
@@ -66,35 +56,84 @@ __device__ __forceinline__ bool return_rows(const CombineArguments& a, const Wat
         if (loads && lane == 0)
             slot.load(static_cast<const char*>(a.rows) + row * a.row_bytes, a.row_bytes);
         if (a.flags & kGrads) write_grads(a, slot.beside, row);
+        const int at = a.rank * kMaxTokens + position;
+        char* const peer = a.bases[source];
         if (kExpanded && a.row_bytes != 0) {
-            sum_choices(a, row, slot.row);
-            fence_shared_to_bulk();
+            const Terms terms = terms_of(a, row);
+            if (a.weights_of_row != nullptr)
+                send_sum<true>(stages, terms, staged_row(peer, at), a.row_bytes, tell);
+            else
+                send_sum<false>(stages, terms, staged_row(peer, at), a.row_bytes, tell);
+        } else {
+            tell();
         }
-        announce();
-        __syncwarp();
         if (loads) slot.loaded();
+        __syncwarp();
         if (lane == 0) {
-            const int at = a.rank * kMaxTokens + position;
-            char* const peer = a.bases[source];
-            if (loads || (kExpanded && a.row_bytes != 0))
-                bulk_store(staged_row(peer, at), slot.row, a.row_bytes);
-            if (a.flags & kGrads)
-                bulk_store(staged_meta(peer, at), slot.beside, kGradBytes);
+            if (loads) bulk_store(staged_row(peer, at), slot.row, a.row_bytes);
+            if (a.flags & kGrads) bulk_store(staged_meta(peer, at), slot.beside, kGradBytes);
             bulk_commit();
-            announced = arrival_flag(peer, at);
+            written = source * kMaxTokens + position;
         }
     }
-    announce();
+    tell();
+    leave_no_more(ring);
+}
+
+__device__ __forceinline__ bool return_rows(const CombineArguments& a, const Watch& watch,
+                                            char* shared, Ring& ring) {
+    __shared__ int rows_from[kNumRanks];
+    __shared__ int most;
+    const int movers = blockDim.x / 32 - 1;
+    const Slot slot = open_slot(ring, shared, a.slot_bytes);
+    if (threadIdx.x == 0) most = 0;
+    if (!peers_have_room(a, watch, false)) return false;
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        rows_from[r] = a.rows_from[r];
+        atomicMax(&most, rows_from[r]);
+    }
+    __syncthreads();
+    if (threadIdx.x / 32 < movers)
+        return_turns(a, ring, slot, rows_from, most);
+    else
+        announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
+    close_slot(ring);
     return true;
 }
 
-__device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& watch, int block,
-                                       int num_blocks) {
+// Gradients of a token's choices: each lies beside the partial sum from the choice's rank.
+__device__ __forceinline__ void collect_grads(const CombineArguments& a, int token, int code) {
+    const int lane = threadIdx.x % 32;
+    const long long at = static_cast<long long>(token) * kTopk + lane;
+    long long id = -1;
+    if (lane < kTopk)
+        id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
+                                : static_cast<const int*>(a.ids)[at];
+    const int rank = id >= 0 && id < kNumExperts ? rank_of(a.home_of[id]) : -1;
+    float grad = 0.0f;
+    for (int d = 0; d < kCopies; ++d) {
+        const int candidate = __shfl_sync(0xffffffffu, code, d);
+        if (candidate >= 0 && candidate / kMaxTokens == rank)
+            grad = __int_as_float(load_fresh(
+                reinterpret_cast<const int*>(staged_meta(a.bases[a.rank], candidate)) + lane));
+    }
+    if (lane < kTopk) a.grads_out[at] = grad;
+}
+
+// One warp's share of the tokens.
+__device__ __forceinline__ bool add_up_turns(const CombineArguments& a, const Watch& watch,
+                                             Slot slot, int warp, int num_warps) {
     const int lane = threadIdx.x % 32;
     char* const base = a.bases[a.rank];
-    const int stride = blockDim.x / 32 * num_blocks;
-    for (int token = threadIdx.x / 32 * num_blocks + block; token < a.num_tokens; token += stride) {
-        const int code = lane < kCopies ? a.slots_of_token[token * kCopies + lane] : -1;
+    const auto code_of = [&](int token) {
+        return lane < kCopies && token < a.num_tokens ? a.slots_of_token[token * kCopies + lane]
+                                                      : -1;
+    };
+    auto stages = make_stages<kSumStages>(slot, a.slot_bytes);
+    int next = code_of(warp);
+    for (int token = warp; token < a.num_tokens; token += num_warps) {
+        const int code = next;
+        next = code_of(token + num_warps);
         const int source = code / kMaxTokens;
         // An own row of a deduplicated layout is its own partial sum.
         const bool direct = !kExpanded && code >= 0 && source == a.rank;
@@ -104,60 +143,59 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& w
                               code % kMaxTokens);
         if (!__all_sync(0xffffffffu, here)) return false;
         if (a.row_bytes != 0) {
-            const char* term = direct ? static_cast<const char*>(a.rows) +
-                                            row_of(a, source, code % kMaxTokens) * a.row_bytes
-                                      : staged_row(base, max(code, 0));
+            const char* const term = direct ? static_cast<const char*>(a.rows) +
+                                                  row_of(a, source, code % kMaxTokens) * a.row_bytes
+                                            : staged_row(base, max(code, 0));
             const int terms = __popc(__ballot_sync(0xffffffffu, code >= 0));
-            sum_terms(term, terms, static_cast<char*>(a.out) +
-                                       static_cast<long long>(token) * a.row_bytes, a.row_bytes);
+            sum_terms(stages, term, terms,
+                      static_cast<char*>(a.out) + static_cast<long long>(token) * a.row_bytes,
+                      a.row_bytes);
         }
-        if (!(a.flags & kGrads)) continue;
-        // The choice's rank is the one of the token's slots that has the same rank.
-        const long long at = static_cast<long long>(token) * kTopk + lane;
-        long long id = -1;
-        if (lane < kTopk)
-            id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
-                                    : static_cast<const int*>(a.ids)[at];
-        const int rank = id >= 0 && id < kNumExperts ? a.rank_of[id] : -1;
-        float grad = 0.0f;
-        for (int d = 0; d < kCopies; ++d) {
-            const int candidate = __shfl_sync(0xffffffffu, code, d);
-            if (candidate >= 0 && candidate / kMaxTokens == rank)
-                grad = __int_as_float(load_fresh(
-                    reinterpret_cast<const int*>(staged_meta(base, candidate)) + lane));
-        }
-        if (lane < kTopk) a.grads_out[at] = grad;
+        if (a.flags & kGrads) collect_grads(a, token, code);
     }
     return true;
 }
 
+// `block` of `num_blocks` that add up.
+__device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& watch, char* shared,
+                                       Ring& ring, int block, int num_blocks) {
+    const int warp = threadIdx.x / 32, movers = blockDim.x / 32 - 1;
+    const Slot slot = open_slot(ring, shared, a.slot_bytes);
+    bool fine = true;
+    if (warp < movers)
+        fine = add_up_turns(a, watch, slot, warp * num_blocks + block, movers * num_blocks);
+    close_slot(ring);
+    return fine;
+}
+
 __device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watch& watch,
-                                           char* shared, unsigned long long* barriers) {
+                                           char* shared, Ring& ring) {
     const int block = blockIdx.x, blocks = gridDim.x;
     say_ready(a, watch);
-    if (block < a.num_senders && !return_rows(a, watch, shared, barriers)) return false;
+    if (block < a.num_senders && !return_rows(a, watch, shared, ring)) return false;
     // A single block does both, one after the other.
     if (block < a.num_senders && blocks > a.num_senders) return true;
     const int first = blocks == a.num_senders ? 0 : a.num_senders;
-    return add_up(a, watch, block - first, blocks - first);
+    return add_up(a, watch, shared, ring, block - first, blocks - first);
 }
 
 __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     extern __shared__ __align__(128) char shared[];
-    __shared__ unsigned long long barriers[kMaxWarps];
+    __shared__ Ring ring;
     const Watch watch{a.state, a.control, a.state->sent + 1, static_cast<unsigned>(a.operation)};
-    if (gave_up(watch) || !run_halves(a, watch, shared, barriers)) return;
+    if (gave_up(watch) || !run_halves(a, watch, shared, ring)) return;
     if (!last_to_leave(&a.state->left_send, gridDim.x)) return;
     grant_credit(a, watch);
     if (threadIdx.x == 0) a.state->sent = a.state->received = watch.transfer;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
     combine(const __grid_constant__ CombineArguments arguments) {
     combine_rank(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid.
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1) combine_hosted(const CombineArguments* arguments) {
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+    combine_hosted(const CombineArguments* arguments) {
     combine_rank(arguments[blockIdx.y]);
 }

@@ -8,18 +8,44 @@
 
 #include "peers.cuh"
 
+// The choices of a token: global experts, -1 for none. All loads are under way before the first is
+// used.
+struct Choices {
+    int expert[kTopk];
+    bool faulty;  // an id is out of range
+};
+
+template <typename Id, bool kKeep>
+__device__ __forceinline__ void read_ids(const DispatchArguments& a, int token, Choices& choices) {
+    const Id* const from = static_cast<const Id*>(a.ids) + static_cast<long long>(token) * kTopk;
+    Id* const kept = static_cast<Id*>(a.ids_copy) + static_cast<long long>(token) * kTopk;
+    Id ids[kTopk];
+#pragma unroll
+    for (int k = 0; k < kTopk; ++k) ids[k] = from[k];
+    choices.faulty = false;
+#pragma unroll
+    for (int k = 0; k < kTopk; ++k) {
+        choices.expert[k] = ids[k] >= 0 && ids[k] < kNumExperts ? static_cast<int>(ids[k]) : -1;
+        choices.faulty |= ids[k] < -1 || ids[k] >= kNumExperts;
+        if (kKeep) kept[k] = ids[k];
+    }
+}
+
+template <bool kKeep>
+__device__ __forceinline__ Choices choices_of(const DispatchArguments& a, int token) {
+    Choices choices;
+    if (a.flags & kWideIds)
+        read_ids<long long, kKeep>(a, token, choices);
+    else
+        read_ids<int, kKeep>(a, token, choices);
+    return choices;
+}
+
 __device__ __forceinline__ int expert_of(const DispatchArguments& a, int token, int k) {
     const long long at = static_cast<long long>(token) * kTopk + k;
     const long long id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
                                             : static_cast<const int*>(a.ids)[at];
     return id >= 0 && id < kNumExperts ? static_cast<int>(id) : -1;
-}
-
-__device__ __forceinline__ bool is_faulty(const DispatchArguments& a, int token, int k) {
-    const long long at = static_cast<long long>(token) * kTopk + k;
-    const long long id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
-                                            : static_cast<const int*>(a.ids)[at];
-    return id < -1 || id >= kNumExperts;
 }
 
 struct Span {
@@ -37,20 +63,25 @@ __device__ __forceinline__ Span token_span(const DispatchArguments& a) {
 // Sets the bits of up to `groups` * 32 tokens from `first` on. Returns whether ids were faulty.
 __device__ __forceinline__ bool fill_masks(const DispatchArguments& a, unsigned* masks, int first,
                                            int end) {
-    for (int i = threadIdx.x; i < a.groups * kColumns; i += blockDim.x) masks[i] = 0;
+    const int groups = min(a.groups, (end - first + 31) / 32);
+    for (int i = threadIdx.x; i < groups * kColumns; i += blockDim.x) masks[i] = 0;
     __syncthreads();
     bool faulty = false;
-    for (int i = threadIdx.x; i < a.groups * 32 && first + i < end; i += blockDim.x) {
-        unsigned* row = masks + i / 32 * kColumns;
+    for (int i = threadIdx.x; i < groups * 32 && first + i < end; i += blockDim.x) {
+        unsigned* const row = masks + i / 32 * kColumns;
         const unsigned bit = 1u << (i % 32);
+        const Choices choices = choices_of<true>(a, first + i);
+        faulty |= choices.faulty;
+        int homes[kTopk];
+#pragma unroll
+        for (int k = 0; k < kTopk; ++k)
+            homes[k] = choices.expert[k] >= 0 ? a.home_of[choices.expert[k]] : 0;
+#pragma unroll
         for (int k = 0; k < kTopk; ++k) {
-            const int expert = expert_of(a, first + i, k);
-            if (expert < 0) {
-                faulty |= is_faulty(a, first + i, k);
-                continue;
-            }
-            atomicOr(&row[a.rank_of[expert]], bit);
-            faulty |= (atomicOr(&row[kNumRanks + expert], bit) & bit) != 0;  // chosen twice
+            if (choices.expert[k] < 0) continue;
+            atomicOr(&row[rank_of(homes[k])], bit);
+            const unsigned before = atomicOr(&row[kNumRanks + choices.expert[k]], bit);
+            faulty |= (before & bit) != 0;  // chosen twice
         }
     }
     __syncthreads();
@@ -64,31 +95,28 @@ __device__ __forceinline__ int bits_before(const unsigned* masks, int group, int
     return bits;
 }
 
-// Writes what is known of one token: its slots in ascending rank, its choices' places, its ids.
+// Writes what is known of one token: its slots in ascending rank, its choices' places.
 __device__ __forceinline__ void place_token(const DispatchArguments& a, const unsigned* masks,
                                             const int* running, int token, int group, int lane) {
-    const unsigned* row = masks + group * kColumns;
+    const unsigned* const row = masks + group * kColumns;
     const unsigned below = (1u << lane) - 1u;
+    const auto place = [&](int column) {
+        return running[column] + bits_before(masks, group, column) + __popc(row[column] & below);
+    };
     int found = 0;
     for (int rank = 0; rank < kNumRanks; ++rank) {
         if (!(row[rank] >> lane & 1u)) continue;
-        const int position =
-            running[rank] + bits_before(masks, group, rank) + __popc(row[rank] & below);
+        const int position = place(rank);
         a.slots_of_token[token * kCopies + found++] = rank * kMaxTokens + position;
         if (rank == a.rank) a.own_tokens[position] = token;
     }
     for (; found < kCopies; ++found) a.slots_of_token[token * kCopies + found] = -1;
-    for (int k = 0; k < kTopk; ++k) {
-        const long long at = static_cast<long long>(token) * kTopk + k;
-        const int expert = expert_of(a, token, k);
-        const int column = kNumRanks + expert;
-        a.ordinals[at] = expert < 0 ? -1
-                                    : running[column] + bits_before(masks, group, column) +
-                                          __popc(row[column] & below);
-        if (a.flags & kWideIds)
-            static_cast<long long*>(a.ids_copy)[at] = static_cast<const long long*>(a.ids)[at];
-        else
-            static_cast<int*>(a.ids_copy)[at] = static_cast<const int*>(a.ids)[at];
+    if constexpr (kExpanded) {
+        const Choices choices = choices_of<false>(a, token);
+#pragma unroll
+        for (int k = 0; k < kTopk; ++k)
+            a.ordinals[static_cast<long long>(token) * kTopk + k] =
+                choices.expert[k] < 0 ? -1 : place(kNumRanks + choices.expert[k]);
     }
 }
 
@@ -119,6 +147,30 @@ __device__ __forceinline__ bool publish_counts(const DispatchArguments& a, const
     return true;
 }
 
+// Column sums of the blocks before this one, and of all blocks.
+__device__ __forceinline__ void add_blocks(const DispatchArguments& a, int* running, int* totals) {
+    constexpr int kAtOnce = 8;  // loads under way together
+    const int blocks = gridDim.x, own = blockIdx.x;
+    for (int c = threadIdx.x; c < kColumns; c += blockDim.x) {
+        int before = 0, all = 0;
+        for (int first = 0; first < blocks; first += kAtOnce) {
+            int counts[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                counts[i] = first + i < blocks ? load_fresh(&a.histogram[(first + i) * kColumns + c])
+                                               : 0;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (first + i < own) before += counts[i];
+                all += counts[i];
+            }
+        }
+        running[c] = before;
+        totals[c] = all;
+    }
+    __syncthreads();
+}
+
 // All blocks of the grid. Shared memory: (groups + 2) * kColumns words.
 __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const Watch& watch,
                                              unsigned* shared) {
@@ -133,27 +185,16 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
     bool faulty = false;
     for (int first = span.begin; first < span.end; first += step) {
         faulty |= fill_masks(a, masks, first, span.end);
+        const int groups = min(a.groups, (span.end - first + 31) / 32);
         for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
-            running[c] += bits_before(masks, a.groups, c);
+            running[c] += bits_before(masks, groups, c);
         __syncthreads();
     }
     for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
         a.histogram[blockIdx.x * kColumns + c] = running[c];
     if (a.flags & kCheckIds && faulty) atomicOr(a.faulty, 1);
     if (!meet_blocks(watch)) return false;
-
-    // Prefix over the blocks before this one, and totals for those who send them out.
-    for (int c = threadIdx.x; c < kColumns; c += blockDim.x) {
-        int before = 0, all = 0;
-        for (int b = 0; b < gridDim.x; ++b) {
-            const int count = load_fresh(&a.histogram[b * kColumns + c]);
-            if (b < blockIdx.x) before += count;
-            all += count;
-        }
-        running[c] = before;
-        totals[c] = all;
-    }
-    __syncthreads();
+    add_blocks(a, running, totals);
     if (!publish_counts(a, watch, totals)) return false;
 
     // Second pass: positions.
@@ -163,6 +204,7 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
         for (int i = threadIdx.x; i < step && first + i < span.end; i += blockDim.x)
             place_token(a, masks, running, first + i, i / 32, i % 32);
         __syncthreads();
+        if (first + step >= span.end) break;
         for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
             running[c] += bits_before(masks, a.groups, c);
         __syncthreads();

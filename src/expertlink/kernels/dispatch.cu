@@ -20,7 +20,7 @@ __device__ __forceinline__ bool wait_for_plan(const DispatchArguments& a, const 
 }
 
 __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Watch& watch,
-                                           char* shared, unsigned long long* barriers) {
+                                           char* shared, Ring& ring) {
     const int block = blockIdx.x, blocks = gridDim.x;
     if (a.flags & kCount) {
         if (!count_tokens(a, watch, reinterpret_cast<unsigned*>(shared))) return false;
@@ -33,26 +33,26 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
     __syncthreads();
     if (a.flags & kSend && block < a.num_senders) {
         if (a.flags & kZeroCopy && a.flags & kCount && !wait_for_plan(a, watch)) return false;
-        if (!send_rows(a, watch, shared, barriers)) return false;
+        if (!send_rows(a, watch, shared, ring)) return false;
     }
     if (a.flags & kPlace && (block >= a.num_senders || blocks == a.num_senders)) {
         if (a.flags & kCount && !wait_for_plan(a, watch)) return false;
         __syncthreads();
         const int first = blocks == a.num_senders ? 0 : a.num_senders;
-        if (!place_rows(a, watch, shared, barriers, block - first, blocks - first)) return false;
+        if (!place_rows(a, watch, shared, ring, block - first, blocks - first)) return false;
     }
     return true;
 }
 
 __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     extern __shared__ __align__(128) char shared[];
-    __shared__ unsigned long long barriers[kMaxWarps];
+    __shared__ Ring ring;
     const bool sends = a.flags & kSend, places = a.flags & kPlace || a.flags & kDiscard;
     const Watch watch{a.state, a.control,
                       (sends ? a.state->sent : a.state->received) + 1,
                       static_cast<unsigned>(a.operation)};
     if (gave_up(watch)) return;
-    if (!run_halves(a, watch, shared, barriers)) return;
+    if (!run_halves(a, watch, shared, ring)) return;
 
     // Placing may have started before the sending half was over; the kernel after this one may not.
     if (places && !sends) wait_for_predecessor();
@@ -66,13 +66,13 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
     dispatch(const __grid_constant__ DispatchArguments arguments) {
     dispatch_rank(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid.
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
     dispatch_hosted(const DispatchArguments* arguments) {
     dispatch_rank(arguments[blockIdx.y]);
 }

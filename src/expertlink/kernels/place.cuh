@@ -16,35 +16,81 @@ struct Arrival {
     int token;     // of this rank, if it is an own row
 };
 
-// What came beside the row, choice by choice. Returns the slot of choice `lane`, expanded layouts.
-__device__ __forceinline__ int read_beside(const DispatchArguments& a, const Arrival& arrival,
-                                           const char* beside) {
-    const int lane = threadIdx.x % 32;
-    if (lane >= kTopk) return -1;
+// Tables that every row needs, in shared memory.
+struct Groups {
+    int rows_from[kNumRanks];
+    int first_row[kNumRanks];
+    int most;          // rows of the source that sends most, or of every source if padding is cleared
+    const int* slots;  // [R, E_loc] first slot of each source's rows of each local expert
+};
+
+__device__ __forceinline__ void load_groups(const DispatchArguments& a, Groups& groups,
+                                            int* shared_slots) {
+    const bool fits = kExpanded && shared_slots != nullptr && !(a.flags & kCached);
+    if (threadIdx.x == 0) {
+        groups.most = kLayoutIsRankMajor ? kMaxTokens : 0;
+        groups.slots = fits ? shared_slots : a.first_slot;
+    }
+    __syncthreads();
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        groups.rows_from[r] = load_fresh(&a.rows_from[r]);
+        groups.first_row[r] = load_fresh(&a.first_row[r]);
+        atomicMax(&groups.most, groups.rows_from[r]);
+    }
+    if (fits)
+        for (int i = threadIdx.x; i < kNumRanks * a.num_local; i += blockDim.x)
+            shared_slots[i] = load_fresh(&a.first_slot[i]);
+    __syncthreads();
+}
+
+// The `turn`-th row in the order of arrival; false where there is none.
+__device__ __forceinline__ bool arrival_at(const DispatchArguments& a, const Groups& groups,
+                                           int turn, Arrival& arrival) {
+    arrival.position = turn / kNumRanks;
+    arrival.source = (turn + a.rank) % kNumRanks;
+    arrival.row = kLayoutIsRankMajor ? arrival.source * kMaxTokens + arrival.position
+                                     : groups.first_row[arrival.source] + arrival.position;
+    return arrival.position < groups.rows_from[arrival.source];
+}
+
+__device__ __forceinline__ unsigned* flag_of(const DispatchArguments& a, const Arrival& arrival) {
+    return arrival_flag(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position);
+}
+
+// What came beside the row for choice k. Returns its slot (expanded layouts).
+__device__ __forceinline__ int read_beside(const DispatchArguments& a, const Groups& groups,
+                                           const Arrival& arrival, int k) {
     const bool own = arrival.source == a.rank;
-    const long long at = static_cast<long long>(arrival.row) * kTopk + lane;
-    const long long own_at = static_cast<long long>(arrival.token) * kTopk + lane;
-    const int* const words = reinterpret_cast<const int*>(beside);
+    const long long at = static_cast<long long>(arrival.row) * kTopk + k;
+    const long long own_at = static_cast<long long>(arrival.token) * kTopk + k;
+    const int* const beside = reinterpret_cast<const int*>(
+        staged_meta(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position));
 
     int choice;  // slot (expanded layouts) or local expert (others), -1: lives on another rank
+    float weight = 0.0f;
+    if (a.flags & kNewWeights)
+        weight = own ? a.weights[own_at] : __int_as_float(load_fresh(beside + kWeightsAt / 4 + k));
     if (a.flags & kCached) {
         choice = a.choices_of_row[at];
     } else {
-        const int expert = own ? expert_of(a, arrival.token, lane) : load_fresh(words + lane);
-        choice = expert >= 0 && a.rank_of[expert] == a.rank ? a.local_of[expert] : -1;
+        int home, place = 0;
+        if (own) {
+            const int expert = expert_of(a, arrival.token, k);
+            if (kExpanded) place = load_fresh(&a.ordinals[own_at]);
+            home = expert < 0 ? -1 : a.home_of[expert];
+        } else {
+            home = load_fresh(beside + k);
+            if (kExpanded) place = load_fresh(beside + kPlacesAt / 4 + k);
+        }
+        choice = home >= 0 && rank_of(home) == a.rank ? local_of(home) : -1;
         if (kExpanded && choice >= 0) {
-            const int place = own ? load_fresh(&a.ordinals[own_at])
-                                  : load_fresh(words + kPlacesAt / 4 + lane);
-            choice = load_fresh(&a.first_slot[arrival.source * a.num_local + choice]) + place;
+            choice = groups.slots[arrival.source * a.num_local + choice] + place;
             if (choice >= a.max_slots) choice = -1;  // static shapes: reported, and dropped
         }
         a.choices_of_row[at] = choice;
     }
-    float weight = 0.0f;
     if (a.flags & kNewWeights) {
-        if (choice >= 0)
-            weight = own ? a.weights[own_at]
-                         : __int_as_float(load_fresh(words + kWeightsAt / 4 + lane));
+        if (choice < 0) weight = 0.0f;
         a.weights_of_row[at] = weight;
     } else if (a.weights_of_row != nullptr) {
         weight = a.weights_of_row[at];
@@ -54,6 +100,12 @@ __device__ __forceinline__ int read_beside(const DispatchArguments& a, const Arr
         if (a.topk_weights != nullptr) a.topk_weights[at] = weight;
     }
     return kExpanded ? choice : -1;
+}
+
+__device__ __forceinline__ const char* scales_of(const DispatchArguments& a, const Arrival& arrival) {
+    if (arrival.source == a.rank)
+        return a.scales + static_cast<long long>(arrival.token) * a.scale_bytes;
+    return staged_meta(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position) + kScalesAt;
 }
 
 __device__ __forceinline__ void fill_zeros(char* target, int bytes) {
@@ -88,71 +140,72 @@ __device__ __forceinline__ void clear_choices(const DispatchArguments& a, int sl
     if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
 }
 
-// `block` of `num_blocks` that place rows. Shared memory: the ring, then kNumRanks words.
-__device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Watch& watch,
-                                           char* shared, unsigned long long* barriers, int block,
-                                           int num_blocks) {
-    __shared__ int rows_from[kNumRanks];
-    __shared__ int most;
-    const int lane = threadIdx.x % 32;
-    const int num_warps = blockDim.x / 32 * num_blocks;
-    const int warp = threadIdx.x / 32 * num_blocks + block;
-    char* const base = a.bases[a.rank];
-    const bool move_rows = !(a.flags & kZeroCopy);
-    Slot slot = open_slot(shared, barriers, a.slot_bytes);
-    if (threadIdx.x == 0) most = kLayoutIsRankMajor ? kMaxTokens : 0;
-    __syncthreads();
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
-        rows_from[r] = load_fresh(&a.rows_from[r]);
-        atomicMax(&most, rows_from[r]);
-    }
-    __syncthreads();
+// Rows that have arrived, 32 of one warp's at a time: lane l looks at the row l turns ahead.
+struct Lookout {
+    unsigned here;  // bit l: the l-th row from `first` has arrived
+    int first;      // turn of bit 0
+};
 
-    for (int turn = warp; turn < most * kNumRanks; turn += num_warps) {
+// Waits for the row at `turn`; every lane.
+__device__ __forceinline__ bool await_turn(const DispatchArguments& a, const Groups& groups,
+                                           const Watch& watch, Lookout& lookout, int turn,
+                                           int stride, bool own_rows_too) {
+    const int lane = threadIdx.x % 32;
+    const int ahead = (turn - lookout.first) / stride;
+    if (ahead < 32 && lookout.here >> ahead & 1u) return true;
+    unsigned long long since = 0;
+    lookout.first = turn;
+    Arrival arrival;
+    const bool exists = arrival_at(a, groups, turn + lane * stride, arrival) &&
+                        turn + lane * stride < groups.most * kNumRanks;
+    const bool waits = exists && (own_rows_too || arrival.source != a.rank);
+    const unsigned* const flag = flag_of(a, arrival);
+    for (unsigned spins = 1;; ++spins) {
+        unsigned seen = watch.transfer;
+        if (waits) seen = load_acquire_system(flag);
+        lookout.here = __ballot_sync(0xffffffffu, reached(seen, watch.transfer));
+        if (lookout.here & 1u) return true;
+        if (spins % kSpinsBetweenLooks != 0) continue;
+        if (lane == 0)
+            since = look_at_clock(watch, kPhaseRow, arrival.source, watch.transfer, seen,
+                                  arrival.position, since);
+        if (__shfl_sync(0xffffffffu, since, 0) == 0) return false;
+    }
+}
+
+// Moves the rows that this warp takes.
+__device__ __forceinline__ bool place_turns(const DispatchArguments& a, const Watch& watch,
+                                            const Groups& groups, Slot slot, int warp,
+                                            int num_warps) {
+    const int lane = threadIdx.x % 32;
+    Lookout lookout{0, warp};
+    for (int turn = warp; turn < groups.most * kNumRanks; turn += num_warps) {
         Arrival arrival;
-        arrival.position = turn / kNumRanks;
-        arrival.source = (turn + a.rank) % kNumRanks;
-        if (arrival.position >= rows_from[arrival.source]) {
-            if (kLayoutIsRankMajor)
-                clear_choices(a, arrival.source * kMaxTokens + arrival.position);
+        if (!arrival_at(a, groups, turn, arrival)) {
+            if (kLayoutIsRankMajor) clear_choices(a, arrival.row);
             continue;
         }
+        if (!await_turn(a, groups, watch, lookout, turn, num_warps, false)) return false;
         const int staged = arrival.source * kMaxTokens + arrival.position;
         const bool own = arrival.source == a.rank;
-        arrival.row = kLayoutIsRankMajor
-                          ? staged
-                          : load_fresh(&a.first_row[arrival.source]) + arrival.position;
         arrival.token = own ? load_fresh(&a.own_tokens[arrival.position]) : 0;
-        if (!own || !move_rows) {
-            const bool here = wait_until(arrival_flag(base, staged), watch.transfer, watch,
-                                         kPhaseRow, arrival.source, arrival.position);
-            if (!__all_sync(0xffffffffu, here)) return false;
+        bulk_wait_read();
+        __syncwarp();
+        if (lane == 0) {
+            fence_global_to_bulk();
+            slot.load(own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
+                          : staged_row(a.bases[a.rank], staged),
+                      a.row_bytes);
         }
-        if (move_rows) {
-            bulk_wait_read();
-            __syncwarp();
-            if (lane == 0) {
-                fence_global_to_bulk();
-                slot.load(own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
-                              : staged_row(base, staged),
-                          a.row_bytes);
-            }
-        }
-        const char* const beside = staged_meta(base, staged);
-        int target = read_beside(a, arrival, beside);
+        int target = lane < kTopk ? read_beside(a, groups, arrival, lane) : -1;
         if (!kExpanded && lane == 0 && arrival.row < a.max_slots) target = arrival.row;
-        if (a.scale_bytes) {
-            const char* const scales =
-                own ? a.scales + static_cast<long long>(arrival.token) * a.scale_bytes
-                    : beside + kScalesAt;
+        if (a.scale_bytes)
             for (int k = 0; k < (kExpanded ? kTopk : 1); ++k) {
                 const int to = __shfl_sync(0xffffffffu, target, k);
                 if (to >= 0)
-                    copy_bytes(a.scales_out + static_cast<long long>(to) * a.scale_bytes, scales,
-                               a.scale_bytes);
+                    copy_bytes(a.scales_out + static_cast<long long>(to) * a.scale_bytes,
+                               scales_of(a, arrival), a.scale_bytes);
             }
-        }
-        if (!move_rows) continue;
         slot.loaded();
         if (target >= 0) {
             bulk_store(a.tokens + static_cast<long long>(target) * a.row_bytes, slot.row,
@@ -160,13 +213,66 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Wat
             bulk_commit();
         }
     }
-    if (a.flags & kClearRest) {
-        const int last = kNumRanks - 1;
-        for (int row = load_fresh(&a.first_row[last]) + rows_from[last] + warp; row < a.max_slots;
-             row += num_warps)
-            clear_choices(a, row);
-    }
-    if (kExpanded && !kPadded && kAlignment > 1) zero_gaps(a, warp, num_warps);
-    bulk_wait_written();
     return true;
+}
+
+// Zero copy: the rows are in place, what came beside them is not. Lanes share out rows and choices.
+__device__ __forceinline__ bool receive_turns(const DispatchArguments& a, const Watch& watch,
+                                              const Groups& groups, int warp, int num_warps) {
+    constexpr int kRows = kTopk <= 4 ? 8 : kTopk <= 8 ? 4 : kTopk <= 16 ? 2 : 1;  // of a warp
+    constexpr int kLanes = 32 / kRows;                                            // of a row
+    const int lane = threadIdx.x % 32, k = lane % kLanes;
+    const int turns = groups.most * kNumRanks;
+    for (int first = warp * kRows; first < turns; first += num_warps * kRows) {
+        const int turn = first + lane / kLanes;
+        Arrival arrival;
+        const bool exists = arrival_at(a, groups, turn, arrival) && turn < turns;
+        bool here = true;
+        if (exists)
+            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow,
+                              arrival.source, arrival.position);
+        if (!__all_sync(0xffffffffu, here)) return false;
+        if (exists) {
+            arrival.token =
+                arrival.source == a.rank ? load_fresh(&a.own_tokens[arrival.position]) : 0;
+            if (k < kTopk) read_beside(a, groups, arrival, k);
+        } else if (kLayoutIsRankMajor && turn < turns && k < kTopk) {
+            const long long at = static_cast<long long>(arrival.row) * kTopk + k;
+            a.topk_ids[at] = -1;
+            if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
+        }
+        if (a.scale_bytes && exists && arrival.row < a.max_slots)
+            for (int i = k; i < a.scale_bytes; i += kLanes)
+                a.scales_out[static_cast<long long>(arrival.row) * a.scale_bytes + i] =
+                    *reinterpret_cast<const volatile char*>(scales_of(a, arrival) + i);
+    }
+    return true;
+}
+
+// `block` of `num_blocks` that place rows. Shared memory: the ring, and the table of first slots
+// where it fits behind it.
+__device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Watch& watch,
+                                           char* shared, Ring& ring, int block, int num_blocks) {
+    __shared__ Groups groups;
+    __shared__ int slots[kExpanded ? kMostSharedSlots : 1];
+    const int movers = blockDim.x / 32 - 1;
+    const int num_warps = movers * num_blocks;
+    const int warp = threadIdx.x / 32 * num_blocks + block;
+    const Slot slot = open_slot(ring, shared, a.slot_bytes);
+    load_groups(a, groups, kNumRanks * a.num_local <= kMostSharedSlots ? slots : nullptr);
+    bool fine = true;
+    if (threadIdx.x / 32 < movers) {
+        fine = a.flags & kZeroCopy ? receive_turns(a, watch, groups, warp, num_warps)
+                                   : place_turns(a, watch, groups, slot, warp, num_warps);
+        if (fine && a.flags & kClearRest) {
+            const int last = kNumRanks - 1;
+            for (int row = groups.first_row[last] + groups.rows_from[last] + warp;
+                 row < a.max_slots; row += num_warps)
+                clear_choices(a, row);
+        }
+        if (fine && kExpanded && !kPadded && kAlignment > 1) zero_gaps(a, warp, num_warps);
+        bulk_wait_written();
+    }
+    close_slot(ring);
+    return fine;
 }

@@ -32,11 +32,15 @@ __device__ __forceinline__ int scan_exclusive(int* values, int count) {
     return carry;
 }
 
-// Shared memory: kNumRanks + num_local + 1 + kNumRanks words.
+// Count rows of all ranks are read once into shared memory where they fit there.
+constexpr int kTableWords = kNumRanks * kCountWords;
+constexpr bool kTableIsShared = kTableWords <= kMostSharedTable;
+
+// Shared memory: 2 * kNumRanks + num_local + 1 words, and the table.
 __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Watch& watch,
                                            int* shared) {
     char* const base = a.bases[a.rank];
-    const int* const rows = reinterpret_cast<const int*>(base + kCountsAt);
+    const int* const arrived = count_row(base, 0);
     const unsigned* const ready = reinterpret_cast<const unsigned*>(base + kReadyAt);
     bool here = true;
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
@@ -46,10 +50,16 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     int* const arrivals = shared;                 // [R] rows from each rank
     int* const groups = arrivals + kNumRanks;     // [E_loc] rows of each local expert
     int* const needed = groups + a.num_local + 1;  // [R] rows each rank would receive
+    int* const table = needed + kNumRanks;
     __shared__ int num_arrivals, num_slots, disagree, verdict, worst, room;
-    const auto count = [&](int source, int column) {
-        return load_fresh(&rows[source * kCountWords + kHeadWords + column]);
+    if (kTableIsShared)
+        for (int i = threadIdx.x; i < kTableWords; i += blockDim.x) table[i] = load_fresh(&arrived[i]);
+    __syncthreads();
+    const auto word = [&](int source, int index) {
+        const int at = source * kCountWords + index;
+        return kTableIsShared ? table[at] : load_fresh(&arrived[at]);
     };
+    const auto count = [&](int source, int column) { return word(source, kHeadWords + column); };
     if (threadIdx.x == 0) disagree = worst = room = 0;
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
         arrivals[r] = count(r, a.rank);
@@ -74,13 +84,12 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) {
             int sum = 0;
             for (int s = 0; s < kNumRanks; ++s) sum += count(s, kNumRanks + e);
-            atomicAdd(&needed[a.rank_of[e]], align_up(sum));
+            atomicAdd(&needed[rank_of(a.home_of[e])], align_up(sum));
         }
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
-        const int* const head = rows + r * kCountWords;
-        bool same = load_fresh(&head[kStatus]) == 0;
-        for (int word : {kOperation, kCommunicator, kCall, kRowBytes, kExtraBytes})
-            same &= load_fresh(&head[word]) == head_word(a, word);
+        bool same = word(r, kStatus) == 0;
+        for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kExtraBytes})
+            same &= word(r, i) == head_word(a, i);
         if (!same) atomicOr(&disagree, 1);
     }
     __syncthreads();
@@ -93,7 +102,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
             mail[kMailWords + kNumRanks * kHeadWords + r] = arrivals[r];
         for (int i = threadIdx.x; i < kNumRanks * kHeadWords; i += blockDim.x)
-            mail[kMailWords + i] = load_fresh(&rows[i / kHeadWords * kCountWords + i % kHeadWords]);
+            mail[kMailWords + i] = word(i / kHeadWords, i % kHeadWords);
     }
     __syncthreads();  // counts of experts turn into offsets below
 
@@ -122,7 +131,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     if (threadIdx.x == 0) {
         verdict = disagree ? kDisagree : kFine;
         for (int r = 0; r < kNumRanks && verdict == kFine; ++r) {
-            room = load_fresh(&rows[r * kCountWords + kCapacity]);
+            room = word(r, kCapacity);
             worst = r;
             if (room >= 0 && needed[r] > room) verdict = kOverflow;
         }

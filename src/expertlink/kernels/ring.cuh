@@ -1,38 +1,61 @@
-// A warp's slot of shared memory for one row and what travels beside it, with its load barrier.
+// What the warps of a block share: a slot of shared memory per warp for one row and what travels
+// beside it, and the box in which they leave word of rows that have been written.
 #pragma once
 
-#include "common/sync.cuh"
+#include "peers.cuh"
 
 struct Slot {
     char* row;
     char* beside;
-    unsigned long long* barrier;
+    unsigned long long* barriers;  // [kMaxStages]
     unsigned parity;
 
     // Starts loading a row; one lane.
     __device__ __forceinline__ void load(const char* source, int bytes) {
-        bulk_load(row, source, bytes, barrier);
+        bulk_load(row, source, bytes, &barriers[0]);
     }
 
     // Every lane: the row is here.
     __device__ __forceinline__ void loaded() {
-        bulk_load_wait(barrier, parity);
+        bulk_load_wait(&barriers[0], parity);
         parity ^= 1u;
     }
 };
 
-// This warp's slot; `barriers` are shared by the whole block and initialised once.
-__device__ __forceinline__ Slot open_slot(char* shared, unsigned long long* barriers,
-                                          int slot_bytes) {
+constexpr int kMaxStages = 4;  // loads of a warp that may be under way
+constexpr int kBoxDepth = 2;   // rows of a warp that may wait to be announced
+
+// Static shared memory of a block.
+struct Ring {
+    unsigned long long barriers[kMaxWarps][kMaxStages];
+    int codes[kMaxWarps][kBoxDepth][kCopies];  // rank * kMaxTokens + position of an announced row
+    unsigned posted[kMaxWarps];                // rows left in the box
+    unsigned taken[kMaxWarps];                 // rows taken out of it
+    unsigned finished;                         // warps that will leave no more
+};
+
+// Every thread of the block; warps beyond the last slot get one that they must not use.
+__device__ __forceinline__ Slot open_slot(Ring& ring, char* shared, int slot_bytes) {
     const int warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 == 0) barrier_init(&barriers[warp]);
+    if (threadIdx.x < kMaxWarps) {
+        for (int i = 0; i < kMaxStages; ++i) barrier_init(&ring.barriers[threadIdx.x][i]);
+        ring.posted[threadIdx.x] = ring.taken[threadIdx.x] = 0;
+    }
+    if (threadIdx.x == 0) ring.finished = 0;
     fence_shared_to_bulk();  // the memory may have been used by ordinary stores
     __syncthreads();
     char* const begin = shared + static_cast<long long>(warp) * slot_bytes;
-    return {begin, begin + slot_bytes - kMetaStride, &barriers[warp], 0};
+    return {begin, begin + slot_bytes - kMetaStride, ring.barriers[min(warp, kMaxWarps - 1)], 0};
 }
 
-// What travels beside a row: K ids, K places, K weights, then scales.
+__device__ __forceinline__ void close_slot(Ring& ring) {
+    __syncthreads();
+    if (threadIdx.x < kMaxWarps)
+        for (int i = 0; i < kMaxStages; ++i) barrier_inval(&ring.barriers[threadIdx.x][i]);
+    __syncthreads();
+}
+
+// What travels beside a row: K homes, K places, K weights, then scales.
 constexpr int kPlacesAt = kTopk * 4;
 constexpr int kWeightsAt = kTopk * 8;
 
@@ -60,6 +83,59 @@ __device__ __forceinline__ void copy_bytes(char* target, const char* source, int
     else
         for (int i = lane; i < bytes; i += 32)
             target[i] = *reinterpret_cast<const volatile char*>(source + i);
+}
+
+// -- announcing rows ------------------------------------------------------------------------------
+// A release at system scope takes longer than a row does. So the warps that move rows only leave word
+// of those whose bytes are written, and one warp announces the rows of all of them after one fence.
+
+// Lane d: the row at its d-th destination, `code`, has been written; -1: none.
+__device__ __forceinline__ void leave_word(Ring& ring, int code, unsigned& count) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // The announcing warp waits for nobody, so there will be room.
+    while (count - load_acquire_block(&ring.taken[warp]) >= kBoxDepth) {
+    }
+    if (lane < kCopies) ring.codes[warp][count % kBoxDepth][lane] = code;
+    ++count;
+    __syncwarp();
+    if (lane == 0) store_release_block(&ring.posted[warp], count);
+}
+
+__device__ __forceinline__ void leave_no_more(Ring& ring) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) add_release_block(&ring.finished);
+}
+
+// The announcing warp: raises the arrival flags until `num_warps` warps will leave no more.
+__device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, int rank,
+                                              unsigned transfer, int num_warps) {
+    const int lane = threadIdx.x % 32;
+    unsigned done = 0;  // rows of warp `lane` that have been announced
+    for (;;) {
+        // Read before the boxes: when all have finished, what is in them is all there will be.
+        const bool over = load_acquire_block(&ring.finished) == num_warps;
+        const unsigned posted = lane < num_warps ? load_acquire_block(&ring.posted[lane]) : 0;
+        unsigned fresh = __ballot_sync(0xffffffffu, posted != done);
+        if (fresh == 0) {
+            if (__all_sync(0xffffffffu, over)) return;
+            continue;
+        }
+        // Orders the flags after the rows: those who left word had seen their rows written.
+        fence_system();
+        for (; fresh; fresh &= fresh - 1) {
+            const int warp = __ffs(fresh) - 1;
+            const unsigned until = __shfl_sync(0xffffffffu, posted, warp);
+            for (unsigned n = __shfl_sync(0xffffffffu, done, warp); n != until; ++n) {
+                const int code = lane < kCopies ? ring.codes[warp][n % kBoxDepth][lane] : -1;
+                if (code < 0) continue;
+                const int at = rank * kMaxTokens + code % kMaxTokens;
+                store_relaxed_system(arrival_flag(bases[code / kMaxTokens], at), transfer);
+            }
+        }
+        __syncwarp();
+        if (posted != done) store_release_block(&ring.taken[lane], posted);
+        done = posted;
+    }
 }
 
 // The last block to leave a half of a kernel; what all blocks did is visible to it.

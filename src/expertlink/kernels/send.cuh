@@ -1,8 +1,8 @@
 // Sending half of a dispatch: every token is loaded once and stored once at each destination rank.
 //
-// Warps take tokens in turn. Lane d carries the row to the token's d-th destination: it issues the
-// bulk stores, waits for them and raises the arrival flag. A row is announced while the next one is
-// being loaded.
+// Warps take tokens in turn; the last warp of the block announces what the others have written. Lane d
+// carries the row to the token's d-th destination: it issues the bulk stores and waits for them, while
+// the next row is being loaded.
 #pragma once
 
 #include "count.cuh"
@@ -13,8 +13,10 @@ __device__ __forceinline__ void write_beside(const DispatchArguments& a, char* b
     if (lane < kTopk) {
         const long long at = static_cast<long long>(token) * kTopk + lane;
         if (!(a.flags & kCached)) {
-            reinterpret_cast<int*>(beside)[lane] = expert_of(a, token, lane);
-            reinterpret_cast<int*>(beside + kPlacesAt)[lane] = load_fresh(&a.ordinals[at]);
+            const int expert = expert_of(a, token, lane);
+            reinterpret_cast<int*>(beside)[lane] = expert < 0 ? -1 : a.home_of[expert];
+            if (kExpanded)
+                reinterpret_cast<int*>(beside + kPlacesAt)[lane] = load_fresh(&a.ordinals[at]);
         }
         if (a.flags & kNewWeights)
             reinterpret_cast<float*>(beside + kWeightsAt)[lane] = a.weights[at];
@@ -25,22 +27,9 @@ __device__ __forceinline__ void write_beside(const DispatchArguments& a, char* b
     fence_shared_to_bulk();
 }
 
-__device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watch& watch,
-                                          char* shared, unsigned long long* barriers) {
-    if (!peers_have_room(a, watch, a.flags & kZeroCopy)) return false;
+// One warp's tokens.
+__device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ring, Slot slot) {
     const int lane = threadIdx.x % 32;
-    const int num_warps = blockDim.x / 32;
-    Slot slot = open_slot(shared, barriers, a.slot_bytes);
-    int announced = -1;  // slot of the row before this one, at this lane's destination
-
-    const auto announce = [&](int code) {
-        if (code < 0) return;
-        bulk_wait_written();
-        store_release_system(
-            arrival_flag(a.bases[code / kMaxTokens], a.rank * kMaxTokens + code % kMaxTokens),
-            watch.transfer);
-    };
-
     const auto destination = [&](int token) {
         if (lane >= kCopies || token >= a.num_tokens) return -1;
         const int code = load_fresh(&a.slots_of_token[token * kCopies + lane]);
@@ -50,8 +39,10 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
     };
 
     // Neighbouring tokens go to different blocks, so that all destinations progress alike.
-    const int stride = a.num_senders * num_warps;
+    const int stride = a.num_senders * (blockDim.x / 32 - 1);
     int token = threadIdx.x / 32 * a.num_senders + blockIdx.x;
+    int written = -1;    // row before this one at this lane's destination
+    unsigned words = 0;  // rows left in the box
     for (int next = destination(token); token < a.num_tokens; token += stride) {
         const int code = next;
         next = destination(token + stride);
@@ -61,8 +52,8 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
         if (lane == 0)
             slot.load(a.x + static_cast<long long>(token) * a.row_bytes, a.row_bytes);
         if (a.beside_bytes) write_beside(a, slot.beside, token);
-        announce(announced);
-        __syncwarp();
+        bulk_wait_written();
+        leave_word(ring, written, words);
         slot.loaded();
         if (code >= 0) {
             const int rank = code / kMaxTokens, position = code % kMaxTokens;
@@ -78,8 +69,22 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
             if (a.beside_bytes) bulk_store(staged_meta(base, at), slot.beside, a.beside_bytes);
             bulk_commit();
         }
-        announced = code;
+        written = code;
     }
-    announce(announced);
+    bulk_wait_written();
+    leave_word(ring, written, words);
+    leave_no_more(ring);
+}
+
+__device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watch& watch,
+                                          char* shared, Ring& ring) {
+    if (!peers_have_room(a, watch, a.flags & kZeroCopy)) return false;
+    const int movers = blockDim.x / 32 - 1;
+    const Slot slot = open_slot(ring, shared, a.slot_bytes);
+    if (threadIdx.x / 32 < movers)
+        send_tokens(a, ring, slot);
+    else
+        announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
+    close_slot(ring);
     return true;
 }

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import torch
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import ArenaPlan, RowShape, round_up
+from expertlink.engines.nvlink.arena import HEAD_WORDS, ArenaPlan, RowShape, round_up
 from expertlink.engines.nvlink.arguments import COMBINE, DISPATCH, FLAG_CONSTANTS
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
 from expertlink.jit.kernel import Arguments, load_kernel
 from expertlink.types import DispatchLayout
 
+HOME_STRIDE = 1 << 16  # an expert's home is its rank times this, plus its index there
 KERNELS = ("dispatch", "combine")
 SHARED_BYTES = 227 * 1024  # of a block on sm_90 and later
-_STATIC_BYTES = 2048  # of which barriers and small tables take this much at most
-_MAX_WARPS = 16
+STATIC_BYTES = 10 * 1024  # of which barriers and small tables take this much at most
+_SHARED_SLOTS = 512  # first slots that placing keeps in shared memory
+_SHARED_TABLE = 16 * 1024  # words of count rows that planning keeps there
+_MAX_WARPS = 15  # that move rows; one more announces them
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ def kernel_constants(
         "kStagingStride": shape.row,
         "kMetaStride": shape.beside,
         "kScalesAt": shape.scales_at,
+        "kHomeStride": HOME_STRIDE,
         "kMaxWarps": _MAX_WARPS,
+        "kMostSharedSlots": _SHARED_SLOTS,
+        "kMostSharedTable": _SHARED_TABLE,
         "kGradBytes": round_up(4 * config.topk, 16),
         **plan.offsets(num_ranks),
         **FLAG_CONSTANTS,
@@ -106,7 +112,7 @@ class DeviceRunner:
         self._device = device
         compiled = compile_for(config, plan, num_ranks=num_ranks, arch=architecture(device))
         self._kernels = {
-            name: load_kernel(device, code, max_shared_bytes=SHARED_BYTES - _STATIC_BYTES)
+            name: load_kernel(device, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
             for name, code in compiled.items()
         }
 
@@ -146,18 +152,29 @@ class BlockShape:
         max_warps: int = _MAX_WARPS,
     ) -> None:
         self._beside = RowShape.of(config).beside
-        self._room = SHARED_BYTES - _STATIC_BYTES
+        self._room = SHARED_BYTES - STATIC_BYTES
         self._columns = num_ranks + config.num_experts
-        self._plan_bytes = 4 * (2 * num_ranks + num_local + 1)
+        table = num_ranks * (HEAD_WORDS + self._columns)
+        table = table if table <= _SHARED_TABLE else 0
+        self._plan_bytes = 4 * (2 * num_ranks + num_local + 1 + table)
         self._max_warps = max_warps
 
     def slot_bytes(self, row_bytes: int) -> int:
-        """Shared memory of a warp."""
+        """Shared memory of a warp that moves rows."""
         return round_up(row_bytes + self._beside, 128)
 
+    def sum_bytes(self, row_bytes: int) -> int:
+        """Shared memory of a warp that adds rows up: all there is, chunks of many rows fit in."""
+        warps = self.warps(row_bytes)
+        return max(self.slot_bytes(row_bytes), self._room // max(warps, _MAX_WARPS) // 128 * 128)
+
     def warps(self, row_bytes: int) -> int:
-        """Warps of a block, each with a row of its own in shared memory."""
+        """Warps that move rows, each with one of its own in shared memory."""
         return max(1, min(self._max_warps, self._room // self.slot_bytes(row_bytes)))
+
+    def threads(self, row_bytes: int) -> int:
+        """Threads of a block."""
+        return 32 * (self.warps(row_bytes) + 1)
 
     def groups(self, warps: int) -> int:
         """Masks of 32 tokens that counting can hold at a time."""

@@ -18,7 +18,7 @@ from expertlink.engines.base import CombineCall, DispatchCall
 from expertlink.engines.header import Operation
 from expertlink.engines.nvlink.arena import Arena, RowShape, round_up, row_limit
 from expertlink.engines.nvlink.arguments import COMBINE, DISPATCH, Flag
-from expertlink.engines.nvlink.kernels import BlockShape, Launch, Run, split_blocks
+from expertlink.engines.nvlink.kernels import HOME_STRIDE, BlockShape, Launch, Run, split_blocks
 from expertlink.engines.nvlink.route import Route
 from expertlink.engines.nvlink.watchdog import FINE, Mail, Watchdog
 from expertlink.errors import InputError
@@ -89,8 +89,8 @@ class HighThroughput:
             config, num_ranks=self._num_ranks, num_local=self._num_local
         )
         device = arena.device
-        self._rank_of = placement.rank_of_E.to(torch.int32)
-        self._local_of = placement.local_of_E
+        homes = placement.rank_of_E[:-1] * HOME_STRIDE + placement.local_of_E[:-1]
+        self._home_of = homes.to(torch.int32)
         self._experts = torch.tensor(experts or (0,), dtype=torch.int32, device=device)
         columns = self._num_ranks + config.num_experts
         self._histogram = torch.empty(num_sms * columns, dtype=torch.int32, device=device)
@@ -104,11 +104,10 @@ class HighThroughput:
             "control": watchdog.address,
             "rank": rank,
             "communicator": communicator,
-            "rank_of": self._rank_of.data_ptr(),
+            "home_of": self._home_of.data_ptr(),
         }
         self._dispatch: Any = DISPATCH.new(
             **common,
-            local_of=self._local_of.data_ptr(),
             experts=self._experts.data_ptr(),
             num_local=self._num_local,
             histogram=self._histogram.data_ptr(),
@@ -360,7 +359,7 @@ class HighThroughput:
             a,
             Launch(
                 grid=grid,
-                block=32 * warps,
+                block=self._blocks.threads(row_bytes),
                 shared_bytes=self._blocks.shared_bytes(row_bytes, counts=counts),
                 follows=not sends,
             ),
@@ -468,14 +467,14 @@ class HighThroughput:
         total = self._sms(num_sms, config.num_sms_combine)
         senders, total = split_blocks(total, senders=_RETURNERS[self._layout.expanded])
         a.num_senders = senders
-        a.slot_bytes = self._blocks.slot_bytes(row_bytes)
+        a.slot_bytes = self._blocks.sum_bytes(row_bytes)
         self._run(
             "combine",
             a,
             Launch(
                 grid=total,
-                block=32 * self._blocks.warps(row_bytes),
-                shared_bytes=self._blocks.shared_bytes(row_bytes, counts=False),
+                block=self._blocks.threads(row_bytes),
+                shared_bytes=self._blocks.warps(row_bytes) * a.slot_bytes,
             ),
         )
         return grads_TK

@@ -18,18 +18,32 @@ __device__ __forceinline__ void barrier_init(unsigned long long* barrier) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Loads `bytes` (a multiple of 16) and lets the barrier's current phase wait for them.
-__device__ __forceinline__ void bulk_load(void* shared, const void* global, unsigned bytes,
-                                          unsigned long long* barrier) {
+__device__ __forceinline__ void barrier_inval(unsigned long long* barrier) {
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// The barrier's current phase will wait for `bytes` more.
+__device__ __forceinline__ void barrier_expect(unsigned long long* barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                      shared_address(barrier)),
                  "r"(bytes)
                  : "memory");
+}
+
+// Copies `bytes` (a multiple of 16) that the barrier expects.
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsigned bytes,
+                                          unsigned long long* barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(shared_address(shared)),
         "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
         : "memory");
+}
+
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, unsigned bytes,
+                                          unsigned long long* barrier) {
+    barrier_expect(barrier, bytes);
+    bulk_copy(shared, global, bytes, barrier);
 }
 
 // Local copies always end, so this wait needs no bound.
@@ -58,6 +72,11 @@ __device__ __forceinline__ void bulk_commit() {
 // The shared memory of all stores of this thread has been read.
 __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// The same of all but the last group.
+__device__ __forceinline__ void bulk_wait_read_but_one() {
+    asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
 }
 
 // The bytes of all stores of this thread are written.
@@ -97,6 +116,39 @@ __device__ __forceinline__ void store_release_device(unsigned* word, unsigned va
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_relaxed_system(unsigned* word, unsigned value) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void fence_system() {
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+
+__device__ __forceinline__ unsigned load_relaxed_system(const unsigned* word) {
+    unsigned value;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ unsigned load_acquire_block(const unsigned* word) {
+    unsigned value;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+                 : "=r"(value)
+                 : "r"(shared_address(word))
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release_block(unsigned* word, unsigned value) {
+    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(word)), "r"(value)
+                 : "memory");
+}
+
+__device__ __forceinline__ void add_release_block(unsigned* word) {
+    asm volatile("red.release.cta.shared::cta.add.u32 [%0], 1;" ::"r"(shared_address(word))
+                 : "memory");
+}
+
 // Adds one with acquire and release, so that the last of several arrivals sees what all others did.
 __device__ __forceinline__ unsigned arrive_device(unsigned* word) {
     unsigned before;
@@ -122,14 +174,6 @@ __device__ __forceinline__ uint4 load_fresh(const uint4* words) {
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(words)
                  : "memory");
-    return value;
-}
-
-__device__ __forceinline__ uint4 load_once(const uint4* words) {
-    uint4 value;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(words));
     return value;
 }
 
