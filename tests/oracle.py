@@ -1,24 +1,41 @@
 """What the contract says, in the plainest loops: the judge of every engine and layout.
 
 Written against the contract's text, not against the library: nothing here imports its routing,
-layout or reduction code.
+layout or reduction code. Results are kept, because the threads of hosted ranks ask again and again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from expertlink import DispatchLayout
 
+Result = TypeVar("Result")
+_KEPT = 512  # results of each function; more than 72 ranks ask for in one case
+_lock = threading.RLock()
+
 
 @dataclass(frozen=True)
 class Case:
-    """One drawn situation; every rank can rebuild all ranks' inputs from it."""
+    """One drawn situation; every rank can rebuild all ranks' inputs from it.
+
+    Attributes:
+        tokens: T of every rank.
+        masked: share of choices that are -1.
+        skew: exponent of the experts' popularity; large: one expert is in every token.
+        only_rank: choices of experts on other ranks become -1.
+        limit: max_tokens_per_rank; None: one more than any rank has.
+        weight_seed: draws other weights for the same routing and rows.
+    """
 
     tokens: tuple[int, ...]
     hidden: int
@@ -33,6 +50,9 @@ class Case:
     ids_dtype: torch.dtype = torch.int64
     placement: str = "even"
     seed: int = 0
+    only_rank: int | None = None
+    limit: int | None = None
+    weight_seed: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -40,7 +60,7 @@ class Case:
 
     @property
     def max_tokens(self) -> int:
-        return max(*self.tokens, 1) + 1
+        return max(*self.tokens, 1) + 1 if self.limit is None else self.limit
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -61,6 +81,18 @@ class Case:
         return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
 
 
+def _kept(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Makes each result once, whatever the number of threads that ask for it."""
+    cached = functools.lru_cache(_KEPT)(function)
+
+    @functools.wraps(function)
+    def locked(*args: object, **options: object) -> Result:
+        with _lock:
+            return cached(*args, **options)
+
+    return locked
+
+
 @dataclass(frozen=True)
 class Inputs:
     x_TH: Tensor
@@ -69,6 +101,14 @@ class Inputs:
 
 
 def inputs_of(case: Case, rank: int) -> Inputs:
+    """Tensors of the caller's own."""
+    own = _inputs(case, rank)
+    weights_TK = None if own.weights_TK is None else own.weights_TK.clone()
+    return Inputs(own.x_TH.clone(), own.ids_TK.clone(), weights_TK)
+
+
+@_kept
+def _inputs(case: Case, rank: int) -> Inputs:
     gen = torch.Generator().manual_seed(case.seed * 1000 + rank)
     count = case.tokens[rank]
     x_TH = torch.randn((count, case.hidden), generator=gen, dtype=torch.float64).to(case.dtype)
@@ -77,9 +117,13 @@ def inputs_of(case: Case, rank: int) -> Inputs:
     gumbel = -(-noise.clamp(1e-12).log()).log()
     ids_TK = (popularity + gumbel).topk(case.topk, dim=1).indices
     hidden = torch.rand((count, case.topk), generator=gen) < case.masked
+    if case.only_rank is not None:
+        hidden |= torch.tensor(case.rank_of_expert())[ids_TK] != case.only_rank
     ids_TK = torch.where(hidden, -1, ids_TK).to(case.ids_dtype)
     weights_TK = None
     if case.weighted:
+        if case.weight_seed is not None:
+            gen.manual_seed(case.weight_seed * 1000 + rank)
         weights_TK = torch.randn((count, case.topk), generator=gen, dtype=torch.float64)
         weights_TK = weights_TK.to(case.weight_dtype)
     return Inputs(x_TH, ids_TK, weights_TK)
@@ -104,11 +148,12 @@ class Expected:
     rows_per_rank: list[int]
 
 
+@_kept
 def expected_of(case: Case, rank: int) -> Expected:
     """Where every row lands on `rank`, straight from the table of layouts."""
     owner = case.rank_of_expert()
     mine = case.local_experts(rank)
-    ids = [inputs_of(case, source).ids_TK.tolist() for source in range(case.ranks)]
+    ids = [_inputs(case, source).ids_TK.tolist() for source in range(case.ranks)]
 
     def here(source: int, token: int) -> bool:
         return any(e >= 0 and owner[e] == rank for e in ids[source][token])
@@ -152,8 +197,67 @@ def expected_of(case: Case, rank: int) -> Expected:
     return Expected(shape, copies, counts, offsets, rows_per_rank)
 
 
+@dataclass(frozen=True)
+class Received:
+    """What a dispatch must return on a rank, as tensors.
+
+    Attributes:
+        filled: `[*shape]` bool: slots that hold a row.
+        sources: `[rows]` rank that each row came from, in the order of the filled slots.
+        token_of_row: `[rows]` its token there.
+        ids: `[*shape, K]` local expert of each choice, -1 elsewhere; deduplicated layouts.
+        weights: `[*shape, K]`, 0 where the id is -1; deduplicated layouts with weights.
+    """
+
+    filled: Tensor
+    sources: Tensor
+    token_of_row: Tensor
+    ids: Tensor | None
+    weights: Tensor | None
+
+    def gather(self, per_rank: list[Tensor]) -> Tensor:
+        """`[rows, ...]`: what belongs to each row's token, of every rank's values by token."""
+        starts = torch.tensor([0, *(len(values) for values in per_rank)]).cumsum(0)[:-1]
+        return torch.cat(per_rank)[starts[self.sources] + self.token_of_row]
+
+
+@_kept
+def received_of(case: Case, rank: int) -> Received:
+    """`expected_of` in the form of the output's tensors."""
+    expected = expected_of(case, rank)
+    filled = torch.zeros(expected.shape, dtype=torch.bool)
+    copies = sorted(expected.copies, key=lambda copy: copy.slot)
+    for copy in copies:
+        filled[copy.slot] = True
+    ids = weights = None
+    if not case.layout.expanded:
+        local = {expert: index for index, expert in enumerate(case.local_experts(rank))}
+        ids = torch.full((*expected.shape, case.topk), -1, dtype=torch.int64)
+        if case.weighted:
+            weights = torch.zeros((*expected.shape, case.topk), dtype=case.weight_dtype)
+        for copy in copies:
+            source = _inputs(case, copy.source)
+            for choice, expert in enumerate(source.ids_TK[copy.token].tolist()):
+                if expert in local:
+                    ids[(*copy.slot, choice)] = local[expert]
+                    if weights is not None and source.weights_TK is not None:
+                        weights[(*copy.slot, choice)] = source.weights_TK[copy.token, choice]
+    return Received(
+        filled=filled,
+        sources=torch.tensor([copy.source for copy in copies], dtype=torch.int64),
+        token_of_row=torch.tensor([copy.token for copy in copies], dtype=torch.int64),
+        ids=ids,
+        weights=weights,
+    )
+
+
 def expert_rows(case: Case, rank: int, *, round_: int = 0) -> Tensor:
     """Made-up expert outputs of a rank; slots that no row fills hold NaN, never to be read."""
+    return _expert_rows(case, rank, round_).clone()
+
+
+@_kept
+def _expert_rows(case: Case, rank: int, round_: int) -> Tensor:
     expected = expected_of(case, rank)
     gen = torch.Generator().manual_seed(case.seed * 1000 + 500 + rank + 17 * round_)
     rows = torch.full((*expected.shape, case.hidden), float("nan"), dtype=case.dtype)
@@ -163,13 +267,14 @@ def expert_rows(case: Case, rank: int, *, round_: int = 0) -> Tensor:
     return rows
 
 
+@_kept
 def combined_of(case: Case, rank: int, *, round_: int = 0) -> Tensor:
     """Result of combine on `rank`: the contract's sequence of roundings, term by term."""
     wide = torch.float64 if case.dtype is torch.float64 else torch.float32
-    own = inputs_of(case, rank)
+    own = _inputs(case, rank)
     result = torch.zeros((case.tokens[rank], case.hidden), dtype=wide)
     for dest in range(case.ranks):
-        rows = expert_rows(case, dest, round_=round_)
+        rows = _expert_rows(case, dest, round_)
         partial: dict[int, Tensor] = {}
         copies = [c for c in expected_of(case, dest).copies if c.source == rank]
         for copy in sorted(copies, key=lambda c: (c.token, c.choice)):
@@ -181,3 +286,33 @@ def combined_of(case: Case, rank: int, *, round_: int = 0) -> Tensor:
         for token, value in partial.items():
             result[token] = result[token] + value.to(case.dtype).to(wide)
     return result.to(case.dtype)
+
+
+@_kept
+def slot_grads(case: Case, rank: int) -> Tensor:
+    """Made-up gradients of the slots' weights: the shape that combine's `weight_grads` has."""
+    shape = expected_of(case, rank).shape
+    if not case.layout.expanded:
+        shape = (*shape, case.topk)
+    gen = torch.Generator().manual_seed(case.seed * 1000 + 700 + rank)
+    return torch.randn(shape, generator=gen, dtype=case.weight_dtype)
+
+
+@_kept
+def returned_grads(case: Case, rank: int) -> Tensor:
+    """`[T, K]` of `slot_grads` on all ranks: what belongs to each choice of this rank's tokens."""
+    owner = case.rank_of_expert()
+    ids = _inputs(case, rank).ids_TK.tolist()
+    result = torch.zeros((case.tokens[rank], case.topk), dtype=case.weight_dtype)
+    for dest in range(case.ranks):
+        grads = slot_grads(case, dest)
+        for copy in expected_of(case, dest).copies:
+            if copy.source != rank:
+                continue
+            if case.layout.expanded:
+                result[copy.token, copy.choice] = grads[copy.slot]
+                continue
+            for choice, expert in enumerate(ids[copy.token]):
+                if expert >= 0 and owner[expert] == dest:
+                    result[copy.token, choice] = grads[(*copy.slot, choice)]
+    return result

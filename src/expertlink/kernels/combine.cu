@@ -1,8 +1,8 @@
 // combine: one partial sum per (token, rank) travels back to the token's rank, which adds them up.
 //
 // The first `num_senders` blocks make partial sums and send them, in the order in which the rows
-// arrived; the others add them up, token by token, as they come in. The roundings are those of
-// reduction.py.
+// arrived; the others, and in the end those too, add them up, token by token, as they come in. The
+// roundings are those of reduction.py.
 
 #include "peers.cuh"
 #include "ring.cuh"
@@ -33,16 +33,16 @@ __device__ __forceinline__ void write_grads(const CombineArguments& a, char* bes
 __device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ring, Slot slot,
                                              const int* rows_from, int most) {
     const int lane = threadIdx.x % 32;
-    const int stride = (blockDim.x / 32 - 1) * a.num_senders;
+    const int turns = most * kNumRanks;
     int written = -1;    // row before this one; lane 0
     unsigned words = 0;  // rows left in the box
-    auto stages = make_stages<kSendStages>(slot, a.slot_bytes - kMetaStride);
     const auto tell = [&] {
         bulk_wait_written();
         leave_word(ring, written, words);
     };
-    for (int turn = threadIdx.x / 32 * a.num_senders + blockIdx.x; turn < most * kNumRanks;
-         turn += stride) {
+    int ticket = take(&a.state->next_send);
+    for (int turn = taken(ticket); turn < turns; turn = taken(ticket)) {
+        ticket = take(&a.state->next_send);
         const int position = turn / kNumRanks;
         const int source = (turn + a.rank) % kNumRanks;
         if (position >= rows_from[source]) continue;
@@ -55,23 +55,20 @@ __device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ri
         __syncwarp();
         if (loads && lane == 0)
             slot.load(static_cast<const char*>(a.rows) + row * a.row_bytes, a.row_bytes);
-        if (a.flags & kGrads) write_grads(a, slot.beside, row);
+        if (a.flags & kGrads) write_grads(a, slot.row + a.row_bytes, row);
         const int at = a.rank * kMaxTokens + position;
         char* const peer = a.bases[source];
+        tell();
         if (kExpanded && a.row_bytes != 0) {
-            const Terms terms = terms_of(a, row);
-            if (a.weights_of_row != nullptr)
-                send_sum<true>(stages, terms, staged_row(peer, at), a.row_bytes, tell);
-            else
-                send_sum<false>(stages, terms, staged_row(peer, at), a.row_bytes, tell);
-        } else {
-            tell();
+            sum_choices(a, slot, row, staged_row(peer, at));
+            __syncwarp();  // whoever leaves word of the row speaks for all lanes
         }
         if (loads) slot.loaded();
         __syncwarp();
         if (lane == 0) {
             if (loads) bulk_store(staged_row(peer, at), slot.row, a.row_bytes);
-            if (a.flags & kGrads) bulk_store(staged_meta(peer, at), slot.beside, kGradBytes);
+            if (a.flags & kGrads)
+                bulk_store(staged_row(peer, at) + a.row_bytes, slot.row + a.row_bytes, kGradBytes);
             bulk_commit();
             written = source * kMaxTokens + position;
         }
@@ -115,25 +112,30 @@ __device__ __forceinline__ void collect_grads(const CombineArguments& a, int tok
         const int candidate = __shfl_sync(0xffffffffu, code, d);
         if (candidate >= 0 && candidate / kMaxTokens == rank)
             grad = __int_as_float(load_fresh(
-                reinterpret_cast<const int*>(staged_meta(a.bases[a.rank], candidate)) + lane));
+                reinterpret_cast<const int*>(staged_row(a.bases[a.rank], candidate) + a.row_bytes) +
+                lane));
     }
     if (lane < kTopk) a.grads_out[at] = grad;
 }
 
-// One warp's share of the tokens.
-__device__ __forceinline__ bool add_up_turns(const CombineArguments& a, const Watch& watch,
-                                             Slot slot, int warp, int num_warps) {
+// Any block of the grid, as soon as it has nothing else to do.
+__device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& watch,
+                                       char* shared) {
     const int lane = threadIdx.x % 32;
+    if (threadIdx.x / 32 == blockDim.x / 32 - 1) return true;  // the last warp has no slot
+    char* const slot = shared + static_cast<long long>(threadIdx.x / 32) * a.slot_bytes;
     char* const base = a.bases[a.rank];
     const auto code_of = [&](int token) {
         return lane < kCopies && token < a.num_tokens ? a.slots_of_token[token * kCopies + lane]
                                                       : -1;
     };
-    auto stages = make_stages<kSumStages>(slot, a.slot_bytes);
-    int next = code_of(warp);
-    for (int token = warp; token < a.num_tokens; token += num_warps) {
-        const int code = next;
-        next = code_of(token + num_warps);
+    int token = taken(take(&a.state->next_place));
+    int next = taken(take(&a.state->next_place));
+    for (int next_code = code_of(token); token < a.num_tokens;) {
+        const int current = token, code = next_code;
+        const int ticket = take(&a.state->next_place);
+        next_code = code_of(next);
+        token = next;
         const int source = code / kMaxTokens;
         // An own row of a deduplicated layout is its own partial sum.
         const bool direct = !kExpanded && code >= 0 && source == a.rank;
@@ -142,41 +144,27 @@ __device__ __forceinline__ bool add_up_turns(const CombineArguments& a, const Wa
             here = wait_until(arrival_flag(base, code), watch.transfer, watch, kPhaseRow, source,
                               code % kMaxTokens);
         if (!__all_sync(0xffffffffu, here)) return false;
+        __syncwarp();  // every lane may read what one of them has acquired
         if (a.row_bytes != 0) {
             const char* const term = direct ? static_cast<const char*>(a.rows) +
                                                   row_of(a, source, code % kMaxTokens) * a.row_bytes
                                             : staged_row(base, max(code, 0));
             const int terms = __popc(__ballot_sync(0xffffffffu, code >= 0));
-            sum_terms(stages, term, terms,
-                      static_cast<char*>(a.out) + static_cast<long long>(token) * a.row_bytes,
-                      a.row_bytes);
+            sum_rows<false>(slot, a.slot_bytes, term, 0.0f, terms, a.row_bytes,
+                            static_cast<char*>(a.out) +
+                                static_cast<long long>(current) * a.row_bytes);
         }
-        if (a.flags & kGrads) collect_grads(a, token, code);
+        if (a.flags & kGrads) collect_grads(a, current, code);
+        next = taken(ticket);
     }
     return true;
 }
 
-// `block` of `num_blocks` that add up.
-__device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& watch, char* shared,
-                                       Ring& ring, int block, int num_blocks) {
-    const int warp = threadIdx.x / 32, movers = blockDim.x / 32 - 1;
-    const Slot slot = open_slot(ring, shared, a.slot_bytes);
-    bool fine = true;
-    if (warp < movers)
-        fine = add_up_turns(a, watch, slot, warp * num_blocks + block, movers * num_blocks);
-    close_slot(ring);
-    return fine;
-}
-
 __device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watch& watch,
                                            char* shared, Ring& ring) {
-    const int block = blockIdx.x, blocks = gridDim.x;
     say_ready(a, watch);
-    if (block < a.num_senders && !return_rows(a, watch, shared, ring)) return false;
-    // A single block does both, one after the other.
-    if (block < a.num_senders && blocks > a.num_senders) return true;
-    const int first = blocks == a.num_senders ? 0 : a.num_senders;
-    return add_up(a, watch, shared, ring, block - first, blocks - first);
+    if (blockIdx.x < a.num_senders && !return_rows(a, watch, shared, ring)) return false;
+    return add_up(a, watch, shared);
 }
 
 __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
@@ -186,7 +174,10 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     if (gave_up(watch) || !run_halves(a, watch, shared, ring)) return;
     if (!last_to_leave(&a.state->left_send, gridDim.x)) return;
     grant_credit(a, watch);
-    if (threadIdx.x == 0) a.state->sent = a.state->received = watch.transfer;
+    if (threadIdx.x == 0) {
+        a.state->sent = a.state->received = watch.transfer;
+        a.state->next_send = a.state->next_place = 0;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)

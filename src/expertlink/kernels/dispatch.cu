@@ -1,11 +1,12 @@
 // dispatch: counts, plans, sends and places the rows of one dispatch; which of these a launch does
 // is in its flags.
 //
-//   count + plan + send           uncached, while the host learns how much memory the rows need
-//   place                         follows it into that memory, beside it
-//   (count + plan +) send + place  in one launch where the outputs exist already
+//   (count + plan +) send + place  in one launch where the outputs exist already, or have a size that
+//                                  the host expects to be enough
+//   count + plan + send            while the host learns how much memory the rows need
+//   place                          follows that into this memory, beside it
 //
-// The first `num_senders` blocks send, the others place. The last block plans.
+// The first `num_senders` blocks send and then help the others, which place. The last block plans.
 
 #include "place.cuh"
 #include "plan.cuh"
@@ -17,6 +18,11 @@ __device__ __forceinline__ bool wait_for_plan(const DispatchArguments& a, const 
         known = wait_until(&a.state->planned, watch.transfer, watch, kPhaseReady, -1);
     __syncthreads();
     return known;
+}
+
+// The rows need more memory than the host had guessed: it will launch the placing half again.
+__device__ __forceinline__ bool is_deferred(const DispatchArguments& a) {
+    return a.flags & kCount && load_acquire_device(&a.state->deferred) != 0;
 }
 
 __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Watch& watch,
@@ -35,13 +41,10 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
         if (a.flags & kZeroCopy && a.flags & kCount && !wait_for_plan(a, watch)) return false;
         if (!send_rows(a, watch, shared, ring)) return false;
     }
-    if (a.flags & kPlace && (block >= a.num_senders || blocks == a.num_senders)) {
-        if (a.flags & kCount && !wait_for_plan(a, watch)) return false;
-        __syncthreads();
-        const int first = blocks == a.num_senders ? 0 : a.num_senders;
-        if (!place_rows(a, watch, shared, ring, block - first, blocks - first)) return false;
-    }
-    return true;
+    if (!(a.flags & kPlace)) return true;
+    if (a.flags & kCount && !wait_for_plan(a, watch)) return false;
+    __syncthreads();
+    return is_deferred(a) || place_rows(a, watch, shared, ring);
 }
 
 __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
@@ -56,13 +59,18 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
 
     // Placing may have started before the sending half was over; the kernel after this one may not.
     if (places && !sends) wait_for_predecessor();
+    const bool placed = places && !is_deferred(a);
     if (sends && last_to_leave(&a.state->left_send, gridDim.x) && threadIdx.x == 0) {
         a.state->sent = watch.transfer;
+        a.state->next_send = 0;
         if (a.flags & kCount) *a.faulty = 0;
     }
-    if (places && last_to_leave(&a.state->left_place, gridDim.x)) {
+    if (placed && last_to_leave(&a.state->left_place, gridDim.x)) {
         grant_credit(a, watch);
-        if (threadIdx.x == 0) a.state->received = watch.transfer;
+        if (threadIdx.x == 0) {
+            a.state->received = watch.transfer;
+            a.state->next_place = 0;
+        }
     }
 }
 

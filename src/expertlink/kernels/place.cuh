@@ -2,7 +2,7 @@
 // with the ids, weights and scales that came beside it. With zero copy the rows are in place already.
 //
 // Warps take rows in the order in which they are sent: first row of every source, second row, and so
-// on. Rows of this rank's own tokens come straight from the input. Lane k carries the row to the slot
+// on. Blocks that send join in when they have sent everything. Rows of this rank's own tokens come straight from the input. Lane k carries the row to the slot
 // of choice k, or lane 0 to its one slot.
 #pragma once
 
@@ -57,14 +57,19 @@ __device__ __forceinline__ unsigned* flag_of(const DispatchArguments& a, const A
     return arrival_flag(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position);
 }
 
+__device__ __forceinline__ const char* beside_of(const DispatchArguments& a,
+                                                 const Arrival& arrival) {
+    return staged_beside(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position,
+                         a.row_bytes, a.flags & kZeroCopy);
+}
+
 // What came beside the row for choice k. Returns its slot (expanded layouts).
 __device__ __forceinline__ int read_beside(const DispatchArguments& a, const Groups& groups,
                                            const Arrival& arrival, int k) {
     const bool own = arrival.source == a.rank;
     const long long at = static_cast<long long>(arrival.row) * kTopk + k;
     const long long own_at = static_cast<long long>(arrival.token) * kTopk + k;
-    const int* const beside = reinterpret_cast<const int*>(
-        staged_meta(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position));
+    const int* const beside = reinterpret_cast<const int*>(beside_of(a, arrival));
 
     int choice;  // slot (expanded layouts) or local expert (others), -1: lives on another rank
     float weight = 0.0f;
@@ -105,7 +110,7 @@ __device__ __forceinline__ int read_beside(const DispatchArguments& a, const Gro
 __device__ __forceinline__ const char* scales_of(const DispatchArguments& a, const Arrival& arrival) {
     if (arrival.source == a.rank)
         return a.scales + static_cast<long long>(arrival.token) * a.scale_bytes;
-    return staged_meta(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position) + kScalesAt;
+    return beside_of(a, arrival) + kScalesAt;
 }
 
 __device__ __forceinline__ void fill_zeros(char* target, int bytes) {
@@ -140,77 +145,68 @@ __device__ __forceinline__ void clear_choices(const DispatchArguments& a, int sl
     if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
 }
 
-// Rows that have arrived, 32 of one warp's at a time: lane l looks at the row l turns ahead.
-struct Lookout {
-    unsigned here;  // bit l: the l-th row from `first` has arrived
-    int first;      // turn of bit 0
-};
+constexpr int kBatch = 2;  // rows that a warp takes at a time
 
-// Waits for the row at `turn`; every lane.
-__device__ __forceinline__ bool await_turn(const DispatchArguments& a, const Groups& groups,
-                                           const Watch& watch, Lookout& lookout, int turn,
-                                           int stride, bool own_rows_too) {
+// Moves one row that has arrived.
+__device__ __forceinline__ void place_row(const DispatchArguments& a, const Groups& groups, Slot& slot,
+                                          Arrival arrival) {
     const int lane = threadIdx.x % 32;
-    const int ahead = (turn - lookout.first) / stride;
-    if (ahead < 32 && lookout.here >> ahead & 1u) return true;
-    unsigned long long since = 0;
-    lookout.first = turn;
-    Arrival arrival;
-    const bool exists = arrival_at(a, groups, turn + lane * stride, arrival) &&
-                        turn + lane * stride < groups.most * kNumRanks;
-    const bool waits = exists && (own_rows_too || arrival.source != a.rank);
-    const unsigned* const flag = flag_of(a, arrival);
-    for (unsigned spins = 1;; ++spins) {
-        unsigned seen = watch.transfer;
-        if (waits) seen = load_acquire_system(flag);
-        lookout.here = __ballot_sync(0xffffffffu, reached(seen, watch.transfer));
-        if (lookout.here & 1u) return true;
-        if (spins % kSpinsBetweenLooks != 0) continue;
-        if (lane == 0)
-            since = look_at_clock(watch, kPhaseRow, arrival.source, watch.transfer, seen,
-                                  arrival.position, since);
-        if (__shfl_sync(0xffffffffu, since, 0) == 0) return false;
+    const int staged = arrival.source * kMaxTokens + arrival.position;
+    const bool own = arrival.source == a.rank;
+    arrival.token = own ? load_fresh(&a.own_tokens[arrival.position]) : 0;
+    bulk_wait_read();
+    __syncwarp();
+    if (lane == 0) {
+        fence_global_to_bulk();
+        slot.load(own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
+                      : staged_row(a.bases[a.rank], staged),
+                  a.row_bytes);
+    }
+    int target = lane < kTopk ? read_beside(a, groups, arrival, lane) : -1;
+    if (!kExpanded && lane == 0 && arrival.row < a.max_slots) target = arrival.row;
+    if (a.scale_bytes)
+        for (int k = 0; k < (kExpanded ? kTopk : 1); ++k) {
+            const int to = __shfl_sync(0xffffffffu, target, k);
+            if (to >= 0)
+                copy_bytes(a.scales_out + static_cast<long long>(to) * a.scale_bytes,
+                           scales_of(a, arrival), a.scale_bytes);
+        }
+    slot.loaded();
+    if (target >= 0) {
+        bulk_store(a.tokens + static_cast<long long>(target) * a.row_bytes, slot.row, a.row_bytes);
+        bulk_commit();
     }
 }
 
 // Moves the rows that this warp takes.
 __device__ __forceinline__ bool place_turns(const DispatchArguments& a, const Watch& watch,
-                                            const Groups& groups, Slot slot, int warp,
-                                            int num_warps) {
+                                            const Groups& groups, Slot slot) {
     const int lane = threadIdx.x % 32;
-    Lookout lookout{0, warp};
-    for (int turn = warp; turn < groups.most * kNumRanks; turn += num_warps) {
-        Arrival arrival;
-        if (!arrival_at(a, groups, turn, arrival)) {
-            if (kLayoutIsRankMajor) clear_choices(a, arrival.row);
-            continue;
-        }
-        if (!await_turn(a, groups, watch, lookout, turn, num_warps, false)) return false;
-        const int staged = arrival.source * kMaxTokens + arrival.position;
-        const bool own = arrival.source == a.rank;
-        arrival.token = own ? load_fresh(&a.own_tokens[arrival.position]) : 0;
-        bulk_wait_read();
-        __syncwarp();
-        if (lane == 0) {
-            fence_global_to_bulk();
-            slot.load(own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
-                          : staged_row(a.bases[a.rank], staged),
-                      a.row_bytes);
-        }
-        int target = lane < kTopk ? read_beside(a, groups, arrival, lane) : -1;
-        if (!kExpanded && lane == 0 && arrival.row < a.max_slots) target = arrival.row;
-        if (a.scale_bytes)
-            for (int k = 0; k < (kExpanded ? kTopk : 1); ++k) {
-                const int to = __shfl_sync(0xffffffffu, target, k);
-                if (to >= 0)
-                    copy_bytes(a.scales_out + static_cast<long long>(to) * a.scale_bytes,
-                               scales_of(a, arrival), a.scale_bytes);
+    const int turns = groups.most * kNumRanks;
+    int ticket = take(&a.state->next_place, kBatch);
+    for (int first = taken(ticket); first < turns; first = taken(ticket)) {
+        ticket = take(&a.state->next_place, kBatch);
+        // Lane i looks whether the i-th row of the batch is there.
+        Arrival own;
+        const bool waits = arrival_at(a, groups, first + lane, own) && lane < kBatch &&
+                           first + lane < turns && own.source != a.rank;
+        const unsigned* const flag = flag_of(a, own);
+        const unsigned seen = waits ? load_acquire_system(flag) : watch.transfer;
+        const unsigned here = __ballot_sync(0xffffffffu, reached(seen, watch.transfer));
+        for (int i = 0; i < kBatch && first + i < turns; ++i) {
+            Arrival arrival;
+            if (!arrival_at(a, groups, first + i, arrival)) {
+                if (kLayoutIsRankMajor) clear_choices(a, arrival.row);
+                continue;
             }
-        slot.loaded();
-        if (target >= 0) {
-            bulk_store(a.tokens + static_cast<long long>(target) * a.row_bytes, slot.row,
-                       a.row_bytes);
-            bulk_commit();
+            if (!(here >> i & 1u)) {
+                bool came = true;
+                if (lane == i)
+                    came = wait_until(flag, watch.transfer, watch, kPhaseRow, own.source,
+                                      own.position);
+                if (!__all_sync(0xffffffffu, came)) return false;
+            }
+            place_row(a, groups, slot, arrival);
         }
     }
     return true;
@@ -218,12 +214,14 @@ __device__ __forceinline__ bool place_turns(const DispatchArguments& a, const Wa
 
 // Zero copy: the rows are in place, what came beside them is not. Lanes share out rows and choices.
 __device__ __forceinline__ bool receive_turns(const DispatchArguments& a, const Watch& watch,
-                                              const Groups& groups, int warp, int num_warps) {
+                                              const Groups& groups) {
     constexpr int kRows = kTopk <= 4 ? 8 : kTopk <= 8 ? 4 : kTopk <= 16 ? 2 : 1;  // of a warp
     constexpr int kLanes = 32 / kRows;                                            // of a row
     const int lane = threadIdx.x % 32, k = lane % kLanes;
     const int turns = groups.most * kNumRanks;
-    for (int first = warp * kRows; first < turns; first += num_warps * kRows) {
+    int ticket = take(&a.state->next_place, kRows);
+    for (int first = taken(ticket); first < turns; first = taken(ticket)) {
+        ticket = take(&a.state->next_place, kRows);
         const int turn = first + lane / kLanes;
         Arrival arrival;
         const bool exists = arrival_at(a, groups, turn, arrival) && turn < turns;
@@ -249,21 +247,20 @@ __device__ __forceinline__ bool receive_turns(const DispatchArguments& a, const 
     return true;
 }
 
-// `block` of `num_blocks` that place rows. Shared memory: the ring, and the table of first slots
-// where it fits behind it.
+// Any block of the grid, as soon as it has nothing else to do.
 __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Watch& watch,
-                                           char* shared, Ring& ring, int block, int num_blocks) {
+                                           char* shared, Ring& ring) {
     __shared__ Groups groups;
     __shared__ int slots[kExpanded ? kMostSharedSlots : 1];
     const int movers = blockDim.x / 32 - 1;
-    const int num_warps = movers * num_blocks;
-    const int warp = threadIdx.x / 32 * num_blocks + block;
     const Slot slot = open_slot(ring, shared, a.slot_bytes);
     load_groups(a, groups, kNumRanks * a.num_local <= kMostSharedSlots ? slots : nullptr);
     bool fine = true;
     if (threadIdx.x / 32 < movers) {
-        fine = a.flags & kZeroCopy ? receive_turns(a, watch, groups, warp, num_warps)
-                                   : place_turns(a, watch, groups, slot, warp, num_warps);
+        fine = a.flags & kZeroCopy ? receive_turns(a, watch, groups)
+                                   : place_turns(a, watch, groups, slot);
+        const int num_warps = movers * gridDim.x;
+        const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
         if (fine && a.flags & kClearRest) {
             const int last = kNumRanks - 1;
             for (int row = groups.first_row[last] + groups.rows_from[last] + warp;

@@ -167,6 +167,9 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
             control->overflow_capacity = room;
             store_release_system(&control->overflowed, watch.transfer);
         }
+        // With a verdict there is nothing to place; without, there may be too little room for it.
+        const int rows = kExpanded ? num_slots : num_arrivals;
+        watch.state->deferred = mails && verdict == kFine && !kPadded && rows > a.max_slots;
         store_release_device(&watch.state->planned, watch.transfer);
     }
     return mails || verdict != kDisagree;

@@ -5,29 +5,27 @@
 #include "peers.cuh"
 
 struct Slot {
-    char* row;
-    char* beside;
-    unsigned long long* barriers;  // [kMaxStages]
+    char* row;  // what travels beside it follows
+    unsigned long long* barrier;
     unsigned parity;
 
     // Starts loading a row; one lane.
     __device__ __forceinline__ void load(const char* source, int bytes) {
-        bulk_load(row, source, bytes, &barriers[0]);
+        bulk_load(row, source, bytes, barrier);
     }
 
     // Every lane: the row is here.
     __device__ __forceinline__ void loaded() {
-        bulk_load_wait(&barriers[0], parity);
+        bulk_load_wait(barrier, parity);
         parity ^= 1u;
     }
 };
 
-constexpr int kMaxStages = 4;  // loads of a warp that may be under way
-constexpr int kBoxDepth = 2;   // rows of a warp that may wait to be announced
+constexpr int kBoxDepth = 2;  // rows of a warp that may wait to be announced
 
 // Static shared memory of a block.
 struct Ring {
-    unsigned long long barriers[kMaxWarps][kMaxStages];
+    unsigned long long barriers[kMaxWarps];
     int codes[kMaxWarps][kBoxDepth][kCopies];  // rank * kMaxTokens + position of an announced row
     unsigned posted[kMaxWarps];                // rows left in the box
     unsigned taken[kMaxWarps];                 // rows taken out of it
@@ -38,20 +36,18 @@ struct Ring {
 __device__ __forceinline__ Slot open_slot(Ring& ring, char* shared, int slot_bytes) {
     const int warp = threadIdx.x / 32;
     if (threadIdx.x < kMaxWarps) {
-        for (int i = 0; i < kMaxStages; ++i) barrier_init(&ring.barriers[threadIdx.x][i]);
+        barrier_init(&ring.barriers[threadIdx.x]);
         ring.posted[threadIdx.x] = ring.taken[threadIdx.x] = 0;
     }
     if (threadIdx.x == 0) ring.finished = 0;
     fence_shared_to_bulk();  // the memory may have been used by ordinary stores
     __syncthreads();
-    char* const begin = shared + static_cast<long long>(warp) * slot_bytes;
-    return {begin, begin + slot_bytes - kMetaStride, ring.barriers[min(warp, kMaxWarps - 1)], 0};
+    return {shared + static_cast<long long>(warp) * slot_bytes, &ring.barriers[min(warp, kMaxWarps - 1)], 0};
 }
 
 __device__ __forceinline__ void close_slot(Ring& ring) {
     __syncthreads();
-    if (threadIdx.x < kMaxWarps)
-        for (int i = 0; i < kMaxStages; ++i) barrier_inval(&ring.barriers[threadIdx.x][i]);
+    if (threadIdx.x < kMaxWarps) barrier_inval(&ring.barriers[threadIdx.x]);
     __syncthreads();
 }
 
@@ -63,8 +59,11 @@ __device__ __forceinline__ char* staged_row(char* base, int slot) {
     return base + kStagingAt + static_cast<long long>(slot) * kStagingStride;
 }
 
-__device__ __forceinline__ char* staged_meta(char* base, int slot) {
-    return base + kMetaAt + static_cast<long long>(slot) * kMetaStride;
+// What came beside a row: behind it, or on its own where rows lie in the pool one after another.
+__device__ __forceinline__ char* staged_beside(char* base, int slot, int row_bytes,
+                                               bool rows_in_pool) {
+    return rows_in_pool ? base + kBesideAt + static_cast<long long>(slot) * kBesideStride
+                        : staged_row(base, slot) + row_bytes;
 }
 
 __device__ __forceinline__ unsigned* arrival_flag(char* base, int slot) {

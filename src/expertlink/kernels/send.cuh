@@ -38,38 +38,46 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
         return placed ? -1 : code;
     };
 
-    // Neighbouring tokens go to different blocks, so that all destinations progress alike.
-    const int stride = a.num_senders * (blockDim.x / 32 - 1);
-    int token = threadIdx.x / 32 * a.num_senders + blockIdx.x;
+    int token = taken(take(&a.state->next_send));
+    int next = taken(take(&a.state->next_send));
     int written = -1;    // row before this one at this lane's destination
     unsigned words = 0;  // rows left in the box
-    for (int next = destination(token); token < a.num_tokens; token += stride) {
-        const int code = next;
-        next = destination(token + stride);
-        if (!__any_sync(0xffffffffu, code >= 0)) continue;
+    for (int next_code = destination(token); token < a.num_tokens;) {
+        const int current = token, code = next_code;
+        const int ticket = take(&a.state->next_send);
+        next_code = destination(next);
+        token = next;
+        const auto move_on = [&] { next = taken(ticket); };
+        if (!__any_sync(0xffffffffu, code >= 0)) {
+            move_on();
+            continue;
+        }
         bulk_wait_read();
         __syncwarp();
         if (lane == 0)
-            slot.load(a.x + static_cast<long long>(token) * a.row_bytes, a.row_bytes);
-        if (a.beside_bytes) write_beside(a, slot.beside, token);
+            slot.load(a.x + static_cast<long long>(current) * a.row_bytes, a.row_bytes);
+        if (a.beside_bytes) write_beside(a, slot.row + a.row_bytes, current);
+        const int rank = max(code, 0) / kMaxTokens, position = max(code, 0) % kMaxTokens;
+        const int at = a.rank * kMaxTokens + position;
+        char* const base = a.bases[rank];
+        char* target = staged_row(base, at);
+        if (a.flags & kZeroCopy)
+            target = base + a.pool_at +
+                     static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) *
+                         a.row_bytes;
         bulk_wait_written();
         leave_word(ring, written, words);
         slot.loaded();
         if (code >= 0) {
-            const int rank = code / kMaxTokens, position = code % kMaxTokens;
-            char* const base = a.bases[rank];
-            const int at = a.rank * kMaxTokens + position;
-            char* const target =
-                a.flags & kZeroCopy
-                    ? base + a.pool_at +
-                          static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) *
-                              a.row_bytes
-                    : staged_row(base, at);
-            bulk_store(target, slot.row, a.row_bytes);
-            if (a.beside_bytes) bulk_store(staged_meta(base, at), slot.beside, a.beside_bytes);
+            const bool apart = a.flags & kZeroCopy && a.beside_bytes;
+            bulk_store(target, slot.row, a.row_bytes + (apart ? 0 : a.beside_bytes));
+            if (apart)
+                bulk_store(staged_beside(base, at, a.row_bytes, true), slot.row + a.row_bytes,
+                           a.beside_bytes);
             bulk_commit();
         }
         written = code;
+        move_on();
     }
     bulk_wait_written();
     leave_word(ring, written, words);

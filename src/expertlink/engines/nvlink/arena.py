@@ -41,6 +41,11 @@ class RowShape:
     scales_at: int
     beside: int
 
+    @property
+    def staged(self) -> int:
+        """Stride of staged rows, each with what is beside it."""
+        return round_up(self.row + self.beside, 128)
+
     @staticmethod
     def of(config: MoECommunicatorConfig) -> RowShape:
         """The shape that a configuration needs."""
@@ -57,8 +62,8 @@ class ArenaPlan:
     Attributes:
         flags: ready and credit words of every rank, then an arrival flag for every row.
         counts: a count row from every rank.
-        beside: what travels beside staged rows.
-        rows: staged rows.
+        beside: what travels beside zero-copy rows.
+        rows: staged rows, each with what travels beside it.
         pool: rows of one zero-copy dispatch; there are two pools, or none.
     """
 
@@ -77,8 +82,8 @@ class ArenaPlan:
         sizes = {
             "flags": 4 * (2 * num_ranks + slots),
             "counts": 4 * num_ranks * words,
-            "beside": slots * shape.beside,
-            "rows": slots * shape.row,
+            "beside": slots * shape.beside if config.zero_copy else 0,
+            "rows": slots * shape.staged,
             "pool": slots * shape.row if config.zero_copy else 0,
         }
         return ArenaPlan(**{name: round_up(size, _ALIGNMENT) for name, size in sizes.items()})
@@ -92,7 +97,7 @@ class ArenaPlan:
         return {
             "flags": self.flags,
             "counts": self.counts,
-            "ids, weights and scales in transit": self.beside,
+            "ids, weights and scales of zero-copy rows": self.beside,
             "rows in transit": self.rows,
             "pools of zero-copy rows": 2 * self.pool,
         }
@@ -112,7 +117,7 @@ class ArenaPlan:
             "kCreditsAt": flags + 4 * num_ranks,
             "kFlagsAt": flags + 8 * num_ranks,
             "kCountsAt": counts,
-            "kMetaAt": beside,
+            "kBesideAt": beside,
             "kStagingAt": rows,
         }
 

@@ -61,8 +61,8 @@ def kernel_constants(
         "kLayoutIsRankMajor": int(layout is DispatchLayout.RANK_MAJOR),
         "kAlignment": config.expert_alignment,
         "kIsBfloat16": int(config.dtype is torch.bfloat16),
-        "kStagingStride": shape.row,
-        "kMetaStride": shape.beside,
+        "kStagingStride": shape.staged,
+        "kBesideStride": shape.beside,
         "kScalesAt": shape.scales_at,
         "kHomeStride": HOME_STRIDE,
         "kMaxWarps": _MAX_WARPS,
@@ -162,11 +162,6 @@ class BlockShape:
     def slot_bytes(self, row_bytes: int) -> int:
         """Shared memory of a warp that moves rows."""
         return round_up(row_bytes + self._beside, 128)
-
-    def sum_bytes(self, row_bytes: int) -> int:
-        """Shared memory of a warp that adds rows up: all there is, chunks of many rows fit in."""
-        warps = self.warps(row_bytes)
-        return max(self.slot_bytes(row_bytes), self._room // max(warps, _MAX_WARPS) // 128 * 128)
 
     def warps(self, row_bytes: int) -> int:
         """Warps that move rows, each with one of its own in shared memory."""

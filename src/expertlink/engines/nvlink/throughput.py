@@ -25,6 +25,7 @@ from expertlink.errors import InputError
 from expertlink.routing import Placement
 from expertlink.types import DispatchLayout, DispatchOutput, QuantScales
 
+_SLACK = 32  # outputs are made a 32nd larger than the last call needed
 DEFAULT_SMS = 24  # docs/architecture.md, "How many SMs"
 _SENDERS = {True: 0.34, False: 0.4}  # share of dispatch's blocks that send, expanded or not
 _RETURNERS = {True: 0.6, False: 0.4}  # share of combine's blocks that send
@@ -97,6 +98,7 @@ class HighThroughput:
         self._ordinals = torch.empty(
             config.max_tokens_per_rank * config.topk, dtype=torch.int32, device=device
         )
+        self._guess = 0  # rows that the next uncached dispatch is expected to receive
         self._faulty = torch.zeros(1, dtype=torch.int32, device=device)
         common: dict[str, int] = {
             "bases": arena.bases.data_ptr(),
@@ -125,48 +127,45 @@ class HighThroughput:
             return self._cached_dispatch(call, call.previous)
         config, a = self._config, self._dispatch
         route, output = self._tables(call)
-        known = self._layout.padded or config.zero_copy or call.output_buffer is not None
         mails = not config.static_shapes
         flags = Flag.COUNT | Flag.SEND
         if self._check:
             flags |= Flag.CHECK_IDS
         if mails:
             flags |= Flag.WANTS_MAIL
-        shape = self._known_shape(call)
-        together = known or config.static_shapes
-        tokens = scales = None
         self._set(call, route, output, Operation.DISPATCH, flags=flags)
         a.call = number & 0x7FFFFFFF if mails else 0
         a.capacity = capacity.announced(config, call.output_buffer)
         if config.static_shapes and a.capacity < 0 and not self._layout.padded:
             a.capacity = self._limit
-        if together:
+        shape = self._expected_shape(call)
+        tokens = scales = None
+        if shape is not None:
             a.flags |= Flag.PLACE
             if config.static_shapes and self._layout is DispatchLayout.TOKEN_MAJOR:
                 a.flags |= Flag.CLEAR_REST
             tokens, scales = self._outputs(call, shape)
         before = self._watchdog.mail_number
-        self._launch_dispatch(call, sends=True, places=together)
+        self._launch_dispatch(call, sends=True)
+        mail = counts = None
         if mails:
             mail = self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
             if mail.verdict != FINE:
-                if not together:
+                if tokens is None:
                     self._discard()
                 return Started(None, None, mail)
-            rows = mail.slots if self._layout.expanded else mail.arrivals
+            counts = mail.counts
             if not self._layout.padded:
-                shape = (rows,)
-            if tokens is None:
-                tokens, scales = self._outputs(call, shape)
-                a.flags = Flag.PLACE | (a.flags & (Flag.WIDE_IDS | Flag.NEW_WEIGHTS))
-                self._launch_dispatch(call, sends=False, places=True)
-            elif not self._layout.padded:
-                tokens = tokens[:rows]
-                scales = None if scales is None else scales[:rows]
-        else:
-            mail = None
-        counts = None if mail is None else mail.counts
+                shape = (mail.slots if self._layout.expanded else mail.arrivals,)
+                self._guess = shape[0] + shape[0] // _SLACK
+                if tokens is None or len(tokens) < shape[0]:
+                    tokens, scales = self._outputs(call, shape)
+                    a.flags = Flag.PLACE | (a.flags & (Flag.WIDE_IDS | Flag.NEW_WEIGHTS))
+                    self._launch_dispatch(call, sends=False)
+                tokens = tokens[: shape[0]]
+                scales = None if scales is None else scales[: shape[0]]
         assert tokens is not None
+        assert shape is not None
         return self._finished(call, route, output, tokens, scales, shape, counts, mail)
 
     def _cached_dispatch(self, call: DispatchCall, previous: object) -> Started:
@@ -184,7 +183,7 @@ class HighThroughput:
         a.call = 0
         shape = old.shape
         tokens, scales = self._outputs(call, shape)
-        self._launch_dispatch(call, sends=True, places=True)
+        self._launch_dispatch(call, sends=True)
         if not self._layout.padded and call.output_buffer is not None:
             tokens = tokens[: shape[0]]
         return self._finished(call, route, output, tokens, scales, shape, old.counts, None)
@@ -204,7 +203,7 @@ class HighThroughput:
         a.call = number & 0x7FFFFFFF if mails else 0
         a.capacity, a.status = capacity.UNBOUNDED, 1
         before = self._watchdog.mail_number
-        self._launch_dispatch(call, sends=True, places=False)
+        self._launch_dispatch(call, sends=True)
         a.status = 0
         mail = (
             self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
@@ -306,8 +305,12 @@ class HighThroughput:
         a.topk_weights = None if output.weights is None else output.weights.data_ptr()
         a.pool_at = self._arena.next_pool() if self._config.zero_copy else 0
 
-    def _known_shape(self, call: DispatchCall) -> tuple[int, ...]:
-        """Leading dimensions of the largest `tokens`."""
+    def _expected_shape(self, call: DispatchCall) -> tuple[int, ...] | None:
+        """Leading dimensions of a `tokens` that rows can go to before they are counted, or None.
+
+        Where the host will learn their number it is made as large as the last call suggests. Should
+        more rows arrive, the kernel leaves placing them to a second launch.
+        """
         config, ranks = self._config, self._num_ranks
         if self._layout is DispatchLayout.RANK_MAJOR:
             return (ranks, config.max_tokens_per_rank)
@@ -315,7 +318,9 @@ class HighThroughput:
             return (self._num_local, self._max_rows)
         if call.output_buffer is not None:
             return (call.output_buffer.shape[0],)
-        return (self._limit,)
+        if config.static_shapes or config.zero_copy:
+            return (self._limit,)
+        return (min(self._guess, self._limit),) if self._guess else None
 
     def _outputs(self, call: DispatchCall, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """`tokens` and `scales` of a leading shape, and the kernel told about them."""
@@ -340,13 +345,13 @@ class HighThroughput:
         a.max_slots = math.prod(tokens.shape[:-1])
         return tokens, scales
 
-    def _launch_dispatch(self, call: DispatchCall, *, sends: bool, places: bool) -> None:
-        """Queues one kernel: both halves, the sending one, or the placing one after it."""
+    def _launch_dispatch(self, call: DispatchCall, *, sends: bool) -> None:
+        """Queues one kernel; without `sends` it places what the one before it has sent."""
         a = self._dispatch
         total = self._sms(call.num_sms, self._config.num_sms_dispatch)
         senders, total = split_blocks(total, senders=_SENDERS[self._layout.expanded])
         if self._config.zero_copy:
-            senders = max(1, min(total - 1, total - total // 6))
+            senders = max(1, total - max(1, total // 12))
         row_bytes = a.row_bytes
         warps = self._blocks.warps(row_bytes)
         counts = bool(a.flags & Flag.COUNT)
@@ -467,14 +472,14 @@ class HighThroughput:
         total = self._sms(num_sms, config.num_sms_combine)
         senders, total = split_blocks(total, senders=_RETURNERS[self._layout.expanded])
         a.num_senders = senders
-        a.slot_bytes = self._blocks.sum_bytes(row_bytes)
+        a.slot_bytes = self._blocks.slot_bytes(row_bytes)
         self._run(
             "combine",
             a,
             Launch(
                 grid=total,
                 block=self._blocks.threads(row_bytes),
-                shared_bytes=self._blocks.warps(row_bytes) * a.slot_bytes,
+                shared_bytes=self._blocks.shared_bytes(row_bytes, counts=False),
             ),
         )
         return grads_TK

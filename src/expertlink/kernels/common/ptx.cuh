@@ -74,11 +74,6 @@ __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// The same of all but the last group.
-__device__ __forceinline__ void bulk_wait_read_but_one() {
-    asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-}
-
 // The bytes of all stores of this thread are written.
 __device__ __forceinline__ void bulk_wait_written() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

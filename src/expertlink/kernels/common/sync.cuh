@@ -17,7 +17,18 @@ struct State {
     unsigned left_place;  // blocks that are done with the receiving half
     unsigned planned;     // last transfer whose slots are known
     unsigned failed;      // not 0: a wait has expired, nobody waits any more
+    unsigned next_send;   // work of the sending half that no warp has taken yet
+    unsigned next_place;  // work of the receiving half
+    unsigned deferred;    // not 0: the output is too small, a later launch places the rows
 };
+
+// Work is taken, not assigned: some multiprocessors reach the wire much faster than others. The number
+// is on its way while the warp does something else; `taken` waits for it.
+__device__ __forceinline__ int take(unsigned* counter, int count = 1) {
+    return threadIdx.x % 32 == 0 ? static_cast<int>(atomicAdd(counter, count)) : 0;
+}
+
+__device__ __forceinline__ int taken(int ticket) { return __shfl_sync(0xffffffffu, ticket, 0); }
 
 // Host memory that the device writes, one per rank.
 struct Control {
@@ -39,6 +50,7 @@ struct Watch {
     unsigned operation;
 };
 
+constexpr unsigned kEagerSpins = 8;
 constexpr unsigned kSpinsBetweenLooks = 256;
 
 // Structs travel by value into what is not inlined: a reference would put them on the stack.
@@ -87,6 +99,7 @@ __device__ __forceinline__ bool wait_until(const unsigned* word, unsigned wanted
     for (unsigned spins = 1;; ++spins) {
         const unsigned now = load_acquire_system(word);
         if (reached(now, wanted)) return true;
+        if (spins > kEagerSpins) __nanosleep(40);  // leaves the memory system to what is awaited
         if (spins % kSpinsBetweenLooks != 0) continue;
         since = look_at_clock(watch, phase, peer, wanted, now, index, since);
         if (since == 0) return false;
