@@ -61,7 +61,7 @@ def build_engine(
         share_with: engine of another communicator whose memory serves this one too.
 
     Raises:
-        EngineUnavailableError: on every rank, if the ranks cannot use the engine that was asked for.
+        EngineUnavailableError: on every rank: they cannot use the engine that was asked for.
     """
     if choice.name == "nvlink":
         try:

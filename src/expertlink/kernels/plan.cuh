@@ -78,7 +78,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
             sum += own;
         }
         groups[e] = sum;
-        a.tokens_per_expert[e] = sum;
+        a.tokens_per_expert[e] = a.counts_out[e] = sum;
     }
     if (kExpanded && !kPadded)
         for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) {
@@ -124,9 +124,8 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
             const int e = i % a.num_local;
             a.first_slot[i] += kPadded ? e * kNumRanks * kMaxTokens : groups[e];
         }
-        if (a.expert_offsets != nullptr)
-            for (int e = threadIdx.x; e <= a.num_local; e += blockDim.x)
-                a.expert_offsets[e] = groups[e];
+        for (int e = threadIdx.x; e <= a.num_local; e += blockDim.x)
+            a.expert_offsets[e] = a.offsets_out[e] = groups[e];
     }
     if (threadIdx.x == 0) {
         verdict = disagree ? kDisagree : kFine;
@@ -141,8 +140,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         a.first_row[r] = arrivals[r];
         // A call that the host is about to refuse places nothing.
         const int own = verdict != kFine && mails ? 0 : count(r, a.rank);
-        a.rows_from[r] = own;
-        a.tokens_per_rank[r] = own;
+        a.rows_from[r] = a.rows_from_out[r] = own;
         int before = 0;  // rows of the ranks before this one at rank r: where this one's start
         for (int s = 0; s < a.rank; ++s) before += count(s, r);
         a.first_sent[r] = kPadded ? a.rank * kMaxTokens : before;

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.errors import ConfigurationError, EngineUnavailableError
+from expertlink.errors import ConfigurationError, EngineUnavailableError, InputError
 from expertlink.types import DispatchLayout
 
 HEAD_WORDS = 8  # of a count row, before the counts
@@ -40,6 +40,22 @@ class RowShape:
     row: int
     scales_at: int
     beside: int
+
+    def check(self, x_TW: Tensor, scales: Tensor | None) -> None:
+        """Refuses rows that bulk copies cannot move or that there is no room for."""
+        row_bytes = x_TW.shape[1] * x_TW.element_size()
+        if row_bytes % 16 or row_bytes > self.row:
+            raise InputError(
+                f"input has rows of {row_bytes} bytes; the nvlink engine moves multiples of 16 "
+                f"bytes up to {self.row} (hidden_size elements of the configured dtype); "
+                "engine='collective' moves any"
+            )
+        room = self.beside - self.scales_at
+        if scales is not None and scales.shape[1] * scales.element_size() > room:
+            raise InputError(
+                f"scales have {scales.shape[1] * scales.element_size()} bytes per row; the nvlink "
+                f"engine has room for {room} at this hidden_size"
+            )
 
     @property
     def staged(self) -> int:
@@ -200,7 +216,7 @@ class Arena:
         self.bases = torch.tensor(list(addresses), dtype=torch.int64, device=device)
         self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
         self._next_pool = 0
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        self._last: torch.cuda.Stream | None = None
 
     def next_pool(self) -> int:
         """Offset of the pool for the next zero-copy dispatch; the two take turns."""
@@ -209,18 +225,11 @@ class Arena:
 
     def enter(self, stream: torch.cuda.Stream) -> None:
         """Orders `stream` after the last call, where that was made on another stream."""
-        if self._last is None or self._last[0] == stream:
+        last, self._last = self._last, stream
+        # In a capture the order of streams is what the capture makes of it.
+        if last is None or last == stream or torch.cuda.is_current_stream_capturing():
             return
-        if not torch.cuda.is_current_stream_capturing():
-            stream.wait_event(self._last[1])
-
-    def leave(self, stream: torch.cuda.Stream) -> None:
-        """Remembers that a call was queued on `stream`."""
-        if torch.cuda.is_current_stream_capturing():
-            return
-        event = torch.cuda.Event() if self._last is None else self._last[1]
-        event.record(stream)
-        self._last = (stream, event)
+        stream.wait_stream(last)
 
     def check_fits(self, needed: ArenaPlan) -> None:
         """Refuses a communicator that needs more than there is."""

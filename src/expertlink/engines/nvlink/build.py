@@ -1,4 +1,4 @@
-"""Whether the nvlink engine can serve a communicator, and building it together with the other ranks."""
+"""Whether the nvlink engine can serve a communicator, and building it with the other ranks."""
 
 from __future__ import annotations
 

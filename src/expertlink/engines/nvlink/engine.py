@@ -13,11 +13,12 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.agreement import Agreement, judge
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.header import HeaderFields, Operation, build_header
-from expertlink.engines.nvlink.arena import Arena
-from expertlink.engines.nvlink.throughput import HighThroughput, Started, as_route
+from expertlink.engines.nvlink.arena import Arena, RowShape
+from expertlink.engines.nvlink.route import as_route
+from expertlink.engines.nvlink.throughput import HighThroughput, Started
 from expertlink.engines.nvlink.watchdog import DISAGREE, Watchdog
 from expertlink.engines.wire import Wire
-from expertlink.errors import CapacityError, PeerError
+from expertlink.errors import CapacityError, InputError, PeerError
 from expertlink.routing import Placement
 from expertlink.validation import explain_ids
 
@@ -53,6 +54,7 @@ class NvlinkEngine:
         self._config, self._wire, self._placement = config, wire, placement
         self.arena, self.watchdog, self._calls = arena, watchdog, calls
         self._check = check
+        self._rows = RowShape.of(config)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds."""
@@ -80,9 +82,8 @@ class NvlinkEngine:
         kind = Operation[operation.upper()]
         if kind is Operation.DISPATCH:
             self._enter(kind)
-            stream = self._begin()
+            self._begin()
             mail = self._calls.refuse(kind, number=self._wire.call)
-            self.arena.leave(stream)
             if mail is not None:
                 judge(self._wire, kind, mail.heads, refused=error)
         elif self._check:
@@ -93,18 +94,19 @@ class NvlinkEngine:
     # -- calls ------------------------------------------------------------------------------------
 
     def dispatch(self, call: DispatchCall) -> Dispatched:
-        """Queues a dispatch; an uncached one waits for all ranks' counts unless shapes are static."""
+        """Queues a dispatch; waits for all ranks' counts where the host has to know them."""
         kind = Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH
+        try:
+            self._rows.check(call.x_TW, call.scales)
+        except InputError as error:
+            self.refuse(kind.name, error)
         self._enter(kind)
         if call.x_TW.data_ptr() % 16:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
         if self._check and call.previous is not None:
             self._agree(kind)
-        stream = self._begin()
-        try:
-            started = self._calls.dispatch(call, number=self._wire.call)
-        finally:
-            self.arena.leave(stream)
+        self._begin()
+        started = self._calls.dispatch(call, number=self._wire.call)
         if started.output is None or started.route is None:
             self._refused(call, started)
         return Dispatched(
@@ -120,9 +122,8 @@ class NvlinkEngine:
         self._enter(Operation.COMBINE)
         if self._check:
             self._agree(Operation.COMBINE)
-        stream = self._begin()
-        grads_TK = self._calls.combine(call)
-        self.arena.leave(stream)
+        self._begin()
+        grads_TK = self._calls.combiner.combine(call)
         return Combined(out_TH=call.out_TH, weight_grads_TK=grads_TK, finish=_nothing_left)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
@@ -130,10 +131,8 @@ class NvlinkEngine:
         self._enter(Operation.WEIGHT_GRADS)
         if self._check:
             self._agree(Operation.WEIGHT_GRADS)
-        stream = self._begin()
-        grads_TK = self._calls.weight_grads(as_route(state), weight_grads)
-        self.arena.leave(stream)
-        return grads_TK
+        self._begin()
+        return self._calls.combiner.weight_grads(as_route(state), weight_grads)
 
     def slot_weights(self, state: object) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
@@ -145,10 +144,8 @@ class NvlinkEngine:
         self._wire.enter(operation.title, self._wire.call + 1)
         self.watchdog.check(self._wire.call)
 
-    def _begin(self) -> torch.cuda.Stream:
-        stream = torch.cuda.current_stream(self.arena.device)
-        self.arena.enter(stream)
-        return stream
+    def _begin(self) -> None:
+        self.arena.enter(torch.cuda.current_stream(self.arena.device))
 
     def _agree(self, operation: Operation, *, refused: Exception | None = None) -> None:
         """Exchanges headers between the hosts."""

@@ -1,4 +1,4 @@
-"""The kernels of the nvlink engine, specialised to a communicator, and the shape of their launches."""
+"""The kernels of the nvlink engine, specialised to a communicator, and how they are launched."""
 
 from __future__ import annotations
 

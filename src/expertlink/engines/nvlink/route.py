@@ -1,4 +1,4 @@
-"""What a dispatch of the nvlink engine leaves behind for combine, backward and cached dispatches."""
+"""What a dispatch of the nvlink engine leaves for combine, backward and cached dispatches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,62 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertlink.config import MoECommunicatorConfig
+
+_WORD = 4  # bytes
+
+
+class TableLayout:
+    """Where the tables of a routing lie in one block of int32 words, by name.
+
+    Making one tensor costs the host as much as launching a kernel, so the tables share a block and
+    become tensors only where somebody looks at them. Tables of a size that depends on T come last.
+    """
+
+    def __init__(self, config: MoECommunicatorConfig, *, num_ranks: int, num_local: int) -> None:
+        self.topk = config.topk
+        self.copies = min(num_ranks, config.topk)
+        self.max_tokens = config.max_tokens_per_rank
+        self.num_ranks, self.num_local = num_ranks, num_local
+        self.rows = num_ranks * config.max_tokens_per_rank
+        self.expanded = config.layout.expanded
+        self._shapes: dict[str, tuple[int, ...]] = {
+            # The first three lie side by side: the caller gets a copy of them.
+            "counts": (num_local,),
+            "offsets": (num_local + 1,),
+            "rows_from": (num_ranks,),
+            "first_row": (num_ranks,),
+            "first_sent": (num_ranks,),
+            "first_slot": (num_ranks, num_local),
+            "choices": (self.rows, config.topk),
+            "weights": (self.rows, config.topk),
+        }
+        self._starts: dict[str, int] = {}
+        end = 0
+        for name, shape in self._shapes.items():
+            self._starts[name] = end
+            end += math.prod(shape)
+        self._starts["slots"] = end
+        self.public = [num_local, num_local + 1, num_ranks]
+
+    def words(self, num_tokens: int) -> int:
+        """Words of a block."""
+        return self._starts["slots"] + num_tokens * (self.copies + 1)
+
+    def address(self, block: int, name: str) -> int:
+        """Address of a table in the block at an address."""
+        return block + _WORD * self._starts[name]
+
+    def own_tokens(self, block: int, num_tokens: int) -> int:
+        """Address of the tokens whose rows stay on this rank."""
+        return self.address(block, "slots") + _WORD * num_tokens * self.copies
+
+    def view(self, block: Tensor, name: str, num_tokens: int = 0) -> Tensor:
+        """A table as a tensor."""
+        shape = (num_tokens, self.copies) if name == "slots" else self._shapes[name]
+        start = self._starts[name]
+        return block[start : start + math.prod(shape)].view(shape)
+
 
 @dataclass(frozen=True)
 class Route:
@@ -15,65 +71,65 @@ class Route:
 
     Attributes:
         shape: leading dimensions of `tokens`.
-        expanded: a row per choice rather than per token.
-        max_tokens: T_max, the stride of slots.
-        num_ranks: R.
+        num_tokens: T.
         ids_TK: `[T, K]` the routing, this engine's own copy.
-        slots_of_token: `[T, D]` int32, rank * T_max + position there, ascending, then -1.
-        own_tokens: `[T]` int32 tokens of the rows that stay on this rank.
-        per_rank: `[3, R]` int32: rows from each rank, rows from the ranks before, and where this
-            rank's rows start at each rank.
-        choices_of_row: `[N, K]` int32 slot (expanded) or local expert of each choice, or -1.
-        weights_of_row: `[N, K]` float32 or None.
-        tokens_per_expert: `[E_loc]` int32.
-        expert_offsets: `[E_loc + 1]` int32, FLAT.
+        layout: of `block`.
+        block: the tables. `rows_from` `[R]` rows from each rank; `first_row` `[R]` rows from the
+            ranks before; `first_sent` `[R]` where this rank's rows start at each rank; `counts`
+            `[E_loc]` choices of each local expert; `offsets` `[E_loc + 1]` FLAT; `choices` `[N, K]`
+            slot (expanded layouts) or local expert of each choice, or -1; `weights` `[N, K]`;
+            `slots` `[T, D]` rank * T_max + position there, ascending, then -1; own tokens `[T]`.
+        weights_block: block that holds the weights, where they are not those of `block`.
+        weighted: there are weights.
         counts: choices of each local expert, where the host knows them.
     """
 
     shape: tuple[int, ...]
-    expanded: bool
-    max_tokens: int
-    num_ranks: int
+    num_tokens: int
     ids_TK: Tensor
-    slots_of_token: Tensor
-    own_tokens: Tensor
-    per_rank: Tensor
-    choices_of_row: Tensor
-    weights_of_row: Tensor | None
-    tokens_per_expert: Tensor
-    expert_offsets: Tensor | None
+    layout: TableLayout
+    block: Tensor
+    weights_block: Tensor | None
+    weighted: bool
     counts: list[int] | None
 
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return self.slots_of_token.shape[0]
+    def weights_address(self) -> int | None:
+        """Address of the weights, if there are any."""
+        if not self.weighted:
+            return None
+        if self.weights_block is not None:
+            return self.weights_block.data_ptr()
+        return self.layout.address(self.block.data_ptr(), "weights")
+
+    def table(self, name: str) -> Tensor:
+        """A table as a tensor."""
+        if name == "weights" and self.weights_block is not None:
+            return self.weights_block
+        table = self.layout.view(self.block, name, self.num_tokens)
+        return table.view(torch.float32) if name == "weights" else table
 
     def wire_rows(self) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank, own rank included. Waits for the device."""
-        slots = self.slots_of_token.reshape(-1)
-        ranks = slots[slots >= 0].div(self.max_tokens, rounding_mode="floor")
-        sent = torch.bincount(ranks.to(torch.int64), minlength=self.num_ranks)
-        return sent.tolist(), self.per_rank[0].tolist()
-
-    def filled_rows(self) -> Tensor:
-        """`[rows of the tables]` bool: rows that arrived; the others hold nothing."""
-        total = self.choices_of_row.shape[0]
-        row = torch.arange(total, device=self.per_rank.device)
-        if self.shape == (self.num_ranks, self.max_tokens):  # kept by source rank
-            position = row.remainder(self.max_tokens)
-            source = row.div(self.max_tokens, rounding_mode="floor")
-            return position < self.per_rank[0][source]
-        return row < self.per_rank[0].sum()
+        slots = self.table("slots").reshape(-1)
+        ranks = slots[slots >= 0].div(self.layout.max_tokens, rounding_mode="floor")
+        sent = torch.bincount(ranks.to(torch.int64), minlength=self.layout.num_ranks)
+        return sent.tolist(), self.table("rows_from").tolist()
 
     def slot_weights(self) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
-        if self.weights_of_row is None:
+        if not self.weighted:
             return None
         total = math.prod(self.shape)
-        slots = torch.where(self.filled_rows()[:, None], self.choices_of_row, -1).reshape(-1)
-        weights = self.weights_of_row.new_zeros(total + 1)  # the last entry takes what has no slot
-        weights[torch.where(slots >= 0, slots, total).to(torch.int64)] = (
-            self.weights_of_row.reshape(-1)
-        )
+        row = torch.arange(self.layout.rows, device=self.block.device)
+        filled = row < self.table("rows_from").sum()
+        slots = torch.where(filled[:, None], self.table("choices"), -1).reshape(-1)
+        weights = torch.zeros(total + 1, device=self.block.device)  # the last takes what has none
+        target = torch.where(slots >= 0, slots, total).to(torch.int64)
+        weights[target] = self.table("weights").reshape(-1)
         return weights[:total].view(self.shape)
+
+
+def as_route(state: object) -> Route:
+    """The state of a dispatch of this engine."""
+    assert isinstance(state, Route)
+    return state
