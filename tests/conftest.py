@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +19,13 @@ from expertlink.launch import DeviceType, RankPool
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+if "EXPERTLINK_CACHE_DIR" not in os.environ:
+    # Rank processes inherit it: kernels are compiled once per run, beside the user's own cache.
+    _cache = tempfile.mkdtemp(prefix="expertlink-tests-")
+    os.environ["EXPERTLINK_CACHE_DIR"] = _cache
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 
 class RankPools:

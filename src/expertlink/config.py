@@ -81,7 +81,7 @@ class MoECommunicatorConfig:
     """TOKEN_MAJOR and RANK_MAJOR on the nvlink engine: `tokens` is a view of memory that peers have
     written to, valid until the next but one dispatch is issued. False: the caller owns it."""
     static_shapes: bool = False
-    """nvlink engine: `tokens` has room for the most rows that can arrive, counts stay on the device,
+    """nvlink engine: `tokens` has room for all rows that can arrive, counts stay on the device,
     and no call waits on the host, so that calls can be captured in CUDA graphs."""
 
     num_sms_dispatch: int | None = None

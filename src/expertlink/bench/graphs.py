@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from expertlink.communicator import MoECommunicator
+from expertlink.types import QuantScales
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class CapturedCalls:
 
 def capture_calls(
     comm: MoECommunicator,
-    x_TH: Tensor,
+    rows: Tensor,
+    scales: QuantScales | None,
     topk_ids_TK: Tensor,
     topk_weights_TK: Tensor,
     expert_out: Tensor,
@@ -43,19 +45,22 @@ def capture_calls(
 
     Args:
         comm: has static shapes, and has served such calls before.
-        x_TH: rows to dispatch.
+        rows: what is dispatched.
+        scales: its scales, if it is quantized.
         topk_ids_TK: their experts.
         topk_weights_TK: their weights.
         expert_out: what the experts return, in the maximal shape.
     """
     dispatch, combine, pair = (torch.cuda.CUDAGraph() for _ in range(3))
-    y_TH, pair_y_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
+    y_TH, pair_y_TH = (
+        expert_out.new_empty((rows.shape[0], expert_out.shape[-1])) for _ in range(2)
+    )
     # Other threads, such as those of NCCL, may use the device while this one captures.
     with torch.cuda.graph(dispatch, capture_error_mode="thread_local"):
-        dispatched = comm.dispatch(x_TH, topk_ids_TK, topk_weights_TK)
+        dispatched = comm.dispatch(rows, topk_ids_TK, topk_weights_TK, scales)
     with torch.cuda.graph(combine, capture_error_mode="thread_local"):
         comm.combine(expert_out, dispatched[1], out=y_TH)
     with torch.cuda.graph(pair, capture_error_mode="thread_local"):
-        both = comm.dispatch(x_TH, topk_ids_TK, topk_weights_TK)
+        both = comm.dispatch(rows, topk_ids_TK, topk_weights_TK, scales)
         comm.combine(expert_out, both[1], out=pair_y_TH)
     return CapturedCalls(dispatch, combine, pair, y_TH, pair_y_TH, (dispatched, both))

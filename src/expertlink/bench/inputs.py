@@ -16,8 +16,8 @@ from expertlink.bench.raw import RawExchange, WireRows
 from expertlink.bench.routings import RoutingSpec, draw_routing, draw_token_counts
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ExpertlinkError
-from expertlink.quantization import scale_columns
-from expertlink.types import BlockFormat, DispatchHandle
+from expertlink.quantization import quantize, scale_columns
+from expertlink.types import BlockFormat, DispatchHandle, QuantScales
 
 _MOST_INPUT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _SCALE_BYTES = 4
@@ -32,7 +32,9 @@ class Input:
     """One of the inputs that iterations take turns with, and all that is prepared for it.
 
     Attributes:
-        x_TH: rows to dispatch.
+        x_TH: tokens of the configured element type.
+        rows: what is dispatched: `x_TH`, or the same quantized.
+        scales: scales of quantized rows, or None.
         topk_ids_TK: their experts.
         topk_weights_TK: their routing weights.
         expert_out: what the experts return, in memory of its own.
@@ -43,6 +45,8 @@ class Input:
     """
 
     x_TH: Tensor
+    rows: Tensor
+    scales: QuantScales | None
     topk_ids_TK: Tensor
     topk_weights_TK: Tensor
     expert_out: Tensor
@@ -111,7 +115,12 @@ def _prepare_one(
     ids_TK, weights_TK = routing.topk_ids_TK.to(device), routing.topk_weights_TK.to(device)
     block_format = None if case.quantization is None else BlockFormat(case.quantization)
 
-    out, handle = comm.dispatch(x_TH, ids_TK, weights_TK)
+    # Models quantize in the kernel that makes the rows, so it is not part of what is timed.
+    rows, scales = x_TH, None
+    if block_format is not None:
+        rows, values = quantize(x_TH, block_format)
+        scales = QuantScales(values, block_format)
+    out, handle = comm.dispatch(rows, ids_TK, weights_TK, scales)
     expert_out = scaling_experts(
         out, comm.local_experts, dtype=case.torch_dtype, block_format=block_format
     )
@@ -124,7 +133,7 @@ def _prepare_one(
     problem = mismatch(y_TH, expected_TH, wire_dtype=case.wire_dtype)
     graphs = None
     if case.calls.graph:
-        graphs = capture_calls(comm, x_TH, ids_TK, weights_TK, expert_out)
+        graphs = capture_calls(comm, rows, scales, ids_TK, weights_TK, expert_out)
         graphs.dispatch.replay()
         graphs.combine.replay()
         graphs.pair.replay()
@@ -133,7 +142,8 @@ def _prepare_one(
             problem = problem or wrong
     wire = _wire_rows(comm, case, handle)
     raw = RawExchange(wire, device=device)
-    return Input(x_TH, ids_TK, weights_TK, expert_out, handle, wire, raw, graphs), problem
+    item = Input(x_TH, rows, scales, ids_TK, weights_TK, expert_out, handle, wire, raw, graphs)
+    return item, problem
 
 
 def _wire_rows(comm: MoECommunicator, case: Case, handle: DispatchHandle) -> WireRows:

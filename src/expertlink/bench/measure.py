@@ -190,8 +190,10 @@ def dispatch_input(
 ) -> tuple[DispatchOutput, DispatchHandle]:
     """One dispatch of an input, as the variant has it."""
     if case.calls.cached:
-        return comm.dispatch(item.x_TH, item.topk_ids_TK, previous_handle=item.handle)
-    return comm.dispatch(item.x_TH, item.topk_ids_TK, item.topk_weights_TK)
+        return comm.dispatch(
+            item.rows, item.topk_ids_TK, None, item.scales, previous_handle=item.handle
+        )
+    return comm.dispatch(item.rows, item.topk_ids_TK, item.topk_weights_TK, item.scales)
 
 
 class _Times:

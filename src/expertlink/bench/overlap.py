@@ -177,5 +177,7 @@ def print_overlap(records: Sequence[OverlapRecord], console: Console) -> None:
 
 def _dispatch_async(comm: MoECommunicator, case: Case, item: Input) -> Any:
     if case.calls.cached:
-        return comm.dispatch_async(item.x_TH, item.topk_ids_TK, previous_handle=item.handle)
-    return comm.dispatch_async(item.x_TH, item.topk_ids_TK, item.topk_weights_TK)
+        return comm.dispatch_async(
+            item.rows, item.topk_ids_TK, None, item.scales, previous_handle=item.handle
+        )
+    return comm.dispatch_async(item.rows, item.topk_ids_TK, item.topk_weights_TK, item.scales)

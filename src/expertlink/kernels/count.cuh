@@ -8,36 +8,41 @@
 
 #include "peers.cuh"
 
-// The choices of a token: global experts, -1 for none. All loads are under way before the first is
-// used.
+constexpr int kChunk = kTopk < 8 ? kTopk : 8;  // choices that are looked at together
+
+// Some of a token's choices: global experts, -1 for none. All loads are under way before the first
+// is used.
 struct Choices {
-    int expert[kTopk];
+    int expert[kChunk];
     bool faulty;  // an id is out of range
 };
 
 template <typename Id, bool kKeep>
-__device__ __forceinline__ void read_ids(const DispatchArguments& a, int token, Choices& choices) {
-    const Id* const from = static_cast<const Id*>(a.ids) + static_cast<long long>(token) * kTopk;
-    Id* const kept = static_cast<Id*>(a.ids_copy) + static_cast<long long>(token) * kTopk;
-    Id ids[kTopk];
+__device__ __forceinline__ void read_ids(const DispatchArguments& a, int token, int first,
+                                         Choices& choices) {
+    const long long at = static_cast<long long>(token) * kTopk + first;
+    const Id* const from = static_cast<const Id*>(a.ids) + at;
+    Id* const kept = static_cast<Id*>(a.ids_copy) + at;
+    Id ids[kChunk];
 #pragma unroll
-    for (int k = 0; k < kTopk; ++k) ids[k] = from[k];
+    for (int k = 0; k < kChunk; ++k) ids[k] = first + k < kTopk ? from[k] : -1;
     choices.faulty = false;
 #pragma unroll
-    for (int k = 0; k < kTopk; ++k) {
+    for (int k = 0; k < kChunk; ++k) {
         choices.expert[k] = ids[k] >= 0 && ids[k] < kNumExperts ? static_cast<int>(ids[k]) : -1;
         choices.faulty |= ids[k] < -1 || ids[k] >= kNumExperts;
-        if (kKeep) kept[k] = ids[k];
+        if (kKeep && first + k < kTopk) kept[k] = ids[k];
     }
 }
 
+// The choices from `first` on.
 template <bool kKeep>
-__device__ __forceinline__ Choices choices_of(const DispatchArguments& a, int token) {
+__device__ __forceinline__ Choices choices_of(const DispatchArguments& a, int token, int first) {
     Choices choices;
     if (a.flags & kWideIds)
-        read_ids<long long, kKeep>(a, token, choices);
+        read_ids<long long, kKeep>(a, token, first, choices);
     else
-        read_ids<int, kKeep>(a, token, choices);
+        read_ids<int, kKeep>(a, token, first, choices);
     return choices;
 }
 
@@ -70,18 +75,21 @@ __device__ __forceinline__ bool fill_masks(const DispatchArguments& a, unsigned*
     for (int i = threadIdx.x; i < groups * 32 && first + i < end; i += blockDim.x) {
         unsigned* const row = masks + i / 32 * kColumns;
         const unsigned bit = 1u << (i % 32);
-        const Choices choices = choices_of<true>(a, first + i);
-        faulty |= choices.faulty;
-        int homes[kTopk];
+#pragma unroll 1
+        for (int begin = 0; begin < kTopk; begin += kChunk) {
+            const Choices choices = choices_of<true>(a, first + i, begin);
+            faulty |= choices.faulty;
+            int homes[kChunk];
 #pragma unroll
-        for (int k = 0; k < kTopk; ++k)
-            homes[k] = choices.expert[k] >= 0 ? a.home_of[choices.expert[k]] : 0;
+            for (int k = 0; k < kChunk; ++k)
+                homes[k] = choices.expert[k] >= 0 ? a.home_of[choices.expert[k]] : 0;
 #pragma unroll
-        for (int k = 0; k < kTopk; ++k) {
-            if (choices.expert[k] < 0) continue;
-            atomicOr(&row[rank_of(homes[k])], bit);
-            const unsigned before = atomicOr(&row[kNumRanks + choices.expert[k]], bit);
-            faulty |= (before & bit) != 0;  // chosen twice
+            for (int k = 0; k < kChunk; ++k) {
+                if (choices.expert[k] < 0) continue;
+                atomicOr(&row[rank_of(homes[k])], bit);
+                const unsigned before = atomicOr(&row[kNumRanks + choices.expert[k]], bit);
+                faulty |= (before & bit) != 0;  // chosen twice
+            }
         }
     }
     __syncthreads();
@@ -112,11 +120,16 @@ __device__ __forceinline__ void place_token(const DispatchArguments& a, const un
     }
     for (; found < kCopies; ++found) a.slots_of_token[token * kCopies + found] = -1;
     if constexpr (kExpanded) {
-        const Choices choices = choices_of<false>(a, token);
+#pragma unroll 1
+        for (int begin = 0; begin < kTopk; begin += kChunk) {
+            const Choices choices = choices_of<false>(a, token, begin);
 #pragma unroll
-        for (int k = 0; k < kTopk; ++k)
-            a.ordinals[static_cast<long long>(token) * kTopk + k] =
-                choices.expert[k] < 0 ? -1 : place(kNumRanks + choices.expert[k]);
+            for (int k = 0; k < kChunk; ++k) {
+                if (begin + k >= kTopk) break;
+                a.ordinals[static_cast<long long>(token) * kTopk + begin + k] =
+                    choices.expert[k] < 0 ? -1 : place(kNumRanks + choices.expert[k]);
+            }
+        }
     }
 }
 

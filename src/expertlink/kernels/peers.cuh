@@ -43,12 +43,16 @@ __device__ __forceinline__ unsigned* credit_word(char* base, int rank) {
     return reinterpret_cast<unsigned*>(base + kCreditsAt) + rank;
 }
 
-// Calls that count nothing tell the peers only that this rank is here, and in which call.
+// Calls that count nothing tell the peers only that this rank is here, and in which call. One warp.
 template <typename Arguments>
 __device__ __forceinline__ void say_ready(const Arguments& a, const Watch& watch) {
     if (blockIdx.x != 0 || threadIdx.x >= 32) return;
     for (int step = threadIdx.x; step < kNumRanks; step += 32) {
         const int peer = (a.rank + step) % kNumRanks;
+        // The peer may still be reading what this rank said of the call before.
+        if (!wait_until(credit_word(a.bases[a.rank], peer), watch.transfer - 1, watch,
+                        kPhaseCredit, peer))
+            return;
         for (int word = 0; word < kHeadWords; ++word)
             count_row(a.bases[peer], a.rank)[word] = head_word(a, word);
         store_release_system(ready_word(a.bases[peer], a.rank), watch.transfer);
