@@ -2,10 +2,12 @@
 
 Every rank runs the engine's own host code in a thread of its own. A launch waits until all ranks
 have come to it and starts one kernel with a row of blocks per rank, so all are resident at once.
+All ranks share one stream, so calls cannot be captured here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,19 +41,30 @@ DEVICE = torch.device("cuda", 0)
 
 
 class Meeting:
-    """Where the threads of all ranks exchange values: `swap` returns everybody's."""
+    """Where the threads of all ranks exchange values: `swap` returns everybody's.
 
-    def __init__(self, num_ranks: int) -> None:
+    Args:
+        num_ranks: R.
+        act: called with all values by the last thread to come, before any of them goes on.
+    """
+
+    def __init__(self, num_ranks: int, act: Callable[[list[Any]], None] | None = None) -> None:
         self.num_ranks = num_ranks
         self._values: list[Any] = [None] * num_ranks
-        self._barrier = threading.Barrier(num_ranks)
+        self._everyone: list[Any] = []
+        self._act = act
+        self._barrier = threading.Barrier(num_ranks, self._close)
+
+    def _close(self) -> None:
+        # Replaced as a whole: nobody can come to the next exchange before all have read this one.
+        self._everyone = list(self._values)
+        if self._act is not None:
+            self._act(self._everyone)
 
     def swap(self, rank: int, value: Any) -> list[Any]:
         self._values[rank] = value
         self._barrier.wait(_PATIENCE_S)
-        everyone = list(self._values)
-        self._barrier.wait(_PATIENCE_S)
-        return everyone
+        return self._everyone
 
     def break_up(self) -> None:
         """Lets everybody who waits fail: a rank has failed."""
@@ -85,14 +98,25 @@ class Memory:
     addresses: list[int]
 
 
+@dataclass(frozen=True)
+class _Share:
+    """One rank's part of a launch."""
+
+    name: str
+    arguments: bytes
+    launch: Launch
+    stream: torch.cuda.Stream
+
+
 class Fleet:
-    """The ranks' common launches for one configuration.
+    """The ranks' common launches for one configuration; serves one `run_hosted` after another.
 
     Args:
         config: of every rank's communicator.
         num_ranks: R.
         max_warps: warps of a block; few, so that many blocks fit on the GPU.
-        skip: called with the launch's number; ranks it returns do not take part in that launch.
+        skip: called with the number of a launch that all ranks make together (one per dispatch or
+            combine); ranks it returns do not take part in it.
     """
 
     def __init__(
@@ -103,7 +127,7 @@ class Fleet:
         max_warps: int = 4,
         skip: Callable[[int], Sequence[int]] = lambda number: (),
     ) -> None:
-        self.config, self.num_ranks, self._skip = config, num_ranks, skip
+        self.config, self.num_ranks, self.skip = config, num_ranks, skip
         self.plan = ArenaPlan.of(config, num_ranks)
         owners = (
             even_blocks(config.num_experts, num_ranks)
@@ -124,41 +148,59 @@ class Fleet:
             torch.zeros(self.plan.total, dtype=torch.uint8, device=DEVICE) for _ in range(num_ranks)
         ]
         self.addresses = [buffer.data_ptr() for buffer in self._buffers]
-        self.meeting = Meeting(num_ranks)
-        self._launches = Meeting(num_ranks)
+        self.reset()
+
+    def reset(self) -> None:
+        """For new communicators: flags as in fresh memory, and NaN and -1 everywhere else."""
+        torch.cuda.synchronize(DEVICE)
+        for buffer in self._buffers:
+            buffer[: self.plan.flags].zero_()
+            buffer[self.plan.flags :].fill_(0xFF)
+        torch.cuda.synchronize(DEVICE)
         self._number = 0
-        self._tables: list[tuple[Tensor, Tensor]] = []
+        self.meeting = Meeting(self.num_ranks)
+        self._launches = Meeting(self.num_ranks, self._start)
 
     def memory(self, rank: int) -> Memory:
         return Memory(self._buffers[rank], self.addresses)
 
     def run(self, rank: int, name: str, arguments: Arguments, launch: Launch) -> None:
-        """One rank's share of a launch; rank 0 starts it."""
-        everyone = self._launches.swap(rank, (name, bytes(arguments), launch))
-        if rank == 0:
-            self._start(everyone)
-        self._launches.swap(rank, None)
+        """One rank's share of a launch; the last rank to come starts it for all."""
+        if launch.follows:
+            # Rows that the common launch has sent are placed, or dropped: nobody is waited for, and
+            # other ranks may have nothing to place.
+            self._launch(name, [bytes(arguments)], launch)
+            return
+        stream = torch.cuda.current_stream(DEVICE)
+        self._launches.swap(rank, _Share(name, bytes(arguments), launch, stream))
 
-    def _start(self, everyone: list[tuple[str, bytes, Launch]]) -> None:
-        name, _, launch = everyone[0]
-        assert all(other[0] == name for other in everyone), [other[0] for other in everyone]
-        assert all(other[2] == launch for other in everyone), [other[2] for other in everyone]
-        absent = set(self._skip(self._number))
+    def _start(self, everyone: list[_Share]) -> None:
+        first = everyone[0]
+        for other in everyone:
+            assert other.name == first.name, f"{first.name} meets {other.name}"
+            assert other.stream == first.stream, "hosted ranks launch on one common stream"
+            same = (other.launch.grid, other.launch.block)
+            assert same == (first.launch.grid, first.launch.block), f"{first} meets {other}"
+        # Ranks with more experts plan in larger tables.
+        shared = max(other.launch.shared_bytes for other in everyone)
+        absent = set(self.skip(self._number))
         self._number += 1
-        present = [item for rank, item in enumerate(everyone) if rank not in absent]
+        present = [share.arguments for rank, share in enumerate(everyone) if rank not in absent]
+        launch = dataclasses.replace(first.launch, shared_bytes=shared)
         blocks_per_sm = min(
-            SHARED_BYTES // max(launch.shared_bytes + STATIC_BYTES, 1), 65536 // (launch.block * 128)
+            SHARED_BYTES // max(shared + STATIC_BYTES, 1), 65536 // (launch.block * 128)
         )
         sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
         assert launch.grid * len(present) <= sms * blocks_per_sm, "blocks would wait for blocks"
-        host = torch.frombuffer(
-            bytearray(b"".join(item[1] for item in present)), dtype=torch.uint8
-        ).pin_memory()
+        with torch.cuda.device(DEVICE), torch.cuda.stream(first.stream):
+            self._launch(first.name, present, launch)
+
+    def _launch(self, name: str, arguments: list[bytes], launch: Launch) -> None:
+        host = torch.frombuffer(bytearray(b"".join(arguments)), dtype=torch.uint8).pin_memory()
         table = host.to(DEVICE, non_blocking=True)
-        self._tables = [*self._tables[-64:], (host, table)]
         self._kernels[name].launch(
             _POINTER.new(table=table.data_ptr()),
-            grid=(launch.grid, len(present)),
+            grid=(launch.grid, len(arguments)),
             block=launch.block,
             shared_bytes=launch.shared_bytes,
             stream=torch.cuda.current_stream(DEVICE).cuda_stream,
@@ -227,11 +269,19 @@ class HostedCommunicator(MoECommunicator):
 
 def run_hosted(fleet: Fleet, job: Callable[..., Any], *args: Any) -> list[Any]:
     """`job(communicator, *args)` on every rank; results by rank, or the first failure."""
+    fleet.reset()
+    stream = torch.cuda.current_stream(DEVICE)
 
     def one(rank: int) -> Any:
         try:
-            with torch.cuda.device(DEVICE), HostedCommunicator(fleet, rank) as comm:
-                return job(comm, *args)
+            with (
+                torch.cuda.device(DEVICE),
+                torch.cuda.stream(stream),
+                HostedCommunicator(fleet, rank) as comm,
+            ):
+                result = job(comm, *args)
+                torch.cuda.synchronize(DEVICE)
+                return result
         except BaseException:
             fleet.break_up()
             raise

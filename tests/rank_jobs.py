@@ -136,6 +136,13 @@ def contract(ctx: RankContext, cases: list[Case], **fields: Any) -> int:
     return len(cases)
 
 
+def choice_of(ctx: RankContext, case: Case) -> tuple[str, str]:
+    """The engine that serves a case if nobody asks for one, and why; it meets the contract."""
+    with MoECommunicator(config_of(case, ctx.device)) as comm:
+        check_contract(comm, case)
+        return comm.engine_name, comm.engine_reason
+
+
 def check_contract(comm: MoECommunicator, case: Case) -> None:
     """`contract` of one case on a communicator that is there already."""
     try:

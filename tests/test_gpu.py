@@ -1,15 +1,18 @@
-"""The contract over NCCL: the jobs that judge gloo on CPU, on real GPUs."""
+"""The contract on real GPUs, a process for each: the jobs that judge gloo on CPU."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import async_jobs
 import peer_jobs
 import pytest
 import torch
 import train_jobs
+from nvlink_cases import half_shapes, routings, usual
 from oracle import Case
 from quant_jobs import opaque_rows, quantized_dispatch
-from rank_jobs import contract
+from rank_jobs import choice_of, contract
 
 from expertlink import BlockFormat, DispatchLayout
 from expertlink.launch import RankPool
@@ -43,9 +46,44 @@ def cases_for(ranks: int, layout: DispatchLayout) -> list[Case]:
 
 @RANKS
 @LAYOUTS
-def test_bits_equal_the_oracle(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+def test_bits_over_nccl_equal_the_oracle(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     drawn = cases_for(ranks, layout)
-    assert rank_pools(ranks, "cuda").run(contract, drawn, timeout_s=200) == [len(drawn)] * ranks
+    done = rank_pools(ranks, "cuda").run(contract, drawn, engine="collective", timeout_s=200)
+    assert done == [len(drawn)] * ranks
+
+
+@RANKS
+@LAYOUTS
+def test_bits_over_nvlink_equal_the_oracle(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    pool = rank_pools(ranks, "cuda")
+    shape = usual(ranks, layout)
+    drawn = [*routings(shape), shape.case(placement="scattered", seed=8)]
+    done = pool.run(contract, drawn, engine="nvlink", timeout_s=200)
+    assert done == [len(drawn)] * ranks
+    variants: list[dict[str, bool]] = [{"static_shapes": True}]
+    if not layout.expanded:
+        variants.append({"zero_copy": True})
+    for fields in variants:
+        done = pool.run(contract, drawn[:2], engine="nvlink", timeout_s=100, **fields)
+        assert done == [2] * ranks
+    if shape in half_shapes():
+        half = dataclasses.replace(shape, dtype=torch.float16)
+        assert pool.run(contract, [half.case(seed=1)], engine="nvlink", timeout_s=100) == [1, 1]
+
+
+@RANKS
+def test_the_engine_that_is_chosen(rank_pools, ranks: int) -> None:
+    """Direct neighbours move rows themselves, unless rows are of a kind that only torch moves."""
+    pool = rank_pools(ranks, "cuda")
+    fast = usual(ranks, DispatchLayout.FLAT).case(seed=1)
+    slow = dataclasses.replace(fast, dtype=torch.float32)
+    for case, name, reason in (
+        (fast, "nvlink", "GPUs are direct"),
+        (slow, "collective", "the nvlink engine cannot be used: rows are torch.float32"),
+    ):
+        for chosen, why in pool.run(choice_of, case, timeout_s=100):
+            assert chosen == name, why
+            assert reason in why
 
 
 @RANKS
@@ -60,7 +98,9 @@ def test_gradients_and_requests(rank_pools, ranks: int, layout: DispatchLayout) 
     outcomes = pool.run(train_jobs.repeated_backward, case, timeout_s=60)
     assert all(outcome == (True, True, False, True) for outcome in outcomes)
     assert all(pool.run(async_jobs.gradients_through_requests, case, timeout_s=60))
-    half = Case(tokens, 264, experts=9, topk=3, layout=layout, masked=0.2)
+    half = usual(ranks, layout).case(masked=0.2)
+    assert all(pool.run(train_jobs.weight_grads, half, timeout_s=60))
+    assert all(pool.run(async_jobs.gradients_through_requests, half, timeout_s=60))
     assert all(pool.run(async_jobs.overlapping, half, timeout_s=60))
     assert all(pool.run(async_jobs.finished_later, half, timeout_s=60))
 

@@ -62,9 +62,10 @@ def test_the_example_is_short() -> None:
 def test_environment_variables_are_all_there() -> None:
     section = TEXT.split("## Environment variables\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (.*) \|$", section, flags=re.MULTILINE)
-    assert {name: (float(default), meaning) for name, default, meaning in rows} == {
-        variable.name: (variable.default, variable.meaning) for variable in VARIABLES
-    }
+    assert {
+        name: (None if default == "\u2013" else float(default), meaning)
+        for name, default, meaning in rows
+    } == {variable.name: (variable.default, variable.meaning) for variable in VARIABLES}
 
 
 def test_links_lead_somewhere() -> None:

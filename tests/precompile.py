@@ -1,0 +1,46 @@
+"""Compiles the kernels of all nvlink tests into the kernel cache, in parallel. Needs no GPU.
+
+EXPERTLINK_CACHE_DIR=/a/private/folder PYTHONPATH=src python tests/precompile.py [sm_90a]
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+from nvlink_cases import Kernels, hosted_kernels, process_kernels
+from rank_jobs import config_of
+
+from expertlink.engines.nvlink.arena import ArenaPlan
+from expertlink.engines.nvlink.kernels import compile_for
+
+
+def compile_one(wanted: Kernels, arch: str) -> None:
+    """Compiles one communicator's kernels, unless the cache has them."""
+    shape = wanted.shape
+    config = config_of(shape.case(), "cuda:0", zero_copy=wanted.zero_copy)
+    plan = ArenaPlan.of(config, shape.ranks)
+    compile_for(config, plan, num_ranks=shape.ranks, arch=arch, hosted=wanted.hosted)
+
+
+def compile_all(arch: str, *, workers: int | None = None) -> int:
+    """Compiles all of them; returns their number."""
+    work = [*hosted_kernels(), *process_kernels()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+        for future in [pool.submit(compile_one, wanted, arch) for wanted in work]:
+            future.result()
+    return len(work)
+
+
+def main() -> None:
+    started = time.monotonic()
+    count = compile_all(sys.argv[1] if len(sys.argv) > 1 else "sm_90a")
+    sys.stdout.write(f"{count} pairs of kernels in {time.monotonic() - started:.0f} s\n")
+
+
+if __name__ == "__main__":
+    main()

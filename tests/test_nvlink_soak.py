@@ -1,0 +1,54 @@
+"""Hundreds of mixed calls of several communicators: bits stay right, memory stays where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+
+import pytest
+import soak_jobs
+import torch
+from hosted import DEVICE, Fleet, HostedCommunicator, run_hosted
+
+from expertlink import MoECommunicator
+
+CALLS = 300
+RANKS = 4
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("seed", range(4))
+def test_hosted_ranks(seed: int) -> None:
+    """Communicators of threads; calls cannot be captured, so static ones are made eagerly."""
+    gc.collect()
+    before = torch.cuda.memory_allocated(DEVICE)
+    hosted_soak(CALLS, seed)
+    gc.collect()
+    assert torch.cuda.memory_allocated(DEVICE) <= before
+
+
+def hosted_soak(calls: int, seed: int) -> None:
+    chosen = soak_jobs.settings(RANKS, seed)
+    fleets = [Fleet(soak_jobs.config_for(setting, DEVICE), RANKS) for setting in chosen]
+    streams = [torch.cuda.Stream(DEVICE) for _ in range(2)]
+    order = [streams[0], streams[1], streams[0]]
+
+    def job(first: MoECommunicator) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            others = [
+                stack.enter_context(HostedCommunicator(fleet, first.rank)) for fleet in fleets[1:]
+            ]
+            soak_jobs.run_lines(
+                [first, *others], chosen, order, calls=calls, seed=seed, capture=False
+            )
+
+    run_hosted(fleets[0], job)
+
+
+@pytest.mark.gpu(4)
+@pytest.mark.parametrize("seed", range(2))
+def test_processes(rank_pools, seed: int) -> None:
+    """The same with graphs, several of them between each other's replays and eager calls."""
+    pool = rank_pools(RANKS, "cuda")
+    assert pool.run(soak_jobs.soak, CALLS, seed, timeout_s=200) == [CALLS] * RANKS
