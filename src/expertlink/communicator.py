@@ -22,6 +22,7 @@ from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.engines.wire import Wire
 from expertlink.errors import (
     ClosedError,
+    ConfigurationError,
     ExpertlinkError,
     InputError,
 )
@@ -56,6 +57,8 @@ class MoECommunicator:
     ) -> None:
         self.config = config
         self._share_with = share_with
+        if share_with is not None and share_with.config.group is not config.group:
+            raise ConfigurationError("share_with: that communicator belongs to another group")
         self._identity = next(_identities)
         self._group: Any = config.group
         if self._group is None and dist.is_available() and dist.is_initialized():
@@ -97,9 +100,8 @@ class MoECommunicator:
         if self._engine is not None:
             return
         wire = Wire(self._group, device=self.device, timeout_s=self._startup_timeout_s)
-        self._placement = meet(
-            wire, self.config, engine=self._choice.name, check_inputs=self._check
-        )
+        asked = self.config.engine + ("" if self._share_with is None else ", memory shared")
+        self._placement = meet(wire, self.config, engine=asked, check_inputs=self._check)
         other = self._share_with
         self._choice, self._engine = build_engine(
             self._choice,

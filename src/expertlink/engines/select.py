@@ -63,6 +63,12 @@ def build_engine(
     Raises:
         EngineUnavailableError: on every rank: they cannot use the engine that was asked for.
     """
+    if config.engine == "auto" and wire.device.type == "cuda":
+        # What is in the way of one rank is in the way of all.
+        texts = wire.gather_text("" if choice.name == "nvlink" else choice.reason)
+        reasons = [text for text in texts if text]
+        if reasons:
+            choice = EngineChoice("collective", reasons[0])
     if choice.name == "nvlink":
         try:
             engine: Any = build.build(

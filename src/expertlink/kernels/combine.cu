@@ -10,10 +10,12 @@
 
 // Where an arrival's choices and weights are kept; deduplicated layouts: also its row.
 __device__ __forceinline__ long long row_of(const CombineArguments& a, int source, int position) {
-    const int row = kLayoutIsRankMajor ? source * kMaxTokens + position
-                                       : a.first_row[source] + position;
-    // Static shapes: rows for which there was no room do not exist; that has been reported.
-    return kExpanded ? row : min(row, a.max_slots - 1);
+    return kLayoutIsRankMajor ? source * kMaxTokens + position : a.first_row[source] + position;
+}
+
+// Static shapes: rows for which there was no room do not exist; that has been reported.
+__device__ __forceinline__ bool exists(const CombineArguments& a, long long row) {
+    return kExpanded || row < a.max_slots;
 }
 
 // Weight gradients of an arrival's choices, written beside the partial sum.
@@ -23,7 +25,7 @@ __device__ __forceinline__ void write_grads(const CombineArguments& a, char* bes
         const long long at = row * kTopk + lane;
         const int choice = a.choices_of_row[at];
         float grad = 0.0f;
-        if (choice >= 0) grad = a.slot_grads[kExpanded ? choice : at];
+        if (choice >= 0 && exists(a, row)) grad = a.slot_grads[kExpanded ? choice : at];
         reinterpret_cast<float*>(beside)[lane] = grad;
     }
     fence_shared_to_bulk();
@@ -50,7 +52,7 @@ __device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ri
         const bool own = source == a.rank;
         if (own && !kExpanded && !(a.flags & kGrads)) continue;
         const long long row = row_of(a, source, position);
-        const bool loads = !kExpanded && a.row_bytes != 0 && !own;
+        const bool loads = !kExpanded && a.row_bytes != 0 && !own && exists(a, row);
         bulk_wait_read();
         __syncwarp();
         if (loads && lane == 0)
@@ -146,9 +148,11 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& w
         if (!__all_sync(0xffffffffu, here)) return false;
         __syncwarp();  // every lane may read what one of them has acquired
         if (a.row_bytes != 0) {
-            const char* const term = direct ? static_cast<const char*>(a.rows) +
-                                                  row_of(a, source, code % kMaxTokens) * a.row_bytes
-                                            : staged_row(base, max(code, 0));
+            const char* term = staged_row(base, max(code, 0));
+            if (direct) {
+                const long long row = row_of(a, source, code % kMaxTokens);
+                if (exists(a, row)) term = static_cast<const char*>(a.rows) + row * a.row_bytes;
+            }
             const int terms = __popc(__ballot_sync(0xffffffffu, code >= 0));
             sum_rows<false>(slot, a.slot_bytes, term, 0.0f, terms, a.row_bytes,
                             static_cast<char*>(a.out) +
@@ -170,8 +174,10 @@ __device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watc
 __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Ring ring;
-    const Watch watch{a.state, a.control, a.state->sent + 1, static_cast<unsigned>(a.operation)};
-    if (gave_up(watch) || !run_halves(a, watch, shared, ring)) return;
+    const Watch watch{a.state, a.control, a.state->sent + 1, static_cast<unsigned>(a.operation),
+                      ready_word(a.bases[a.rank], 0), a.rank};
+    if (__syncthreads_or(threadIdx.x == 0 && gave_up(watch))) return;
+    if (!run_halves(a, watch, shared, ring)) return;
     if (!last_to_leave(&a.state->left_send, gridDim.x)) return;
     grant_credit(a, watch);
     if (threadIdx.x == 0) {

@@ -53,12 +53,13 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     const bool sends = a.flags & kSend, places = a.flags & kPlace || a.flags & kDiscard;
     const Watch watch{a.state, a.control,
                       (sends ? a.state->sent : a.state->received) + 1,
-                      static_cast<unsigned>(a.operation)};
-    if (gave_up(watch)) return;
-    if (!run_halves(a, watch, shared, ring)) return;
-
+                      static_cast<unsigned>(a.operation),
+                      ready_word(a.bases[a.rank], 0), a.rank};
+    const bool over = __syncthreads_or(threadIdx.x == 0 && gave_up(watch));
+    const bool done = !over && run_halves(a, watch, shared, ring);
     // Placing may have started before the sending half was over; the kernel after this one may not.
     if (places && !sends) wait_for_predecessor();
+    if (!done) return;
     const bool placed = places && !is_deferred(a);
     if (sends && last_to_leave(&a.state->left_send, gridDim.x) && threadIdx.x == 0) {
         a.state->sent = watch.transfer;

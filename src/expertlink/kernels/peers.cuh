@@ -14,7 +14,7 @@ __device__ __forceinline__ int rank_of(int home) { return home / kHomeStride; }
 __device__ __forceinline__ int local_of(int home) { return home % kHomeStride; }
 
 // Words of a count row's head, as engines/header.py names them.
-enum Head { kOperation, kCommunicator, kCall, kStatus, kCapacity, kRowBytes, kExtraBytes };
+enum Head { kOperation, kCommunicator, kCall, kStatus, kCapacity, kRowBytes, kExtraBytes, kWeighted };
 
 // What this rank says of its call to every peer.
 template <typename Arguments>
@@ -26,7 +26,8 @@ __device__ __forceinline__ int head_word(const Arguments& a, int word) {
         case kStatus: return a.status;
         case kCapacity: return a.capacity;
         case kRowBytes: return a.row_bytes;
-        case kExtraBytes: return a.beside_bytes;
+        case kExtraBytes: return a.extra_bytes;
+        case kWeighted: return (a.flags & kNewWeights) != 0;
         default: return 0;
     }
 }

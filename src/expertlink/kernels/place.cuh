@@ -43,6 +43,10 @@ __device__ __forceinline__ void load_groups(const DispatchArguments& a, Groups& 
     __syncthreads();
 }
 
+__device__ __forceinline__ int load_slot(const Groups& groups, int at) {
+    return *reinterpret_cast<const volatile int*>(groups.slots + at);
+}
+
 // The `turn`-th row in the order of arrival; false where there is none.
 __device__ __forceinline__ bool arrival_at(const DispatchArguments& a, const Groups& groups,
                                            int turn, Arrival& arrival) {
@@ -89,7 +93,7 @@ __device__ __forceinline__ int read_beside(const DispatchArguments& a, const Gro
         }
         choice = home >= 0 && rank_of(home) == a.rank ? local_of(home) : -1;
         if (kExpanded && choice >= 0) {
-            choice = groups.slots[arrival.source * a.num_local + choice] + place;
+            choice = load_slot(groups, arrival.source * a.num_local + choice) + place;
             if (choice >= a.max_slots) choice = -1;  // static shapes: reported, and dropped
         }
         a.choices_of_row[at] = choice;

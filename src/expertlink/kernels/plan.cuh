@@ -88,7 +88,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         }
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
         bool same = word(r, kStatus) == 0;
-        for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kExtraBytes})
+        for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kExtraBytes, kWeighted})
             same &= word(r, i) == head_word(a, i);
         if (!same) atomicOr(&disagree, 1);
     }
@@ -138,8 +138,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     __syncthreads();
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
         a.first_row[r] = arrivals[r];
-        // A call that the host is about to refuse places nothing.
-        const int own = verdict != kFine && mails ? 0 : count(r, a.rank);
+        const int own = count(r, a.rank);
         a.rows_from[r] = a.rows_from_out[r] = own;
         int before = 0;  // rows of the ranks before this one at rank r: where this one's start
         for (int s = 0; s < a.rank; ++s) before += count(s, r);
@@ -165,9 +164,10 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
             control->overflow_capacity = room;
             store_release_system(&control->overflowed, watch.transfer);
         }
-        // With a verdict there is nothing to place; without, there may be too little room for it.
+        // The host discards what it refuses, and finds more room for what does not fit.
         const int rows = kExpanded ? num_slots : num_arrivals;
-        watch.state->deferred = mails && verdict == kFine && !kPadded && rows > a.max_slots;
+        const bool fits = kPadded || rows <= a.max_slots;
+        watch.state->deferred = mails && (verdict != kFine || !fits);
         store_release_device(&watch.state->planned, watch.transfer);
     }
     return mails || verdict != kDisagree;

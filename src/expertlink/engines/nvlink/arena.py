@@ -81,6 +81,8 @@ class ArenaPlan:
         beside: what travels beside zero-copy rows.
         rows: staged rows, each with what travels beside it.
         pool: rows of one zero-copy dispatch; there are two pools, or none.
+        max_tokens: T_max. Sharers have the same, so that every staged row keeps its one writer.
+        stride: bytes from one staged row to the next; likewise.
     """
 
     flags: int
@@ -88,6 +90,8 @@ class ArenaPlan:
     beside: int
     rows: int
     pool: int
+    max_tokens: int
+    stride: int
 
     @staticmethod
     def of(config: MoECommunicatorConfig, num_ranks: int) -> ArenaPlan:
@@ -102,11 +106,13 @@ class ArenaPlan:
             "rows": slots * shape.staged,
             "pool": slots * shape.row if config.zero_copy else 0,
         }
-        return ArenaPlan(**{name: round_up(size, _ALIGNMENT) for name, size in sizes.items()})
+        rounded = {name: round_up(size, _ALIGNMENT) for name, size in sizes.items()}
+        return ArenaPlan(**rounded, max_tokens=config.max_tokens_per_rank, stride=shape.staged)
 
     def holds(self, other: ArenaPlan) -> bool:
         """Whether a communicator that needs `other` can share this arena."""
-        return all(getattr(self, name) >= size for name, size in vars(other).items())
+        same = (self.max_tokens, self.stride) == (other.max_tokens, other.stride)
+        return same and all(getattr(self, name) >= size for name, size in vars(other).items())
 
     def regions(self) -> dict[str, int]:
         """Bytes by region, in the order of their offsets."""
@@ -225,24 +231,26 @@ class Arena:
 
     def enter(self, stream: torch.cuda.Stream) -> None:
         """Orders `stream` after the last call, where that was made on another stream."""
-        last, self._last = self._last, stream
-        # In a capture the order of streams is what the capture makes of it.
-        if last is None or last == stream or torch.cuda.is_current_stream_capturing():
-            return
-        stream.wait_stream(last)
+        if stream == self._last or torch.cuda.is_current_stream_capturing():
+            return  # in a capture the order of streams is what the capture makes of it
+        if self._last is not None:
+            stream.wait_stream(self._last)
+        self._last = stream
 
     def check_fits(self, needed: ArenaPlan) -> None:
         """Refuses a communicator that needs more than there is."""
         if self.plan.holds(needed):
             return
-        short = [
-            f"{name}: {getattr(needed, name)} bytes needed, {size} there"
+        differing = [
+            f"{name} {size}, needed {getattr(needed, name)}"
             for name, size in vars(self.plan).items()
             if getattr(needed, name) > size
+            or (name in ("max_tokens", "stride") and getattr(needed, name) != size)
         ]
         raise ConfigurationError(
-            f"the shared memory is too small for this communicator ({'; '.join(short)}): build the "
-            "communicator with the largest needs first"
+            "share_with: the memory does not suit this communicator; equal max_tokens_per_rank, "
+            "hidden_size, dtype and topk are needed, and the communicator with most experts comes "
+            f"first ({'; '.join(differing)})"
         )
 
 

@@ -81,7 +81,7 @@ def build(
         watchdog = Watchdog(
             rank=wire.rank,
             num_ranks=num_ranks,
-            counts=config.num_experts,
+            counts=plan.counts // 4,
             timeout_s=wire.timeout_s,
         )
     for region, size in plan.regions().items():
@@ -98,6 +98,7 @@ def build(
         check=check_inputs,
         blocks=blocks,
     )
+    torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
     return NvlinkEngine(
         config,
         wire=wire,

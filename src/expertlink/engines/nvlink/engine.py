@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from typing import NoReturn
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
+from expertlink.engines import extras
 from expertlink.engines.agreement import Agreement, judge
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.header import HeaderFields, Operation, build_header
@@ -18,10 +20,11 @@ from expertlink.engines.nvlink.route import as_route
 from expertlink.engines.nvlink.throughput import HighThroughput, Started
 from expertlink.engines.nvlink.watchdog import DISAGREE, Watchdog
 from expertlink.engines.wire import Wire
-from expertlink.errors import CapacityError, InputError, PeerError
+from expertlink.errors import CapacityError, InputError
 from expertlink.routing import Placement
 from expertlink.validation import explain_ids
 
+_ALIGNMENT = 16  # bytes of what bulk copies read and write
 logger = logging.getLogger("expertlink")
 
 
@@ -62,7 +65,12 @@ class NvlinkEngine:
         self.watchdog.set_timeout(timeout_s)
 
     def close(self) -> None:
-        """Lets go of the group; the arena goes with the last communicator that shares it."""
+        """Waits for the calls under way, then lets go of memory and group.
+
+        The arena goes with the last communicator that shares it.
+        """
+        with contextlib.suppress(RuntimeError):  # a broken context has nothing under way
+            torch.cuda.synchronize(self.arena.device)
         self._wire.close()
 
     def memory_estimate(self) -> dict[str, int]:
@@ -98,13 +106,14 @@ class NvlinkEngine:
         kind = Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH
         try:
             self._rows.check(call.x_TW, call.scales)
+            _check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
         self._enter(kind)
         if call.x_TW.data_ptr() % 16:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
         if self._check and call.previous is not None:
-            self._agree(kind)
+            self._agree(kind, row_bytes=extras.row_bytes(call.x_TW), extra_bytes=extras.width(call))
         self._begin()
         started = self._calls.dispatch(call, number=self._wire.call)
         if started.output is None or started.route is None:
@@ -123,8 +132,13 @@ class NvlinkEngine:
         if self._check:
             self._agree(Operation.COMBINE)
         self._begin()
+        out_TH = call.out_TH
+        if out_TH.data_ptr() % _ALIGNMENT:
+            call = dataclasses.replace(call, out_TH=torch.empty_like(out_TH))
         grads_TK = self._calls.combiner.combine(call)
-        return Combined(out_TH=call.out_TH, weight_grads_TK=grads_TK, finish=_nothing_left)
+        if call.out_TH is not out_TH:
+            out_TH.copy_(call.out_TH)
+        return Combined(out_TH=out_TH, weight_grads_TK=grads_TK, finish=_nothing_left)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
@@ -147,7 +161,14 @@ class NvlinkEngine:
     def _begin(self) -> None:
         self.arena.enter(torch.cuda.current_stream(self.arena.device))
 
-    def _agree(self, operation: Operation, *, refused: Exception | None = None) -> None:
+    def _agree(
+        self,
+        operation: Operation,
+        *,
+        refused: Exception | None = None,
+        row_bytes: int = 0,
+        extra_bytes: int = 0,
+    ) -> None:
         """Exchanges headers between the hosts."""
         wire = self._wire
         fields = HeaderFields(
@@ -155,6 +176,8 @@ class NvlinkEngine:
             communicator=wire.number,
             call=wire.call & 0x7FFFFFFF,
             status=int(refused is not None),
+            row_bytes=row_bytes,
+            extra_bytes=extra_bytes,
         )
         header = build_header(
             fields,
@@ -177,7 +200,9 @@ class NvlinkEngine:
                 mail.heads,
                 explain=lambda: explain_ids(ids_TK, self._placement.num_experts),
             )
-            raise PeerError(f"dispatch #{number} did not happen", ranks=())
+            raise InputError(
+                f"dispatch #{number} did not happen: some ranks pass weights, others do not"
+            )
         raise CapacityError(
             f"rank {mail.rank} would receive {mail.rows} rows in dispatch #{number} but has room "
             f"for {mail.capacity} (max_recv_tokens_per_rank or its output_buffer); nothing was "
@@ -185,6 +210,13 @@ class NvlinkEngine:
             rank=mail.rank,
             rows=mail.rows,
             capacity=mail.capacity,
+        )
+
+
+def _check_address(buffer: Tensor | None) -> None:
+    if buffer is not None and buffer.data_ptr() % _ALIGNMENT:
+        raise InputError(
+            f"output_buffer starts at an address that is no multiple of {_ALIGNMENT} bytes"
         )
 
 

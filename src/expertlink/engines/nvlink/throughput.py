@@ -105,6 +105,8 @@ class HighThroughput:
         self._guess = 0  # rows that the next uncached dispatch is expected to receive
         self._mails = not config.static_shapes
         self._always = int(Flag.ZERO_COPY) if config.zero_copy else 0
+        clears = config.static_shapes and config.layout is DispatchLayout.TOKEN_MAJOR
+        self._clearing = _CLEAR_REST if clears else 0
         self._counting = _UNCACHED
         if check:
             self._counting |= int(Flag.CHECK_IDS)
@@ -169,9 +171,7 @@ class HighThroughput:
         outputs = Outputs()
         shape = self._expected_shape(call)
         if shape is not None:
-            a.flags |= _PLACE
-            if config.static_shapes and self._layout is DispatchLayout.TOKEN_MAJOR:
-                a.flags |= _CLEAR_REST
+            a.flags |= _PLACE | self._clearing
             self._make(outputs, call, shape, weighted)
         before = self._watchdog.mail_number
         self._launch_dispatch(call, sends=True)
@@ -179,15 +179,18 @@ class HighThroughput:
         if self._mails:
             mail = self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
             if mail.verdict != FINE:
-                if shape is None:
-                    self._discard()
+                self._discard()
                 return Started(None, None, mail)
             counts = mail.counts
             if not self._layout.padded:
                 rows = mail.slots if self._layout.expanded else mail.arrivals
                 self._guess = rows + rows // _SLACK
                 if outputs.tokens is None or outputs.shape[0] < rows:
-                    self._make(outputs, call, (rows,), weighted)
+                    try:
+                        self._make(outputs, call, (rows,), weighted)
+                    except RuntimeError:  # no memory: the peers must not wait for this rank
+                        self._discard()
+                        raise
                     a.flags = _PLACE | a.flags & (_WIDE_IDS | _NEW_WEIGHTS)
                     self._launch_dispatch(call, sends=False)
                 outputs.cut(rows)
@@ -222,7 +225,7 @@ class HighThroughput:
             weighted=old.weighted or call.weights_TK is not None,
             counts=old.counts,
         )
-        self._set_rows(call, Operation.CACHED_DISPATCH, _CACHED)
+        self._set_rows(call, Operation.CACHED_DISPATCH, _CACHED | self._clearing)
         self._set_tables(old.block.data_ptr(), old.num_tokens)
         a.weights_of_row = route.weights_address()
         a.call = 0
@@ -248,8 +251,10 @@ class HighThroughput:
         a.call = number & 0x7FFFFFFF if self._mails else 0
         a.capacity, a.status = capacity.UNBOUNDED, 1
         before = self._watchdog.mail_number
-        self._launch_dispatch(call, sends=True)
-        a.status = 0
+        try:
+            self._launch_dispatch(call, sends=True)
+        finally:
+            a.status = 0
         mail = None
         if self._mails:
             mail = self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
@@ -296,6 +301,7 @@ class HighThroughput:
             a.scales = scales.data_ptr()
         a.operation, a.flags = int(operation), flags
         a.row_bytes, a.scale_bytes, a.beside_bytes = row_bytes, scale_bytes, beside
+        a.extra_bytes = scale_bytes + (0 if weights is None else 4 * self._tables.topk)
         a.num_tokens, a.x = x.shape[0], x.data_ptr()
         if self._always:
             a.pool_at = self._arena.next_pool()
@@ -345,7 +351,7 @@ class HighThroughput:
         else:
             tokens = x.new_empty(full)
         outputs.tokens = tokens
-        a.tokens, a.max_slots = tokens.data_ptr(), math.prod(tokens.shape[:-1])
+        a.tokens, a.max_slots = tokens.data_ptr(), math.prod(shape)
         if call.scales is not None:
             outputs.scales = call.scales.new_empty((*shape, call.scales.shape[1]))
             a.scales_out = outputs.scales.data_ptr()

@@ -48,15 +48,33 @@ struct Watch {
     Control* control;
     unsigned transfer;
     unsigned operation;
+    const unsigned* ready;  // [kNumRanks] last transfer that each rank has begun
+    int rank;
 };
 
 constexpr unsigned kEagerSpins = 8;
 constexpr unsigned kSpinsBetweenLooks = 256;
 
+// `now` is at least `wanted`; counters may wrap around.
+__device__ __forceinline__ bool reached(unsigned now, unsigned wanted) {
+    return static_cast<int>(now - wanted) >= 0;
+}
+
 // Structs travel by value into what is not inlined: a reference would put them on the stack.
 __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, unsigned expected,
                                     unsigned seen, int index, unsigned long long waited_ns) {
     if (atomicCAS(&watch.state->failed, 0u, 1u) != 0u) return;  // the first wait to expire speaks
+    // A rank that has not begun this transfer, the one furthest behind, keeps the others from going on.
+    for (int rank = 0; rank < kNumRanks && phase != kPhaseAgreement; ++rank) {
+        if (rank == watch.rank) continue;
+        const unsigned begun = load_relaxed_system(&watch.ready[rank]);
+        if (reached(begun, watch.transfer) || (phase == kPhaseReady && reached(begun, seen) && peer >= 0))
+            continue;
+        phase = kPhaseReady;
+        peer = rank;
+        expected = watch.transfer;
+        seen = begun;
+    }
     Control* control = watch.control;
     control->phase = phase;
     control->peer = static_cast<unsigned>(peer);
@@ -72,11 +90,6 @@ __device__ __forceinline__ bool gave_up(const Watch& watch) {
     return load_acquire_device(&watch.state->failed) != 0u;
 }
 
-// `now` is at least `wanted`; counters may wrap around.
-__device__ __forceinline__ bool reached(unsigned now, unsigned wanted) {
-    return static_cast<int>(now - wanted) >= 0;
-}
-
 // Slow half of a wait: when it began, or 0 if it must end.
 __device__ __noinline__ unsigned long long look_at_clock(const Watch watch, Phase phase, int peer,
                                                          unsigned expected, unsigned seen,
@@ -86,7 +99,8 @@ __device__ __noinline__ unsigned long long look_at_clock(const Watch watch, Phas
     if (since == 0) return now;
     const unsigned long long limit =
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
-    if (now - since < limit) return since;
+    // What this rank's own blocks wait for is late because of a peer: whoever waits for that one speaks.
+    if (now - since < (peer < 0 ? 2 * limit : limit)) return since;
     report(watch, phase, peer, expected, seen, index, now - since);
     return 0;
 }
