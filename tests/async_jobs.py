@@ -68,7 +68,7 @@ def gradients_through_requests(ctx: RankContext, case: Case) -> bool:
                 out, handle = comm.dispatch(x_TH, ids_TK, weights_TK)
             rows = torch.sin(out.tokens)
             if out.topk_weights is not None:
-                rows = rows * out.topk_weights.sum(-1, keepdim=True)
+                rows = (rows * out.topk_weights.sum(-1, keepdim=True)).to(out.tokens.dtype)
             if asynchronous:
                 result = comm.combine_async(rows, handle).wait()
                 assert isinstance(result, torch.Tensor)

@@ -30,7 +30,8 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
     const int block = blockIdx.x, blocks = gridDim.x;
     if (a.flags & kCount) {
         if (!count_tokens(a, watch, reinterpret_cast<unsigned*>(shared))) return false;
-        if (!(a.flags & kPlace)) let_follower_start();
+        // The launch that places what this one has no room for runs beside the sending half.
+        if (a.flags & kWantsMail) let_follower_start();
         if (block == blocks - 1 && !plan_slots(a, watch, reinterpret_cast<int*>(shared)))
             return false;
     } else if (a.flags & kSend) {

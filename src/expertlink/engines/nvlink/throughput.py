@@ -6,6 +6,7 @@ host's time counts here: a tensor made is as dear as a kernel launched.
 
 from __future__ import annotations
 
+import collections
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ from expertlink.types import DispatchLayout, DispatchOutput
 DEFAULT_SMS = 24
 _SENDERS = {True: 0.34, False: 0.36}  # share of dispatch's blocks that send; expanded or not
 _SENDERS_OF_SHORT_ROWS = 0.42  # rows of at most half the bytes of an unquantized one
-_SLACK = 32  # outputs are made a 32nd larger than the last call needed
+_SLACK = 32  # outputs are made a 32nd larger than the most that recent calls needed
+_CALLS_REMEMBERED = 8
 
 # Plain numbers: the operators of enumerations take microseconds.
 _UNCACHED = int(Flag.COUNT | Flag.SEND)
@@ -102,7 +104,7 @@ class HighThroughput:
         )
         self._tables = TableLayout(config, num_ranks=self._num_ranks, num_local=self._num_local)
         self._launches: dict[tuple[int, int | None, bool, int], tuple[int, int, int, Launch]] = {}
-        self._guess = 0  # rows that the next uncached dispatch is expected to receive
+        self._needed: collections.deque[int] = collections.deque(maxlen=_CALLS_REMEMBERED)
         self._mails = not config.static_shapes
         self._always = int(Flag.ZERO_COPY) if config.zero_copy else 0
         clears = config.static_shapes and config.layout is DispatchLayout.TOKEN_MAJOR
@@ -184,7 +186,7 @@ class HighThroughput:
             counts = mail.counts
             if not self._layout.padded:
                 rows = mail.slots if self._layout.expanded else mail.arrivals
-                self._guess = rows + rows // _SLACK
+                self._needed.append(rows)
                 if outputs.tokens is None or outputs.shape[0] < rows:
                     try:
                         self._make(outputs, call, (rows,), weighted)
@@ -322,7 +324,7 @@ class HighThroughput:
     def _expected_shape(self, call: DispatchCall) -> tuple[int, ...] | None:
         """Leading dimensions of a `tokens` that rows can go to before they are counted, or None.
 
-        Where the host will learn their number it is made as large as the last call suggests. Should
+        Where the host will learn their number it is made as large as recent calls suggest. Should
         more rows arrive, the kernel leaves placing them to a second launch.
         """
         config, ranks = self._config, self._num_ranks
@@ -334,7 +336,8 @@ class HighThroughput:
             return (call.output_buffer.shape[0],)
         if config.static_shapes or config.zero_copy:
             return (self._limit,)
-        return (min(self._guess, self._limit),) if self._guess else None
+        most = max(self._needed, default=0)
+        return (min(most + most // _SLACK, self._limit),) if most else None
 
     def _make(
         self, outputs: Outputs, call: DispatchCall, shape: tuple[int, ...], weighted: bool
