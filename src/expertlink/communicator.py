@@ -20,13 +20,8 @@ from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatc
 from expertlink.engines.meeting import meet, resolve_device
 from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.engines.wire import Wire
-from expertlink.errors import (
-    ClosedError,
-    ConfigurationError,
-    ExpertlinkError,
-    InputError,
-)
-from expertlink.overlap import launch
+from expertlink.errors import ClosedError, ConfigurationError, ExpertlinkError, InputError
+from expertlink.overlap import check_operation, check_overlap, launch
 from expertlink.requests import CombineRequest, DispatchRequest
 from expertlink.routing import Placement
 from expertlink.types import CommOverlapConfig, DispatchHandle, DispatchOutput, QuantScales
@@ -177,14 +172,10 @@ class MoECommunicator:
         return self._ready().memory_estimate()
 
     def check_health(self) -> None:
-        """Raises what went wrong in calls that did not wait on the host, if anything. Local.
+        """Raises what went wrong in calls that the host did not wait for, if anything. Local.
 
-        Every call does so first. Use it after work whose calls were replayed by a CUDA graph, once
-        the stream has been synchronized.
-
-        Raises:
-            PeerTimeoutError: a rank did not take part in time.
-            CapacityError: with static shapes, rows found no room.
+        PeerTimeoutError or, with static shapes, CapacityError. Every call does this first; replays
+        of CUDA graphs do not: look after the stream has been synchronized.
         """
         self._ready().check_health()
 
@@ -257,7 +248,7 @@ class MoECommunicator:
 
         Inputs must not be written to before `wait()`.
         """
-        self._check_overlap(overlap, "dispatch")
+        check_operation(overlap, "dispatch")
         output, handle, wait = self._dispatch(
             input, topk_ids, weights, scales, output_buffer, previous_handle, True, overlap
         )
@@ -349,7 +340,7 @@ class MoECommunicator:
 
         `expert_output` must not be written to before `wait()`.
         """
-        self._check_overlap(overlap, "combine")
+        check_operation(overlap, "combine")
         result, wait = self._combine(expert_output, handle, out, weight_grads, True, overlap)
         return CombineRequest(result, wait)
 
@@ -403,20 +394,11 @@ class MoECommunicator:
             wait_events: CUDA events to wait for, beside the caller's current stream.
             num_sms: SMs the operation may use; None: `num_sms_dispatch` / `num_sms_combine`.
         """
-        if op not in ("dispatch", "combine"):
-            raise InputError(f"op={op!r}: dispatch or combine is expected")
-        if self.device.type != "cuda" and (stream is not None or wait_events):
-            raise InputError(f"stream and wait_events need a CUDA device, not {self.device}")
-        if num_sms is not None and num_sms < 1:
-            raise InputError(f"num_sms={num_sms}: at least 1, or None")
+        check_overlap(op, device=self.device, on_stream=bool(stream or wait_events), sms=num_sms)
         if num_sms is None:
             config = self.config
             num_sms = config.num_sms_dispatch if op == "dispatch" else config.num_sms_combine
         return CommOverlapConfig(op, stream or self._stream, tuple(wait_events), num_sms)
-
-    def _check_overlap(self, overlap: CommOverlapConfig | None, operation: str) -> None:
-        if overlap is not None and overlap.operation != operation:
-            raise InputError(f"overlap was created for {overlap.operation}; this is {operation}")
 
     def _launch(
         self,

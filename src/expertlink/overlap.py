@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.errors import InputError
+from expertlink.types import CommOverlapConfig
 
 Started = TypeVar("Started", Dispatched, Combined)
 
@@ -57,6 +59,22 @@ def launch(
             tensor.record_stream(current)
 
     return started, join
+
+
+def check_overlap(op: str, *, device: torch.device, on_stream: bool, sms: int | None) -> None:
+    """Refuses settings that no operation can have."""
+    if op not in ("dispatch", "combine"):
+        raise InputError(f"op={op!r}: dispatch or combine is expected")
+    if device.type != "cuda" and on_stream:
+        raise InputError(f"stream and wait_events need a CUDA device, not {device}")
+    if sms is not None and sms < 1:
+        raise InputError(f"num_sms={sms}: at least 1, or None")
+
+
+def check_operation(overlap: CommOverlapConfig | None, operation: str) -> None:
+    """Refuses settings that were made for the other operation."""
+    if overlap is not None and overlap.operation != operation:
+        raise InputError(f"overlap was created for {overlap.operation}; this is {operation}")
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
