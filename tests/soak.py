@@ -1,0 +1,24 @@
+"""A soak of any length on four GPUs: PYTHONPATH=src python tests/soak.py [calls] [seed]."""
+
+from __future__ import annotations
+
+import sys
+
+import soak_jobs
+
+from expertlink.launch import RankPool
+
+RANKS = 4
+TIMEOUT_S = 600.0
+
+
+def main() -> None:
+    calls = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    with RankPool(num_ranks=RANKS, device="cuda") as pool:
+        done = pool.run(soak_jobs.soak, calls, seed, timeout_s=TIMEOUT_S)
+    sys.stdout.write(f"{done[0]} calls on {len(done)} ranks, every bit right\n")
+
+
+if __name__ == "__main__":
+    main()
