@@ -124,3 +124,17 @@ def test_expanded_layouts_cannot_be_views(layout: DispatchLayout) -> None:
 def test_switches_are_true_or_false(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}=1 .* True or False"):
         config_with(**{name: 1})
+
+
+@pytest.mark.parametrize("field", ["zero_copy", "static_shapes"])
+def test_what_the_collective_engine_does_not_have_is_refused(field: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{field}=True .* engine='collective'"):
+        MoECommunicatorConfig(
+            num_experts=8,
+            hidden_size=16,
+            topk=2,
+            max_tokens_per_rank=4,
+            engine="collective",
+            output_layout="token_major",
+            **{field: True},  # pyright: ignore[reportArgumentType]
+        )

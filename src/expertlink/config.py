@@ -137,6 +137,9 @@ class MoECommunicatorConfig:
                 _refuse("dtype", self.dtype, "bfloat16, float16 or float32 with quantization")
         if self.expert_alignment > 1 and self.layout is not DispatchLayout.FLAT:
             _refuse("expert_alignment", self.expert_alignment, f"1 for layout {self.layout.value}")
+        for name in ("zero_copy", "static_shapes"):
+            if getattr(self, name) and self.engine == "collective":
+                _refuse(name, True, "False with engine='collective', which does not have it")
         if self.zero_copy and self.layout.expanded:
             _refuse("zero_copy", True, f"False for layout {self.layout.value}, which copies rows")
         if self.max_recv_tokens_per_rank is not None and self.layout.padded:
