@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expertlink.engines.header import NUM_FIELDS, Operation, Word
+from expertlink.engines.header import (
+    NUM_FIELDS,
+    HeaderFields,
+    Operation,
+    Word,
+    build_header,
+)
 from expertlink.engines.wire import Wire
 from expertlink.errors import InputError, PeerError
 
@@ -75,6 +81,39 @@ class Agreement:
             choices=table[:, NUM_FIELDS + num_ranks :],
             capacity=[words[Word.CAPACITY] for words in fields],
         )
+
+
+def without_counts(
+    wire: Wire,
+    operation: Operation,
+    *,
+    num_experts: int,
+    refused: Exception | None = None,
+    row_bytes: int = 0,
+    extra_bytes: int = 0,
+) -> Agreement:
+    """Starts to exchange headers of a call that counts nothing.
+
+    Args:
+        wire: the ranks' connection.
+        operation: what this rank is about to do.
+        num_experts: E, sizes the header.
+        refused: why this rank takes no part.
+        row_bytes: bytes of a row.
+        extra_bytes: bytes that travel beside a row.
+    """
+    fields = HeaderFields(
+        operation=operation,
+        communicator=wire.number,
+        call=wire.call & 0x7FFFFFFF,
+        status=refused is not None,
+        row_bytes=row_bytes,
+        extra_bytes=extra_bytes,
+    )
+    header = build_header(
+        fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=wire.device
+    )
+    return Agreement(wire, operation, header, refused=refused)
 
 
 def judge(

@@ -19,9 +19,9 @@ from torch import Tensor
 from expertlink import layouts
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import capacity, delivery, extras
-from expertlink.engines.agreement import Agreement
+from expertlink.engines.agreement import Agreement, without_counts
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
-from expertlink.engines.header import HeaderFields, Operation, build_header
+from expertlink.engines.header import HeaderFields, Operation
 from expertlink.engines.route import Flight, Packed, Route, Splits, finished
 from expertlink.engines.send_order import MAX_RANKS, KernelSender
 from expertlink.engines.sending import Sender, Sending, TorchSender
@@ -367,16 +367,14 @@ class CollectiveEngine:
         extra_bytes: int = 0,
     ) -> Agreement:
         """Exchanges headers without counts."""
-        fields = self._fields(
-            operation, status=refused is not None, row_bytes=row_bytes, extra_bytes=extra_bytes
-        )
-        header = build_header(
-            fields,
-            num_ranks=self._wire.num_ranks,
+        return without_counts(
+            self._wire,
+            operation,
             num_experts=self._placement.num_experts,
-            device=self._device,
+            refused=refused,
+            row_bytes=row_bytes,
+            extra_bytes=extra_bytes,
         )
-        return Agreement(self._wire, operation, header, refused=refused)
 
     def _pack(self, call: DispatchCall, sending: Sending, count: int) -> Packed:
         """The rows to send, and what travels beside them."""

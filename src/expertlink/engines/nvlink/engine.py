@@ -12,9 +12,9 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import extras
-from expertlink.engines.agreement import Agreement, judge
+from expertlink.engines.agreement import judge, without_counts
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
-from expertlink.engines.header import HeaderFields, Operation, build_header
+from expertlink.engines.header import Operation
 from expertlink.engines.nvlink.arena import Arena, RowShape
 from expertlink.engines.nvlink.route import as_route
 from expertlink.engines.nvlink.throughput import HighThroughput, Started
@@ -170,22 +170,14 @@ class NvlinkEngine:
         extra_bytes: int = 0,
     ) -> None:
         """Exchanges headers between the hosts."""
-        wire = self._wire
-        fields = HeaderFields(
-            operation=operation,
-            communicator=wire.number,
-            call=wire.call & 0x7FFFFFFF,
-            status=int(refused is not None),
+        without_counts(
+            self._wire,
+            operation,
+            num_experts=self._placement.num_experts,
+            refused=refused,
             row_bytes=row_bytes,
             extra_bytes=extra_bytes,
-        )
-        header = build_header(
-            fields,
-            num_ranks=wire.num_ranks,
-            num_experts=self._placement.num_experts,
-            device=self.arena.device,
-        )
-        Agreement(wire, operation, header, refused=refused).conclude()
+        ).conclude()
 
     def _refused(self, call: DispatchCall, started: Started) -> NoReturn:
         """A dispatch that no rank carries out."""
