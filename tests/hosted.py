@@ -20,8 +20,10 @@ from torch import Tensor
 from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink.calls import CallBuilder
 from expertlink.engines.nvlink.arena import Arena, ArenaPlan
+from expertlink.engines.nvlink.build import serves_latency
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.kernels import (
+    LATENCY_WARPS,
     SHARED_BYTES,
     STATIC_BYTES,
     BlockShape,
@@ -29,6 +31,9 @@ from expertlink.engines.nvlink.kernels import (
     architecture,
     compile_for,
 )
+from expertlink.engines.nvlink.latency import LatencyArena, LowLatency
+from expertlink.engines.nvlink.latency_engine import LatencyEngine
+from expertlink.engines.nvlink.latency_plan import LatencyPlan
 from expertlink.engines.nvlink.throughput import HighThroughput
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.wire import Transfer, Wire
@@ -115,6 +120,7 @@ class Fleet:
         config: of every rank's communicator.
         num_ranks: R.
         max_warps: warps of a block; few, so that many blocks fit on the GPU.
+        latency_warps: warps of a block of the low-latency kernels.
         skip: called with the number of a launch that all ranks make together (one per dispatch or
             combine); ranks it returns do not take part in it.
     """
@@ -125,16 +131,18 @@ class Fleet:
         num_ranks: int,
         *,
         max_warps: int = 4,
+        latency_warps: int = LATENCY_WARPS,
         skip: Callable[[int], Sequence[int]] = lambda number: (),
     ) -> None:
         self.config, self.num_ranks, self.skip = config, num_ranks, skip
-        self.plan = ArenaPlan.of(config, num_ranks)
         owners = (
             even_blocks(config.num_experts, num_ranks)
             if config.expert_map is None
             else [int(rank) for rank in config.expert_map]
         )
         self.placement = Placement.from_ranks(owners, num_ranks=num_ranks, device=DEVICE)
+        self.latency = serves_latency(config, self.placement)
+        self.plan = (LatencyPlan if self.latency else ArenaPlan).of(config, num_ranks)
         torch.cuda.init()
         compiled = compile_for(
             config, self.plan, num_ranks=num_ranks, arch=architecture(DEVICE), hosted=True
@@ -143,7 +151,7 @@ class Fleet:
             name: load_kernel(DEVICE, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
             for name, code in compiled.items()
         }
-        self.max_warps = max_warps
+        self.max_warps, self.latency_warps = max_warps, latency_warps
         self._buffers = [
             torch.zeros(self.plan.total, dtype=torch.uint8, device=DEVICE) for _ in range(num_ranks)
         ]
@@ -154,8 +162,11 @@ class Fleet:
         """For new communicators: flags as in fresh memory, and NaN and -1 everywhere else."""
         torch.cuda.synchronize(DEVICE)
         for buffer in self._buffers:
-            buffer[: self.plan.flags].zero_()
-            buffer[self.plan.flags :].fill_(0xFF)
+            if isinstance(self.plan, LatencyPlan):
+                self.plan.prepare(buffer)
+            else:
+                buffer[: self.plan.flags].zero_()
+                buffer[self.plan.flags :].fill_(0xFF)
         torch.cuda.synchronize(DEVICE)
         self._number = 0
         self.meeting = Meeting(self.num_ranks)
@@ -166,7 +177,7 @@ class Fleet:
 
     def run(self, rank: int, name: str, arguments: Arguments, launch: Launch) -> None:
         """One rank's share of a launch; the last rank to come starts it for all."""
-        if launch.follows:
+        if launch.local:
             # Rows that the common launch has sent are placed, or dropped: nobody is waited for, and
             # other ranks may have nothing to place.
             self._launch(name, [bytes(arguments)], launch)
@@ -237,34 +248,40 @@ class HostedCommunicator(MoECommunicator):
             counts=config.num_experts,
             timeout_s=self._timeout_s,
         )
-        arena = Arena(fleet.plan, buffer=fleet.memory(self.rank), device=DEVICE)
-        calls = HighThroughput(
-            config,
-            rank=self.rank,
-            placement=fleet.placement,
-            arena=arena,
-            watchdog=watchdog,
-            run=lambda name, arguments, launch: fleet.run(self.rank, name, arguments, launch),
-            num_sms=132,
-            communicator=0,
-            check=self._check,
-            blocks=BlockShape(
+        buffer = fleet.memory(self.rank)
+
+        def run(name: str, arguments: Arguments, launch: Launch) -> None:
+            fleet.run(self.rank, name, arguments, launch)
+
+        common: dict[str, Any] = {"placement": fleet.placement, "watchdog": watchdog}
+        sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+        if isinstance(fleet.plan, LatencyPlan):
+            common["arena"] = LatencyArena(fleet.plan, buffer=buffer, device=DEVICE)
+            low = LowLatency(
+                config, rank=self.rank, run=run, num_sms=sms, warps=fleet.latency_warps, **common
+            )
+            engine = LatencyEngine(config, wire=wire, calls=low, check=self._check, **common)
+        else:
+            common["arena"] = Arena(fleet.plan, buffer=buffer, device=DEVICE)
+            calls = HighThroughput(
                 config,
-                num_ranks=fleet.num_ranks,
-                num_local=num_local,
-                max_warps=fleet.max_warps,
-            ),
-        )
-        self._engine = NvlinkEngine(
-            config,
-            wire=wire,
-            placement=fleet.placement,
-            arena=arena,
-            watchdog=watchdog,
-            calls=calls,
-            check=self._check,
-        )
+                rank=self.rank,
+                run=run,
+                num_sms=sms,
+                communicator=0,
+                check=self._check,
+                blocks=BlockShape(
+                    config,
+                    num_ranks=fleet.num_ranks,
+                    num_local=num_local,
+                    max_warps=fleet.max_warps,
+                ),
+                **common,
+            )
+            engine = NvlinkEngine(config, wire=wire, calls=calls, check=self._check, **common)
+        self._engine = engine
         self._calls.num_local_experts = num_local
+        self._calls.engine_quantizes = engine.quantizes
 
 
 def run_hosted(fleet: Fleet, job: Callable[..., Any], *args: Any) -> list[Any]:

@@ -77,6 +77,12 @@ class Arguments(ctypes.Structure):
         self._pointer = ctypes.c_void_p(ctypes.addressof(self))
         self.parameters = ctypes.addressof(self._pointer)
 
+    def copy(self) -> Arguments:
+        """Another struct with the same members."""
+        other = type(self)()
+        ctypes.memmove(ctypes.addressof(other), ctypes.addressof(self), ctypes.sizeof(self))
+        return other
+
 
 class Struct:
     """The one definition of a struct that host and kernels share.

@@ -3,15 +3,12 @@
 // `Arguments` are those of dispatch or of combine; both begin with the same fields.
 #pragma once
 
+#include "choices.cuh"
 #include "common/sync.cuh"
 
 constexpr int kColumns = kNumRanks + kNumExperts;  // ranks first
 constexpr int kHeadWords = 8;                      // words of a count row before the counts
 constexpr int kCountWords = kHeadWords + kColumns;
-
-// Where an expert lives, in one number: rank * kHomeStride + index on that rank.
-__device__ __forceinline__ int rank_of(int home) { return home / kHomeStride; }
-__device__ __forceinline__ int local_of(int home) { return home % kHomeStride; }
 
 // Words of a count row's head, as engines/header.py names them.
 enum Head { kOperation, kCommunicator, kCall, kStatus, kCapacity, kRowBytes, kExtraBytes, kWeighted };

@@ -5,7 +5,9 @@ torch's symmetric memory is an alpha API; this file is the only one that knows i
 
 from __future__ import annotations
 
+import collections
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,6 +145,10 @@ class ArenaPlan:
             "kStagingAt": rows,
         }
 
+    def prepare(self, memory: Tensor) -> None:
+        """Makes an arena what it has to be before the first call."""
+        memory.zero_()
+
     def pool_at(self, index: int) -> int:
         """Offset of pool 0 or 1."""
         return self.flags + self.counts + self.beside + self.rows + index * self.pool
@@ -156,12 +162,13 @@ class Buffer(Protocol):
 
 
 class SymmetricBuffer:
-    """Zeroed memory on every rank that all ranks of the group can address. Collective.
+    """Memory on every rank that all ranks of the group can address. Collective.
 
     Args:
         group: the ranks; None: this one alone.
         nbytes: bytes on each rank, the same everywhere.
         device: this rank's GPU.
+        prepare: writes what the memory has to hold at first.
 
     Attributes:
         local: `[nbytes]` uint8, this rank's.
@@ -171,10 +178,17 @@ class SymmetricBuffer:
         EngineUnavailableError: the GPUs of the group cannot address each other.
     """
 
-    def __init__(self, group: Any | None, nbytes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: Any | None,
+        nbytes: int,
+        device: torch.device,
+        prepare: Callable[[Tensor], object] = Tensor.zero_,
+    ) -> None:
         self._handle: Any = None
         if group is None or group.size() == 1:
-            self.local = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self.local = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            prepare(self.local)
             self.addresses = [self.local.data_ptr()]
             return
         try:
@@ -182,7 +196,7 @@ class SymmetricBuffer:
 
             self.local = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
             self._handle = symmetric.rendezvous(self.local, group)
-            self.local.zero_()
+            prepare(self.local)
             torch.cuda.synchronize(device)
             # Addresses of the buffers themselves: the handle's own table ignores offsets.
             self.addresses = [

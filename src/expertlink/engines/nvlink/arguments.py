@@ -34,10 +34,15 @@ class Flag(enum.IntFlag):
     """Gradients of the slots' weights travel."""
 
 
-FLAG_CONSTANTS = {
-    "k" + "".join(part.capitalize() for part in str(flag.name).split("_")): int(flag)
-    for flag in Flag
-}
+def constants_of(flags: type[enum.IntFlag]) -> dict[str, int]:
+    """Flags under the names that kernels know: WIDE_IDS is kWideIds."""
+    return {
+        "k" + "".join(part.capitalize() for part in str(flag.name).split("_")): int(flag)
+        for flag in flags
+    }
+
+
+FLAG_CONSTANTS = constants_of(Flag)
 
 # What both kernels begin with: peers.cuh reads these.
 _COMMON = (

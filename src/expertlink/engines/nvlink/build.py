@@ -8,9 +8,13 @@ from typing import Any
 import torch
 
 from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink import latency_plan
 from expertlink.engines.nvlink.arena import Arena, ArenaPlan, RowShape, SymmetricBuffer
 from expertlink.engines.nvlink.engine import NvlinkEngine
-from expertlink.engines.nvlink.kernels import BlockShape, DeviceRunner
+from expertlink.engines.nvlink.kernels import BlockShape, DeviceRunner, Plan
+from expertlink.engines.nvlink.latency import LatencyArena, LowLatency
+from expertlink.engines.nvlink.latency_engine import LatencyEngine
+from expertlink.engines.nvlink.latency_plan import LatencyPlan
 from expertlink.engines.nvlink.throughput import HighThroughput
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.wire import Wire
@@ -54,8 +58,9 @@ def build(
     """
     num_ranks, device = placement.num_ranks, wire.device
     num_local = len(placement.experts_of_rank[wire.rank])
-    plan = ArenaPlan.of(config, num_ranks)
     blocks = BlockShape(config, num_ranks=num_ranks, num_local=num_local)
+    latency = serves_latency(config, placement)
+    plan: Plan = (LatencyPlan if latency else ArenaPlan).of(config, num_ranks)
     in_the_way = blocks.obstacle(RowShape.of(config).row) or _unreachable(wire)
     runner: DeviceRunner | None = None
     if in_the_way is None:
@@ -72,12 +77,15 @@ def build(
     else:
         buffer = error_text = None
         try:
-            buffer = SymmetricBuffer(wire.group, plan.total, device)
+            buffer = SymmetricBuffer(wire.group, plan.total, device, plan.prepare)
         except EngineUnavailableError as error:
             error_text = str(error)
-        _all_or_none(wire, error_text)  # also: everybody's memory is zeroed before it is used
+        _all_or_none(wire, error_text)  # also: everybody's memory is prepared before it is used
         assert buffer is not None
-        arena = Arena(plan, buffer=buffer, device=device)
+        if isinstance(plan, LatencyPlan):
+            arena = LatencyArena(plan, buffer=buffer, device=device)
+        else:
+            arena = Arena(plan, buffer=buffer, device=device)
         watchdog = Watchdog(
             rank=wire.rank,
             num_ranks=num_ranks,
@@ -86,31 +94,51 @@ def build(
         )
     for region, size in plan.regions().items():
         logger.debug("rank %d: arena: %s: %d bytes", wire.rank, region, size)
-    calls = HighThroughput(
-        config,
-        rank=wire.rank,
-        placement=placement,
-        arena=arena,
-        watchdog=watchdog,
-        run=runner,
-        num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
-        communicator=wire.number,
-        check=check_inputs,
-        blocks=blocks,
-    )
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    common: dict[str, Any] = {
+        "placement": placement,
+        "arena": arena,
+        "watchdog": watchdog,
+    }
+    engine: NvlinkEngine
+    if latency:
+        low = LowLatency(config, rank=wire.rank, run=runner, num_sms=num_sms, **common)
+        engine = LatencyEngine(config, wire=wire, calls=low, check=check_inputs, **common)
+    else:
+        calls = HighThroughput(
+            config,
+            rank=wire.rank,
+            run=runner,
+            num_sms=num_sms,
+            communicator=wire.number,
+            check=check_inputs,
+            blocks=blocks,
+            **common,
+        )
+        engine = NvlinkEngine(config, wire=wire, calls=calls, check=check_inputs, **common)
     torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
-    return NvlinkEngine(
-        config,
-        wire=wire,
-        placement=placement,
-        arena=arena,
-        watchdog=watchdog,
-        calls=calls,
-        check=check_inputs,
-    )
+    return engine
 
 
-def _shared_arena(other: object, plan: ArenaPlan) -> Arena:
+def serves_latency(config: MoECommunicatorConfig, placement: Placement) -> bool:
+    """Whether calls have the low-latency kernels; the same on all ranks.
+
+    Raises:
+        EngineUnavailableError: they do not, but the configuration needs what only these have.
+    """
+    if config.mode != "ll":
+        return False
+    most = max(len(experts) for experts in placement.experts_of_rank)
+    why_not = latency_plan.obstacle(config, num_ranks=placement.num_ranks, num_local=most)
+    if why_not is None:
+        return True
+    if config.mask_lost_peers:
+        raise EngineUnavailableError(f"mask_lost_peers needs low-latency kernels: {why_not}")
+    logger.info("mode='ll' is served by the high-throughput kernels: %s", why_not)
+    return False
+
+
+def _shared_arena(other: object, plan: Plan) -> Arena:
     if not isinstance(other, NvlinkEngine):
         raise ConfigurationError(
             "share_with: that communicator does not use the nvlink engine and has no such memory"

@@ -14,21 +14,24 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import extras
 from expertlink.engines.agreement import judge, without_counts
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.buffers import in_scale_order, into_buffers, into_tokens, largest_output
 from expertlink.engines.header import Operation
 from expertlink.engines.nvlink.arena import Arena, RowShape
-from expertlink.engines.nvlink.route import as_route
+from expertlink.engines.nvlink.route import Route, as_route
 from expertlink.engines.nvlink.throughput import HighThroughput, Started
 from expertlink.engines.nvlink.watchdog import DISAGREE, Watchdog
+from expertlink.engines.unmasked import Unmasked
 from expertlink.engines.wire import Wire
-from expertlink.errors import CapacityError, InputError
+from expertlink.errors import CapacityError, ConfigurationError, InputError
 from expertlink.routing import Placement
+from expertlink.types import DispatchBuffers, DispatchLayout, RowKind
 from expertlink.validation import explain_ids
 
 _ALIGNMENT = 16  # bytes of what bulk copies read and write
 logger = logging.getLogger("expertlink")
 
 
-class NvlinkEngine:
+class NvlinkEngine(Unmasked):
     """Moves rows with kernels that address the memory of other GPUs.
 
     Args:
@@ -42,6 +45,7 @@ class NvlinkEngine:
     """
 
     name = "nvlink"
+    quantizes = False
 
     def __init__(
         self,
@@ -81,6 +85,26 @@ class NvlinkEngine:
         """Rows sent to and received from each rank, own rank included."""
         return as_route(state).wire_rows()
 
+    def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
+        """Expanded layouts: first slot and rows of each source in each group, `[E_loc, R]`."""
+        return expert_ranges(as_route(state), self._config.layout)
+
+    def enable_statistics(self) -> NoReturn:
+        """Refuses: these kernels count nothing."""
+        raise ConfigurationError("statistics are kept by mode='ll' on the nvlink engine")
+
+    def make_buffers(self, rows: RowKind) -> DispatchBuffers:
+        """Outputs of the largest shape; tables and copies of the rest are made by every call."""
+        placement = self._placement
+        output = largest_output(
+            self._config,
+            rows,
+            num_ranks=placement.num_ranks,
+            num_local=len(placement.experts_of_rank[self._wire.rank]),
+            device=self._wire.device,
+        )
+        return DispatchBuffers(output=output, tables=None, kind=rows)
+
     def check_health(self) -> None:
         """Raises what the kernels have reported since the last call."""
         self.watchdog.check(self._wire.call)
@@ -104,9 +128,10 @@ class NvlinkEngine:
     def dispatch(self, call: DispatchCall) -> Dispatched:
         """Queues a dispatch; waits for all ranks' counts where the host has to know them."""
         kind = Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH
+        call = into_tokens(call)
         try:
             self._rows.check(call.x_TW, call.scales)
-            _check_address(call.output_buffer)
+            check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
         self._enter(kind)
@@ -118,10 +143,16 @@ class NvlinkEngine:
         started = self._calls.dispatch(call, number=self._wire.call)
         if started.output is None or started.route is None:
             self._refused(call, started)
+        output = started.output
+        if call.buffers is None:
+            output = in_scale_order(self._config, output)
+        else:
+            output, fill = into_buffers(call.buffers, output)
+            fill()
         return Dispatched(
-            output=started.output,
+            output=output,
             state=started.route,
-            finish=_nothing_left,
+            finish=nothing_left,
             call=self._wire.call,
             topk_ids_TK=started.route.ids_TK,
         )
@@ -132,13 +163,16 @@ class NvlinkEngine:
         if self._check:
             self._agree(Operation.COMBINE)
         self._begin()
+        if call.slot_weights is not None:
+            route = with_slot_weights(as_route(call.state), call.slot_weights)
+            call = dataclasses.replace(call, state=route)
         out_TH = call.out_TH
         if out_TH.data_ptr() % _ALIGNMENT:
             call = dataclasses.replace(call, out_TH=torch.empty_like(out_TH))
         grads_TK = self._calls.combiner.combine(call)
         if call.out_TH is not out_TH:
             out_TH.copy_(call.out_TH)
-        return Combined(out_TH=out_TH, weight_grads_TK=grads_TK, finish=_nothing_left)
+        return Combined(out_TH=out_TH, weight_grads_TK=grads_TK, finish=nothing_left)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
@@ -205,12 +239,33 @@ class NvlinkEngine:
         )
 
 
-def _check_address(buffer: Tensor | None) -> None:
+def expert_ranges(route: Route, layout: DispatchLayout) -> tuple[Tensor, Tensor]:
+    """See `Engine.expert_ranges`."""
+    first_ER = route.table("first_slot").t()
+    ends_E = first_ER[:, 0] + route.table("counts")
+    counts_ER = torch.cat([first_ER[:, 1:], ends_E[:, None]], dim=1) - first_ER
+    groups_E = torch.zeros_like(ends_E)
+    if layout is DispatchLayout.EXPERT_MAJOR:
+        groups_E = torch.arange(len(ends_E), dtype=torch.int32, device=ends_E.device)
+        groups_E *= route.layout.rows
+    return first_ER - groups_E[:, None], counts_ER
+
+
+def with_slot_weights(route: Route, slot_weights: Tensor) -> Route:
+    """The same routing with other weights: one for every slot of an expanded layout."""
+    weights = slot_weights.reshape(-1)
+    # Entries beyond the last row, and those that name no slot, are never multiplied.
+    slots = route.table("choices").clamp(min=0, max=max(weights.numel() - 1, 0))
+    picked = weights[slots] if weights.numel() else weights.new_zeros(slots.shape)
+    return dataclasses.replace(route, weights_block=picked, weighted=True)
+
+
+def check_address(buffer: Tensor | None) -> None:
     if buffer is not None and buffer.data_ptr() % _ALIGNMENT:
         raise InputError(
             f"output_buffer starts at an address that is no multiple of {_ALIGNMENT} bytes"
         )
 
 
-def _nothing_left() -> None:
+def nothing_left() -> None:
     """All work of a call is queued before it returns."""

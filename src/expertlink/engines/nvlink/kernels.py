@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink import arguments, latency_arguments, latency_plan
 from expertlink.engines.nvlink.arena import HEAD_WORDS, ArenaPlan, RowShape, round_up
-from expertlink.engines.nvlink.arguments import COMBINE, DISPATCH, FLAG_CONSTANTS
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
 from expertlink.jit.kernel import Arguments, load_kernel
 from expertlink.types import DispatchLayout
 
 HOME_STRIDE = 1 << 16  # an expert's home is its rank times this, plus its index there
-KERNELS = ("dispatch", "combine")
+_THROUGHPUT_KERNELS = ("dispatch", "combine")
+_LATENCY_KERNELS = ("ll_dispatch", "ll_combine")
+LATENCY_WARPS = 16  # of a block of the low-latency kernels
 SHARED_BYTES = 227 * 1024  # of a block on sm_90 and later
 STATIC_BYTES = 10 * 1024  # of which barriers and small tables take this much at most
 _SHARED_SLOTS = 512  # first slots that placing keeps in shared memory
@@ -32,25 +34,28 @@ class Launch:
         block: threads.
         shared_bytes: dynamic shared memory of a block.
         follows: may start before the kernel before it is over.
+        local: waits for no other rank.
     """
 
     grid: int
     block: int
     shared_bytes: int
     follows: bool = False
+    local: bool = False
 
 
 Run = Callable[[str, Arguments, Launch], None]
-"""Queues "dispatch" or "combine" with its arguments on the current stream."""
+"""Queues a kernel by its name, with its arguments, on the current stream."""
+
+Plan = ArenaPlan | latency_plan.LatencyPlan
 
 
 def kernel_constants(
-    config: MoECommunicatorConfig, plan: ArenaPlan, *, num_ranks: int
+    config: MoECommunicatorConfig, plan: Plan, *, num_ranks: int
 ) -> dict[str, int]:
     """What a communicator fixes, under the names that the kernels know; the same on all ranks."""
-    shape = RowShape.of(config)
     layout = config.layout
-    return {
+    common = {
         "kNumRanks": num_ranks,
         "kNumExperts": config.num_experts,
         "kTopk": config.topk,
@@ -61,22 +66,33 @@ def kernel_constants(
         "kLayoutIsRankMajor": int(layout is DispatchLayout.RANK_MAJOR),
         "kAlignment": config.expert_alignment,
         "kIsBfloat16": int(config.dtype is torch.bfloat16),
+        "kHomeStride": HOME_STRIDE,
+    }
+    if isinstance(plan, latency_plan.LatencyPlan):
+        return {
+            **common,
+            "kMaxWarps": LATENCY_WARPS,
+            **latency_plan.constants_of(config, plan, num_ranks=num_ranks),
+            **latency_arguments.FLAG_CONSTANTS,
+        }
+    shape = RowShape.of(config)
+    return {
+        **common,
         "kStagingStride": shape.staged,
         "kBesideStride": shape.beside,
         "kScalesAt": shape.scales_at,
-        "kHomeStride": HOME_STRIDE,
         "kMaxWarps": _MAX_WARPS,
         "kMostSharedSlots": _SHARED_SLOTS,
         "kMostSharedTable": _SHARED_TABLE,
         "kGradBytes": round_up(4 * config.topk, 16),
         **plan.offsets(num_ranks),
-        **FLAG_CONSTANTS,
+        **arguments.FLAG_CONSTANTS,
     }
 
 
 def compile_for(
     config: MoECommunicatorConfig,
-    plan: ArenaPlan,
+    plan: Plan,
     *,
     num_ranks: int,
     arch: str,
@@ -91,11 +107,14 @@ def compile_for(
         arch: target such as `sm_90a`.
         hosted: entry points for several ranks on one GPU, whose argument is a table of structs.
     """
-    prelude = "struct State;\nstruct Control;\n"
+    latency = isinstance(plan, latency_plan.LatencyPlan)
+    structs = latency_arguments if latency else arguments
+    prelude = "struct State;\nstruct Control;\nstruct Counters;\n"
     prelude += constants(kernel_constants(config, plan, num_ranks=num_ranks))
-    prelude += DISPATCH.declaration + COMBINE.declaration
+    prelude += structs.DISPATCH.declaration + structs.COMBINE.declaration
     suffix = "_hosted" if hosted else ""
-    return {name: compile_kernel(name, name + suffix, arch, prelude=prelude) for name in KERNELS}
+    names = _LATENCY_KERNELS if latency else _THROUGHPUT_KERNELS
+    return {name: compile_kernel(name, name + suffix, arch, prelude=prelude) for name in names}
 
 
 class DeviceRunner:
@@ -104,12 +123,12 @@ class DeviceRunner:
     def __init__(
         self,
         config: MoECommunicatorConfig,
-        plan: ArenaPlan,
+        plan: Plan,
         *,
         num_ranks: int,
         device: torch.device,
     ) -> None:
-        self._device = device
+        self._stream = raw_stream(device)
         compiled = compile_for(config, plan, num_ranks=num_ranks, arch=architecture(device))
         self._kernels = {
             name: load_kernel(device, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
@@ -122,9 +141,19 @@ class DeviceRunner:
             grid=launch.grid,
             block=launch.block,
             shared_bytes=launch.shared_bytes,
-            stream=torch.cuda.current_stream(self._device).cuda_stream,
+            stream=self._stream(),
             follows=launch.follows,
         )
+
+
+def raw_stream(device: torch.device) -> Callable[[], int]:
+    """What gives the handle of torch's current stream of a GPU, without making a stream object."""
+    current, index = torch._C._cuda_getCurrentRawStream, device.index
+
+    def stream() -> int:
+        return current(index)
+
+    return stream
 
 
 def architecture(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +28,7 @@ class TableLayout:
         self.num_ranks, self.num_local = num_ranks, num_local
         self.rows = num_ranks * config.max_tokens_per_rank
         self.expanded = config.layout.expanded
-        self._shapes: dict[str, tuple[int, ...]] = {
-            # The first three lie side by side: the caller gets a copy of them.
-            "counts": (num_local,),
-            "offsets": (num_local + 1,),
-            "rows_from": (num_ranks,),
-            "first_row": (num_ranks,),
-            "first_sent": (num_ranks,),
-            "first_slot": (num_ranks, num_local),
-            "choices": (self.rows, config.topk),
-            "weights": (self.rows, config.topk),
-        }
+        self._shapes = self._table_shapes(config)
         self._starts: dict[str, int] = {}
         end = 0
         for name, shape in self._shapes.items():
@@ -45,6 +36,22 @@ class TableLayout:
             end += math.prod(shape)
         self._starts["slots"] = end
         self.public = [num_local, num_local + 1, num_ranks]
+
+    dense = True
+    """Rows are numbered without gaps; else each rank's begin at rank * T_max."""
+
+    def _table_shapes(self, config: MoECommunicatorConfig) -> dict[str, tuple[int, ...]]:
+        return {
+            # The first three lie side by side: the caller gets a copy of them.
+            "counts": (self.num_local,),
+            "offsets": (self.num_local + 1,),
+            "rows_from": (self.num_ranks,),
+            "first_row": (self.num_ranks,),
+            "first_sent": (self.num_ranks,),
+            "first_slot": (self.num_ranks, self.num_local),
+            "choices": (self.rows, config.topk),
+            "weights": (self.rows, config.topk),
+        }
 
     def words(self, num_tokens: int) -> int:
         """Words of a block."""
@@ -65,9 +72,11 @@ class TableLayout:
         return block[start : start + math.prod(shape)].view(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Route:
     """Tables of one routing, on the device. T tokens, N rows received, D = min(R, K).
+
+    Not frozen, because building a frozen one takes five times as long; never changed once made.
 
     Attributes:
         shape: leading dimensions of `tokens`.
@@ -82,6 +91,7 @@ class Route:
         weights_block: block that holds the weights, where they are not those of `block`.
         weighted: there are weights.
         counts: choices of each local expert, where the host knows them.
+        combine_arguments: arguments of the kernel ll_combine that name these tables, if kept.
     """
 
     shape: tuple[int, ...]
@@ -92,6 +102,7 @@ class Route:
     weights_block: Tensor | None
     weighted: bool
     counts: list[int] | None
+    combine_arguments: Any = None
 
     def weights_address(self) -> int | None:
         """Address of the weights, if there are any."""
@@ -121,7 +132,11 @@ class Route:
             return None
         total = math.prod(self.shape)
         row = torch.arange(self.layout.rows, device=self.block.device)
-        filled = row < self.table("rows_from").sum()
+        if self.layout.dense:
+            filled = row < self.table("rows_from").sum()
+        else:
+            position = row.view(self.layout.num_ranks, -1) - row[:: self.layout.max_tokens, None]
+            filled = (position < self.table("rows_from")[:, None]).view(-1)
         slots = torch.where(filled[:, None], self.table("choices"), -1).reshape(-1)
         weights = torch.zeros(total + 1, device=self.block.device)  # the last takes what has none
         target = torch.where(slots >= 0, slots, total).to(torch.int64)

@@ -397,6 +397,7 @@ class HighThroughput:
             block=blocks.threads(row_bytes),
             shared_bytes=blocks.shared_bytes(row_bytes, counts=bool(counts)),
             follows=not sends,
+            local=not sends,
         )
         groups = blocks.groups(blocks.warps(row_bytes))
         return senders if sends else 0, blocks.slot_bytes(row_bytes), groups, launch
@@ -405,4 +406,4 @@ class HighThroughput:
         """Lets the peers go on after a dispatch that does not happen."""
         a = self._dispatch
         a.flags, a.num_senders = _DISCARD, 0
-        self._run("dispatch", a, Launch(grid=1, block=32, shared_bytes=0, follows=True))
+        self._run("dispatch", a, Launch(grid=1, block=32, shared_bytes=0, follows=True, local=True))

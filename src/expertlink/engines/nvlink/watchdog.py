@@ -110,6 +110,11 @@ class Watchdog:
         self.timeout_s = timeout_s
         self._words.timeout_ns = min(int(timeout_s * 1e9), 1 << 62)
 
+    def revive(self) -> None:
+        """Forgets earlier failures: all ranks begin anew."""
+        self._words.reported = self._words.overflowed = 0
+        self._dead = None
+
     def check(self, call: int) -> None:
         """Raises what the device has reported since the last look, if anything.
 

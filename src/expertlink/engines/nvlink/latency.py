@@ -1,0 +1,509 @@
+"""Low-latency calls of one rank: outputs, arguments, launches of ll_dispatch.cu and ll_combine.cu.
+
+Knows addresses and nothing of process groups, so that several ranks can live in one process. Nothing
+here waits for the device, so all of it can be captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.base import CombineCall, DispatchCall, RowKind
+from expertlink.engines.buffers import largest_output
+from expertlink.engines.header import Operation
+from expertlink.engines.nvlink import latency_plan
+from expertlink.engines.nvlink.arena import Arena, Buffer
+from expertlink.engines.nvlink.kernels import HOME_STRIDE, LATENCY_WARPS, Launch, Run, raw_stream
+from expertlink.engines.nvlink.latency_arguments import COMBINE, DISPATCH, LatencyFlag
+from expertlink.engines.nvlink.latency_plan import LatencyPlan
+from expertlink.engines.nvlink.route import Route, TableLayout
+from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.jit.kernel import Arguments
+from expertlink.quantization import scale_columns
+from expertlink.routing import Placement
+from expertlink.types import (
+    BlockFormat,
+    CallStatistics,
+    DispatchBuffers,
+    DispatchLayout,
+    DispatchOutput,
+    QuantScales,
+)
+
+# SMs that a call takes by default: docs/architecture.md, "How many SMs".
+DISPATCH_SMS = 32
+COMBINE_SMS = 32
+IN_FLIGHT = 2  # calls whose receiving half has not been launched
+_SCALE_KINDS = {
+    None: 0,
+    BlockFormat.E4M3_FLOAT32: 1,
+    BlockFormat.E4M3_POW2: 2,
+    BlockFormat.E4M3_UE8M0: 3,
+}
+
+# Plain numbers: the operators of enumerations take microseconds.
+_SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
+_BOTH = _SEND | _RECEIVE
+_WIDE_IDS, _NEW_WEIGHTS = int(LatencyFlag.WIDE_IDS), int(LatencyFlag.NEW_WEIGHTS)
+_GRADS, _MASK_LOST = int(LatencyFlag.GRADS), int(LatencyFlag.MASK_LOST)
+_DISPATCH, _COMBINE = int(Operation.DISPATCH), int(Operation.COMBINE)
+_WEIGHT_GRADS = int(Operation.WEIGHT_GRADS)
+_REFUSED = 0xFFFFFFFF  # no call has this signature
+
+
+class LatencyArena(Arena):
+    """An arena with the counters of low-latency calls, and the calls of which half is under way.
+
+    Attributes:
+        counters: int64; launches sent and received in units, decisions `[R]`, masks (int32 `[R]`).
+        masks: `[R]` int32, the part of `counters` that says who is masked.
+        pending: receiving halves that have not been launched, oldest first.
+    """
+
+    def __init__(self, plan: LatencyPlan, *, buffer: Buffer, device: torch.device) -> None:
+        super().__init__(plan, buffer=buffer, device=device)
+        ranks = self.num_ranks
+        self.counters = torch.zeros(2 + ranks + (ranks + 1) // 2, dtype=torch.int64, device=device)
+        self.masks = self.counters[2 + ranks :].view(torch.int32)[:ranks]
+        self.pending: collections.deque[Callable[[], None]] = collections.deque()
+        self._current = raw_stream(device)
+        self._last_raw: int | None = None
+
+    def follow(self) -> None:
+        """Orders torch's current stream after the last call, where that was made on another."""
+        stream = self._current()
+        if stream != self._last_raw:
+            self.enter(torch.cuda.current_stream(self.device))
+            if not torch.cuda.is_current_stream_capturing():
+                self._last_raw = stream
+
+    def finish_pending(self, most: int = 0) -> None:
+        """Launches the receiving halves of the oldest calls until at most `most` are left."""
+        while len(self.pending) > most:
+            self.pending[0]()  # removes itself
+
+    def restart(self) -> None:
+        """As before the first call. No rank may be in a call, nor begin one before all are here."""
+        torch.cuda.synchronize(self.device)
+        self.plan.prepare(self.local)
+        self.counters.zero_()
+        self.state.zero_()
+        self.pending.clear()
+        torch.cuda.synchronize(self.device)
+
+
+class LatencyTables(TableLayout):
+    """Tables of a low-latency routing: rows are numbered rank * T_max + position there."""
+
+    dense = False
+
+    def _table_shapes(self, config: MoECommunicatorConfig) -> dict[str, tuple[int, ...]]:
+        return {
+            **super()._table_shapes(config),
+            "rows_to": (self.num_ranks,),
+            "tokens": (self.rows,),
+            "own_weights": (self.max_tokens, config.topk),
+        }
+
+
+@dataclass(eq=False)
+class Tables:
+    """Memory of one routing, and arguments that name it.
+
+    Attributes:
+        block: the tables.
+        ids: `[T, K]` or larger: the ids, kept.
+        dispatch: arguments of dispatches into it.
+        combine: arguments of its combine.
+        routes: what was made of it, by T and whether there are weights.
+    """
+
+    block: Tensor
+    ids: Tensor
+    dispatch: Any
+    combine: Any
+    routes: dict[tuple[int, bool, bool], Route]
+
+
+class LowLatency:
+    """Builds and queues the low-latency calls of one rank.
+
+    Args:
+        config: the communicator's.
+        rank: this rank.
+        placement: where the experts live, on this rank's GPU.
+        arena: memory shared with the other ranks.
+        watchdog: host memory that the kernels write.
+        run: queues a kernel.
+        num_sms: multiprocessors of the GPU.
+        warps: of a block.
+    """
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        *,
+        rank: int,
+        placement: Placement,
+        arena: LatencyArena,
+        watchdog: Watchdog,
+        run: Run,
+        num_sms: int,
+        warps: int = LATENCY_WARPS,
+    ) -> None:
+        self._config, self._arena, self._run = config, arena, run
+        self._layout, self._device = config.layout, arena.device
+        self._num_ranks = placement.num_ranks
+        self._num_local = len(placement.experts_of_rank[rank])
+        self._num_sms, self._threads = num_sms, 32 * warps
+        self._tables = LatencyTables(
+            config, num_ranks=self._num_ranks, num_local=self._num_local
+        )
+        self._kinds: dict[tuple[Any, ...], RowKind] = {}
+        self._launches: dict[tuple[str, int | None, str], Launch] = {}
+        self._always = _MASK_LOST if config.mask_lost_peers else 0
+        self._statistics: CallStatistics | None = None
+        homes = placement.rank_of_E[:-1] * HOME_STRIDE + placement.local_of_E[:-1]
+        self._home_of = homes.to(torch.int32)
+        common: dict[str, int] = {
+            "bases": arena.bases.data_ptr(),
+            "state": arena.state.data_ptr(),
+            "counters": arena.counters.data_ptr(),
+            "control": watchdog.address,
+            "rank": rank,
+            "home_of": self._home_of.data_ptr(),
+        }
+        self._dispatch: Any = DISPATCH.new(**common, num_local=self._num_local)
+        self._combine: Any = COMBINE.new(**common)
+        self._own: list[Tables] = []  # of buffers: statistics have to reach their arguments
+
+    # -- dispatch ---------------------------------------------------------------------------------
+
+    def make_buffers(self, kind: RowKind) -> DispatchBuffers:
+        """Everything that a dispatch of such rows needs, at its largest."""
+        config = self._config
+        output = self._largest(kind)
+        tables = Tables(
+            block=self._new_block(config.max_tokens_per_rank),
+            ids=torch.empty(
+                (config.max_tokens_per_rank, config.topk), dtype=torch.int64, device=self._device
+            ),
+            dispatch=self._dispatch.copy(),
+            combine=self._combine.copy(),
+            routes={},
+        )
+        self._name_tables(tables.dispatch, tables.block, tables.ids)
+        self._name_output(tables.dispatch, output)
+        self._name_route(tables.combine, tables.block)
+        self._own.append(tables)
+        return DispatchBuffers(output=output, tables=tables, kind=kind)
+
+    def dispatch(
+        self, call: DispatchCall
+    ) -> tuple[DispatchOutput, Route, Callable[[], None] | None]:
+        """Queues a dispatch: what it returns, its routing, and the half that is left to launch."""
+        previous: Any = call.previous
+        ids, weights = call.topk_ids_TK, call.weights_TK
+        weighted = weights is not None
+        if previous is not None:
+            ids = previous.ids_TK
+            if weights is None and previous.weighted:
+                weighted = True
+                weights = previous.table("own_weights").view(torch.float32)
+        assert ids is not None
+        num_tokens = call.x_TW.shape[0]
+        if call.buffers is not None:
+            tables: Any = call.buffers.tables
+            a, output = tables.dispatch, call.buffers.output
+            if not weighted and output.topk_weights is not None:
+                output = DispatchOutput(**{**vars(output), "topk_weights": None})
+            key = (num_tokens, weighted, ids.dtype is torch.int64)
+            route = tables.routes.get(key)
+            if route is None:
+                kept = tables.ids
+                if ids.dtype is not torch.int64:  # int32 ids take the first half of the memory
+                    kept = kept.view(-1).view(ids.dtype)[: kept.numel()].view(kept.shape)
+                route = self._new_route(output, num_tokens, kept[:num_tokens], tables.block, weighted)
+                route.combine_arguments = tables.combine
+                tables.routes[key] = route
+        else:
+            a, block = self._dispatch, self._new_block(num_tokens)
+            kept = torch.empty_like(ids)
+            output = self._new_output(call, weighted)
+            self._name_tables(a, block, kept)
+            self._name_output(a, output)
+            route = self._new_route(output, num_tokens, kept, block, weighted)
+        if call.zero_padding and self._layout.padded:
+            output.tokens.zero_()
+            if output.scales is not None:
+                output.scales.tensor.zero_()
+        flags = self._always
+        if ids.dtype is torch.int64:
+            flags |= _WIDE_IDS
+        if weights is not None:
+            flags |= _NEW_WEIGHTS
+            a.weights = weights.data_ptr()
+        a.topk_weights = None if output.topk_weights is None else output.topk_weights.data_ptr()
+        self._name_rows(a, call, output, weighted)
+        a.num_tokens, a.ids = num_tokens, ids.data_ptr()
+        left = self._launch("ll_dispatch", a, flags, call.num_sms, halves=call.halves)
+        return output, route, left
+
+    def refuse(self) -> None:
+        """Lets the peers know that this rank will not make the dispatch that they make."""
+        config = self._config
+        call = DispatchCall(
+            x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
+            topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=self._device),
+        )
+        a = self._dispatch
+        block, kept = self._new_block(0), torch.empty_like(call.topk_ids_TK)
+        output = self._new_output(call, weighted=False)
+        self._name_tables(a, block, kept)
+        self._name_output(a, output)
+        self._name_rows(a, call, output, weighted=False)
+        a.topk_weights, a.num_tokens, a.signature = None, 0, _REFUSED
+        self._launch("ll_dispatch", a, self._always | _WIDE_IDS, None, halves=False)
+        torch.cuda.current_stream(self._device).synchronize()  # the memory may go
+
+    def _name_rows(
+        self, a: Any, call: DispatchCall, output: DispatchOutput, weighted: bool
+    ) -> None:
+        """What is sent, and what all ranks must say of it alike."""
+        x = call.x_TW
+        a.x, a.input_bytes = x.data_ptr(), x.shape[1] * x.element_size()
+        kind = _SCALE_KINDS[call.quantize_to]
+        row_bytes = x.shape[1] if kind else a.input_bytes
+        scale_bytes = 0
+        a.scales = None
+        if output.scales is not None:
+            scales = output.scales.tensor
+            a.scale_item = scales.element_size()
+            scale_bytes = scales.shape[-1] * a.scale_item
+            if call.scales is not None:
+                a.scales = call.scales.data_ptr()
+        a.scale_kind, a.row_bytes, a.scale_bytes = kind, row_bytes, scale_bytes
+        a.operation = _DISPATCH
+        a.signature = (
+            _DISPATCH | weighted << 3 | kind << 4 | row_bytes // 16 << 6 | scale_bytes << 19
+        ) & 0x7FFFFFFF
+
+    def _name_tables(self, a: Any, block: Tensor, ids: Tensor) -> None:
+        """Where the tables of the routing are."""
+        tables, base = self._tables, block.data_ptr()
+        address = tables.address
+        a.ids_copy, a.weights_copy = ids.data_ptr(), address(base, "own_weights")
+        a.slots_of_token = address(base, "slots")
+        a.rows_from, a.rows_to = address(base, "rows_from"), address(base, "rows_to")
+        a.first_row, a.first_slot = address(base, "first_row"), address(base, "first_slot")
+        a.tokens_per_expert = address(base, "counts")
+        a.choices_of_row, a.weights_of_row = address(base, "choices"), address(base, "weights")
+        a.tokens_of_row = address(base, "tokens")
+
+    def _name_output(self, a: Any, output: DispatchOutput) -> None:
+        """Where the caller's tensors are."""
+        counts, per_rank = output.num_tokens_per_expert, output.num_tokens_per_rank
+        assert per_rank is not None
+        a.counts_out, a.rows_from_out = counts.data_ptr(), per_rank.data_ptr()
+        # Behind the counts, in every layout.
+        a.offsets_out = a.counts_out + 4 * self._num_local
+        a.tokens, a.max_slots = output.tokens.data_ptr(), math.prod(output.tokens.shape[:-1])
+        a.topk_ids = None if output.topk_ids is None else output.topk_ids.data_ptr()
+        a.scales_out, a.scale_stride = None, 0
+        if output.scales is not None:
+            a.scales_out = output.scales.tensor.data_ptr()
+            if self._config.scale_order == "column_major":
+                a.scale_stride = output.tokens.shape[-2]
+
+    def _new_route(
+        self, output: DispatchOutput, num_tokens: int, ids: Tensor, block: Tensor, weighted: bool
+    ) -> Route:
+        return Route(
+            shape=tuple(output.tokens.shape[:-1]),
+            num_tokens=num_tokens,
+            ids_TK=ids,
+            layout=self._tables,
+            block=block,
+            weights_block=None,
+            weighted=weighted,
+            counts=None,
+        )
+
+    def _new_block(self, num_tokens: int) -> Tensor:
+        """Memory for the tables of a routing."""
+        words = self._tables.words(num_tokens)
+        return torch.empty(words, dtype=torch.int32, device=self._device)
+
+    def kind_of(self, call: DispatchCall, weighted: bool) -> RowKind:
+        """The rows that a call returns."""
+        x, scales, quantized = call.x_TW, call.scales, call.quantize_to
+        key = (x.dtype, x.shape[1], quantized, call.scale_format, weighted)
+        if scales is not None:
+            key = (*key, scales.dtype, scales.shape[1])
+        kind = self._kinds.get(key)
+        if kind is None:
+            dtype, width, format_ = x.dtype, x.shape[1], call.scale_format
+            scale_dtype, columns = None, 0
+            if scales is not None:
+                scale_dtype, columns = scales.dtype, scales.shape[1]
+            if quantized is not None:
+                dtype, format_ = torch.float8_e4m3fn, quantized
+                packed = quantized is BlockFormat.E4M3_UE8M0
+                scale_dtype = torch.int32 if packed else torch.float32
+                columns = scale_columns(width, quantized)
+            kind = self._kinds[key] = RowKind(dtype, width, scale_dtype, columns, format_, weighted)
+        return kind
+
+    def _largest(self, kind: RowKind, tokens: Tensor | None = None) -> DispatchOutput:
+        return largest_output(
+            self._config,
+            kind,
+            tokens=tokens,
+            num_ranks=self._num_ranks,
+            num_local=self._num_local,
+            device=self._device,
+        )
+
+    def _new_output(self, call: DispatchCall, weighted: bool) -> DispatchOutput:
+        """Tensors of the caller's own."""
+        return self._largest(self.kind_of(call, weighted), call.output_buffer)
+
+    # -- combine ----------------------------------------------------------------------------------
+
+    def combine(self, call: CombineCall) -> tuple[Tensor | None, Callable[[], None] | None]:
+        """Queues a combine: the weight gradients, and the half that is left to launch."""
+        route: Any = call.state
+        config, grads = self._config, call.weight_grads
+        a = self._arguments_for(route)
+        a.operation = _COMBINE
+        a.row_bytes = config.hidden_size * config.dtype.itemsize
+        a.rows, a.out = call.rows.data_ptr(), call.out_TH.data_ptr()
+        weights = call.slot_weights
+        a.slot_weights = None if weights is None else weights.data_ptr()
+        a.weights_of_row = route.weights_address() if call.weighted else None
+        grads_TK = self._name_grads(a, route, grads)
+        flags = self._always | (0 if grads is None else _GRADS)
+        if route.ids_TK.dtype is torch.int64:
+            flags |= _WIDE_IDS
+        left = self._launch("ll_combine", a, flags, call.num_sms, halves=call.halves)
+        return grads_TK, left
+
+    def weight_grads(self, route: Route, grads: Tensor) -> Tensor:
+        """Queues the return of per-slot gradients: `[T, K]` float32."""
+        a = self._arguments_for(route)
+        a.operation, a.row_bytes = _WEIGHT_GRADS, 0
+        a.slot_weights = a.weights_of_row = None
+        grads_TK = self._name_grads(a, route, grads)
+        assert grads_TK is not None
+        flags = self._always | _GRADS
+        if route.ids_TK.dtype is torch.int64:
+            flags |= _WIDE_IDS
+        self._launch("ll_combine", a, flags, None, halves=False)
+        return grads_TK
+
+    def _arguments_for(self, route: Route) -> Any:
+        """Arguments of a combine with the tables of a routing."""
+        a = route.combine_arguments
+        if a is None:
+            a = self._combine
+            self._name_route(a, route.block)
+        a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
+        a.ids = route.ids_TK.data_ptr()
+        return a
+
+    def _name_route(self, a: Any, block: Tensor) -> None:
+        tables, base = self._tables, block.data_ptr()
+        address = tables.address
+        a.slots_of_token = address(base, "slots")
+        a.rows_from, a.rows_to = address(base, "rows_from"), address(base, "rows_to")
+        a.choices_of_row, a.tokens_of_row = address(base, "choices"), address(base, "tokens")
+
+    def _name_grads(self, a: Any, route: Route, grads: Tensor | None) -> Tensor | None:
+        if grads is None:
+            return None
+        grads = grads.to(torch.float32).contiguous()
+        grads_TK = torch.empty(
+            (route.num_tokens, self._config.topk), dtype=torch.float32, device=self._device
+        )
+        a.slot_grads, a.grads_out = grads.data_ptr(), grads_TK.data_ptr()
+        # Freed for this stream only, which comes to it after the kernel.
+        return grads_TK
+
+    # -- launches ---------------------------------------------------------------------------------
+
+    def _launch(
+        self, name: str, a: Any, flags: int, num_sms: int | None, *, halves: bool
+    ) -> Callable[[], None] | None:
+        """Queues both halves, or the sending one; then returns what queues the other."""
+        arena = self._arena
+        if not halves:
+            if arena.pending:
+                arena.finish_pending()
+            a.flags = flags | _BOTH
+            self._run(name, a, self._launch_of(name, num_sms, "both"))
+            return None
+        arena.finish_pending(IN_FLIGHT - 1)
+        a.flags = flags | _SEND
+        self._run(name, a, self._launch_of(name, num_sms, "send"))
+        rest: Arguments = a.copy()  # the next call changes them
+        rest.flags = flags | _RECEIVE
+        launch = self._launch_of(name, num_sms, "receive")
+
+        def receive() -> None:
+            if receive not in arena.pending:
+                return
+            while arena.pending[0] is not receive:  # halves are received in the order of calls
+                arena.pending[0]()
+            arena.follow()
+            self._run(name, rest, launch)
+            arena.pending.popleft()
+
+        arena.pending.append(receive)
+        return receive
+
+    def _launch_of(self, name: str, num_sms: int | None, half: str) -> Launch:
+        key = (name, num_sms, half)
+        launch = self._launches.get(key)
+        if launch is None:
+            config, dispatches = self._config, name == "ll_dispatch"
+            default = config.num_sms_dispatch if dispatches else config.num_sms_combine
+            usual = DISPATCH_SMS if dispatches else COMBINE_SMS
+            words = 0
+            if dispatches:
+                words = latency_plan.shared_words(
+                    config, num_ranks=self._num_ranks, num_local=self._num_local, half=half
+                )
+            launch = self._launches[key] = Launch(
+                grid=min(self._num_sms, num_sms or default or usual),
+                block=self._threads,
+                shared_bytes=4 * words,
+                follows=True,
+            )
+        return launch
+
+    # -- statistics -------------------------------------------------------------------------------
+
+    def enable_statistics(self) -> CallStatistics:
+        """Counts calls from now on; returns the same tensors every time."""
+        if self._statistics is None:
+            counted = self._statistics = CallStatistics.zeros(
+                num_local=self._num_local, num_ranks=self._num_ranks, device=self._device
+            )
+            dispatches = [self._dispatch, *(tables.dispatch for tables in self._own)]
+            combines = [self._combine, *(tables.combine for tables in self._own)]
+            for a in (*dispatches, *combines):
+                a.rows_sent, a.rows_received = counted.rows_sent.data_ptr(), counted.rows_received.data_ptr()
+                a.bytes_sent = counted.bytes_sent.data_ptr()
+                a.bytes_received = counted.bytes_received.data_ptr()
+                a.longest_wait_ns = counted.longest_wait_ns.data_ptr()
+            for a in dispatches:
+                a.tokens_stat = counted.tokens_per_expert.data_ptr()
+        return self._statistics

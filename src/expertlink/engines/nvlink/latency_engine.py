@@ -1,0 +1,194 @@
+"""The nvlink engine in low-latency mode, behind the seam of engines/base.py.
+
+No call waits for the device. Unless `check_inputs` is on, nor do hosts agree first: a call that does
+not fit those of the other ranks is noticed by the kernels, and reported at the next call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from expertlink import routing
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines import extras
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, RowKind
+from expertlink.engines.header import Operation
+from expertlink.engines.nvlink.arena import RowShape
+from expertlink.engines.nvlink.engine import NvlinkEngine, check_address, nothing_left
+from expertlink.engines.nvlink.latency import LatencyArena, LowLatency
+from expertlink.engines.nvlink.route import as_route
+from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.wire import Wire
+from expertlink.errors import InputError
+from expertlink.routing import Placement
+from expertlink.types import CallStatistics, DispatchBuffers
+from expertlink.validation import explain_ids
+
+_ALIGNMENT = 16
+
+
+class LatencyEngine(NvlinkEngine):
+    """Moves the rows of few tokens with one launch per call.
+
+    Args:
+        config: the communicator's.
+        wire: the ranks' connection, for what is said in words.
+        placement: where the experts live.
+        arena: memory shared with the other ranks.
+        watchdog: host memory that the kernels write.
+        calls: queues this rank's calls.
+        check: ranks agree before every call.
+    """
+
+    quantizes = True
+    arena: LatencyArena
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        *,
+        wire: Wire,
+        placement: Placement,
+        arena: LatencyArena,
+        watchdog: Watchdog,
+        calls: LowLatency,
+        check: bool,
+    ) -> None:
+        self._config, self._wire, self._placement = config, wire, placement
+        self.arena, self.watchdog = arena, watchdog
+        self._low = calls
+        self._check = check
+        self._rows = RowShape.of(config)
+
+    def refuse(self, operation: str, error: Exception) -> NoReturn:
+        """Raises `error` here; the ranks that make the call learn that it does not happen."""
+        kind = Operation[operation.upper()]
+        if self._check:
+            self._enter(kind)
+            self._agree(kind, refused=error)
+        elif kind is Operation.DISPATCH:
+            self._enter(kind)
+            self.arena.follow()
+            self._low.refuse()
+        raise error
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def dispatch(self, call: DispatchCall) -> Dispatched:
+        """Queues a dispatch, or with `halves` its sending half."""
+        wire = self._wire
+        kind = Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH
+        try:
+            if call.quantize_to is None:
+                self._rows.check(call.x_TW, call.scales)
+            elif call.x_TW.shape[1] % _ALIGNMENT:
+                raise InputError(
+                    f"quantized rows have {call.x_TW.shape[1]} bytes; the nvlink engine moves "
+                    f"multiples of {_ALIGNMENT}"
+                )
+            check_address(call.output_buffer)
+        except InputError as error:
+            self.refuse(kind.name, error)
+        wire.enter("dispatch", wire.call + 1)
+        self.watchdog.check(wire.call)
+        if call.x_TW.data_ptr() % _ALIGNMENT:
+            call = dataclasses.replace(call, x_TW=call.x_TW.clone())
+        if self._check:
+            self._agree_on(kind, call)
+        self.arena.follow()
+        output, route, rest = self._low.dispatch(call)
+        return Dispatched(
+            output=output,
+            state=route,
+            finish=nothing_left if rest is None else rest,
+            call=wire.call,
+            topk_ids_TK=route.ids_TK,
+        )
+
+    def combine(self, call: CombineCall) -> Combined:
+        """Queues a combine, or with `halves` its sending half."""
+        wire = self._wire
+        wire.enter("combine", wire.call + 1)
+        self.watchdog.check(wire.call)
+        if self._check:
+            self._agree(Operation.COMBINE)
+        self.arena.follow()
+        out_TH = call.out_TH
+        if (out_TH.data_ptr() | call.rows.data_ptr()) % _ALIGNMENT:
+            return self._combine_anywhere(call)
+        grads_TK, rest = self._low.combine(call)
+        return Combined(out_TH, grads_TK, nothing_left if rest is None else rest)
+
+    def _combine_anywhere(self, call: CombineCall) -> Combined:
+        """A combine of tensors at addresses that kernels cannot use."""
+        out_TH = torch.empty_like(call.out_TH)
+        rows = call.rows.clone()
+        aligned = dataclasses.replace(call, rows=rows, out_TH=out_TH)
+        grads_TK, rest = self._low.combine(aligned)
+
+        def finish() -> None:
+            if rest is not None:
+                rest()
+            call.out_TH.copy_(out_TH)
+
+        if rest is None:
+            finish()
+            return Combined(call.out_TH, grads_TK, nothing_left)
+        return Combined(call.out_TH, grads_TK, finish)
+
+    def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
+        """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
+        self._enter(Operation.WEIGHT_GRADS)
+        if self._check:
+            self._agree(Operation.WEIGHT_GRADS)
+        self.arena.follow()
+        return self._low.weight_grads(as_route(state), weight_grads)
+
+    def _agree_on(self, kind: Operation, call: DispatchCall) -> None:
+        """The ranks agree on a dispatch; faulty ids are refused."""
+        refused = None
+        ids_TK, experts = call.topk_ids_TK, self._placement.num_experts
+        if ids_TK is not None:
+            faulty = routing.out_of_range(ids_TK, experts) | routing.has_duplicates(ids_TK)
+            if bool(faulty.any()):
+                refused = explain_ids(ids_TK, experts)
+        row_bytes, extra_bytes = extras.row_bytes(call.x_TW), extras.width(call)
+        self._agree(kind, refused=refused, row_bytes=row_bytes, extra_bytes=extra_bytes)
+
+    # -- what operators ask for -------------------------------------------------------------------
+
+    def make_buffers(self, rows: RowKind) -> DispatchBuffers:
+        """Outputs of the largest shape and tables: dispatches into them allocate nothing."""
+        return self._low.make_buffers(rows)
+
+    def enable_statistics(self) -> CallStatistics:
+        """Counts calls from now on; returns the same tensors every time."""
+        return self._low.enable_statistics()
+
+    def query_mask(self) -> Tensor:
+        """`[R]` bool on the device: ranks that calls no longer wait for."""
+        self.arena.follow()
+        return self.arena.masks != 0
+
+    def mask_peer(self, rank: int) -> None:
+        """Calls neither wait for that rank nor send to it from now on."""
+        if not 0 <= rank < self._wire.num_ranks or rank == self._wire.rank:
+            raise InputError(
+                f"rank {rank} cannot be masked; accepted: another rank below {self._wire.num_ranks}"
+            )
+        self.arena.follow()
+        self.arena.masks[rank] = 1
+
+    def clear_mask(self) -> None:
+        """All ranks take part again, as if no call had been made. Collective."""
+        self._wire.enter("clear mask", self._wire.call + 1)
+        self.arena.finish_pending()
+        torch.cuda.synchronize(self.arena.device)
+        self._wire.gather_text("")  # nobody writes any more
+        self.arena.restart()
+        self._wire.gather_text("")  # everybody's memory is ready
+        self.watchdog.revive()

@@ -1,0 +1,54 @@
+// The experts that a token has chosen, and where they live.
+//
+// `Arguments` has the caller's ids, `flags` with kWideIds, and where copies of the ids are kept.
+#pragma once
+
+// Where an expert lives, in one number: rank * kHomeStride + index on that rank.
+__device__ __forceinline__ int rank_of(int home) { return home / kHomeStride; }
+__device__ __forceinline__ int local_of(int home) { return home % kHomeStride; }
+
+constexpr int kChunk = kTopk < 8 ? kTopk : 8;  // choices that are looked at together
+
+// Some of a token's choices: global experts, -1 for none. All loads are under way before the first
+// is used.
+struct Choices {
+    int expert[kChunk];
+    bool faulty;  // an id is out of range
+};
+
+template <typename Id, bool kKeep, typename Arguments>
+__device__ __forceinline__ void read_ids(const Arguments& a, int token, int first,
+                                         Choices& choices) {
+    const long long at = static_cast<long long>(token) * kTopk + first;
+    const Id* const from = static_cast<const Id*>(a.ids) + at;
+    Id* const kept = static_cast<Id*>(a.ids_copy) + at;
+    Id ids[kChunk];
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) ids[k] = first + k < kTopk ? from[k] : -1;
+    choices.faulty = false;
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) {
+        choices.expert[k] = ids[k] >= 0 && ids[k] < kNumExperts ? static_cast<int>(ids[k]) : -1;
+        choices.faulty |= ids[k] < -1 || ids[k] >= kNumExperts;
+        if (kKeep && first + k < kTopk) kept[k] = ids[k];
+    }
+}
+
+// The choices from `first` on.
+template <bool kKeep, typename Arguments>
+__device__ __forceinline__ Choices choices_of(const Arguments& a, int token, int first) {
+    Choices choices;
+    if (a.flags & kWideIds)
+        read_ids<long long, kKeep>(a, token, first, choices);
+    else
+        read_ids<int, kKeep>(a, token, first, choices);
+    return choices;
+}
+
+template <typename Arguments>
+__device__ __forceinline__ int expert_of(const Arguments& a, int token, int k) {
+    const long long at = static_cast<long long>(token) * kTopk + k;
+    const long long id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
+                                            : static_cast<const int*>(a.ids)[at];
+    return id >= 0 && id < kNumExperts ? static_cast<int>(id) : -1;
+}

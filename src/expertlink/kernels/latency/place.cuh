@@ -1,0 +1,401 @@
+// Low latency, receiving half of a dispatch: from the counts of all ranks to slots, and every row to its
+// slots as its parts come in. Every block works the slots out for itself.
+#pragma once
+
+#include "common/quantize.cuh"
+#include "latency/route.cuh"
+
+// Shared memory of the receiving half.
+struct Arrivals {
+    int* first_slot;           // [R, E_loc] first slot of each source's rows of each local expert
+    int* starts;               // [E_loc + 1] FLAT: first slot of each expert's group
+    int rows_from[kNumRanks];  // rows from each rank
+    int first_row[kNumRanks];  // rows from the ranks before
+    int most, total;           // rows of the rank that sends most, and of all
+};
+
+// What all blocks of this rank make of a source: lost while it was waited for, or not. The first block
+// to decide decides for all, since slots of later sources depend on it.
+__device__ __forceinline__ bool counts_as_lost(const DispatchArguments& a, unsigned transfer,
+                                               int source, bool lost) {
+    if (!(a.flags & kMaskLost)) return lost;
+    unsigned long long* const word = &a.counters->decided[source];
+    const unsigned long long mine = static_cast<unsigned long long>(transfer) * 2 + lost;
+    unsigned long long seen = load_tagged(word);
+    while (seen / 2 != transfer) {
+        const unsigned long long before = atomicCAS(word, seen, mine);
+        if (before == seen) return lost;
+        seen = before;
+    }
+    return seen & 1;
+}
+
+// All warps of `threads` threads, which meet at barrier 1. False: give up.
+__device__ __forceinline__ void meet(int threads) {
+    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
+
+// In place: values[i] becomes the sum of those before it, rounded up to the alignment; one warp.
+__device__ __forceinline__ int scan_groups(int* values, int count) {
+    const int lane = threadIdx.x % 32;
+    int carry = 0;
+    for (int first = 0; first < count; first += 32) {
+        const int own =
+            first + lane < count
+                ? (values[first + lane] + kAlignment - 1) / kAlignment * kAlignment
+                : 0;
+        int sum = own;
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int other = __shfl_up_sync(kAll, sum, distance);
+            if (lane >= distance) sum += other;
+        }
+        if (first + lane < count) values[first + lane] = carry + sum - own;
+        carry += __shfl_sync(kAll, sum, 31);
+    }
+    return carry;
+}
+
+// Reports rows for which there is no room; the host looks at it later. One thread.
+__device__ __forceinline__ void report_overflow(const DispatchArguments& a, unsigned transfer, int rows) {
+    Control* const control = a.control;
+    if (load_acquire_system(&control->overflowed) != 0) return;
+    control->overflow_rank = a.rank;
+    control->overflow_rows = rows;
+    control->overflow_capacity = a.max_slots;
+    store_release_system(&control->overflowed, transfer);
+}
+
+// What the caller and the handle keep of the counts; block 0.
+__device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Arrivals& in,
+                                            unsigned transfer, int thread, int threads) {
+    for (int r = thread; r < kNumRanks; r += threads) {
+        a.rows_from[r] = a.rows_from_out[r] = in.rows_from[r];
+        a.first_row[r] = in.first_row[r];
+        if (a.rows_received != nullptr) {
+            a.rows_received[r] += in.rows_from[r];
+            if (r != a.rank)
+                a.bytes_received[r] +=
+                    static_cast<long long>(in.rows_from[r]) * (a.row_bytes + a.scale_bytes);
+        }
+    }
+    for (int e = thread; e < a.num_local; e += threads) {
+        // The first slot of the next source would follow the last one's rows.
+        const int count = in.starts[a.num_local + 1 + e];
+        a.tokens_per_expert[e] = a.counts_out[e] = count;
+        if (a.tokens_stat != nullptr) a.tokens_stat[e] += count;
+    }
+    for (int e = thread; e <= a.num_local; e += threads) a.offsets_out[e] = in.starts[e];
+    for (int i = thread; i < kNumRanks * a.num_local; i += threads) a.first_slot[i] = in.first_slot[i];
+    const int rows = kExpanded && !kPadded ? in.starts[a.num_local] : in.total;
+    if (thread == 0 && !kPadded && rows > a.max_slots) report_overflow(a, transfer, rows);
+}
+
+// `threads` threads of a block, numbered by `thread`.
+__device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call& call,
+                                               const Watch& watch, Arrivals& in, int thread,
+                                               int threads) {
+    char* const base = call.bases[a.rank];
+    const int columns = a.num_local;
+    const unsigned long long began = nanoseconds();
+    bool fine = true;
+    for (int r = thread; r < kNumRanks; r += threads) {
+        unsigned long long* const row = count_word(base, watch.transfer, r, 0);
+        unsigned head = a.signature, rows = 0;
+        bool lost = is_masked(call, r);
+        if (!lost) {
+            const Found found = wait_tagged(a, watch, row + kHeadColumn, r, kPhaseReady, head);
+            lost = found == kGone;
+            fine &= found != kStop;
+            // The pair is stored at once, but read one by one.
+            if (found == kHere)
+                fine &= wait_tagged(a, watch, row + kRowsColumn, r, kPhaseReady, rows) == kHere;
+            if (fine && a.longest_wait_ns != nullptr && blockIdx.x == 0)
+                atomicMax(&a.longest_wait_ns[r], static_cast<long long>(nanoseconds() - began));
+        }
+        if (fine && counts_as_lost(a, watch.transfer, r, lost)) {
+            lost = true;
+            atomicOr(&call.masked[r / 32], 1u << r % 32);
+        }
+        if (fine && !lost && head != a.signature) {
+            report(watch, kPhaseAgreement, r, a.signature, head, 0, 0);
+            fine = false;
+        }
+        in.rows_from[r] = lost ? 0 : rows;
+    }
+    if (!fine) call.stopped = 1;
+    meet(threads);
+    for (int i = thread; i < kNumRanks * columns; i += threads) {
+        const int source = i / columns, expert = i % columns;
+        unsigned count = 0;
+        if (!call.stopped && !is_masked(call, source)) {
+            const unsigned long long* const word =
+                count_word(base, watch.transfer, source, kFirstCountColumn + expert);
+            const Found found = wait_tagged(a, watch, word, source, kPhaseReady, count);
+            // Its rows were announced, so there will be no counts of others in their place.
+            if (found == kStop) call.stopped = 1;
+            if (found != kHere) count = 0;
+        }
+        in.first_slot[i] = count;
+    }
+    if (thread < 32) {
+        int carry = 0, most = 0;
+        for (int r = 0; r < kNumRanks; ++r) {
+            if (thread == 0) in.first_row[r] = carry;
+            carry += in.rows_from[r];
+            most = max(most, in.rows_from[r]);
+        }
+        if (thread == 0) {
+            in.total = carry;
+            in.most = most;
+        }
+    }
+    meet(threads);
+    if (call.stopped) return false;
+    int* const totals = in.starts + columns + 1;
+    for (int e = thread; e < columns; e += threads) {
+        int total = 0;
+        for (int r = 0; r < kNumRanks; ++r) {
+            int& slot = in.first_slot[r * columns + e];
+            const int count = slot;
+            slot = total;
+            total += count;
+        }
+        in.starts[e] = totals[e] = total;
+    }
+    meet(threads);
+    if (thread < 32) {
+        const int end = scan_groups(in.starts, columns);
+        if (thread == 0) in.starts[columns] = end;
+    }
+    meet(threads);
+    if (kExpanded)
+        for (int i = thread; i < kNumRanks * columns; i += threads) {
+            const int expert = i % columns;
+            in.first_slot[i] += kPadded ? expert * kNumRanks * kMaxTokens : in.starts[expert];
+        }
+    meet(threads);
+    if (blockIdx.x == 0) keep_counts(a, in, watch.transfer, thread, threads);
+    return true;
+}
+
+// What came beside a row: lane k learns where its choice goes (expanded layouts: the slot, others: the local
+// expert), or -1. Once for a row, with `keeps`, it is kept. Returns false: nothing will come.
+__device__ __forceinline__ Found receive_beside(const DispatchArguments& a, const Call& call,
+                                                const Watch& watch, const Arrivals& in, int source,
+                                                int position, bool keeps, int& target) {
+    const int lane = threadIdx.x % 32;
+    const int staged = source * kMaxTokens + position;
+    const long long row = staged;
+    Found found = kHere;
+    unsigned code = 0, weight = 0;
+    unsigned long long since = 0;
+    const unsigned long long* const words =
+        beside_words(call.bases[a.rank], watch.transfer, staged, min(lane, kTopk));
+    ulonglong2 pair = load_tagged_pair(words);
+    for (unsigned spins = 1;; ++spins) {
+        const bool here = static_cast<unsigned>(pair.x >> 32) == watch.transfer &&
+                          static_cast<unsigned>(pair.y >> 32) == watch.transfer;
+        if (__all_sync(kAll, here)) break;
+        pair = load_tagged_pair(words);
+        if (spins % kSpinsBetweenLooks != 0) continue;
+        if (lane == 0)
+            found = look(a, watch, kPhaseRow, source, watch.transfer, 0, position, since);
+        found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
+        if (found != kHere) break;
+    }
+    if (found == kHere) {
+        code = static_cast<unsigned>(pair.x);
+        weight = static_cast<unsigned>(pair.y);
+    }
+    int choice = -1;
+    if (lane < kTopk && code != 0) {
+        choice = static_cast<int>(code & 0xffffu) - 1;
+        if (kExpanded) {
+            choice = in.first_slot[source * a.num_local + choice] + static_cast<int>(code >> 16);
+            if (choice >= a.max_slots) choice = -1;  // reported, and dropped
+        }
+    }
+    if (keeps && lane < kTopk) {
+        const float value = choice < 0 ? 0.0f : __uint_as_float(weight);
+        a.choices_of_row[row * kTopk + lane] = choice;
+        a.weights_of_row[row * kTopk + lane] = value;
+        const long long at = kLayoutIsRankMajor ? row : in.first_row[source] + position;
+        if (!kExpanded && at < a.max_slots) {
+            a.topk_ids[at * kTopk + lane] = choice;
+            if (a.topk_weights != nullptr) a.topk_weights[at * kTopk + lane] = value;
+        }
+    }
+    if (keeps && found == kHere) {
+        unsigned token = code;  // K < 32: lane K has it
+        if (kTopk >= 32 && lane == 0)
+            wait_tagged(a, watch, beside_words(call.bases[a.rank], watch.transfer, staged, kTopk),
+                        source, kPhaseRow, token);
+        if (lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(token);
+    }
+    target = choice;
+    if (!kExpanded) {
+        const int at = kLayoutIsRankMajor ? staged : in.first_row[source] + position;
+        target = lane == 0 && at < a.max_slots ? at : -1;
+    }
+    return found;
+}
+
+// Copies the scales of a row, word by word, to the slots that lanes hold.
+__device__ __forceinline__ Found receive_scales(const DispatchArguments& a, const Call& call,
+                                                const Watch& watch, int source, int position,
+                                                int target, bool gone) {
+    const int lane = threadIdx.x % 32;
+    const int staged = source * kMaxTokens + position;
+    unsigned* const words = reinterpret_cast<unsigned*>(
+        staged_row(call.bases[a.rank], watch.transfer, staged) + kScalesAt);
+    const unsigned* const escapes = escape_words(call.bases[a.rank], watch.transfer, staged);
+    const unsigned targets = __ballot_sync(kAll, target >= 0);
+    const int columns = a.scale_bytes / a.scale_item;
+    for (int first = 0; first * 4 < a.scale_bytes; first += 32) {
+        const int word = first + lane;
+        const bool exists = word * 4 < a.scale_bytes;
+        unsigned value = 0;
+        Found found = kHere;
+        if (exists && !gone) {
+            // The kernel's own packed scales belong to a step, those of the caller are sent at once.
+            const unsigned* const escape = escapes + (a.scale_kind == kNotQuantized ? kMaxSteps : word);
+            unsigned long long since = 0;
+            for (unsigned spins = 1;; ++spins) {
+                value = static_cast<unsigned>(load_fresh(reinterpret_cast<const int*>(words + word)));
+                if (value != kNothing) break;
+                if (spins % 16 != 0) continue;
+                if (a.scale_kind != kFloatScales && a.scale_kind != kPowerScales &&
+                    load_acquire_system(escape) == watch.transfer) {
+                    value = static_cast<unsigned>(
+                        load_fresh(reinterpret_cast<const int*>(words + word)));
+                    break;
+                }
+                if (spins % kSpinsBetweenLooks != 0) continue;
+                found = look(a, watch, kPhaseRow, source, watch.transfer, 0, position, since);
+                if (found != kHere) break;
+            }
+            words[word] = kNothing;
+        }
+        if (found == kGone) value = 0;
+        if (__any_sync(kAll, found == kStop)) return kStop;
+        for (unsigned left = targets; left; left &= left - 1) {
+            const long long slot = __shfl_sync(kAll, target, __ffs(left) - 1);
+            if (!exists) continue;
+            if (a.scale_stride == 0) {
+                char* const to = a.scales_out + slot * a.scale_bytes + word * 4;
+                if (a.scale_bytes % 4 == 0)
+                    *reinterpret_cast<unsigned*>(to) = value;
+                else
+                    for (int i = 0; i < 4 && word * 4 + i < a.scale_bytes; ++i)
+                        to[i] = static_cast<char>(value >> 8 * i);
+                continue;
+            }
+            // Column by column: [group, column, slot of the group].
+            for (int i = 0; i < 4 && word * 4 + i < a.scale_bytes; ++i) {
+                const int column = (word * 4 + i) / a.scale_item, byte = (word * 4 + i) % a.scale_item;
+                const long long at =
+                    (slot / a.scale_stride * columns + column) * a.scale_stride + slot % a.scale_stride;
+                a.scales_out[at * a.scale_item + byte] = static_cast<char>(value >> 8 * i);
+            }
+        }
+    }
+    return kHere;
+}
+
+constexpr int kPlaceDepth = 7;
+
+// One part of an arrival to all its slots. False: give up.
+__device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call,
+                                           const Watch& watch, const Arrivals& in, int source,
+                                           int position, Steps range, bool is_first, bool is_last) {
+    const int lane = threadIdx.x % 32;
+    const int staged = source * kMaxTokens + position;
+    char* const base = call.bases[a.rank];
+    char* const row = staged_row(base, watch.transfer, staged);
+    const unsigned* const escapes = escape_words(base, watch.transfer, staged);
+    Pieces<kPlaceDepth> pieces;
+    pieces.look_at(row, range.first, range.last, a.row_bytes);
+    int target;
+    Found found = receive_beside(a, call, watch, in, source, position, is_first, target);
+    if (found == kStop) return false;
+    bool gone = found == kGone;
+    if (gone && kExpanded) target = -1;
+    const unsigned targets = __ballot_sync(kAll, target >= 0);
+    for (int first = range.first;;) {
+        if (!gone) {
+            found = pieces.settle(a, watch, row, escapes, first, source, position);
+            if (found == kStop) return false;
+            gone = found == kGone;
+        }
+        if (gone) pieces.clear();
+        for (unsigned left = targets; left; left &= left - 1) {
+            const int slot = __shfl_sync(kAll, target, __ffs(left) - 1);
+            char* const to = a.tokens + static_cast<long long>(slot) * a.row_bytes;
+#pragma unroll
+            for (int i = 0; i < kPlaceDepth; ++i) {
+                const int at = (first + i) * kStepBytes + lane * 16;
+                if (first + i < range.last && at < a.row_bytes)
+                    *reinterpret_cast<uint4*>(to + at) = pieces.piece[i];
+            }
+        }
+        pieces.put_back(row, first, range.last, a.row_bytes);
+        first += kPlaceDepth;
+        if (first >= range.last) break;
+        pieces.look_at(row, first, range.last, a.row_bytes);
+    }
+    if (!is_last || a.scale_bytes == 0) return true;
+    return receive_scales(a, call, watch, source, position, target, gone) != kStop;
+}
+
+// Parts of rows, by whichever warp is free.
+__device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Call& call,
+                                           const Watch& watch, const Arrivals& in, int warps, int* next) {
+    const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
+    const int parts = parts_of(in.total, steps, warps * gridDim.x);
+    const int items = in.most * kNumRanks * parts;
+    for (int item = next_item(next); item < items; item = next_item(next)) {
+        const int part = item % parts, turn = item / parts;
+        const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
+        if (position >= in.rows_from[source]) continue;
+        if (!place_part(a, call, watch, in, source, position, steps_of(part, parts, steps),
+                        part == 0, part == parts - 1))
+            return false;
+    }
+    return true;
+}
+
+__device__ __forceinline__ void clear_choices(const DispatchArguments& a, long long slot) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= kTopk) return;
+    a.topk_ids[slot * kTopk + lane] = -1;
+    if (a.topk_weights != nullptr) a.topk_weights[slot * kTopk + lane] = 0.0f;
+}
+
+// Slots that no row fills: ids and weights of deduplicated layouts, gaps between FLAT's groups.
+__device__ __forceinline__ void clear_rest(const DispatchArguments& a, const Arrivals& in, int warp,
+                                           int warps) {
+    const int lane = threadIdx.x % 32;
+    if (kLayoutIsRankMajor) {
+        for (int slot = warp; slot < kNumRanks * kMaxTokens; slot += warps)
+            if (slot % kMaxTokens >= in.rows_from[slot / kMaxTokens]) clear_choices(a, slot);
+    } else if (!kExpanded) {
+        for (int slot = in.total + warp; slot < a.max_slots; slot += warps) clear_choices(a, slot);
+    } else if (!kPadded && kAlignment > 1) {
+        for (int e = warp; e < a.num_local; e += warps) {
+            const int begin = in.starts[e] + in.starts[a.num_local + 1 + e];
+            const int end = min(in.starts[e + 1], a.max_slots);
+            for (long long slot = begin; slot < end; ++slot) {
+                for (int at = lane * 16; at < a.row_bytes; at += kStepBytes)
+                    *reinterpret_cast<uint4*>(a.tokens + slot * a.row_bytes + at) =
+                        make_uint4(0, 0, 0, 0);
+                for (int i = lane; i < a.scale_bytes; i += 32) {
+                    const int column = i / a.scale_item, byte = i % a.scale_item;
+                    const long long at = a.scale_stride == 0
+                                             ? slot * a.scale_bytes + i
+                                             : (column * a.scale_stride + slot) * a.scale_item + byte;
+                    a.scales_out[at] = 0;
+                }
+            }
+        }
+    }
+}
