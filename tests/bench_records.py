@@ -1,9 +1,10 @@
-"""Records that nobody measured, for tests of what is done with records."""
+"""Records that nobody measured, and small cases, for tests of the benchmark."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from expertlink.bench.cases import Case
 from expertlink.bench.records import Environment, Record
 from expertlink.bench.summary import Summary
 
@@ -27,3 +28,10 @@ def make_record(
     values |= {"aligned": "host", "iterations": 10, "inputs": 4, "threads": 1}
     values |= {"command": "expertlink bench", "environment": Environment(**environment)}
     return Record(**{**values, **changes})
+
+
+def latency_case(**changes: Any) -> Case:
+    """A case of mode "ll" that two CPU ranks measure at once."""
+    values: dict[str, Any] = {"ranks": 2, "tokens": 8, "hidden": 256, "topk": 2, "experts": 4}
+    values |= {"mode": "ll", "variant": "eager", "layout": "expert_major"}
+    return Case(**{**values, **changes})

@@ -225,14 +225,29 @@ class Fleet:
 
 
 class HostedCommunicator(MoECommunicator):
-    """A communicator whose ranks are threads."""
+    """A communicator whose ranks are threads.
 
-    def __init__(self, fleet: Fleet, rank: int) -> None:
-        super().__init__(fleet.config)
-        self._fleet = fleet
+    Args:
+        fleet: launches of all ranks.
+        rank: this one.
+        share_with: another communicator of the fleet and rank, in low-latency mode; both use its
+            memory and take turns.
+        fields: where its configuration differs from the fleet's; nothing that kernels fix.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        rank: int,
+        *,
+        share_with: HostedCommunicator | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(dataclasses.replace(fleet.config, **fields))
+        self._fleet, self._memory_of = fleet, share_with
         self.rank, self.num_ranks = rank, fleet.num_ranks
         self._calls = CallBuilder(
-            fleet.config, device=DEVICE, num_ranks=fleet.num_ranks, identity=self._identity
+            self.config, device=DEVICE, num_ranks=fleet.num_ranks, identity=self._identity
         )
 
     def initialize(self) -> None:
@@ -242,13 +257,16 @@ class HostedCommunicator(MoECommunicator):
         wire = HostedWire(self.rank, fleet.meeting)
         self._placement = fleet.placement
         num_local = len(fleet.placement.experts_of_rank[self.rank])
-        watchdog = Watchdog(
-            rank=self.rank,
-            num_ranks=fleet.num_ranks,
-            counts=config.num_experts,
-            timeout_s=self._timeout_s,
-        )
         buffer = fleet.memory(self.rank)
+        if self._memory_of is None:
+            watchdog = Watchdog(
+                rank=self.rank,
+                num_ranks=fleet.num_ranks,
+                counts=config.num_experts,
+                timeout_s=self._timeout_s,
+            )
+        else:
+            watchdog = self._memory_of._engine.watchdog  # type: ignore[union-attr]
 
         def run(name: str, arguments: Arguments, launch: Launch) -> None:
             fleet.run(self.rank, name, arguments, launch)
@@ -256,7 +274,10 @@ class HostedCommunicator(MoECommunicator):
         common: dict[str, Any] = {"placement": fleet.placement, "watchdog": watchdog}
         sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
         if isinstance(fleet.plan, LatencyPlan):
-            common["arena"] = LatencyArena(fleet.plan, buffer=buffer, device=DEVICE)
+            if self._memory_of is None:
+                common["arena"] = LatencyArena(fleet.plan, buffer=buffer, device=DEVICE)
+            else:
+                common["arena"] = self._memory_of._engine.arena  # type: ignore[union-attr]
             low = LowLatency(
                 config, rank=self.rank, run=run, num_sms=sms, warps=fleet.latency_warps, **common
             )
@@ -281,6 +302,7 @@ class HostedCommunicator(MoECommunicator):
             engine = NvlinkEngine(config, wire=wire, calls=calls, check=self._check, **common)
         self._engine = engine
         self._calls.num_local_experts = num_local
+        self._calls.engine_quantizes = engine.quantizes
         self._calls.engine_quantizes = engine.quantizes
 
 

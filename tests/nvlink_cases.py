@@ -32,6 +32,7 @@ class Shape:
     max_tokens: int = 40
     dtype: torch.dtype = torch.bfloat16
     alignment: int = 1
+    precision: str = "wire"
 
     def case(self, tokens: tuple[int, ...] | None = None, **fields: Any) -> Case:
         """A case of this shape; without `tokens` every rank has another number of them."""
@@ -45,6 +46,7 @@ class Shape:
             self.layout,
             dtype=self.dtype,
             alignment=self.alignment,
+            precision=self.precision,
             limit=self.max_tokens,
             **fields,
         )
@@ -98,17 +100,97 @@ def long_spans(layout: DispatchLayout) -> Shape:
     return Shape(4, layout, hidden=64, experts=16, topk=4, max_tokens=700)
 
 
+# -- low latency ----------------------------------------------------------------------------------
+
+LATENCY: dict[str, Any] = {"engine": "nvlink", "mode": "ll", "static_shapes": True}
+"""Configuration of communicators in low-latency mode, for every layout."""
+
+FEW_MASK_WORDS = 30
+"""So that blocks of `usual` shapes look at 15 experts at a time."""
+
+EXPANDED = tuple(layout for layout in LAYOUTS if layout.expanded)
+
+
+def many_tokens(layout: DispatchLayout) -> Shape:
+    """More tokens than threads, and more experts than a block has masks for at a time."""
+    return Shape(3, layout, hidden=16, experts=1000, topk=4, max_tokens=1024)
+
+
+def blocks_of_scales(layout: DispatchLayout) -> Shape:
+    """Rows of several quantized steps, the last block and the last step incomplete."""
+    return Shape(3, layout, hidden=1104, experts=12, topk=3)
+
+
+def half(layout: DispatchLayout) -> Shape:
+    """float16 rows."""
+    return dataclasses.replace(usual(3, layout), dtype=torch.float16)
+
+
+def exact(shape: Shape) -> Shape:
+    """The same with `combine_precision="exact"`."""
+    return dataclasses.replace(shape, precision="exact")
+
+
+def exact_shapes() -> list[Shape]:
+    """Shapes whose combines are exact."""
+    plain = [usual(ranks, layout) for ranks in (1, 3, 8) for layout in EXPANDED]
+    edges = [special(name, layout) for name in EXACT_EDGES for layout in EXPANDED]
+    return [exact(shape) for shape in (*plain, *edges, aligned(3))]
+
+
+EXACT_EDGES = ("narrow", "model", "all_lanes", "one_choice")
+
+
+def latency_kernels() -> list[Kernels]:
+    """Of every test with hosted ranks in low-latency mode."""
+    shapes = [usual(ranks, layout) for ranks in (*RANKS, 4) for layout in LAYOUTS]
+    shapes += [special(name, layout) for name in SPECIAL for layout in LAYOUTS]
+    shapes += [aligned(3), aligned(8), *exact_shapes()]
+    for layout in LAYOUTS:
+        shapes += [many_tokens(layout), half(layout)]
+    chunks = [
+        Kernels(usual(3, layout), True, latency=True, mask_words=FEW_MASK_WORDS)
+        for layout in LAYOUTS
+    ]
+    plain = [Kernels(shape, True, latency=True) for shape in shapes]
+    quantized = [Kernels(shape, True, latency=True, quantized=True) for shape in quantized_shapes()]
+    return [*plain, *quantized, *chunks]
+
+
+def quantized_shapes() -> list[Shape]:
+    """Shapes whose rows are quantized on the way."""
+    shapes = [aligned(3)]
+    for layout in LAYOUTS:
+        shapes += [blocks_of_scales(layout), half(layout), usual(3, layout)]
+        shapes.append(special("model", layout))
+    return shapes
+
+
+# -- what is compiled -----------------------------------------------------------------------------
+
 ROWS_IN_POOL = ("narrow", "wide", "all_lanes", "many_experts", "one_choice")
 """Special shapes that are also tested with zero copy: how lanes share out rows depends on K."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What is compiled for a test."""
+    """What is compiled for a test.
+
+    Attributes:
+        shape: what a communicator fixes.
+        hosted: for several ranks in one process.
+        zero_copy: as configured.
+        latency: the low-latency kernels.
+        quantized: they quantize rows on the way, to any format.
+        mask_words: words of masks that a block may hold, where a test changes that.
+    """
 
     shape: Shape
     hosted: bool
     zero_copy: bool = False
+    latency: bool = False
+    quantized: bool = False
+    mask_words: int | None = None
 
 
 def _views(shapes: list[Shape], *, hosted: bool) -> list[Kernels]:

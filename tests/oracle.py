@@ -35,6 +35,10 @@ class Case:
         only_rank: choices of experts on other ranks become -1.
         limit: max_tokens_per_rank; None: one more than any rank has.
         weight_seed: draws other weights for the same routing and rows.
+        precision: `combine_precision`.
+        content: "random" numbers; "ones": rows of set bits, whole or in part; "extreme": numbers at
+            the edges of what quantization takes.
+        without: a rank that is lost: choices of its experts become -1.
     """
 
     tokens: tuple[int, ...]
@@ -53,6 +57,9 @@ class Case:
     only_rank: int | None = None
     limit: int | None = None
     weight_seed: int | None = None
+    precision: str = "wire"
+    content: str = "random"
+    without: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -117,8 +124,11 @@ def _inputs(case: Case, rank: int) -> Inputs:
     gumbel = -(-noise.clamp(1e-12).log()).log()
     ids_TK = (popularity + gumbel).topk(case.topk, dim=1).indices
     hidden = torch.rand((count, case.topk), generator=gen) < case.masked
+    home_TK = torch.tensor(case.rank_of_expert())[ids_TK]
     if case.only_rank is not None:
-        hidden |= torch.tensor(case.rank_of_expert())[ids_TK] != case.only_rank
+        hidden |= home_TK != case.only_rank
+    if case.without is not None:
+        hidden |= home_TK == case.without
     ids_TK = torch.where(hidden, -1, ids_TK).to(case.ids_dtype)
     weights_TK = None
     if case.weighted:
@@ -126,7 +136,72 @@ def _inputs(case: Case, rank: int) -> Inputs:
             gen.manual_seed(case.weight_seed * 1000 + rank)
         weights_TK = torch.randn((count, case.topk), generator=gen, dtype=torch.float64)
         weights_TK = weights_TK.to(case.weight_dtype)
-    return Inputs(x_TH, ids_TK, weights_TK)
+    return Inputs(_with_content(case, x_TH), ids_TK, weights_TK)
+
+
+def _with_content(case: Case, rows: Tensor) -> Tensor:
+    """Rows of random numbers, changed as `case.content` says."""
+    if case.content == "ones":
+        return _with_ones(rows)
+    if case.content == "extreme":
+        return _with_extremes(rows)
+    return rows
+
+
+def _with_ones(rows_NH: Tensor) -> Tensor:
+    """Set bits where they are easily taken for something else; by the number of the row."""
+    count = rows_NH.shape[1] * rows_NH.element_size()
+    bytes_NB = rows_NH.clone().view(torch.uint8)
+    for index, row_B in enumerate(bytes_NB):
+        kind = index % 7
+        if kind == 0:
+            row_B[:] = 0xFF
+        elif kind == 1:
+            row_B[:4] = 0xFF
+        elif kind == 2:
+            row_B[-4:] = 0xFF
+        elif kind == 3:  # a word here and there, and all of a piece of 16 bytes
+            row_B[4 * index % count :: 52] = 0xFF
+            middle = count // 32 * 16
+            row_B[middle : middle + 16] = 0xFF
+        elif kind == 4:  # four bytes, of two words
+            row_B[2:6] = 0xFF
+        elif kind == 5:
+            row_B[: count // 2] = 0xFF
+    return bytes_NB.view(rows_NH.dtype)
+
+
+def _with_extremes(rows_NH: Tensor) -> Tensor:
+    """No numbers, infinities, zeros of both signs, tiny and huge numbers; by the row."""
+    rows_NH = rows_NH.clone()
+    largest = torch.finfo(rows_NH.dtype).max
+    tiny = torch.finfo(rows_NH.dtype).tiny
+    for index, row_H in enumerate(rows_NH):
+        kind = index % 11
+        middle = (37 * index + 5) % len(row_H)
+        if kind == 0:
+            row_H.zero_()
+        elif kind == 1:
+            row_H.fill_(-0.0)
+        elif kind == 2:
+            row_H[middle] = float("nan")
+        elif kind == 3:
+            row_H[middle] = float("inf")
+            row_H[0] = -float("inf")
+        elif kind == 4:
+            row_H *= tiny
+        elif kind == 5:
+            row_H.clamp_(-1, 1).mul_(largest)
+        elif kind == 6:
+            row_H[::2] = -0.0
+            row_H[1::2] *= 1e-4
+        elif kind == 7:  # one number decides the scale of all
+            row_H[-1] = -largest
+        elif kind == 8:
+            row_H[middle:] = float("nan")
+        elif kind == 9:
+            row_H.sign_().mul_(448.0)
+    return rows_NH
 
 
 @dataclass(frozen=True)
@@ -261,31 +336,103 @@ def _expert_rows(case: Case, rank: int, round_: int) -> Tensor:
     expected = expected_of(case, rank)
     gen = torch.Generator().manual_seed(case.seed * 1000 + 500 + rank + 17 * round_)
     rows = torch.full((*expected.shape, case.hidden), float("nan"), dtype=case.dtype)
-    for copy in expected.copies:
-        row = torch.randn(case.hidden, generator=gen, dtype=torch.float64)
-        rows[copy.slot] = row.to(case.dtype)
+    made = torch.empty((len(expected.copies), case.hidden), dtype=case.dtype)
+    for row_H in made:
+        row_H.copy_(torch.randn(case.hidden, generator=gen, dtype=torch.float64))
+    if case.content == "ones":
+        made = _with_ones(made)
+    for copy, row_H in zip(expected.copies, made, strict=True):
+        rows[copy.slot] = row_H
     return rows
 
 
 @_kept
-def combined_of(case: Case, rank: int, *, round_: int = 0) -> Tensor:
-    """Result of combine on `rank`: the contract's sequence of roundings, term by term."""
+def combined_of(
+    case: Case,
+    rank: int,
+    *,
+    round_: int = 0,
+    own_weights: bool = False,
+    missing: int | None = None,
+) -> Tensor:
+    """Result of combine on `rank`: the contract's sequence of roundings, term by term.
+
+    `own_weights`: rows are multiplied by `slot_weights` instead of the routing weights.
+    `missing`: a rank that was lost after the dispatch; its rows do not come back.
+    """
+    if case.precision == "exact":
+        return _combined_exactly(case, rank, round_, own_weights, missing)
     wide = torch.float64 if case.dtype is torch.float64 else torch.float32
-    own = _inputs(case, rank)
     result = torch.zeros((case.tokens[rank], case.hidden), dtype=wide)
     for dest in range(case.ranks):
-        rows = _expert_rows(case, dest, round_)
+        if dest == missing:
+            continue
         partial: dict[int, Tensor] = {}
         copies = [c for c in expected_of(case, dest).copies if c.source == rank]
         for copy in sorted(copies, key=lambda c: (c.token, c.choice)):
-            term = rows[copy.slot].to(wide)
-            if case.layout.expanded and own.weights_TK is not None:
-                term = term * own.weights_TK[copy.token, copy.choice].to(wide)
             start = partial.get(copy.token, torch.zeros(case.hidden, dtype=wide))
-            partial[copy.token] = start + term
+            partial[copy.token] = start + _term(case, dest, copy, round_, own_weights)
         for token, value in partial.items():
             result[token] = result[token] + value.to(case.dtype).to(wide)
     return result.to(case.dtype)
+
+
+def _combined_exactly(
+    case: Case, rank: int, round_: int, own_weights: bool, missing: int | None
+) -> Tensor:
+    """Every expert's row by itself, in top-k order, and one rounding at the end."""
+    wide = torch.float64 if case.dtype is torch.float64 else torch.float32
+    result = torch.zeros((case.tokens[rank], case.hidden), dtype=wide)
+    rows = [
+        (copy.token, copy.choice, dest, copy)
+        for dest in range(case.ranks)
+        for copy in expected_of(case, dest).copies
+        if copy.source == rank and dest != missing
+    ]
+    for token, _, dest, copy in sorted(rows, key=lambda row: row[:2]):
+        result[token] = result[token] + _term(case, dest, copy, round_, own_weights)
+    return result.to(case.dtype)
+
+
+def _term(case: Case, dest: int, copy: Copy, round_: int, own_weights: bool) -> Tensor:
+    """A row that `dest` returns, multiplied by its weight if there is one."""
+    wide = torch.float64 if case.dtype is torch.float64 else torch.float32
+    term = _expert_rows(case, dest, round_)[copy.slot].to(wide)
+    if own_weights:
+        return term * slot_weights(case, dest)[copy.slot].to(wide)
+    weights_TK = _inputs(case, copy.source).weights_TK
+    if case.layout.expanded and weights_TK is not None:
+        return term * weights_TK[copy.token, copy.choice].to(wide)
+    return term
+
+
+@_kept
+def slot_weights(case: Case, rank: int) -> Tensor:
+    """Made-up `weights` of a combine, one per slot; NaN, never to be read, where no row is."""
+    expected = expected_of(case, rank)
+    gen = torch.Generator().manual_seed(case.seed * 1000 + 900 + rank)
+    weights = torch.full(expected.shape, float("nan"), dtype=case.weight_dtype)
+    for copy in expected.copies:
+        weights[copy.slot] = torch.randn((), generator=gen, dtype=torch.float64)
+    return weights
+
+
+@_kept
+def ranges_of(case: Case, rank: int) -> tuple[list[list[int]], list[list[int]]]:
+    """First slot, where there is one, and number of rows per (local expert, source rank)."""
+    expected = expected_of(case, rank)
+    counts = [[0] * case.ranks for _ in case.local_experts(rank)]
+    starts = [[-1] * case.ranks for _ in counts]
+    for copy in sorted(expected.copies, key=lambda copy: copy.slot):
+        if case.layout is DispatchLayout.EXPERT_MAJOR:
+            expert, slot = copy.slot
+        else:
+            (slot,) = copy.slot
+            expert = sum(slot >= end for end in expected.offsets[1:])
+        if not counts[expert][copy.source]:
+            starts[expert][copy.source] = slot
+        counts[expert][copy.source] += 1
+    return starts, counts
 
 
 @_kept

@@ -10,25 +10,37 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
-from nvlink_cases import Kernels, hosted_kernels, process_kernels
+from nvlink_cases import LATENCY, Kernels, hosted_kernels, latency_kernels, process_kernels
 from rank_jobs import config_of
 
+from expertlink.engines.nvlink import latency_plan
 from expertlink.engines.nvlink.arena import ArenaPlan
 from expertlink.engines.nvlink.kernels import compile_for
+from expertlink.engines.nvlink.latency_plan import LatencyPlan
 
 
 def compile_one(wanted: Kernels, arch: str) -> None:
     """Compiles one communicator's kernels, unless the cache has them."""
     shape = wanted.shape
-    config = config_of(shape.case(), "cuda:0", zero_copy=wanted.zero_copy)
-    plan = ArenaPlan.of(config, shape.ranks)
-    compile_for(config, plan, num_ranks=shape.ranks, arch=arch, hosted=wanted.hosted)
+    fields: dict[str, Any] = {"zero_copy": wanted.zero_copy}
+    if wanted.latency:
+        fields = {**LATENCY, "quantization": "e4m3_float32" if wanted.quantized else None}
+    config = config_of(shape.case(), "cuda:0", **fields)
+    usual_words = latency_plan._MASK_WORDS
+    try:
+        if wanted.mask_words is not None:
+            latency_plan._MASK_WORDS = wanted.mask_words
+        plan = (LatencyPlan if wanted.latency else ArenaPlan).of(config, shape.ranks)
+        compile_for(config, plan, num_ranks=shape.ranks, arch=arch, hosted=wanted.hosted)
+    finally:
+        latency_plan._MASK_WORDS = usual_words
 
 
 def compile_all(arch: str, *, workers: int | None = None) -> int:
     """Compiles all of them; returns their number."""
-    work = [*hosted_kernels(), *process_kernels()]
+    work = [*latency_kernels(), *hosted_kernels(), *process_kernels()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
         for future in [pool.submit(compile_one, wanted, arch) for wanted in work]:

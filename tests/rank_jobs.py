@@ -45,6 +45,7 @@ def config_of(case: Case, device: Any, **fields: Any) -> MoECommunicatorConfig:
         "dtype": case.dtype,
         "output_layout": case.layout,
         "expert_alignment": case.alignment,
+        "combine_precision": case.precision,
         "device": device,
         "timeout_s": 30.0,
         "startup_timeout_s": 60.0,
@@ -120,9 +121,8 @@ def _check_choices(case: Case, rank: int, out: DispatchOutput) -> None:
     assert (out.topk_weights[rest] == 0).all(), "rows beyond the last have weights"
 
 
-def dispatch_case(
-    comm: MoECommunicator, case: Case, **options: Any
-) -> tuple[DispatchOutput, DispatchHandle]:
+def dispatch_case(comm: MoECommunicator, case: Case, **options: Any) -> Any:
+    """What `dispatch` of the case's tensors returns."""
     own = inputs_of(case, comm.rank)
     weights = None if own.weights_TK is None else own.weights_TK.to(comm.device)
     return comm.dispatch(own.x_TH.to(comm.device), own.ids_TK.to(comm.device), weights, **options)
@@ -152,7 +152,7 @@ def check_contract(comm: MoECommunicator, case: Case) -> None:
 
 
 def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:
-    static = comm.config.static_shapes
+    static = counts_stay_on_device(comm)
     own = inputs_of(case, rank)
     x_TH, ids_TK = own.x_TH.to(comm.device), own.ids_TK.to(comm.device)
     expected = combined_of(case, rank)
@@ -192,6 +192,13 @@ def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:
     same_bits(result, combined_of(case, rank, round_=1), "combine into out")
 
 
+def counts_stay_on_device(comm: MoECommunicator) -> bool:
+    """Whether the host does not learn how many rows arrive."""
+    config = comm.config
+    latency = config.mode == "ll" and comm.engine_name == "nvlink"
+    return config.static_shapes or (latency and config.layout.padded)
+
+
 def _new_weights(comm: MoECommunicator, case: Case, handle: DispatchHandle) -> None:
     """A cached dispatch with other weights than those of the handle's dispatch."""
     own = inputs_of(case, comm.rank)
@@ -199,7 +206,7 @@ def _new_weights(comm: MoECommunicator, case: Case, handle: DispatchHandle) -> N
     out, cached = comm.dispatch(
         own.x_TH.to(comm.device), None, own.weights_TK.to(comm.device), previous_handle=handle
     )
-    check_output(case, comm.rank, out, static=comm.config.static_shapes)
+    check_output(case, comm.rank, out, static=counts_stay_on_device(comm))
     result = comm.combine(rows_for(case, comm.rank, cached), cached)
     same_bits(result, combined_of(case, comm.rank), "combine with new weights")
 

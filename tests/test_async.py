@@ -70,6 +70,8 @@ def test_side_streams_see_every_tensor() -> None:
         rows_of_token=marked(),
         row_of_choice=marked(),
         tokens_per_expert=[1],
+        tokens_per_source=[[1]],
+        choices=Splits([1], [1]),
         plan=plan,
     )
     call = CombineCall(rows=marked(), state=route, weighted=True, out_TH=marked())

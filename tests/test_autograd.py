@@ -28,7 +28,8 @@ def test_gradients_equal_a_dense_layer(rank_pools, ranks: int, layout: DispatchL
     case = Case(tokens, 8, experts=6, topk=3, layout=layout, dtype=torch.float64, masked=0.2)
     scattered = dataclasses.replace(case, placement="scattered", seed=4)
     aligned = [dataclasses.replace(case, alignment=4)] if layout is DispatchLayout.FLAT else []
-    for drawn in (case, scattered, *aligned):
+    exact = [dataclasses.replace(scattered, precision="exact")] if layout.expanded else []
+    for drawn in (case, scattered, *aligned, *exact):
         for worst in rank_pools(ranks).run(train_jobs.gradients, drawn, timeout_s=60):
             assert max(worst.values()) < 1e-12, (drawn, worst)
 

@@ -30,6 +30,7 @@ def cases(draw: st.DrawFn, ranks: int, layout: DispatchLayout) -> Case:
         weighted=draw(st.booleans()),
         ids_dtype=draw(st.sampled_from([torch.int64, torch.int32])),
         placement=draw(st.sampled_from(["even", "scattered"])),
+        precision=draw(st.sampled_from(["wire", "exact"])) if layout.expanded else "wire",
         seed=draw(st.integers(0, 10_000)),
     )
 
@@ -52,6 +53,7 @@ def test_wide_models(rank_pools, layout: DispatchLayout) -> None:
     """More experts, choices and columns than the drawn cases have."""
     wide = [
         Case((5, 0, 7), hidden=264, experts=64, topk=32, layout=layout, masked=0.1),
+        Case((5, 0, 7), 264, 64, 32, layout, precision="exact" if layout.expanded else "wire"),
         Case((3, 4, 1), hidden=16, experts=2048, topk=8, layout=layout),
         Case((9, 9, 9), hidden=1, experts=3, topk=1, layout=layout, skew=9.0),
         Case((0, 0, 0), hidden=8, experts=4, topk=2, layout=layout),

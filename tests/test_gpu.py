@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import async_jobs
+import decode_jobs
 import peer_jobs
 import pytest
 import torch
@@ -69,6 +70,28 @@ def test_bits_over_nvlink_equal_the_oracle(rank_pools, ranks: int, layout: Dispa
     if shape in half_shapes():
         half = dataclasses.replace(shape, dtype=torch.float16)
         assert pool.run(contract, [half.case(seed=1)], engine="nvlink", timeout_s=100) == [1, 1]
+
+
+@RANKS
+@LAYOUTS
+def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    pool = rank_pools(ranks, "cuda")
+    drawn = cases_for(ranks, layout)[:2]
+    if layout.expanded:
+        drawn += [dataclasses.replace(case, precision="exact") for case in drawn]
+    jobs = [decode_jobs.halves, decode_jobs.buffers, decode_jobs.stale_handles]
+    jobs += [decode_jobs.in_turns, decode_jobs.statistics]
+    jobs += [decode_jobs.own_weights, decode_jobs.ranges] if layout.expanded else []
+    for job in jobs:
+        done = pool.run(decode_jobs.on_a_rank, job, drawn, engine="collective", timeout_s=100)
+        assert done == [len(drawn)] * ranks
+    fields = {"quantization": "e4m3_ue8m0", "scale_order": "column_major"}
+    for job in (decode_jobs.scales_in_order, decode_jobs.buffers_of_packed_rows):
+        case = dataclasses.replace(drawn[1], weighted=False)
+        done = pool.run(
+            decode_jobs.on_a_rank, job, [case], engine="collective", timeout_s=100, **fields
+        )
+        assert done == [1] * ranks
 
 
 @RANKS

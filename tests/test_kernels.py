@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from expertlink import EngineUnavailableError
-from expertlink.bench import ceilings
-from expertlink.engines.nvlink.kernels import KERNELS
+from expertlink.bench import ceilings, flag_latency
 from expertlink.engines.send_order import count_instances, order_instances
 from expertlink.jit import compiler
 from expertlink.jit.compiler import compile_kernel
@@ -20,9 +19,18 @@ ARCHITECTURES = ("sm_90a", "sm_100a")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Most registers per thread and bytes of shared memory per block: 256 threads a block.
-BUDGETS = {"ceiling": (64, 1024), "ordered_sum": (64, 1024), "send_order": (96, 24 << 10)}
-PRELUDES = {"ceiling": ceilings.ARGUMENTS.declaration}
+BUDGETS = {
+    "ceiling": (64, 1024),
+    "flag_latency": (32, 0),
+    "ordered_sum": (64, 1024),
+    "send_order": (96, 24 << 10),
+}
+PRELUDES = {
+    "ceiling": ceilings.ARGUMENTS.declaration,
+    "flag_latency": flag_latency.ARGUMENTS.declaration,
+}
 INSTANCES = [
+    ("flag_latency", "flag_latency"),
     *(("ceiling", f"{kind}_rows") for kind in ceilings.KINDS),
     *(("ordered_sum", instance) for dtype in DTYPES for instance in instances(dtype).values()),
     *(("send_order", instance) for instance in count_instances().values()),
@@ -33,7 +41,7 @@ INSTANCES = [
 def test_every_kernel_is_covered() -> None:
     sources = resources.files("expertlink.kernels").iterdir()
     names = {item.name.removesuffix(".cu") for item in sources if item.name.endswith(".cu")}
-    others = set(KERNELS)  # test_nvlink_kernels.py
+    others = {"dispatch", "combine", "ll_dispatch", "ll_combine"}  # test_nvlink_kernels.py
     assert names - others == set(BUDGETS) == {name for name, _ in INSTANCES}
 
 

@@ -95,6 +95,8 @@ def test_weights_on_some_ranks_only(rank_pools) -> None:
         ({"quantization": "e4m3_pow2"}, "quantization: None on ranks 0, 2, e4m3_pow2 on rank 1"),
         ({"expert_map": [0] * 8}, "expert_map"),
         ({"check_inputs": False}, "check_inputs: True on ranks 0, 2, False on rank 1"),
+        ({"combine_precision": "exact"}, "combine_precision: wire on ranks 0, 2, exact on rank 1"),
+        ({"scale_order": "column_major"}, "scale_order: row_major on ranks 0, 2, column_major on"),
     ],
 )
 def test_disagreement_names_field_and_ranks(rank_pools, fields: dict[str, Any], text: str) -> None:

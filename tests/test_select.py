@@ -79,6 +79,17 @@ def test_nothing_in_the_way(hopper: None, engine: str, dtype: torch.dtype) -> No
     assert choice.reason
 
 
+def test_exact_sums_need_the_low_latency_kernels(hopper: None) -> None:
+    choice = choose_engine(config_with(combine_precision="exact"), device=CUDA)
+    assert choice.name == "collective"
+    assert "combine_precision='exact' with mode='ll' only" in choice.reason
+    with pytest.raises(EngineUnavailableError, match="with mode='ll' only"):
+        choose_engine(config_with(combine_precision="exact", engine="nvlink"), device=CUDA)
+    assert choose_engine(config_with(combine_precision="exact", mode="ll"), device=CUDA).name == (
+        "nvlink"
+    )
+
+
 def test_asking_for_the_collective_engine(hopper: None) -> None:
     choice = choose_engine(config_with(engine="collective"), device=CUDA)
     assert choice.name == "collective"
@@ -94,6 +105,10 @@ def test_asking_for_the_collective_engine(hopper: None) -> None:
             "zero_copy=True, which needs the nvlink engine,",
         ),
         ({"static_shapes": True}, "static_shapes=True, which needs the nvlink engine,"),
+        (
+            {"mask_lost_peers": True, "mode": "ll"},
+            "mask_lost_peers=True, which needs the nvlink engine,",
+        ),
     ],
 )
 def test_what_needs_gpus_is_refused_on_cpus(fields: dict[str, Any], asked: str) -> None:
@@ -126,7 +141,7 @@ def test_switches_are_true_or_false(name: str) -> None:
         config_with(**{name: 1})
 
 
-@pytest.mark.parametrize("field", ["zero_copy", "static_shapes"])
+@pytest.mark.parametrize("field", ["zero_copy", "static_shapes", "mask_lost_peers"])
 def test_what_the_collective_engine_does_not_have_is_refused(field: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{field}=True .* engine='collective'"):
         MoECommunicatorConfig(
@@ -135,6 +150,7 @@ def test_what_the_collective_engine_does_not_have_is_refused(field: str) -> None
             topk=2,
             max_tokens_per_rank=4,
             engine="collective",
+            mode="ll" if field == "mask_lost_peers" else "ht",
             output_layout="token_major",
             **{field: True},  # pyright: ignore[reportArgumentType]
         )

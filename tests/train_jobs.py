@@ -55,30 +55,35 @@ def dense(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts_EHH: Tensor)
     return torch.einsum("te,eth->th", share_TE.to(x_TH.dtype), all_ETH)
 
 
-def gradients(ctx: RankContext, case: Case) -> dict[str, float]:
+def gradients(ctx: RankContext, case: Case, **fields: Any) -> dict[str, float]:
     """Largest differences to the dense layer: outputs, and gradients of rows, weights, experts."""
-    own = inputs_of(case, ctx.rank)
+    with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+        return gradients_on(comm, case)
+
+
+def gradients_on(comm: MoECommunicator, case: Case) -> dict[str, float]:
+    """`gradients` with a communicator that is there already."""
+    own, device = inputs_of(case, comm.rank), comm.device
     assert own.weights_TK is not None
-    experts_EHH = expert_weights(case).to(ctx.device)
-    with MoECommunicator(config_of(case, ctx.device)) as comm:
-        x_TH = own.x_TH.to(ctx.device, copy=True).requires_grad_()
-        weights_TK = own.weights_TK.to(ctx.device).requires_grad_()
-        mine = experts_EHH[comm.local_experts].clone().requires_grad_()
-        result = layer(comm, x_TH, own.ids_TK.to(ctx.device), weights_TK, mine)
-        probe = torch.cos(torch.arange(case.hidden, device=ctx.device, dtype=result.dtype))
-        (result * probe).sum().backward()
-        local = comm.local_experts
+    experts_EHH = expert_weights(case).to(device)
+    x_TH = own.x_TH.to(device, copy=True).requires_grad_()
+    weights_TK = own.weights_TK.to(device).requires_grad_()
+    mine = experts_EHH[comm.local_experts].clone().requires_grad_()
+    result = layer(comm, x_TH, own.ids_TK.to(device), weights_TK, mine)
+    probe = torch.cos(torch.arange(case.hidden, device=device, dtype=result.dtype))
+    (result * probe).sum().backward()
+    local = comm.local_experts
 
     worst: dict[str, float] = {"experts": 0.0}
     full = experts_EHH.clone().requires_grad_()
     for rank in range(case.ranks):
         theirs = inputs_of(case, rank)
         assert theirs.weights_TK is not None
-        xd = theirs.x_TH.to(ctx.device).requires_grad_()
-        wd = theirs.weights_TK.to(ctx.device).requires_grad_()
-        expected = dense(xd, theirs.ids_TK.to(ctx.device).long(), wd, full)
+        xd = theirs.x_TH.to(device).requires_grad_()
+        wd = theirs.weights_TK.to(device).requires_grad_()
+        expected = dense(xd, theirs.ids_TK.to(device).long(), wd, full)
         (expected * probe).sum().backward()  # gradients of the experts add up over all ranks
-        if rank == ctx.rank:
+        if rank == comm.rank:
             worst["result"] = gap(result, expected)
             worst["rows"] = gap(x_TH.grad, xd.grad)
             worst["weights"] = gap(weights_TK.grad, wd.grad)
@@ -123,24 +128,28 @@ def gradcheck(ctx: RankContext, case: Case) -> bool:
         )
 
 
-def weight_grads(ctx: RankContext, case: Case) -> bool:
+def weight_grads(ctx: RankContext, case: Case, **fields: Any) -> bool:
     """Per-slot numbers come back to the choice they belong to, with and beside the combine."""
-    own = inputs_of(case, ctx.rank)
-    with MoECommunicator(config_of(case, ctx.device)) as comm:
-        # The weights themselves serve as numbers: each must return to where it came from.
-        given = own.weights_TK
-        assert given is not None
-        given = given.to(ctx.device)
-        ids_TK = own.ids_TK.to(ctx.device)
-        out, handle = comm.dispatch(own.x_TH.to(ctx.device), ids_TK, given)
-        if case.layout.expanded:
-            marks = comm._engine.slot_weights(handle.state)  # type: ignore[union-attr]
-        else:
-            marks = out.topk_weights
-        rows = torch.zeros(handle.rows_shape, dtype=case.dtype, device=ctx.device)
-        _, back = comm.combine(rows, handle, weight_grads=marks)
-        expected = torch.where(ids_TK >= 0, given, 0.0)
-        return torch.equal(back, expected)
+    with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+        return weight_grads_on(comm, case)
+
+
+def weight_grads_on(comm: MoECommunicator, case: Case) -> bool:
+    """`weight_grads` with a communicator that is there already."""
+    # The weights themselves serve as numbers: each must return to where it came from.
+    own, device = inputs_of(case, comm.rank), comm.device
+    given = own.weights_TK
+    assert given is not None
+    given = given.to(device)
+    ids_TK = own.ids_TK.to(device)
+    out, handle = comm.dispatch(own.x_TH.to(device), ids_TK, given)
+    engine: Any = comm._engine
+    marks = engine.slot_weights(handle.state) if case.layout.expanded else out.topk_weights
+    rows = torch.zeros(handle.rows_shape, dtype=case.dtype, device=device)
+    _, back = comm.combine(rows, handle, weight_grads=marks)
+    beside = engine.weight_grads(handle.state, marks)
+    expected = torch.where(ids_TK >= 0, given, 0.0)
+    return torch.equal(back, expected) and torch.equal(beside, expected)
 
 
 def repeated_backward(ctx: RankContext, case: Case) -> Any:

@@ -21,7 +21,9 @@ from expertlink.errors import (
 from expertlink.requests import CombineRequest, DispatchRequest
 from expertlink.types import (
     BlockFormat,
+    CallStatistics,
     CommOverlapConfig,
+    DispatchBuffers,
     DispatchHandle,
     DispatchLayout,
     DispatchOutput,
@@ -32,11 +34,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockFormat",
+    "CallStatistics",
     "CapacityError",
     "ClosedError",
     "CombineRequest",
     "CommOverlapConfig",
     "ConfigurationError",
+    "DispatchBuffers",
     "DispatchHandle",
     "DispatchLayout",
     "DispatchOutput",

@@ -32,16 +32,14 @@ def dispatch(engine: Engine, call: DispatchCall) -> Dispatched:
     return dataclasses.replace(started[0], output=output)
 
 
-def combine(
-    engine: Engine, call: CombineCall, weights_TK: Tensor | None
-) -> tuple[Tensor, Combined]:
+def combine(engine: Engine, call: CombineCall, weights_TK: Tensor | None) -> Combined:
     """`engine.combine` whose result carries gradients back to the rows and to `weights_TK`.
 
     `weights_TK` are the routing weights that the dispatch was given, if combine applies them.
     """
     started: list[Combined] = []
     out_TH = _Combine.apply(call.rows, weights_TK, engine, call, started)
-    return out_TH, started[0]
+    return dataclasses.replace(started[0], out_TH=out_TH)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -58,7 +56,7 @@ class _Dispatch(torch.autograd.Function):
         started.append(engine.dispatch(call))
         ctx.engine, ctx.state, ctx.shape = engine, started[0].state, x_TW.shape
         output = started[0].output
-        ctx.quantized = call.scales is not None
+        ctx.quantized = call.scales is not None or call.quantize_to is not None
         if ctx.quantized:
             ctx.mark_non_differentiable(output.tokens)
         return output.tokens, output.topk_weights

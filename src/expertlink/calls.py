@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -9,19 +11,40 @@ from expertlink import quantization
 from expertlink.autograd import needs_grad
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, DispatchCall, Dispatched
-from expertlink.errors import HandleError, InputError, RoutingChangedError
-from expertlink.types import DispatchHandle, QuantScales
-from expertlink.validation import check_routing, check_rows, check_tensor
+from expertlink.errors import InputError
+from expertlink.handles import (
+    check_current,
+    check_handle,
+    check_same_routing,
+    check_unconsumed,
+)
+from expertlink.types import DispatchBuffers, DispatchHandle, QuantScales, RowKind
+from expertlink.usual import UsualForm
+from expertlink.validation import (
+    check_output_buffer,
+    check_routing,
+    check_rows,
+    check_tensor,
+    kind_of,
+    plain_kind,
+)
 
 
 class CallBuilder:
     """Checks the arguments of one communicator's calls.
 
+    What decode passes (plain rows, a new routing, tensors of the right form, no gradients) is
+    recognised by a few comparisons. All else, faulty arguments included, takes the detailed way.
+
     Args:
         config: the communicator's configuration.
         device: where its tensors live.
         num_ranks: R.
-        identity: marks the communicator's own handles.
+        identity: marks the communicator's own handles and buffers.
+
+    Attributes:
+        num_local_experts: E_loc; known once the ranks have met.
+        engine_quantizes: `Engine.quantizes`; known then as well.
     """
 
     def __init__(
@@ -36,7 +59,17 @@ class CallBuilder:
         self._device = device
         self._num_ranks = num_ranks
         self._identity = identity
-        self.num_local_experts = 0  # known once the ranks have met
+        self.num_local_experts = 0
+        self.engine_quantizes = False
+        # What every call looks at, without a property in between.
+        self._layout, self._expanded = config.layout, config.layout.expanded
+        self._dtype, self._weight_dtype = config.dtype, config.weight_dtype
+        self._hidden, self._topk = config.hidden_size, config.topk
+        self._block_format, self._zero_copy = config.block_format, config.zero_copy
+        self._kind = plain_kind(config)
+        self._usual = UsualForm(config, device)
+
+    # -- dispatch ---------------------------------------------------------------------------------
 
     def dispatch(
         self,
@@ -44,11 +77,63 @@ class CallBuilder:
         topk_ids: Tensor | None,
         weights: Tensor | None,
         scales: QuantScales | Tensor | None,
-        output_buffer: Tensor | None,
+        into: Tensor | DispatchBuffers | None,
         previous: DispatchHandle | None,
         num_sms: int | None = None,
+        later: bool = False,
+        halves: bool = False,
     ) -> DispatchCall:
-        """The call for `MoECommunicator.dispatch`; raises what that documents."""
+        """The call for `MoECommunicator.dispatch`; raises what that documents.
+
+        `into` is its `output_buffer`, `later` its `async_finish`, `halves` its `return_recv_hook`.
+        """
+        if (
+            scales is None
+            and previous is None
+            and (self._block_format is None or self.engine_quantizes)
+            and (into is None or self._is_usual_buffer(into))
+            and not (later and halves)
+            and not self._zero_copy
+            and not torch.is_grad_enabled()
+            and self._usual.inputs(x, topk_ids, weights)
+        ):
+            if into is not None:
+                into.generation += 1  # type: ignore[union-attr]
+            # By position: names double the time that this takes.
+            return DispatchCall(
+                x,
+                None,
+                None,
+                topk_ids,
+                weights,
+                None,
+                None,
+                False,
+                num_sms,
+                self._block_format,
+                into,  # type: ignore[arg-type]
+                halves,
+            )
+        return self._unusual_dispatch(
+            x, topk_ids, weights, scales, into, previous, num_sms, later, halves
+        )
+
+    def _is_usual_buffer(self, into: Tensor | DispatchBuffers) -> bool:
+        # The kind is this builder's own object: made here, for plain rows with weights.
+        return into.__class__ is DispatchBuffers and into.kind is self._kind  # type: ignore[union-attr]
+
+    def _unusual_dispatch(
+        self,
+        x: Tensor,
+        topk_ids: Tensor | None,
+        weights: Tensor | None,
+        scales: QuantScales | Tensor | None,
+        into: Tensor | DispatchBuffers | None,
+        previous: DispatchHandle | None,
+        num_sms: int | None,
+        later: bool,
+        halves: bool,
+    ) -> DispatchCall:
         config, device = self._config, self._device
         rows, quant = check_rows(config, x, scales, device=device)
         if topk_ids is None and previous is None:
@@ -57,48 +142,66 @@ class CallBuilder:
             )
         ids_TK, weights_TK = check_routing(config, topk_ids, weights, rows.shape[0], device=device)
         if previous is not None:
-            self._check_previous(previous, topk_ids, ids_TK, rows.shape[0])
-        block_format = config.block_format
-        if quant is None and block_format is not None:
-            if rows.requires_grad and torch.is_grad_enabled():
+            check_handle(previous, self._identity).wait()
+            check_same_routing(previous, topk_ids, ids_TK, rows.shape[0])
+        tracked = needs_grad(rows, weights_TK)
+        kind, quantize_to = self._kind, None
+        if quant is not None:
+            kind = kind_of(rows, quant)
+        elif self._block_format is not None:
+            if needs_grad(rows):
                 raise InputError(
                     "input requires grad, but quantized rows carry no gradients: dispatch under "
                     "torch.no_grad(), or configure quantization=None"
                 )
-            rows, scale_values = quantization.quantize(rows, block_format)
-            quant = QuantScales(scale_values, block_format)
-        if config.zero_copy:
-            if output_buffer is not None:
+            if self.engine_quantizes:
+                quantize_to = self._block_format
+            else:
+                rows, values = quantization.quantize(rows, self._block_format)
+                quant = QuantScales(values, self._block_format)
+        self._check_halves(halves, later=later, tracked=tracked)
+        if self._zero_copy:
+            if into is not None:
                 raise InputError("output_buffer and zero_copy=True exclude each other")
-            if needs_grad(rows, weights_TK):
+            if tracked:
                 raise InputError(
                     "zero_copy=True cannot be used where gradients are tracked: a later dispatch "
                     "overwrites the rows that backward needs"
                 )
-        if output_buffer is not None:
-            if needs_grad(rows, weights_TK):
+        buffer = buffers = None
+        if into is not None:
+            if tracked:
                 raise InputError(
                     "output_buffer cannot be used where gradients are tracked: backward needs the "
                     "rows to stay as they are"
                 )
-            self._check_buffer(output_buffer, rows, previous)
+            if isinstance(into, DispatchBuffers):
+                buffers = into
+                earlier = None if previous is None else previous.topk_weights
+                self._check_buffers(buffers, kind, weights is not None or earlier is not None)
+                buffers.generation += 1
+            else:
+                buffer = into
+                self._check_buffer(buffer, kind, previous)
         return DispatchCall(
             x_TW=rows,
             scales=None if quant is None else quant.tensor,
             scale_format=None if quant is None else quant.format,
             topk_ids_TK=None if previous is not None else ids_TK,
             weights_TK=weights_TK,
-            output_buffer=output_buffer,
+            output_buffer=buffer,
             previous=None if previous is None else previous.state,
             # Gradients of the experts multiply whole padded blocks: garbage there must not be NaN.
             zero_padding=torch.is_grad_enabled(),
             num_sms=num_sms,
+            quantize_to=quantize_to,
+            buffers=buffers,
+            halves=halves,
         )
 
     def tracked(self, call: DispatchCall) -> bool:
         """Whether autograd follows a dispatch: its rows, or the weights that come out with them."""
-        weights_TK = None if self._config.layout.expanded else call.weights_TK
-        return needs_grad(call.x_TW, weights_TK)
+        return needs_grad(call.x_TW, None if self._expanded else call.weights_TK)
 
     def handle(
         self,
@@ -108,82 +211,83 @@ class CallBuilder:
         topk_ids: Tensor | None,
     ) -> DispatchHandle:
         """The handle of a dispatch that was started with the caller's `topk_ids`."""
-        if previous is None:
-            assert call.topk_ids_TK is not None
-            ids_TK = started.topk_ids_TK
-            if ids_TK is None:
-                ids_TK = call.topk_ids_TK.clone()
-        else:
+        ids_TK, weights_TK, buffers = started.topk_ids_TK, call.weights_TK, call.buffers
+        leases = () if buffers is None else ((buffers, buffers.generation),)
+        if previous is not None:
             ids_TK = previous.topk_ids
-        weights_TK = call.weights_TK
-        if previous is not None and weights_TK is None:
-            weights_TK = previous.topk_weights
+            if weights_TK is None:
+                weights_TK = previous.topk_weights
+            leases += tuple(lease for lease in previous.leases if lease[0] is not buffers)
+        elif ids_TK is None:
+            assert call.topk_ids_TK is not None
+            ids_TK = call.topk_ids_TK.clone()
         seen = None
         if topk_ids is not None and not topk_ids.is_inference():  # those have no version
             seen = (topk_ids, topk_ids._version)
+        shape: tuple[int, ...] = started.output.tokens.shape
+        if shape[-1] != self._hidden:
+            shape = (*shape[:-1], self._hidden)
         return DispatchHandle(
-            owner=self._identity,
-            call=started.call,
-            num_tokens=call.x_TW.shape[0],
-            layout=self._config.layout,
-            rows_shape=(*started.output.tokens.shape[:-1], self._config.hidden_size),
-            topk_ids=ids_TK,
-            topk_weights=weights_TK,
-            state=started.state,
-            ids_seen=seen,
+            self._identity,
+            started.call,
+            call.x_TW.shape[0],
+            self._layout,
+            shape,
+            ids_TK,
+            weights_TK,
+            started.state,
+            False,
+            seen,
+            leases,
         )
 
-    def _check_previous(
-        self,
-        previous: DispatchHandle,
-        topk_ids: Tensor | None,
-        ids_TK: Tensor | None,
-        num_tokens: int,
-    ) -> None:
-        self.check_owner(previous)
-        previous.wait()
-        if num_tokens != previous.num_tokens:
-            raise RoutingChangedError(
-                f"input has {num_tokens} tokens, previous_handle's dispatch had "
-                f"{previous.num_tokens}: dispatch without previous_handle when the routing changes"
-            )
-        if topk_ids is None or ids_TK is None:
-            return
-        if previous.ids_seen is not None:
-            seen, version = previous.ids_seen
-            if seen is topk_ids and version == topk_ids._version:
-                return
-        same = ids_TK.to(torch.int64) == previous.topk_ids.to(torch.int64)
-        if not bool(same.all()):
-            token = int((~same).any(dim=1).nonzero()[0])
-            raise RoutingChangedError(
-                f"topk_ids[{token}]={ids_TK[token].tolist()} differs from the routing of "
-                f"previous_handle, {previous.topk_ids[token].tolist()}: dispatch without "
-                "previous_handle when the routing changes"
-            )
-
-    def _check_buffer(self, buffer: Tensor, rows: Tensor, previous: DispatchHandle | None) -> None:
-        """Shape of `output_buffer`; how many rows arrive is only known, and checked, later."""
-        layout, ranks = self._config.layout, self._num_ranks
-        shape: list[int | None] = [None, rows.shape[1]]
-        if layout.padded:
-            per_rank = self._config.max_tokens_per_rank
-            shape = [ranks, per_rank, rows.shape[1]]
-            if layout.expanded:
-                shape = [self.num_local_experts, ranks * per_rank, rows.shape[1]]
-        check_tensor(
-            "output_buffer",
+    def _check_buffer(self, buffer: Tensor, kind: RowKind, previous: DispatchHandle | None) -> None:
+        check_output_buffer(
+            self._config,
             buffer,
+            kind,
+            num_ranks=self._num_ranks,
+            num_local=self.num_local_experts,
             device=self._device,
-            dtypes=(rows.dtype,),
-            shape=tuple(shape),
-            contiguous=True,
         )
-        if previous is not None and not layout.padded and len(buffer) < previous.rows_shape[0]:
+        if previous is None or self._layout.padded:
+            return
+        if len(buffer) < previous.rows_shape[0]:
             raise InputError(
                 f"output_buffer has {len(buffer)} rows; the routing of previous_handle needs "
                 f"{previous.rows_shape[0]}"
             )
+
+    # -- buffers ----------------------------------------------------------------------------------
+
+    def kind(
+        self, rows: Tensor | None, scales: QuantScales | Tensor | None, *, weighted: bool
+    ) -> RowKind:
+        """The kind of rows that examples stand for; None: rows of the configuration."""
+        if self._zero_copy:
+            raise InputError("create_buffers and zero_copy=True exclude each other")
+        kind = self._kind
+        if rows is not None or scales is not None:
+            _, quant = check_rows(self._config, rows, scales, device=self._device)
+            if quant is not None:
+                assert rows is not None
+                kind = kind_of(rows, quant)
+        return kind if weighted else dataclasses.replace(kind, weighted=False)
+
+    def _check_buffers(self, buffers: DispatchBuffers, kind: RowKind, weighted: bool) -> None:
+        if buffers.owner != self._identity:
+            raise InputError("output_buffer belongs to another communicator")
+        have = buffers.kind
+        if weighted and not have.weighted and not self._expanded:
+            raise InputError(
+                "output_buffer was made with create_buffers(weighted=False); this dispatch has "
+                "weights"
+            )
+        beside = (have.scale_dtype, have.scale_columns) == (kind.scale_dtype, kind.scale_columns)
+        if not beside or (have.dtype, have.width) != (kind.dtype, kind.width):
+            raise InputError(f"output_buffer was made for {have}; this dispatch has {kind}")
+
+    # -- combine ----------------------------------------------------------------------------------
 
     def combine(
         self,
@@ -191,54 +295,105 @@ class CallBuilder:
         handle: DispatchHandle,
         out: Tensor | None,
         weight_grads: Tensor | None,
+        weights: Tensor | None = None,
         num_sms: int | None = None,
+        later: bool = False,
+        halves: bool = False,
     ) -> CombineCall:
         """The call for `MoECommunicator.combine`; raises what that documents."""
-        config = self._config
-        self.check_owner(handle)
-        if handle.consumed:
-            raise HandleError(
-                f"the handle of dispatch #{handle.call} was already combined; every combine needs "
-                "a dispatch of its own (previous_handle= makes that cheap)"
-            )
+        if (
+            weight_grads is None
+            and handle.__class__ is DispatchHandle
+            and handle.owner == self._identity
+            and not handle.consumed
+            and not (later and halves)
+            and not torch.is_grad_enabled()
+            and self._usual.rows(rows, handle, out, weights)
+        ):
+            check_current(handle)
+            if handle._finish is not None:
+                handle.wait()
+            weighted = self._expanded and (weights is not None or handle.topk_weights is not None)
+            if out is None:
+                out = rows.new_empty((handle.num_tokens, self._hidden))
+            return CombineCall(rows, handle.state, weighted, out, None, num_sms, weights, halves)
+        return self._unusual_combine(
+            rows, handle, out, weight_grads, weights, num_sms, later, halves
+        )
+
+    def _unusual_combine(
+        self,
+        rows: Tensor,
+        handle: DispatchHandle,
+        out: Tensor | None,
+        weight_grads: Tensor | None,
+        weights: Tensor | None,
+        num_sms: int | None,
+        later: bool,
+        halves: bool,
+    ) -> CombineCall:
+        device = self._device
+        check_handle(handle, self._identity)
+        check_unconsumed(handle)
         handle.wait()
         shape = handle.rows_shape
         rows = check_tensor(
-            "expert_output", rows, device=self._device, dtypes=(config.dtype,), shape=shape
+            "expert_output", rows, device=device, dtypes=(self._dtype,), shape=shape
         )
+        numbers = (self._weight_dtype,)
         if weight_grads is not None:
-            leading = shape[:-1] if config.layout.expanded else (*shape[:-1], config.topk)
+            leading = shape[:-1] if self._expanded else (*shape[:-1], self._topk)
             weight_grads = check_tensor(
-                "weight_grads",
-                weight_grads,
-                device=self._device,
-                dtypes=(config.weight_dtype,),
-                shape=leading,
+                "weight_grads", weight_grads, device=device, dtypes=numbers, shape=leading
             ).contiguous()
-        result_shape = (handle.num_tokens, config.hidden_size)
+        if weights is not None:
+            if not self._expanded:
+                raise InputError(
+                    f"weights cannot be given for layout {self._layout.value}: its rows have been "
+                    "weighted by the experts"
+                )
+            weights = check_tensor(
+                "weights", weights, device=device, dtypes=numbers, shape=shape[:-1]
+            ).contiguous()
+        tracked = needs_grad(rows, handle.topk_weights, weights)
+        if weights is not None and tracked:
+            raise InputError("weights cannot be used where gradients are tracked")
+        self._check_halves(halves, later=later, tracked=tracked)
+        if handle.leases and tracked:
+            raise InputError(
+                "a dispatch into DispatchBuffers cannot be combined where gradients are tracked: a "
+                "later dispatch overwrites what backward needs"
+            )
+        result_shape = (handle.num_tokens, self._hidden)
         if out is not None:
             check_tensor(
                 "out",
                 out,
-                device=self._device,
-                dtypes=(config.dtype,),
+                device=device,
+                dtypes=(self._dtype,),
                 shape=result_shape,
                 contiguous=True,
             )
-            if needs_grad(rows, handle.topk_weights):
+            if tracked:
                 raise InputError("out cannot be used where gradients are tracked")
         return CombineCall(
             rows=rows.contiguous(),
             state=handle.state,
-            weighted=config.layout.expanded and handle.topk_weights is not None,
+            weighted=self._expanded and (weights is not None or handle.topk_weights is not None),
             out_TH=rows.new_empty(result_shape) if out is None else out,
             weight_grads=weight_grads,
             num_sms=num_sms,
+            slot_weights=weights,
+            halves=halves,
         )
 
-    def check_owner(self, handle: object) -> None:
-        """Refuses what is not a handle of this communicator."""
-        if not isinstance(handle, DispatchHandle):
-            raise HandleError(f"a DispatchHandle is expected, not {type(handle).__name__}")
-        if handle.owner != self._identity:
-            raise HandleError("the handle belongs to another communicator")
+    @staticmethod
+    def _check_halves(halves: bool, *, later: bool, tracked: bool) -> None:
+        if halves and later:
+            raise InputError("return_recv_hook and async_finish exclude each other")
+        if halves and tracked:
+            raise InputError("return_recv_hook cannot be used where gradients are tracked")
+
+    def check_handle(self, handle: object) -> None:
+        """Refuses what is not a handle of this communicator, or stale."""
+        check_handle(handle, self._identity)

@@ -77,7 +77,11 @@ def bench(
         typer.Option(help="Ranks to start. Default: all GPUs, or up to 4 on CPU."),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Tokens per rank. CPU: 128,1024; GPU: 4096.")
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tokens per rank. ht: CPU 128,1024, GPU 4096; ll: CPU 1,16,128, GPU 1 to 512.",
+        ),
     ] = None,
     hidden: Annotated[
         str | None, typer.Option(metavar="LIST", help="Hidden size. CPU: 1024; GPU: 7168.")
@@ -93,12 +97,24 @@ def bench(
     ] = "bfloat16",
     quantization: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="none, e4m3_float32, e4m3_pow2, e4m3_ue8m0."),
+        typer.Option(
+            metavar="LIST",
+            help="none, e4m3_float32, e4m3_pow2, e4m3_ue8m0. ht: none; ll: none,e4m3_float32, by "
+            "the dispatch.",
+        ),
     ] = None,
     layout: Annotated[
-        str,
-        typer.Option(metavar="LIST", help="flat, token_major, rank_major, expert_major."),
-    ] = "flat",
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="flat, token_major, rank_major, expert_major. ht: flat; ll: "
+            "expert_major,rank_major.",
+        ),
+    ] = None,
+    max_tokens_per_rank: Annotated[
+        int | None,
+        typer.Option(help="Size of padded layouts. ht: T; ll: the largest T, at least 128."),
+    ] = None,
     routing: Annotated[
         str | None,
         typer.Option(
@@ -112,13 +128,14 @@ def bench(
     ] = False,
     mode: Annotated[str, typer.Option(metavar="LIST", help="ht, ll.")] = "ht",
     variant: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="LIST",
-            help="uncached, cached; GPU: zero_copy, zero_copy_cached, static, zero_copy_static, "
-            "graph.",
+            help="ht: uncached, cached; nvlink: zero_copy, zero_copy_cached, static, "
+            "zero_copy_static, graph. ll: eager, halves, uncached, cached; nvlink: graph, "
+            "graph_single.",
         ),
-    ] = "uncached,cached",
+    ] = None,
     engine: Annotated[str, typer.Option(metavar="LIST", help="auto, collective, nvlink.")] = "auto",
     num_sms: Annotated[
         str | None, typer.Option(metavar="LIST", help="SMs that a call may occupy.")
@@ -133,6 +150,9 @@ def bench(
     ceiling_sms: Annotated[
         int, typer.Option(help="SMs of the plain bulk copies that show what the wire allows.")
     ] = 24,
+    calls_per_graph: Annotated[
+        int, typer.Option(help="ll: calls in one graph of the variant `graph`.")
+    ] = 20,
     overlap: Annotated[
         bool,
         typer.Option("--overlap", help="Measure dispatch beside a matrix product instead."),
@@ -171,7 +191,8 @@ def bench(
     """
     from rich.console import Console
 
-    from expertlink.bench.command import BenchOptions, run_bench
+    from expertlink.bench.command import run_bench
+    from expertlink.bench.options import BenchOptions
 
     options = BenchOptions(
         ranks=ranks,
@@ -182,6 +203,7 @@ def bench(
         dtype=dtype,
         quantization=quantization,
         layout=layout,
+        max_tokens_per_rank=max_tokens_per_rank,
         routing=routing,
         uneven=uneven,
         mode=mode,
@@ -191,6 +213,7 @@ def bench(
         num_sms_dispatch=num_sms_dispatch,
         num_sms_combine=num_sms_combine,
         ceiling_sms=ceiling_sms,
+        calls_per_graph=calls_per_graph,
         overlap=overlap,
         gemm=gemm,
         device=device,
@@ -213,7 +236,7 @@ def plot(
     results: Annotated[list[Path], typer.Argument(help="Files that bench --out wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("out/plots"),
 ) -> None:
-    """Draw what bench measured: time, ratio to the raw exchange and to the wire, bandwidth, SMs."""
+    """Draw what bench measured: time, latency, ratios to the raw exchange and the wire, SMs."""
     from rich.console import Console
 
     from expertlink.bench.command import run_plot

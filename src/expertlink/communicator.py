@@ -1,41 +1,36 @@
-"""`MoECommunicator`: from a configuration to dispatch and combine."""
+"""`MoECommunicator`: dispatch and combine."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import logging
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from expertlink import autograd
-from expertlink.calls import CallBuilder
-from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
-from expertlink.engines.meeting import meet, resolve_device
-from expertlink.engines.select import EngineChoice, build_engine, choose_engine
-from expertlink.engines.wire import Wire
-from expertlink.errors import ClosedError, ConfigurationError, ExpertlinkError, InputError
+from expertlink.errors import ExpertlinkError
 from expertlink.overlap import check_operation, check_overlap, launch
-from expertlink.requests import CombineRequest, DispatchRequest
-from expertlink.routing import Placement
-from expertlink.types import CommOverlapConfig, DispatchHandle, DispatchOutput, QuantScales
+from expertlink.requests import CombineRequest, DispatchRequest, ReceiveHook, without_gradients
+from expertlink.session import Session
+from expertlink.types import (
+    CommOverlapConfig,
+    DispatchBuffers,
+    DispatchHandle,
+    DispatchOutput,
+    QuantScales,
+)
 
-logger = logging.getLogger("expertlink")
-_identities = itertools.count(1)
 _Started = TypeVar("_Started", Dispatched, Combined)
 
 
-class MoECommunicator:
+class MoECommunicator(Session):
     """Dispatches tokens to the ranks of their experts and combines what the experts return.
 
-    All calls but the constructor and `close` are collective: every rank of the group makes them in
-    the same order. Not thread-safe. Usable as a context manager.
+    All calls but the constructor, `close` and those marked as local are collective: every rank of
+    the group makes them in the same order. Not thread-safe. Usable as a context manager.
 
     Args:
         config: what is fixed for the communicator's lifetime.
@@ -47,146 +42,35 @@ class MoECommunicator:
         EngineUnavailableError: the requested engine cannot run here.
     """
 
-    def __init__(
-        self, config: MoECommunicatorConfig, *, share_with: MoECommunicator | None = None
-    ) -> None:
-        self.config = config
-        self._share_with = share_with
-        if share_with is not None and share_with.config.group is not config.group:
-            raise ConfigurationError("share_with: that communicator belongs to another group")
-        self._identity = next(_identities)
-        self._group: Any = config.group
-        if self._group is None and dist.is_available() and dist.is_initialized():
-            self._group = dist.group.WORLD
-        self.device = resolve_device(config.device, self._group)
-        self._choice: EngineChoice = choose_engine(config, device=self.device)
-        self._check = self.device.type == "cpu"
-        if config.check_inputs is not None:
-            self._check = config.check_inputs
-        assert config.timeout_s is not None
-        assert config.startup_timeout_s is not None
-        self._timeout_s, self._startup_timeout_s = config.timeout_s, config.startup_timeout_s
-        self.rank: int = 0 if self._group is None else self._group.rank()
-        self.num_ranks: int = 1 if self._group is None else self._group.size()
-        self._engine: Engine | None = None
-        self._placement: Placement | None = None
-        self._stream: torch.cuda.Stream | None = None
-        # What outlives close(), such as graphs of old results, must not hold on to the group.
-        self._groupless = dataclasses.replace(config, group=None)
-        self._calls = CallBuilder(
-            self._groupless, device=self.device, num_ranks=self.num_ranks, identity=self._identity
-        )
-        self._closed = False
-
-    # -- life -------------------------------------------------------------------------------------
-
-    def initialize(self) -> None:
-        """Meets the other ranks and prepares everything calls need. Collective; safe to repeat.
-
-        The first dispatch does it if nobody did.
-
-        Raises:
-            ConfigurationError: on every rank, naming the fields on which the ranks disagree.
-            PeerTimeoutError: a rank did not come within `startup_timeout_s`.
-            ClosedError: the communicator is closed.
-        """
-        if self._closed:
-            raise ClosedError("this communicator is closed")
-        if self._engine is not None:
-            return
-        wire = Wire(self._group, device=self.device, timeout_s=self._startup_timeout_s)
-        asked = self.config.engine + ("" if self._share_with is None else ", memory shared")
-        self._placement = meet(wire, self.config, engine=asked, check_inputs=self._check)
-        other = self._share_with
-        self._choice, self._engine = build_engine(
-            self._choice,
-            self._groupless,
-            wire=wire,
-            placement=self._placement,
-            check_inputs=self._check,
-            share_with=None if other is None else other._ready(),
-        )
-        self._engine.set_timeout(self._timeout_s)
-        self._calls.num_local_experts = len(self._placement.experts_of_rank[self.rank])
-        if self.config.enable_overlap and self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
-        logger.info("rank %d: %s engine: %s", self.rank, self._choice.name, self._choice.reason)
-
-    def close(self) -> None:
-        """Releases everything; handles become unusable. Not collective; safe to repeat."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = self._group = None
-        self._closed = True
-
-    def __enter__(self) -> MoECommunicator:
-        self.initialize()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def set_timeouts(
-        self, *, timeout_s: float | None = None, startup_timeout_s: float | None = None
-    ) -> None:
-        """Changes how long later waits may take, in seconds; None leaves a bound as it is."""
-        for name, value in (("timeout_s", timeout_s), ("startup_timeout_s", startup_timeout_s)):
-            if value is not None and not value > 0:
-                raise InputError(f"{name}={value!r}: a positive number of seconds is expected")
-        self._timeout_s = timeout_s or self._timeout_s
-        self._startup_timeout_s = startup_timeout_s or self._startup_timeout_s
-        if self._engine is not None:
-            self._engine.set_timeout(self._timeout_s)
-
-    # -- what it is -------------------------------------------------------------------------------
-
-    @property
-    def engine_name(self) -> str:
-        """Engine in use: "nvlink" or "collective"; settled once initialized."""
-        return self._choice.name
-
-    @property
-    def engine_reason(self) -> str:
-        """Why that engine, in one sentence."""
-        return self._choice.reason
-
-    @property
-    def local_experts(self) -> list[int]:
-        """Global ids of this rank's experts in local order. Initializes (collective) if needed."""
-        self.initialize()
-        assert self._placement is not None
-        return list(self._placement.experts_of_rank[self.rank])
-
-    @property
-    def num_local_experts(self) -> int:
-        """E_loc. Initializes (collective) if needed."""
-        return len(self.local_experts)
-
-    def memory_estimate(self) -> dict[str, int]:
-        """Bytes by region that the largest possible call holds beyond inputs and outputs."""
-        return self._ready().memory_estimate()
-
-    def check_health(self) -> None:
-        """Raises what went wrong in calls that the host did not wait for, if anything. Local.
-
-        PeerTimeoutError or, with static shapes, CapacityError. Every call does this first; replays
-        of CUDA graphs do not: look after the stream has been synchronized.
-        """
-        self._ready().check_health()
-
-    def wire_rows(self, handle: DispatchHandle) -> tuple[list[int], list[int]]:
-        """Rows that a dispatch sent to and received from each rank, own rank included."""
-        engine = self._ready()
-        self._calls.check_owner(handle)
-        handle.wait()
-        return engine.wire_rows(handle.state)
-
     # -- dispatch ---------------------------------------------------------------------------------
+
+    @overload
+    def dispatch(
+        self,
+        input: Tensor,
+        topk_ids: Tensor | None,
+        weights: Tensor | None = None,
+        scales: QuantScales | Tensor | None = None,
+        *,
+        output_buffer: Tensor | DispatchBuffers | None = None,
+        previous_handle: DispatchHandle | None = None,
+        async_finish: bool = False,
+        return_recv_hook: Literal[False] = False,
+    ) -> tuple[DispatchOutput, DispatchHandle]: ...
+
+    @overload
+    def dispatch(
+        self,
+        input: Tensor,
+        topk_ids: Tensor | None,
+        weights: Tensor | None = None,
+        scales: QuantScales | Tensor | None = None,
+        *,
+        output_buffer: Tensor | DispatchBuffers | None = None,
+        previous_handle: DispatchHandle | None = None,
+        async_finish: bool = False,
+        return_recv_hook: Literal[True],
+    ) -> tuple[DispatchOutput, DispatchHandle, Callable[[], None]]: ...
 
     def dispatch(
         self,
@@ -195,10 +79,11 @@ class MoECommunicator:
         weights: Tensor | None = None,
         scales: QuantScales | Tensor | None = None,
         *,
-        output_buffer: Tensor | None = None,
+        output_buffer: Tensor | DispatchBuffers | None = None,
         previous_handle: DispatchHandle | None = None,
         async_finish: bool = False,
-    ) -> tuple[DispatchOutput, DispatchHandle]:
+        return_recv_hook: bool = False,
+    ) -> Any:
         """Sends every token to the ranks of its experts. Collective, differentiable.
 
         Args:
@@ -210,13 +95,20 @@ class MoECommunicator:
                 adds rows up unweighted. With `previous_handle`, None reuses that call's weights.
             scales: `[T, S]` scales of quantized rows, any dtype, carried as bytes.
             output_buffer: contiguous tensor that receives `tokens`; for FLAT and TOKEN_MAJOR its
-                first N rows. Not possible where gradients are tracked.
+                first N rows. Or `create_buffers()`, for everything that is returned: a later
+                dispatch into them makes this output and handle invalid. Not possible where
+                gradients are tracked.
             previous_handle: reuse that dispatch's routing: nothing is counted or exchanged but
                 rows. `topk_ids`, where given, are compared with it.
             async_finish: return before the rows are there; call `handle.wait()` before reading.
+            return_recv_hook: launch the sending half only; the third value returned launches the
+                receiving half, on the stream that is current then. Between them the GPU is free.
+                At most two calls may be under way so. Not where gradients are tracked.
 
         Returns:
-            `(output, handle)`; output tensors belong to the caller.
+            `(output, handle)`, with `return_recv_hook` `(output, handle, hook)`. Output tensors
+            belong to the caller, or are views of the buffers. `hook()` may be called repeatedly;
+            the handle's combine or cached dispatch calls it where nobody did.
 
         Raises:
             InputError: an argument does not fit; RoutingChangedError: differs from the handle's.
@@ -224,14 +116,38 @@ class MoECommunicator:
             HandleError, ClosedError: `previous_handle` or this communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
-        output, handle, wait = self._dispatch(
-            input, topk_ids, weights, scales, output_buffer, previous_handle, async_finish, None
-        )
+        engine = self._engine
+        if engine is None:
+            engine = self._ready()
+        try:
+            call = self._calls.dispatch(
+                input,
+                topk_ids,
+                weights,
+                scales,
+                output_buffer,
+                previous_handle,
+                None,
+                async_finish,
+                return_recv_hook,
+            )
+        except ExpertlinkError as error:
+            _refuse_dispatch(engine, previous_handle, error)
         if async_finish:
-            handle._finish = wait
+            begin = partial(self._begin_dispatch, engine, call)
+            started, finish = self._launch(begin, call)
         else:
-            wait()
-        return output, handle
+            started = self._begin_dispatch(engine, call)
+            finish = started.finish
+        handle = self._calls.handle(call, started, previous_handle, topk_ids)
+        if return_recv_hook:
+            handle._finish = hook = ReceiveHook(finish)
+            return started.output, handle, hook
+        if async_finish:
+            handle._finish = finish
+        else:
+            without_gradients(finish)
+        return started.output, handle
 
     def dispatch_async(
         self,
@@ -240,7 +156,7 @@ class MoECommunicator:
         weights: Tensor | None = None,
         scales: QuantScales | Tensor | None = None,
         *,
-        output_buffer: Tensor | None = None,
+        output_buffer: Tensor | DispatchBuffers | None = None,
         previous_handle: DispatchHandle | None = None,
         overlap: CommOverlapConfig | None = None,
     ) -> DispatchRequest:
@@ -249,43 +165,81 @@ class MoECommunicator:
         Inputs must not be written to before `wait()`.
         """
         check_operation(overlap, "dispatch")
-        output, handle, wait = self._dispatch(
-            input, topk_ids, weights, scales, output_buffer, previous_handle, True, overlap
-        )
-        handle._finish = wait
-        return DispatchRequest((output, handle), handle.wait)
-
-    def _dispatch(
-        self,
-        x: Tensor,
-        topk_ids: Tensor | None,
-        weights: Tensor | None,
-        scales: QuantScales | Tensor | None,
-        output_buffer: Tensor | None,
-        previous: DispatchHandle | None,
-        beside: bool,
-        overlap: CommOverlapConfig | None,
-    ) -> tuple[DispatchOutput, DispatchHandle, Callable[[], None]]:
         engine = self._ready()
-        kind = "dispatch" if previous is None else "cached_dispatch"
+        num_sms = None if overlap is None else overlap.num_sms
         try:
-            num_sms = None if overlap is None else overlap.num_sms
             call = self._calls.dispatch(
-                x, topk_ids, weights, scales, output_buffer, previous, num_sms
+                input, topk_ids, weights, scales, output_buffer, previous_handle, num_sms
             )
         except ExpertlinkError as error:
-            engine.refuse(kind, error)
+            _refuse_dispatch(engine, previous_handle, error)
+        begin = partial(self._begin_dispatch, engine, call)
+        started, wait = self._launch(begin, call, overlap)
+        handle = self._calls.handle(call, started, previous_handle, topk_ids)
+        handle._finish = wait
+        return DispatchRequest((started.output, handle), handle.wait)
 
-        def begin() -> Dispatched:
-            if self._calls.tracked(call):
-                return autograd.dispatch(engine, call)
-            return engine.dispatch(call)
+    def _begin_dispatch(self, engine: Engine, call: DispatchCall) -> Dispatched:
+        if torch.is_grad_enabled() and self._calls.tracked(call):
+            return autograd.dispatch(engine, call)
+        return engine.dispatch(call)
 
-        started, wait = self._launch(begin, beside, overlap, call)
-        handle = self._calls.handle(call, started, previous, topk_ids)
-        return started.output, handle, wait
+    def create_buffers(
+        self,
+        input: Tensor | None = None,
+        scales: QuantScales | Tensor | None = None,
+        *,
+        weighted: bool = True,
+    ) -> DispatchBuffers:
+        """Memory for everything that dispatches return, to be passed as `output_buffer`. Local.
+
+        On the nvlink engine with `mode="ll"` such a dispatch allocates nothing.
+
+        Args:
+            input: example of the rows that will be dispatched, `[any, W]`; None: rows of the
+                configured dtype.
+            scales: example of their scales, `[any, S]`, where the caller quantizes.
+            weighted: dispatches may have weights; makes a difference to TOKEN_MAJOR and RANK_MAJOR.
+
+        Returns:
+            Tensors of the largest shape that a dispatch can return. Each dispatch into them makes
+            the output and the handle of the one before invalid: such a handle is refused.
+
+        Raises:
+            InputError: the examples do not fit, or `zero_copy=True`, where rows have their place.
+        """
+        engine = self._ready()
+        buffers = engine.make_buffers(self._calls.kind(input, scales, weighted=weighted))
+        buffers.owner = self._identity
+        return buffers
 
     # -- combine ----------------------------------------------------------------------------------
+
+    @overload
+    def combine(
+        self,
+        expert_output: Tensor,
+        handle: DispatchHandle,
+        *,
+        out: Tensor | None = None,
+        weights: Tensor | None = None,
+        weight_grads: Tensor | None = None,
+        async_finish: bool = False,
+        return_recv_hook: Literal[False] = False,
+    ) -> Tensor | Any: ...
+
+    @overload
+    def combine(
+        self,
+        expert_output: Tensor,
+        handle: DispatchHandle,
+        *,
+        out: Tensor | None = None,
+        weights: Tensor | None = None,
+        weight_grads: Tensor | None = None,
+        async_finish: bool = False,
+        return_recv_hook: Literal[True],
+    ) -> tuple[Any, Callable[[], None]]: ...
 
     def combine(
         self,
@@ -293,9 +247,11 @@ class MoECommunicator:
         handle: DispatchHandle,
         *,
         out: Tensor | None = None,
+        weights: Tensor | None = None,
         weight_grads: Tensor | None = None,
         async_finish: bool = False,
-    ) -> Tensor | Any:
+        return_recv_hook: bool = False,
+    ) -> Any:
         """Returns every token's weighted sum over its experts. Collective, differentiable.
 
         FLAT and EXPERT_MAJOR: rows are multiplied by the routing weights here. TOKEN_MAJOR and
@@ -306,25 +262,57 @@ class MoECommunicator:
                 configured dtype. Non-contiguous tensors are copied.
             handle: of the dispatch; this call consumes it.
             out: `[T, H]` contiguous tensor for the result. Not where gradients are tracked.
+            weights: FLAT, EXPERT_MAJOR: float32 (float64 beside float64 rows), one number per row
+                in the leading shape of the rows, instead of the routing weights. Those of slots
+                without a row are not read. All ranks pass them or none. Not where gradients are
+                tracked.
             weight_grads: gradients of the rows' weights (FLAT, EXPERT_MAJOR: one number per row,
                 the leading shape of the rows; others: that + `[K]`), to be returned per token.
             async_finish: return before the result is there; call `handle.wait()` before reading.
+            return_recv_hook: launch the sending half only; as in `dispatch`.
 
         Returns:
             `[T, H]` in token order, owned by the caller; with `weight_grads` a pair of that and the
-            gradients `[T, K]`. Tokens without any expert get zeros.
+            gradients `[T, K]`. Tokens without any expert get zeros. With `return_recv_hook`
+            `(that, hook)`; `hook()` or `handle.wait()` launches the receiving half.
 
         Raises:
             InputError: an argument does not fit.
-            HandleError, ClosedError: the handle is foreign or consumed, or this communicator
-                cannot be used.
+            HandleError, ClosedError: the handle is foreign, consumed or stale, or this
+                communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
-        result, wait = self._combine(expert_output, handle, out, weight_grads, async_finish, None)
+        engine = self._engine
+        if engine is None:
+            engine = self._ready()
+        try:
+            call = self._calls.combine(
+                expert_output,
+                handle,
+                out,
+                weight_grads,
+                weights,
+                None,
+                async_finish,
+                return_recv_hook,
+            )
+        except ExpertlinkError as error:
+            engine.refuse("combine", error)
         if async_finish:
-            handle._finish = wait
+            begin = partial(self._begin_combine, engine, call, handle)
+            started, finish = self._launch(begin, call)
         else:
-            wait()
+            started = self._begin_combine(engine, call, handle)
+            finish = started.finish
+        handle.consumed = True
+        result = _result_of(started)
+        if return_recv_hook:
+            handle._finish = hook = ReceiveHook(finish)
+            return result, hook
+        if async_finish:
+            handle._finish = finish
+        else:
+            without_gradients(finish)
         return result
 
     def combine_async(
@@ -333,6 +321,7 @@ class MoECommunicator:
         handle: DispatchHandle,
         *,
         out: Tensor | None = None,
+        weights: Tensor | None = None,
         weight_grads: Tensor | None = None,
         overlap: CommOverlapConfig | None = None,
     ) -> CombineRequest:
@@ -341,40 +330,23 @@ class MoECommunicator:
         `expert_output` must not be written to before `wait()`.
         """
         check_operation(overlap, "combine")
-        result, wait = self._combine(expert_output, handle, out, weight_grads, True, overlap)
-        return CombineRequest(result, wait)
-
-    def _combine(
-        self,
-        rows: Tensor,
-        handle: DispatchHandle,
-        out: Tensor | None,
-        weight_grads: Tensor | None,
-        beside: bool,
-        overlap: CommOverlapConfig | None,
-    ) -> tuple[Any, Callable[[], None]]:
         engine = self._ready()
+        num_sms = None if overlap is None else overlap.num_sms
         try:
-            num_sms = None if overlap is None else overlap.num_sms
-            call = self._calls.combine(rows, handle, out, weight_grads, num_sms)
+            call = self._calls.combine(expert_output, handle, out, weight_grads, weights, num_sms)
         except ExpertlinkError as error:
             engine.refuse("combine", error)
-        weights_TK = handle.topk_weights if call.weighted else None
-        result: list[Tensor] = []
-
-        def begin() -> Combined:
-            if autograd.needs_grad(call.rows, weights_TK):
-                out_TH, combined = autograd.combine(engine, call, weights_TK)
-                result.append(out_TH)
-                return combined
-            result.append(call.out_TH)
-            return engine.combine(call)
-
-        started, wait = self._launch(begin, beside, overlap, call)
+        begin = partial(self._begin_combine, engine, call, handle)
+        started, wait = self._launch(begin, call, overlap)
         handle.consumed = True
-        if started.weight_grads_TK is None:
-            return result[0], wait
-        return (result[0], started.weight_grads_TK), wait
+        return CombineRequest(_result_of(started), wait)
+
+    def _begin_combine(self, engine: Engine, call: CombineCall, handle: DispatchHandle) -> Combined:
+        if torch.is_grad_enabled():
+            weights_TK = handle.topk_weights if call.weighted else None
+            if autograd.needs_grad(call.rows, weights_TK):
+                return autograd.combine(engine, call, weights_TK)
+        return engine.combine(call)
 
     # -- overlap ----------------------------------------------------------------------------------
 
@@ -386,7 +358,7 @@ class MoECommunicator:
         wait_events: Sequence[torch.cuda.Event] = (),
         num_sms: int | None = None,
     ) -> CommOverlapConfig:
-        """Where the asynchronous form of `op` ("dispatch" or "combine") runs.
+        """Where the asynchronous form of `op` ("dispatch" or "combine") runs. Local.
 
         Args:
             op: the operation.
@@ -403,18 +375,25 @@ class MoECommunicator:
     def _launch(
         self,
         begin: Callable[[], _Started],
-        beside: bool,
-        overlap: CommOverlapConfig | None,
         call: DispatchCall | CombineCall,
+        overlap: CommOverlapConfig | None = None,
     ) -> tuple[_Started, Callable[[], None]]:
+        """Begins a call beside the caller's stream; second value: what waits for it."""
         return launch(
             begin,
-            stream=(self._stream if overlap is None else overlap.stream) if beside else None,
+            stream=self._stream if overlap is None else overlap.stream,
             wait_events=() if overlap is None else overlap.wait_events,
             call=call,
         )
 
-    def _ready(self) -> Engine:
-        self.initialize()
-        assert self._engine is not None
-        return self._engine
+
+def _refuse_dispatch(
+    engine: Engine, previous: DispatchHandle | None, error: ExpertlinkError
+) -> NoReturn:
+    engine.refuse("dispatch" if previous is None else "cached_dispatch", error)
+
+
+def _result_of(started: Combined) -> Tensor | tuple[Tensor, Tensor]:
+    if started.weight_grads_TK is None:
+        return started.out_TH
+    return started.out_TH, started.weight_grads_TK

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 MAX_TOPK = 32
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MODES = ("ht", "ll")
+COMBINE_PRECISIONS = ("wire", "exact")
+SCALE_ORDERS = ("row_major", "column_major")
 ENGINES = ("auto", "collective", "nvlink")
+NVLINK_ONLY = ("zero_copy", "static_shapes", "mask_lost_peers")  # what no other engine has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,14 @@ class MoECommunicatorConfig:
     """Set to let dispatch quantize rows of `dtype` itself; leave None to send rows as given
     (rows quantized by the caller are accepted whenever `scales` are passed)."""
 
+    combine_precision: Literal["wire", "exact"] = "wire"
+    """FLAT and EXPERT_MAJOR. "wire": each rank adds up its rows of a token and sends one sum,
+    rounded to the wire type. "exact": every row travels back, and the token's rank adds them up in
+    float32 (float64 beside float64 rows), in top-k order: bits do not depend on the placement."""
+    scale_order: Literal["row_major", "column_major"] = "row_major"
+    """Memory order of received scales: "column_major" stores their last two dimensions transposed,
+    as grouped GEMMs want them. Shape and values are the same."""
+
     num_local_experts: int | None = None
     """Experts on this rank, a contiguous block. None: as even as possible over the ranks."""
     local_expert_start: int | None = None
@@ -83,6 +94,9 @@ class MoECommunicatorConfig:
     static_shapes: bool = False
     """nvlink engine: `tokens` has room for all rows that can arrive, counts stay on the device,
     and no call waits on the host, so that calls can be captured in CUDA graphs."""
+    mask_lost_peers: bool = False
+    """mode="ll" on the nvlink engine: a peer that does not come in time is masked instead of
+    failing the call: later calls neither wait for it nor send to it. See `query_mask`."""
 
     num_sms_dispatch: int | None = None
     """SMs a dispatch may occupy. None: the engine's choice. Ignored by the collective engine."""
@@ -112,13 +126,17 @@ class MoECommunicatorConfig:
         _whole(self, "local_expert_start", 0, self.num_experts, optional=True)
         if self.topk > self.num_experts:
             _refuse("topk", self.topk, f"at most num_experts={self.num_experts}")
-        if self.mode not in MODES:
-            _refuse("mode", self.mode, f"one of {', '.join(MODES)}")
-        if self.engine not in ENGINES:
-            _refuse("engine", self.engine, f"one of {', '.join(ENGINES)}")
+        for name, accepted in (
+            ("mode", MODES),
+            ("engine", ENGINES),
+            ("combine_precision", COMBINE_PRECISIONS),
+            ("scale_order", SCALE_ORDERS),
+        ):
+            if getattr(self, name) not in accepted:
+                _refuse(name, getattr(self, name), f"one of {', '.join(accepted)}")
         if self.dtype not in ROW_DTYPES:
             _refuse("dtype", self.dtype, f"one of {', '.join(map(str, ROW_DTYPES))}")
-        for name in ("enable_overlap", "zero_copy", "static_shapes"):
+        for name in ("enable_overlap", "zero_copy", "static_shapes", "mask_lost_peers"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         if self.check_inputs not in (None, True, False):
@@ -137,7 +155,15 @@ class MoECommunicatorConfig:
                 _refuse("dtype", self.dtype, "bfloat16, float16 or float32 with quantization")
         if self.expert_alignment > 1 and self.layout is not DispatchLayout.FLAT:
             _refuse("expert_alignment", self.expert_alignment, f"1 for layout {self.layout.value}")
-        for name in ("zero_copy", "static_shapes"):
+        if self.combine_precision == "exact" and not self.layout.expanded:
+            _refuse(
+                "combine_precision",
+                "exact",
+                f"'wire' for layout {self.layout.value}, whose rows the caller has added up",
+            )
+        if self.mask_lost_peers and self.mode != "ll":
+            _refuse("mask_lost_peers", True, f"False with mode={self.mode!r}; mode='ll' has it")
+        for name in NVLINK_ONLY:
             if getattr(self, name) and self.engine == "collective":
                 _refuse(name, True, "False with engine='collective', which does not have it")
         if self.zero_copy and self.layout.expanded:

@@ -51,6 +51,30 @@ def expert_offsets(tokens_per_expert: Sequence[int], alignment: int = 1) -> list
     return list(itertools.accumulate(groups, initial=0))
 
 
+def source_ranges(
+    layout: DispatchLayout, tokens_per_source: Sequence[Sequence[int]], alignment: int = 1
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Expanded layouts: first slot, and number of rows, of every source in every expert's group.
+
+    Args:
+        layout: FLAT counts slots from the first of `tokens`, EXPERT_MAJOR from that of the group.
+        tokens_per_source: `[R][E_loc]` rows of each local expert from each source rank.
+        alignment: FLAT: multiple to which each expert's group is padded.
+
+    Returns:
+        `(starts, counts)`, `[E_loc][R]` each.
+    """
+    counts = [list(group) for group in zip(*tokens_per_source, strict=True)]
+    firsts = [0] * len(counts)
+    if layout is DispatchLayout.FLAT:
+        firsts = expert_offsets([sum(group) for group in counts], alignment)
+    starts = [
+        list(itertools.accumulate(group, initial=first))[:-1]
+        for group, first in zip(counts, firsts, strict=False)
+    ]
+    return starts, counts
+
+
 def leading_shape(
     layout: DispatchLayout,
     *,

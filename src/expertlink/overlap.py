@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.errors import InputError
+from expertlink.requests import without_gradients
 from expertlink.types import CommOverlapConfig
 
 Started = TypeVar("Started", Dispatched, Combined)
@@ -34,19 +35,14 @@ def launch(
             event.wait()
         started = begin()
 
-        def finish() -> None:
-            with torch.no_grad():
-                started.finish()
-
-        return started, finish
+        return started, lambda: without_gradients(started.finish)
 
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     for event in wait_events:
         stream.wait_event(event)
     with torch.cuda.stream(stream):
         started = begin()
-        with torch.no_grad():
-            started.finish()
+        without_gradients(started.finish)
         done = torch.cuda.Event()
         done.record(stream)
     for tensor in tensors_in(call):

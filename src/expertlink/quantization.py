@@ -38,6 +38,12 @@ def scale_columns(hidden_size: int, block_format: BlockFormat) -> int:
     return -(-blocks // 4) if block_format is BlockFormat.E4M3_UE8M0 else blocks
 
 
+def scale_form(hidden_size: int, block_format: BlockFormat) -> tuple[torch.dtype, int]:
+    """Element type and columns of the scale tensor."""
+    packed = block_format is BlockFormat.E4M3_UE8M0
+    return torch.int32 if packed else torch.float32, scale_columns(hidden_size, block_format)
+
+
 def quantize(x_TH: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
     """Rows to e4m3 with a scale per 128 elements.
 

@@ -4,6 +4,13 @@
 
 in float32 (float64 for float64 rows), never fused, then rounded to the output type. A missing term
 is skipped, which equals adding +0.0: the accumulator can never be -0.0.
+
+What the terms of a token are, `combine_precision` says:
+
+    "wire"     one term per rank, in ascending order, without a weight: the sum of the weighted rows
+               of the token's experts there, in top-k order, itself such a sum and rounded to the
+               wire type
+    "exact"    one term per choice, in top-k order: weight and row of that expert
 """
 
 from __future__ import annotations

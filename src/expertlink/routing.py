@@ -181,6 +181,20 @@ def return_paths(members: Membership, order: SendOrder) -> ReturnPaths:
     )
 
 
+def order_of_choices(row_of_choice_TK: Tensor) -> Tensor:
+    """`[T, K]` position of every choice when those of all rows stand in order of (row, choice).
+
+    Args:
+        row_of_choice_TK: see `ReturnPaths`; -1 stays -1.
+    """
+    row = row_of_choice_TK.reshape(-1)
+    last = row.numel()  # more than any row, so that absent choices come last
+    order = torch.where(row < 0, last, row).sort(stable=True).indices
+    position = torch.empty_like(order)
+    position[order] = torch.arange(last, device=row.device)
+    return torch.where(row < 0, -1, position).view(row_of_choice_TK.shape)
+
+
 def local_ids_of_rows(
     members: Membership, order: SendOrder, num_rows: int, placement: Placement
 ) -> Tensor:

@@ -70,6 +70,8 @@ class QuantScales:
 class DispatchOutput:
     """What a rank received. Owned by the caller, valid for as long as it is referenced.
 
+    Views of `DispatchBuffers` hold until the next dispatch into them.
+
     Attributes:
         tokens: received rows, in the shape of the layout (`DispatchLayout`).
         num_tokens_per_expert: `[E_loc]` int32 on the device: rows of each local expert, padding
@@ -99,12 +101,96 @@ class DispatchOutput:
     num_tokens_per_rank: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RowKind:
+    """The rows that `DispatchBuffers` are made for.
+
+    Attributes:
+        dtype: of the received rows.
+        width: elements of a received row.
+        scale_dtype: of the received scales; None: rows without scales.
+        scale_columns: scales of a row.
+        scale_format: block format of the scales, or None.
+        weighted: dispatches may carry weights.
+    """
+
+    dtype: torch.dtype
+    width: int
+    scale_dtype: torch.dtype | None = None
+    scale_columns: int = 0
+    scale_format: BlockFormat | None = None
+    weighted: bool = True
+
+    def __str__(self) -> str:
+        text = f"{self.dtype} rows of {self.width} elements"
+        if self.scale_dtype is not None:
+            text += f" with {self.scale_columns} {self.scale_dtype} scales"
+        return text
+
+
+@dataclass(eq=False)
+class DispatchBuffers:
+    """Memory for everything that a dispatch returns, made once by `create_buffers`.
+
+    A dispatch into them (`output_buffer=`) returns nothing but views of them. It invalidates, from
+    its start, the output and the handle of every earlier dispatch into the same buffers: two calls
+    under way, or a call beside experts that still read, need two of them.
+
+    Attributes:
+        output: tensors of the largest shape that any dispatch can return.
+        tables: what the engine keeps of the routing.
+        kind: the kind of rows that they are made for.
+        owner: identity of the communicator that they belong to.
+        generation: number of dispatches into them; a handle of an earlier one is stale.
+    """
+
+    output: DispatchOutput
+    tables: object
+    kind: RowKind
+    owner: int = 0
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class CallStatistics:
+    """Running totals of a rank's dispatches and combines, those of backward included.
+
+    int64 tensors on the device whose addresses never change: read them after the calls' stream, or
+    `zero_()` them between calls. r stands for the other rank, the own one included.
+
+    Attributes:
+        tokens_per_expert: `[E_loc]` rows received for each local expert in dispatches.
+        rows_sent: `[R]` rows sent to rank r: a dispatch sends a row per (token, rank), a combine
+            one per (token, rank) or, with `combine_precision="exact"`, per (token, choice).
+        rows_received: `[R]` rows received from rank r, counted alike.
+        bytes_sent: `[R]` bytes of those rows and of their scales; 0 for the own rank, whose rows
+            stay on the GPU. Ids and weights beside the rows do not count.
+        bytes_received: `[R]` likewise.
+        longest_wait_ns: `[R]` longest time that a call waited for rank r, in nanoseconds; 0 where
+            the engine does not measure it.
+    """
+
+    tokens_per_expert: Tensor
+    rows_sent: Tensor
+    rows_received: Tensor
+    bytes_sent: Tensor
+    bytes_received: Tensor
+    longest_wait_ns: Tensor
+
+    @staticmethod
+    def zeros(*, num_local: int, num_ranks: int, device: torch.device) -> CallStatistics:
+        """Totals of no call."""
+        memory = torch.zeros(num_local + 5 * num_ranks, dtype=torch.int64, device=device)
+        return CallStatistics(*memory.split_with_sizes([num_local, *[num_ranks] * 5]))
+
+
 @dataclass(eq=False)
 class DispatchHandle:
     """Ties a dispatch to its combine. Opaque to the model: pass it on, look at nothing inside.
 
     One combine consumes the handle. It stays good for backward and as `previous_handle` of a
-    cached dispatch for as long as its communicator is open.
+    cached dispatch for as long as its communicator is open; that of a dispatch into
+    `DispatchBuffers`, until the next dispatch into them.
 
     Attributes:
         owner: identity of the communicator that issued it.
@@ -129,12 +215,15 @@ class DispatchHandle:
     consumed: bool = False
     # The caller's own id tensor with its version: proves "unchanged" without reading the device.
     ids_seen: tuple[Tensor, int] | None = None
+    # Buffers that `state` lies in, each with the generation that the handle is good for.
+    leases: tuple[tuple[DispatchBuffers, int], ...] = ()
     _finish: Callable[[], object] | None = field(default=None, repr=False)
 
     def wait(self) -> None:
         """Orders the current stream after a dispatch or combine issued with `async_finish=True`.
 
-        Until then the tensors that the call returned must not be read. Safe to call repeatedly.
+        One issued with `return_recv_hook=True` gets its receiving half launched. Until then the
+        tensors that the call returned must not be read. Safe to call repeatedly.
         """
         if self._finish is not None:
             self._finish()

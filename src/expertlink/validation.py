@@ -8,8 +8,8 @@ from torch import Tensor
 from expertlink import routing
 from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import InputError
-from expertlink.quantization import scale_columns
-from expertlink.types import BlockFormat, QuantScales
+from expertlink.quantization import scale_form
+from expertlink.types import BlockFormat, QuantScales, RowKind
 
 # One-byte rows: e4m3 / e5m2 values, or bytes that only the experts understand.
 PACKED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
@@ -80,6 +80,21 @@ def check_rows(
     return rows.contiguous(), QuantScales(tensor.contiguous(), block_format)
 
 
+def plain_kind(config: MoECommunicatorConfig) -> RowKind:
+    """Rows as they arrive where the caller passes unquantized ones."""
+    block_format = config.block_format
+    if block_format is None:
+        return RowKind(config.dtype, config.hidden_size)
+    scales = scale_form(config.hidden_size, block_format)
+    return RowKind(torch.float8_e4m3fn, config.hidden_size, *scales, block_format)
+
+
+def kind_of(rows: Tensor, scales: QuantScales) -> RowKind:
+    """Rows that the caller quantized."""
+    tensor = scales.tensor
+    return RowKind(rows.dtype, rows.shape[1], tensor.dtype, tensor.shape[1], scales.format)
+
+
 def _check_num_tokens(config: MoECommunicatorConfig, rows: Tensor) -> None:
     if rows.shape[0] > config.max_tokens_per_rank:
         raise InputError(
@@ -90,9 +105,7 @@ def _check_num_tokens(config: MoECommunicatorConfig, rows: Tensor) -> None:
 def _check_scales(
     config: MoECommunicatorConfig, rows: Tensor, scales: Tensor, block_format: BlockFormat
 ) -> None:
-    packed = block_format is BlockFormat.E4M3_UE8M0
-    dtype = torch.int32 if packed else torch.float32
-    columns = scale_columns(config.hidden_size, block_format)
+    dtype, columns = scale_form(config.hidden_size, block_format)
     if rows.dtype is not torch.float8_e4m3fn:
         raise InputError(f"input has dtype {rows.dtype}; {block_format.value} rows are e4m3")
     if scales.dtype is not dtype or scales.shape[1] != columns:
@@ -101,6 +114,32 @@ def _check_scales(
             f"{block_format.value} at hidden_size={config.hidden_size} needs {dtype} "
             f"({rows.shape[0]}, {columns})"
         )
+
+
+def check_output_buffer(
+    config: MoECommunicatorConfig,
+    buffer: Tensor,
+    kind: RowKind,
+    *,
+    num_ranks: int,
+    num_local: int,
+    device: torch.device,
+) -> None:
+    """Checks the form of `output_buffer`; whether all rows find room is known later."""
+    shape: list[int | None] = [None, kind.width]
+    if config.layout.padded:
+        per_rank = config.max_tokens_per_rank
+        shape = [num_ranks, per_rank, kind.width]
+        if config.layout.expanded:
+            shape = [num_local, num_ranks * per_rank, kind.width]
+    check_tensor(
+        "output_buffer",
+        buffer,
+        device=device,
+        dtypes=(kind.dtype,),
+        shape=tuple(shape),
+        contiguous=True,
+    )
 
 
 def check_routing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +47,9 @@ class Case:
     variant: str = "uncached"
     """See `variants.py`."""
     quantization: str | None = None
+    """What rows are quantized to: in mode "ht" before dispatch, as models do, in "ll" by it."""
+    max_tokens_per_rank: int | None = None
+    """T_max of the communicator, which sizes padded layouts; None: `tokens`."""
     num_sms_dispatch: int | None = None
     num_sms_combine: int | None = None
     trace: str | None = None
@@ -61,13 +64,15 @@ class Case:
         for name in ("num_sms_dispatch", "num_sms_combine"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
+        if self.max_tokens_per_rank is not None:
+            self._whole("max_tokens_per_rank", self.tokens)
         if self.topk > self.experts:
             self._refuse("topk", f"at most experts={self.experts}")
         self._member("dtype", tuple(DTYPES))
         self._member("layout", LAYOUTS)
         self._member("mode", MODES)
         self._member("engine", ENGINES)
-        self._member("variant", tuple(VARIANTS))
+        self._member("variant", tuple(VARIANTS[self.mode]))
         if self.quantization is not None:
             self._member("quantization", QUANTIZATIONS)
         spec = RoutingSpec.parse(self.routing)
@@ -82,7 +87,12 @@ class Case:
     @property
     def calls(self) -> Variant:
         """What `variant` stands for."""
-        return VARIANTS[self.variant]
+        return VARIANTS[self.mode][self.variant]
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """`quantization` as an enum member."""
+        return None if self.quantization is None else BlockFormat(self.quantization)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -104,6 +114,22 @@ class Case:
     def key(self) -> str:
         """All fields in one line: equal for equal cases, different for different ones."""
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+    @property
+    def situation(self) -> Case:
+        """The same for all variants that can be measured on the same inputs."""
+        return replace(self, variant="uncached")
+
+    @property
+    def communicator(self) -> Case:
+        """The same for all cases that one communicator can serve."""
+        return replace(
+            self.situation,
+            tokens=self.max_tokens_per_rank or self.tokens,
+            routing="balanced",
+            trace=None,
+            uneven=False,
+        )
 
     def label(self) -> str:
         """The case in a few words, for progress and errors."""
@@ -146,6 +172,7 @@ class Plan:
         ceiling_num_sms: SMs that the bulk copies of the ceilings occupy.
         gemm: m, n, k of the matrix product that is measured beside a dispatch; None where no
             overlap is measured.
+        calls_per_graph: calls in one graph of the variant `graph` in mode "ll".
     """
 
     iters: int = 50
@@ -156,6 +183,28 @@ class Plan:
     command: str = ""
     ceiling_num_sms: int = 24
     gemm: tuple[int, int, int] | None = None
+    calls_per_graph: int = 20
+
+
+def batches(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases in their order, those together that follow each other and share a communicator.
+
+    Only cases with prepared outputs do: the others are measured with what a fresh one does.
+    """
+    shared: list[list[Case]] = []
+    for case in cases:
+        last = shared[-1][-1] if shared else None
+        together = (
+            last is not None
+            and last.calls.prepared
+            and case.calls.prepared
+            and last.communicator == case.communicator
+        )
+        if together:
+            shared[-1].append(case)
+        else:
+            shared.append([case])
+    return shared
 
 
 def grid(*, fixed: dict[str, Any], **lists: Sequence[Any]) -> list[Case]:
@@ -176,15 +225,35 @@ def grid(*, fixed: dict[str, Any], **lists: Sequence[Any]) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
-def default_fields(device_type: str) -> dict[str, Any]:
-    """Shape of the case that is measured where nothing else is asked for.
+def default_fields(device_type: str, mode: str) -> dict[str, Any]:
+    """What is measured where nothing else is asked for.
 
     CUDA: the model shape that the field publishes figures for. CPU: one that a laptop measures in
     seconds.
     """
-    if device_type == "cuda":
-        return {"tokens": [4096], "hidden": [7168], "topk": [8], "experts": [256]}
-    return {"tokens": [128, 1024], "hidden": [1024], "topk": [4], "experts": [16]}
+    on_gpu = device_type == "cuda"
+    shape = {"hidden": [7168], "topk": [8], "experts": [256]}
+    if not on_gpu:
+        shape = {"hidden": [1024], "topk": [4], "experts": [16]}
+    if mode == "ht":
+        tokens = [4096] if on_gpu else [128, 1024]
+        return {"tokens": tokens, **shape, "layout": ["flat"], "quantization": [None]}
+    return {
+        "tokens": [1, 8, 16, 32, 64, 128, 256, 512] if on_gpu else [1, 16, 128],
+        **shape,
+        "layout": ["expert_major", "rank_major"],
+        "quantization": [None, BlockFormat.E4M3_FLOAT32.value],
+    }
+
+
+def default_variants(device_type: str, mode: str, engine: str) -> list[str]:
+    """Variants that are measured where none are asked for: those that the engine has."""
+    if mode == "ht":
+        return ["uncached", "cached"]
+    if device_type == "cpu":
+        return ["eager", "halves"]
+    # NCCL stands beside the others for comparison: one line is enough.
+    return ["eager"] if engine == "collective" else ["graph", "graph_single", "eager", "halves"]
 
 
 def parse_ints(text: str, *, name: str) -> list[int]:

@@ -44,6 +44,8 @@ ARGUMENTS = Struct(
 
 _MAX_WARPS = 16
 _SHARED_BYTES = 220 << 10
+FLAG_BYTES = 1024
+"""Room for flags behind the rows of a `WireMemory`."""
 _COPY_UNIT = 16  # bytes that bulk copies move at least
 
 
@@ -158,7 +160,49 @@ class BulkCopies:
             block=32 * self._warps,
             shared_bytes=self._warps * self.row_bytes,
             stream=torch.cuda.current_stream(self._device).cuda_stream,
+            follows=True,
         )
+
+
+class WireMemory:
+    """Memory that plain copies move rows between: symmetric, and local to put from. Collective.
+
+    Args:
+        nbytes: of the rows that one rank sends or receives at most.
+        device: this rank's GPU.
+
+    Attributes:
+        nbytes: as given, at least one unit of bulk copies.
+        addresses: of every rank's symmetric memory as seen from here.
+        flags_at: offset behind the rows, of `FLAG_BYTES` that no copy touches.
+
+    Raises:
+        EngineUnavailableError: the GPUs cannot address each other's memory.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        from expertlink.engines.nvlink.arena import SymmetricBuffer
+
+        self.nbytes = max(nbytes, _COPY_UNIT)  # a routing may leave every rank to itself
+        self.flags_at = -(-self.nbytes // FLAG_BYTES) * FLAG_BYTES
+        self._buffer: SymmetricBuffer | None = SymmetricBuffer(
+            dist.group.WORLD, self.flags_at + FLAG_BYTES, device
+        )
+        self.addresses = self._buffer.addresses
+        # Kept: the copies know its address only.
+        self._source = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+
+    @property
+    def source(self) -> int:
+        """Address of the local memory."""
+        return self._source.data_ptr()
+
+    def close(self) -> None:
+        """Releases the memory. Safe to repeat."""
+        if self._buffer is not None:
+            self._buffer.close()
+        self._buffer = None
+        self._source = torch.empty(0, dtype=torch.uint8)
 
 
 class Ceilings:
@@ -169,6 +213,7 @@ class Ceilings:
         device: where the measured calls run.
         control: group of all ranks in which hosts exchange counts; None: the default group.
         num_sms: SMs that the copies occupy.
+        memory: the caller's, where it is large enough; None: memory of their own.
 
     Attributes:
         note: why nothing can be measured, the same on every rank; None where it can.
@@ -184,11 +229,12 @@ class Ceilings:
         device: torch.device,
         control: dist.ProcessGroup | None,
         num_sms: int,
+        memory: WireMemory | None = None,
     ) -> None:
         self.num_sms = num_sms
         self._calls: list[dict[tuple[str, str], Callable[[], None]]] = []
-        self._buffer: SymmetricBuffer | None = None
-        self._source: Tensor | None = None
+        self._memory = memory
+        self._own: WireMemory | None = None
         self._control = control
         self.note = self._build(wires, device)
 
@@ -205,12 +251,12 @@ class Ceilings:
         self.close()
 
     def close(self) -> None:
-        """Releases the buffers. Safe to repeat."""
+        """Releases the memory, if it is its own. Safe to repeat."""
         self._calls.clear()
-        self._source = None
-        if self._buffer is not None:
-            self._buffer.close()
-            self._buffer = None
+        self._memory = None
+        if self._own is not None:
+            self._own.close()
+            self._own = None
 
     def _build(self, wires: Sequence[WireRows], device: torch.device) -> str | None:
         rank = wires[0].rank
@@ -225,7 +271,7 @@ class Ceilings:
             for phase in PHASES:
                 copies[phase] = BulkCopies(device, row_bytes=row_bytes[phase], num_sms=self.num_sms)
 
-        note = self._try(compile_all)
+        note = try_everywhere(compile_all, self._control)
         if note is not None:
             return note
         exchanges = [_exchanges(rows_SD) for rows_SD in rows_SID.unbind(dim=1)]
@@ -234,20 +280,17 @@ class Ceilings:
             for exchange in exchanges
             for phase, rows_SD in exchange.items()
         )
-        num_bytes = max(num_bytes, _COPY_UNIT)  # a routing may leave every rank to itself
 
         def allocate() -> None:
-            from expertlink.engines.nvlink.arena import SymmetricBuffer
+            self._memory = self._own = WireMemory(num_bytes, device)
 
-            self._buffer = SymmetricBuffer(dist.group.WORLD, num_bytes, device)
-
-        note = self._try(allocate)
+        if self._memory is None or self._memory.nbytes < num_bytes:
+            note = try_everywhere(allocate, self._control)
         if note is not None:
             self.close()
             return note
-        assert self._buffer is not None
-        # Kept: the copies know its address only.
-        self._source = source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        memory = self._memory
+        assert memory is not None
         for exchange in exchanges:
             calls: dict[tuple[str, str], Callable[[], None]] = {}
             for phase, rows_SD in exchange.items():
@@ -256,23 +299,24 @@ class Ceilings:
                         kind,
                         share(rows_SD, rank),
                         rank=rank,
-                        near=source.data_ptr(),
-                        far=self._buffer.addresses,
+                        near=memory.source,
+                        far=memory.addresses,
                     )
             self._calls.append(calls)
         return None
 
-    def _try(self, step: Callable[[], None]) -> str | None:
-        """Does a step on every rank; why it failed, on whichever rank it did."""
-        reason: str | None = None
-        try:
-            step()
-        except EngineUnavailableError as error:
-            reason = str(error)
-        failed = gather_on_hosts(torch.tensor([float(reason is not None)]), self._control).flatten()
-        if not bool(failed.any()):
-            return None
-        return reason or f"refused on ranks {failed.nonzero().flatten().tolist()}"
+
+def try_everywhere(step: Callable[[], None], control: dist.ProcessGroup | None) -> str | None:
+    """Does a step on every rank; why it failed, on whichever rank it did. Collective."""
+    reason: str | None = None
+    try:
+        step()
+    except EngineUnavailableError as error:
+        reason = str(error)
+    failed = gather_on_hosts(torch.tensor([float(reason is not None)]), control).flatten()
+    if not bool(failed.any()):
+        return None
+    return reason or f"refused on ranks {failed.nonzero().flatten().tolist()}"
 
 
 def _exchanges(rows_SD: Tensor) -> dict[str, Tensor]:

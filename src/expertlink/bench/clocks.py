@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 _SPACER_BYTES = 256 << 20
 _SPACER_FILLS = 4
+_HEAD_START_S = 0.002  # until a common start: longer than hosts leave a barrier apart
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,10 @@ class Clock(Protocol):
         ...
 
     def sample_idle(self, call: Callable[[], Any]) -> Sample:
-        """Times a call that finds the device idle; launch times of all ranks are part of it."""
+        """Times a call that finds the device idle; launch times of all ranks are part of it.
+
+        From the moment that the ranks have agreed on, not from when each left a barrier.
+        """
         ...
 
 
@@ -84,6 +91,7 @@ class DeviceClock:
         self._control = control
         self._spacer = torch.empty(_SPACER_BYTES, dtype=torch.uint8, device=device)
         self._meeting = torch.zeros(1, device=device)
+        self._one_host = on_one_host(control)
 
     def sample(self, call: Callable[[], Any]) -> Sample:
         start = torch.cuda.Event(enable_timing=True)
@@ -104,13 +112,28 @@ class DeviceClock:
     def sample_idle(self, call: Callable[[], Any]) -> Sample:
         torch.cuda.synchronize(self._device)
         memory = self._memory()
-        host_barrier(self._control)
-        begin = time.perf_counter()
+        start = self._common_start()
+        begin = time.monotonic()
         result = call()
-        host_us = (time.perf_counter() - begin) * 1e6
+        host_us = (time.monotonic() - begin) * 1e6
         torch.cuda.synchronize(self._device)
-        time_us = (time.perf_counter() - begin) * 1e6
+        time_us = (time.monotonic() - start) * 1e6
         return Sample(time_us, host_us, self._peak(memory), result)
+
+    def _common_start(self) -> float:
+        """Returns at the same time on all ranks: that time, in seconds.
+
+        Hosts leave a barrier up to a millisecond apart. Processes of one host read one clock, so
+        they agree on a time a little ahead. Ranks of several hosts have to do with the barrier.
+        """
+        if not self._one_host:
+            host_barrier(self._control)
+            return time.monotonic()
+        now = torch.tensor([time.monotonic()], dtype=torch.float64)
+        start = float(gather_on_hosts(now, self._control).max()) + _HEAD_START_S
+        while time.monotonic() < start:
+            pass
+        return start
 
     def _memory(self) -> int:
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -121,7 +144,7 @@ class DeviceClock:
 
 
 def make_clock(device: torch.device, control: dist.ProcessGroup | None = None) -> Clock:
-    """The clock of a kind of device.
+    """The clock of a kind of device. Collective.
 
     Args:
         device: where the measured calls run.
@@ -141,3 +164,14 @@ def gather_on_hosts(mine: Tensor, control: dist.ProcessGroup | None) -> Tensor:
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(control))]
     dist.all_gather(everyone, mine, group=control)
     return torch.stack(everyone)
+
+
+def on_one_host(control: dist.ProcessGroup | None) -> bool:
+    """Whether all ranks run on one system, and so read the same monotonic clock. Collective."""
+    try:
+        boot = _BOOT_ID.read_bytes()
+    except OSError:
+        boot = b""
+    digest = int.from_bytes(hashlib.sha256(boot).digest()[:7], "big") if boot else 0
+    everyone = gather_on_hosts(torch.tensor([digest]), control)
+    return bool((everyone == everyone[0]).all()) and bool(everyone[0])

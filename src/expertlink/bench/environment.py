@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
+@cache
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -50,11 +52,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
+@cache
 def _driver() -> str | None:
     output = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return output.splitlines()[0].strip() if output else None
 
 
+@cache
 def _commit() -> str | None:
     """Commit of the checkout that this file belongs to; None for an installed package."""
     here = Path(__file__).resolve()

@@ -1,7 +1,8 @@
-"""Dispatch and combine captured in CUDA graphs: one graph each, and one with both."""
+"""Calls captured in CUDA graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from expertlink.types import QuantScales
 
 @dataclass(frozen=True)
 class CapturedCalls:
-    """The graphs of one input. Replays read the tensors that were captured and write these.
+    """The graphs of one input: one dispatch, one combine, and one of both.
+
+    Replays read the tensors that were captured and write these.
 
     Attributes:
         dispatch: one dispatch.
@@ -64,3 +67,19 @@ def capture_calls(
         both = comm.dispatch(rows, topk_ids_TK, topk_weights_TK, scales)
         comm.combine(expert_out, both[1], out=pair_y_TH)
     return CapturedCalls(dispatch, combine, pair, y_TH, pair_y_TH, (dispatched, both))
+
+
+def capture_repeated(call: Callable[[], Any], times: int = 1) -> torch.cuda.CUDAGraph:
+    """A graph of a call, several times in a row. What it uses has to live as long as the graph."""
+    graph = torch.cuda.CUDAGraph()
+    # Not `torch.cuda.graph`, which gives all cached memory back every time.
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for _ in range(times):
+                call()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    return graph

@@ -17,7 +17,7 @@ from expertlink.bench.routings import RoutingSpec, draw_routing, draw_token_coun
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ExpertlinkError
 from expertlink.quantization import quantize, scale_columns
-from expertlink.types import BlockFormat, DispatchHandle, QuantScales
+from expertlink.types import DispatchHandle, QuantScales
 
 _MOST_INPUT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _SCALE_BYTES = 4
@@ -33,11 +33,12 @@ class Input:
 
     Attributes:
         x_TH: tokens of the configured element type.
-        rows: what is dispatched: `x_TH`, or the same quantized.
-        scales: scales of quantized rows, or None.
+        rows: what is dispatched: `x_TH`, or in mode "ht" the same quantized.
+        scales: scales of rows that are quantized already, or None.
         topk_ids_TK: their experts.
         topk_weights_TK: their routing weights.
         expert_out: what the experts return, in memory of its own.
+        expected_TH: float32, what combine has to return, unrounded.
         handle: of an earlier dispatch with this routing.
         wire: rows on the wire.
         raw: the baseline for them.
@@ -50,6 +51,7 @@ class Input:
     topk_ids_TK: Tensor
     topk_weights_TK: Tensor
     expert_out: Tensor
+    expected_TH: Tensor
     handle: DispatchHandle
     wire: WireRows
     raw: RawExchange
@@ -63,7 +65,10 @@ class Input:
         outputs = self.expert_out.nbytes * (1 if self.graphs is None else 3)
         rows = sum(wire.rows_to) + sum(wire.rows_from)
         return (
-            self.x_TH.nbytes + outputs + rows * (wire.dispatch_row_bytes + wire.combine_row_bytes)
+            self.x_TH.nbytes
+            + self.expected_TH.nbytes
+            + outputs
+            + rows * (wire.dispatch_row_bytes + wire.combine_row_bytes)
         )
 
 
@@ -85,13 +90,16 @@ def prepare_inputs(
         largest = gather_on_hosts(torch.tensor([float(item.nbytes)]), control)
         if float(largest.max()) * (len(inputs) + 1) > _MOST_INPUT_BYTES[device.type]:
             break
-    wrong_ranks = gather_on_hosts(
-        torch.tensor([0.0 if problem is None else 1.0]), control
-    ).flatten()
-    if bool(wrong_ranks.any()):
-        ranks = wrong_ranks.nonzero().flatten().tolist()
-        raise WrongResultError(problem or f"wrong results on ranks {ranks}, not on this one")
+    agree_on_results(problem, control)
     return inputs
+
+
+def agree_on_results(problem: str | None, control: dist.ProcessGroup | None) -> None:
+    """Raises `WrongResultError` on every rank if any rank has a problem. Collective."""
+    wrong = gather_on_hosts(torch.tensor([float(problem is not None)]), control).flatten()
+    if bool(wrong.any()):
+        ranks = wrong.nonzero().flatten().tolist()
+        raise WrongResultError(problem or f"wrong results on ranks {ranks}, not on this one")
 
 
 def _prepare_one(
@@ -113,11 +121,12 @@ def _prepare_one(
     x_TH = torch.randn(counts[comm.rank], case.hidden, generator=generator)
     x_TH = x_TH.to(case.torch_dtype).to(device)
     ids_TK, weights_TK = routing.topk_ids_TK.to(device), routing.topk_weights_TK.to(device)
-    block_format = None if case.quantization is None else BlockFormat(case.quantization)
+    block_format = case.block_format
 
-    # Models quantize in the kernel that makes the rows, so it is not part of what is timed.
+    # In training and prefill models quantize in the kernel that makes the rows, so it is not part
+    # of what is timed. In decode dispatch does it.
     rows, scales = x_TH, None
-    if block_format is not None:
+    if block_format is not None and case.mode == "ht":
         rows, values = quantize(x_TH, block_format)
         scales = QuantScales(values, block_format)
     out, handle = comm.dispatch(rows, ids_TK, weights_TK, scales)
@@ -142,15 +151,27 @@ def _prepare_one(
             problem = problem or wrong
     wire = _wire_rows(comm, case, handle)
     raw = RawExchange(wire, device=device)
-    item = Input(x_TH, rows, scales, ids_TK, weights_TK, expert_out, handle, wire, raw, graphs)
+    item = Input(
+        x_TH=x_TH,
+        rows=rows,
+        scales=scales,
+        topk_ids_TK=ids_TK,
+        topk_weights_TK=weights_TK,
+        expert_out=expert_out,
+        expected_TH=expected_TH,
+        handle=handle,
+        wire=wire,
+        raw=raw,
+        graphs=graphs,
+    )
     return item, problem
 
 
 def _wire_rows(comm: MoECommunicator, case: Case, handle: DispatchHandle) -> WireRows:
     rows_to, rows_from = comm.wire_rows(handle)
     row_bytes = case.hidden * case.torch_dtype.itemsize
-    if case.quantization is not None:
-        columns = scale_columns(case.hidden, BlockFormat(case.quantization))
+    if case.block_format is not None:
+        columns = scale_columns(case.hidden, case.block_format)
         row_bytes = case.hidden + columns * _SCALE_BYTES
     return WireRows(
         rank=comm.rank,

@@ -1,28 +1,42 @@
-"""Measures one case on one rank: all ranks call `measure_case`, rank 0 gets the records."""
+"""Measures cases on one rank: all ranks call the same function, rank 0 gets the records."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import Ceilings
-from expertlink.bench.clocks import Clock, Sample, gather_on_hosts, make_clock
+from expertlink.bench.clocks import Clock, Sample, make_clock
 from expertlink.bench.inputs import Input, prepare_inputs
 from expertlink.bench.records import PHASES, Record
-from expertlink.bench.results import Measured, make_record, mean_traffic
+from expertlink.bench.results import Measured, gather_traffic, make_record
+from expertlink.bench.times import Times
+from expertlink.bench.variants import VARIANTS
 from expertlink.communicator import MoECommunicator
 from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 from expertlink.types import DispatchHandle, DispatchOutput
+
+
+def measure_cases(
+    context: RankContext,
+    cases: Sequence[Case],
+    plan: Plan,
+    *,
+    on_progress: Callable[[int], None],
+    control: dist.ProcessGroup | None = None,
+) -> Iterator[list[Record]]:
+    """`measure_case` for one case after the other."""
+    for case in cases:
+        yield measure_case(context, case, plan, on_progress=on_progress, control=control)
 
 
 def measure_case(
@@ -69,14 +83,13 @@ def measure_case(
                 for number in range(plan.iters):
                     rounds.run_idle(number)
         engine_name = comm.engine_name
-    traffic = torch.tensor(mean_traffic(inputs, case), dtype=torch.float64)
     measured = Measured(
         device=context.device,
         engine_name=engine_name,
         aligned=rounds.clock.aligned,
         num_inputs=len(inputs),
         times=rounds.times.gather(control),
-        traffic=gather_on_hosts(traffic, control),
+        traffic=gather_traffic(inputs, case, control),
         ceiling_note=ceilings.note,
     )
     return [make_record(phase, case, plan, measured) for phase in PHASES if context.rank == 0]
@@ -93,7 +106,7 @@ def open_communicator(context: RankContext, case: Case, plan: Plan) -> MoECommun
         num_experts=case.experts,
         hidden_size=case.hidden,
         topk=case.topk,
-        max_tokens_per_rank=case.tokens,
+        max_tokens_per_rank=case.max_tokens_per_rank or case.tokens,
         dtype=case.torch_dtype,
         mode="ll" if case.mode == "ll" else "ht",
         engine=case.engine,  # pyright: ignore[reportArgumentType]
@@ -106,13 +119,23 @@ def open_communicator(context: RankContext, case: Case, plan: Plan) -> MoECommun
         **case.calls.config_fields,
     )
     comm = MoECommunicator(config)
-    if case.calls.needs_nvlink and comm.engine_name != "nvlink":
+    try:
+        check_engine(comm, case)
+    except ConfigurationError:
         comm.close()
-        raise ConfigurationError(
-            f"variant={case.variant!r} cannot be measured with the {comm.engine_name} engine "
-            f"({comm.engine_reason}); accepted: uncached, cached"
-        )
+        raise
     return comm
+
+
+def check_engine(comm: MoECommunicator, case: Case) -> None:
+    """Refuses a variant that the communicator's engine does not have."""
+    if not case.calls.needs_nvlink or comm.engine_name == "nvlink":
+        return
+    others = [name for name, calls in VARIANTS[case.mode].items() if not calls.needs_nvlink]
+    raise ConfigurationError(
+        f"variant={case.variant!r} cannot be measured with the {comm.engine_name} engine "
+        f"({comm.engine_reason}); accepted: {', '.join(others)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +147,7 @@ class _Rounds:
     inputs: list[Input]
     clock: Clock
     ceilings: Ceilings
-    times: _Times = field(default_factory=lambda: _Times())
+    times: Times = field(default_factory=lambda: Times())
 
     def run(self, number: int) -> None:
         """Times the phases and, alternately before and after them, what they are compared with.
@@ -133,7 +156,7 @@ class _Rounds:
         """
         index = number % len(self.inputs)
         item = self.inputs[index]
-        times = self.times if number >= 0 else _Times()
+        times = self.times if number >= 0 else Times()
 
         def compared(phase: str, call: Callable[[], Any], raw: Callable[[], None]) -> Sample:
             others = {"raw": raw, **self.ceilings.calls(index, phase)}
@@ -194,27 +217,6 @@ def dispatch_input(
             item.rows, item.topk_ids_TK, None, item.scales, previous_handle=item.handle
         )
     return comm.dispatch(item.rows, item.topk_ids_TK, item.topk_weights_TK, item.scales)
-
-
-class _Times:
-    """Times of this rank by phase and kind, in the order of the rounds."""
-
-    def __init__(self) -> None:
-        self._values: dict[tuple[str, str], list[float]] = {}
-
-    def put_sample(self, phase: str, sample: Sample) -> None:
-        self.put(phase, "time", sample.time_us)
-        self.put(phase, "host", sample.host_us)
-        self.put(phase, "memory", sample.memory_bytes)
-
-    def put(self, phase: str, kind: str, value: float) -> None:
-        self._values.setdefault((phase, kind), []).append(value)
-
-    def gather(self, control: dist.ProcessGroup | None) -> dict[tuple[str, str], Tensor]:
-        """What all ranks put, `[R, rounds]` by phase and kind. Collective."""
-        keys = sorted(self._values)
-        mine = torch.tensor([self._values[key] for key in keys], dtype=torch.float64)
-        return dict(zip(keys, gather_on_hosts(mine, control).unbind(dim=1), strict=True))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,29 +71,40 @@ def check_overlap(cases: Sequence[Case]) -> None:
     """Refuses cases whose dispatch cannot run beside a product.
 
     Raises:
-        ConfigurationError: a variant is made of graphs.
+        ConfigurationError: a variant is made of graphs or of prepared calls.
     """
     for case in cases:
-        if case.calls.graph:
+        if case.calls.graph or case.calls.prepared:
             raise ConfigurationError(
                 f"variant={case.variant!r} cannot be measured with --overlap; accepted: variants "
                 "that call dispatch_async themselves"
             )
 
 
-def measure_overlap(
+def measure_overlaps(
     context: RankContext,
-    case: Case,
+    cases: Sequence[Case],
     plan: Plan,
     *,
     on_progress: Callable[[int], None],
     control: dist.ProcessGroup | None = None,
-) -> list[OverlapRecord]:
-    """Times a product, a dispatch, and both at once. Arguments as for `measure.measure_case`.
+) -> Iterator[list[OverlapRecord]]:
+    """Times a product, a dispatch, and both at once. Arguments as for `measure.measure_cases`.
 
-    Returns:
-        On rank 0 one record; on the others nothing.
+    Yields:
+        For every case, on rank 0 one record; on the others nothing.
     """
+    for case in cases:
+        yield _measure_overlap(context, case, plan, on_progress, control)
+
+
+def _measure_overlap(
+    context: RankContext,
+    case: Case,
+    plan: Plan,
+    on_progress: Callable[[int], None],
+    control: dist.ProcessGroup | None,
+) -> list[OverlapRecord]:
     assert plan.gemm is not None
     m, n, k = plan.gemm
     device = context.device

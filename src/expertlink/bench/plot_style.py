@@ -40,17 +40,20 @@ _NAMES: dict[str, Callable[[Record], object]] = {
 _BARE = ("engine", "mode", "layout", "variant", "routing", "dtype")  # values that name themselves
 
 
-def split_names(records: Sequence[Record], *, along: str | None = "T") -> tuple[str, list[str]]:
+def split_names(
+    records: Sequence[Record], *, along: str | None = "T", said: Sequence[str] = ()
+) -> tuple[str, list[str]]:
     """What all records share, and for each record a name made of what they do not share.
 
     Args:
         records: what is drawn.
         along: what an axis or a label says already, and names leave out.
+        said: more of that.
     """
     shared: list[str] = []
     varying: list[str] = []
     for name, read in _NAMES.items():
-        if name == along:
+        if name == along or name in said:
             continue
         values = {read(record) for record in records}
         if len(values) == 1:

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from expertlink.bench.plot_latency import latency_figure
 from expertlink.bench.plot_lines import efficiency_figure, sms_figure, time_figure
 from expertlink.bench.plot_style import GRID_COLOR, PHASE_COLORS, RAW_COLOR, split_names
 from expertlink.bench.records import PHASES, Record
@@ -19,8 +20,9 @@ _MAX_BARS = 60
 
 
 def draw_plots(records: Sequence[Record], out: str | Path) -> list[Path]:
-    """Draws `time.png`, `ratio.png`, `bandwidth.png` and, where records allow it, `efficiency.png`
-    (they have ceilings) and `sms.png` (they have several SM budgets).
+    """Draws `time.png`, `ratio.png` and `bandwidth.png` of ordinary calls, `latency.png` of
+    prepared ones (mode "ll") and, where records allow it, `efficiency.png` (they have ceilings)
+    and `sms.png` (they have several SM budgets).
 
     Args:
         records: at least one, each key once (`records.latest`).
@@ -31,7 +33,23 @@ def draw_plots(records: Sequence[Record], out: str | Path) -> list[Path]:
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Figure | None] = {
+    prepared = [record for record in records if record.latency]
+    ordinary = [record for record in records if not record.latency]
+    figures: dict[str, Figure | None] = _call_figures(ordinary) if ordinary else {}
+    figures["sms.png"] = sms_figure(records)
+    figures["latency.png"] = latency_figure(prepared) if prepared else None
+    paths: list[Path] = []
+    for name, figure in figures.items():
+        if figure is None:
+            continue
+        FigureCanvasAgg(figure)
+        figure.savefig(folder / name, dpi=_DPI)
+        paths.append(folder / name)
+    return paths
+
+
+def _call_figures(records: Sequence[Record]) -> dict[str, Figure | None]:
+    return {
         "time.png": time_figure(records),
         "ratio.png": _bar_figure(
             records,
@@ -51,16 +69,7 @@ def draw_plots(records: Sequence[Record], out: str | Path) -> list[Path]:
             ),
         ),
         "efficiency.png": efficiency_figure(records),
-        "sms.png": sms_figure(records),
     }
-    paths: list[Path] = []
-    for name, figure in figures.items():
-        if figure is None:
-            continue
-        FigureCanvasAgg(figure)
-        figure.savefig(folder / name, dpi=_DPI)
-        paths.append(folder / name)
-    return paths
 
 
 def _bar_figure(

@@ -15,18 +15,18 @@ from expertlink.bench.summary import Summary
 from expertlink.errors import InputError
 
 PHASES = ("dispatch", "combine", "pair")
-VARIANTS = (*variants.VARIANTS, "eager", "send", "recv")
+VARIANTS = variants.RECORDED
 CEILINGS = ("put", "get", "put+put", "put+get")
 MODES = ("ht", "ll")
 MAX_LINE_BYTES = 1 << 20
 _KEY = (
     *("engine", "mode", "phase", "variant", "layout", "dtype", "quantization", "routing"),
     *("uneven", "ranks", "tokens", "hidden", "topk", "experts", "num_sms"),
-    *("num_sms_dispatch", "num_sms_combine"),
+    *("num_sms_dispatch", "num_sms_combine", "max_tokens_per_rank"),
 )
 _SUMMARIES = (
     *("time_us", "time_us_mean_rank", "host_us", "raw_us", "idle_us"),
-    *("ceiling_us", "put_us", "get_us"),
+    *("ceiling_us", "put_us", "get_us", "host_hot_us"),
 )
 
 
@@ -82,9 +82,11 @@ class Record:
     time_us_mean_rank: Summary
     """Of the average rank of each iteration."""
     host_us: Summary
-    """Until the call returned to its caller, slowest rank, peers and device idle before."""
+    """Until the call returned to its caller, slowest rank; where there is an `idle_us`, of those
+    calls, from an idle device and with other work of the host in between. `calls_per_graph`: a
+    replay's time divided by it."""
     wire_bytes: int
-    """Average rank."""
+    """Average rank. Of the two halves of a call, those of the sending one."""
     wire_gbps: float
     """`wire_bytes` over the median of `time_us`: the average rank."""
     ceiling_gbps: float | None = None
@@ -128,11 +130,27 @@ class Record:
     get_us: Summary | None = None
     """The same rows, from the memory of the peers into shared memory."""
     get_ratio: float | None = None
+    floor_us: float | None = None
+    """Mode "ll": bytes of the rank that sends or receives most over `floor_gbps`, and two flags;
+    for a pair the sum of both calls. No call can take less."""
+    floor_ratio: float | None = None
+    """`floor_us` over the median of `time_us`."""
+    floor_gbps: float | None = None
+    """What leaves a rank while all put 160 MiB to each other, measured in the same run."""
+    flag_us: float | None = None
+    """Time of a flag from one GPU to another, measured in the same run."""
+    max_tokens_per_rank: int | None = None
+    """T_max of the communicator; None: `tokens`."""
+    calls_per_graph: int | None = None
+    """Calls in the graph whose replay was timed; times are divided by it. None: no graph, or one
+    call ("ht")."""
     num_sms_dispatch: int | None = None
     """Pair only: SMs allowed to its dispatch."""
     num_sms_combine: int | None = None
     idle_us: Summary | None = None
     """CUDA: like `time_us`, but started from an idle device: launch time of all ranks included."""
+    host_hot_us: Summary | None = None
+    """Until the call returned, one call after the other: the host's code and data are warm."""
     aligned: str
     """How ranks were aligned before a call: "device" (in stream order) or "host" (barrier)."""
     iterations: int
@@ -162,6 +180,11 @@ class Record:
         """What was measured, without when and how fast: a later record with the same key replaces
         an earlier one in a picture."""
         return (*(getattr(self, name) for name in _KEY), self.hardware)
+
+    @property
+    def latency(self) -> bool:
+        """Whether prepared calls of mode "ll" were timed (see `latency.py`)."""
+        return self.mode == "ll" and self.variant in variants.PREPARED
 
     @property
     def hardware(self) -> str:

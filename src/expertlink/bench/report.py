@@ -27,7 +27,7 @@ _NAMES: dict[str, Callable[[Record], object]] = {
     "variant": lambda record: record.variant,
 }
 """Columns that move into the title where all records agree."""
-_EXPENDABLE = ("all", "MB", "rank", "host", "min", "GB/s")
+_EXPENDABLE = ("all", "MB", "rank", "host", "min", "GB/s", "raw", "get ratio")
 _WIDEST = 400
 
 
@@ -54,9 +54,11 @@ def print_records(records: Sequence[Record], console: Console) -> None:
 
     A terminal that is too narrow does not get the columns that matter least; a file gets all.
     """
-    unused = [] if any(record.idle_us for record in records) else ["idle"]
-    if all(record.ceiling is None for record in records):
-        unused += ["put ratio", "get ratio"]
+    unused = [
+        column
+        for column, read in _OPTIONAL.items()
+        if all(read(record) is None for record in records)
+    ]
     left_out: list[str] = []
     while True:
         table = _table(records, left_out + unused)
@@ -105,8 +107,18 @@ _LEGEND = (
     "µs; min, med, p99: slowest rank of each iteration; rank: median of the average rank; "
     "raw: all_to_all_single of the same bytes; GB/s: bytes that leave a rank, and all ranks"
 )
+_OPTIONAL: dict[str, Callable[[Record], object]] = {
+    "idle": lambda record: record.idle_us,
+    "hot": lambda record: record.host_hot_us,
+    "put ratio": lambda record: record.ceiling,
+    "get ratio": lambda record: record.ceiling,
+    "floor": lambda record: record.floor_us,
+}
+"""Columns that only some records have."""
 _EXTRA_LEGENDS = {
     "idle": "; idle: started from an idle device",
+    "hot": "; hot: host, one call after the other",
+    "floor": "; floor: bytes at the bandwidth of large copies, and two flags a call",
     "put ratio": "; put ratio, get ratio: time of plain bulk copies of the same bytes over med, "
     "1 is as fast as the wire",
 }
@@ -117,6 +129,7 @@ _NUMBERS: dict[str, Callable[[Record], str]] = {
     "rank": lambda record: _number(record.time_us_mean_rank.median),
     "idle": lambda record: "" if record.idle_us is None else _number(record.idle_us.median),
     "host": lambda record: _number(record.host_us.median),
+    "hot": lambda record: "" if record.host_hot_us is None else _number(record.host_hot_us.median),
     "MB": lambda record: _number(record.wire_bytes / _MB),
     "GB/s": lambda record: _number(record.wire_gbps),
     "all": lambda record: _number(record.aggregate_gbps),
@@ -124,6 +137,7 @@ _NUMBERS: dict[str, Callable[[Record], str]] = {
     "x raw": lambda record: f"{record.raw_ratio:.2f}",
     "put ratio": lambda record: "" if record.put_ratio is None else f"{record.put_ratio:.2f}",
     "get ratio": lambda record: "" if record.get_ratio is None else f"{record.get_ratio:.2f}",
+    "floor": lambda record: "" if record.floor_us is None else _number(record.floor_us),
 }
 
 

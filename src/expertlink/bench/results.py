@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import KINDS
+from expertlink.bench.clocks import gather_on_hosts
 from expertlink.bench.environment import describe_environment
+from expertlink.bench.floor import Floor
 from expertlink.bench.inputs import Input
 from expertlink.bench.records import PHASES, Record
 from expertlink.bench.summary import Summary, gbps, mean_rank, rounded, slowest_rank, summarize
+from expertlink.bench.times import TimesOfRanks
 
 
 @dataclass(frozen=True)
@@ -26,23 +30,31 @@ class Measured:
         aligned: how ranks were aligned before a call.
         num_inputs: inputs that took turns.
         times: `[R, rounds]` by phase and kind: "time", "host", "raw", "put", "get", "idle",
-            "idle host" in microseconds, "memory" in bytes; a pair has no "raw", "put" and "get",
-            CPUs have no "idle".
-        traffic: `[R, phases, 3]`, see `mean_traffic`.
+            "idle host", "hot host" in microseconds, "memory" in bytes; a pair has no "raw", "put"
+            and "get", CPUs have no "idle", only prepared calls have "hot host".
+        traffic: `[R, phases, 3]`, see `gather_traffic`.
         ceiling_note: why there are no "put" and "get"; None where there are.
+        variant: what the record calls the variant; None: as the case does.
+        calls_per_graph: calls that one replay made, whose times are of one; None: no graph.
+        floor: what the record is compared with, or None.
+        on_wire: False for a part of a call in which no row leaves a rank.
     """
 
     device: torch.device
     engine_name: str
     aligned: str
     num_inputs: int
-    times: dict[tuple[str, str], Tensor]
+    times: TimesOfRanks
     traffic: Tensor
     ceiling_note: str | None
+    variant: str | None = None
+    calls_per_graph: int | None = None
+    floor: Floor | None = None
+    on_wire: bool = True
 
 
-def mean_traffic(inputs: list[Input], case: Case) -> list[list[float]]:
-    """For every phase the bytes `[sent, received, metadata]`, averaged over the inputs."""
+def gather_traffic(inputs: list[Input], case: Case, control: dist.ProcessGroup | None) -> Tensor:
+    """`[R, phases, 3]` bytes sent, received and of metadata, averaged over inputs. Collective."""
     topk = 0 if case.calls.cached else case.topk
     traffic = []
     for phase in PHASES:
@@ -51,7 +63,7 @@ def mean_traffic(inputs: list[Input], case: Case) -> list[list[float]]:
             for wire in (item.wire for item in inputs)
         ]
         traffic.append([sum(column) / len(inputs) for column in zip(*counts, strict=True)])
-    return traffic
+    return gather_on_hosts(torch.tensor(traffic, dtype=torch.float64), control)
 
 
 def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Record:
@@ -59,19 +71,19 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
     times = measured.times
     time_us = _summary(times[phase, "time"])
     raw_us = _compared(times, dict.fromkeys(_parts(phase), "raw"))
-    idle = times.get((phase, "idle"))
+    idle, hot = times.get((phase, "idle")), times.get((phase, "hot host"))
     budgets = {
         "dispatch": (case.num_sms_dispatch,),
         "combine": (case.num_sms_combine,),
         "pair": (case.num_sms_dispatch, case.num_sms_combine),
     }[phase]
-    sent, received, metadata = measured.traffic[:, PHASES.index(phase)].unbind(dim=1)
+    sent, received, metadata = (measured.on_wire * _traffic(measured, phase)).unbind(dim=1)
     on_gpu = measured.device.type == "cuda"
     return Record(
         engine=measured.engine_name,
         mode=case.mode,
         phase=phase,
-        variant=case.variant,
+        variant=measured.variant or case.variant,
         layout=case.layout,
         dtype=case.dtype,
         quantization=case.quantization,
@@ -81,6 +93,7 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
         hidden=case.hidden,
         topk=case.topk,
         experts=case.experts,
+        max_tokens_per_rank=case.max_tokens_per_rank,
         num_sms=max((budget for budget in budgets if budget is not None), default=None),
         num_sms_dispatch=case.num_sms_dispatch if phase == "pair" else None,
         num_sms_combine=case.num_sms_combine if phase == "pair" else None,
@@ -90,6 +103,7 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
         wire_bytes=round(float(sent.mean())),
         wire_gbps=_gbps(sent.mean(), time_us),
         **_ceilings(phase, plan, measured, time_us, sent.mean()),
+        **_floor(phase, measured, time_us),
         environment=describe_environment(
             device=measured.device, backend="nccl" if on_gpu else "gloo"
         ),
@@ -103,6 +117,8 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
         raw_gbps=_gbps(sent.mean(), raw_us),
         raw_ratio=round(_ratio(time_us, raw_us), 3),
         idle_us=None if idle is None else _summary(idle),
+        host_hot_us=None if hot is None else _summary(hot),
+        calls_per_graph=measured.calls_per_graph,
         aligned=measured.aligned,
         iterations=plan.iters,
         inputs=measured.num_inputs,
@@ -141,12 +157,32 @@ def _ceilings(
     }
 
 
+def _floor(phase: str, measured: Measured, time_us: Summary) -> dict[str, Any]:
+    """The fields of a record that say how close to the floor a phase is."""
+    if measured.floor is None:
+        return {}
+    # Both ways at once: the rank that sends or receives most needs longest.
+    busiest = [float(_traffic(measured, part)[:, :2].max()) for part in _parts(phase)]
+    floor_us = round(sum(measured.floor.of(num_bytes) for num_bytes in busiest), 2)
+    return {
+        "floor_us": floor_us,
+        "floor_ratio": round(floor_us / time_us.median, 4) if time_us.median > 0 else 0.0,
+        "floor_gbps": round(measured.floor.gbps, 4),
+        "flag_us": round(measured.floor.flag_us, 3),
+    }
+
+
+def _traffic(measured: Measured, phase: str) -> Tensor:
+    """`[R, 3]` bytes that every rank sends and receives, and of metadata."""
+    return measured.traffic[:, PHASES.index(phase)]
+
+
 def _parts(phase: str) -> tuple[str, ...]:
     """The phases that are measured beside what they are compared with."""
     return ("dispatch", "combine") if phase == "pair" else (phase,)
 
 
-def _compared(times: dict[tuple[str, str], Tensor], kinds: dict[str, str]) -> Summary:
+def _compared(times: TimesOfRanks, kinds: dict[str, str]) -> Summary:
     """Times of one kind, or the sum over the phases that are given with their kinds."""
     columns = [slowest_rank(times[phase, kind]) for phase, kind in kinds.items()]
     return rounded(summarize([sum(column) for column in zip(*columns, strict=True)]))

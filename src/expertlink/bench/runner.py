@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 
-from expertlink.bench.cases import Case, Plan
+from expertlink.bench.cases import Case, Plan, batches
 from expertlink.bench.environment import usable_cores
-from expertlink.bench.measure import measure_case
+from expertlink.bench.latency import measure_latency
+from expertlink.bench.measure import measure_cases
 from expertlink.bench.records import Line
 from expertlink.errors import ClosedError, ExpertlinkError, PeerTimeoutError
 from expertlink.launch import LaunchError, RankContext, RankError, RankPool
+
+logger = logging.getLogger("expertlink")
 
 _PROGRESS_INTERVAL_S = 0.1
 _STARTUP_TIMEOUT_S = 120.0
 _VERDICT_GRACE_S = 60.0
 _SHORTEST_GROUP_TIMEOUT_S = 30.0
+_OUT_OF_STEP = "not run: an earlier case left the ranks out of step"
+_BATCH_FAILED = "not run: an earlier case of the same communicator failed"
 
 
 @dataclass(frozen=True)
@@ -45,17 +51,30 @@ Progress = Callable[[int, int], None]
 
 
 class Measure(Protocol):
-    """A function of a module that measures one case on one rank, like `measure.measure_case`."""
+    """A function of a module that measures cases on one rank, like `measure.measure_cases`."""
 
     def __call__(
         self,
         context: RankContext,
-        case: Case,
+        cases: Sequence[Case],
         plan: Plan,
         *,
         on_progress: Callable[[int], None],
         control: dist.ProcessGroup | None = None,
-    ) -> Sequence[Line]: ...
+    ) -> Iterator[Sequence[Line]]: ...
+
+
+def measure_any(
+    context: RankContext,
+    cases: Sequence[Case],
+    plan: Plan,
+    *,
+    on_progress: Callable[[int], None],
+    control: dist.ProcessGroup | None = None,
+) -> Iterator[Sequence[Line]]:
+    """Measures a batch of `cases.batches` in the way of its variants."""
+    measure = measure_latency if cases[0].calls.prepared else measure_cases
+    return measure(context, cases, plan, on_progress=on_progress, control=control)
 
 
 def run_on_own_ranks(
@@ -65,11 +84,13 @@ def run_on_own_ranks(
     device: Literal["cpu", "cuda"],
     threads: int | None = None,
     timeout_s: float = 300.0,
-    measure: Measure = measure_case,
+    measure: Measure = measure_any,
     on_result: Callable[[CaseResult], None],
     on_progress: Progress | None = None,
 ) -> list[CaseResult]:
     """Starts ranks on this machine and measures the cases one after the other.
+
+    Where a case fails, those of its batch that come after it are reported as not run.
 
     Args:
         cases: what to measure; cases with equally many ranks in a row share their processes.
@@ -77,30 +98,41 @@ def run_on_own_ranks(
         device: where.
         threads: CPU threads of each rank. None: a rank's share of the cores, less one for the
             thread with which gloo moves its bytes.
-        timeout_s: bound of one case, from its communicator's start to its last record.
-        measure: what every rank does with a case.
+        timeout_s: bound of one case, from its communicator's start to its last record; a batch
+            of several has the sum.
+        measure: what every rank does with a batch.
         on_result: called with every case's result as soon as it is there.
         on_progress: called while a case runs.
     """
     plan = replace(plan, timeout_s=min(plan.timeout_s, timeout_s / 2))
     results: list[CaseResult] = []
     pool: RankPool | None = None
+
+    def keep(result: CaseResult) -> None:
+        results.append(result)
+        on_result(result)
+
     try:
-        for number, case in enumerate(cases):
+        for batch in batches(cases):
+            first = len(results)
             try:
-                if pool is None or not pool.alive or pool.num_ranks != case.ranks:
+                ranks = batch[0].ranks
+                if pool is None or not pool.alive or pool.num_ranks != ranks:
                     if pool is not None:
                         pool.close()
-                    pool = _start(case.ranks, device, threads, group_timeout_s=plan.timeout_s)
-                records = _measure(pool, number, case, plan, measure, timeout_s, on_progress)
-                result = CaseResult(case, records)
+                    pool = _start(ranks, device, threads, group_timeout_s=plan.timeout_s)
+                _measure(pool, first, batch, plan, measure, timeout_s, keep, on_progress)
             except LaunchError as error:
-                result = _failed(case, error)
+                missing = batch[len(results) - first :]
+                if not missing:
+                    logger.warning("ranks failed after their last case: %s", error)
+                else:
+                    keep(_failed(missing[0], error))
+                for case in missing[1:]:
+                    keep(CaseResult(case, [], _BATCH_FAILED))
                 if pool is not None:
                     pool.close()  # its ranks may not be in step any more
                     pool = None
-            results.append(result)
-            on_result(result)
     finally:
         if pool is not None:
             pool.close()
@@ -112,7 +144,7 @@ def run_under_torchrun(
     cases: Sequence[Case],
     plan: Plan,
     *,
-    measure: Measure = measure_case,
+    measure: Measure = measure_any,
     on_result: Callable[[CaseResult], None],
     on_progress: Progress | None = None,
 ) -> list[CaseResult]:
@@ -124,7 +156,7 @@ def run_under_torchrun(
         context: this rank, from `launch.torchrun_context`.
         cases: what to measure, each with as many ranks as there are.
         plan: how to measure.
-        measure: what every rank does with a case.
+        measure: what every rank does with a batch.
         on_result: called with every case's result; only rank 0 has records.
         on_progress: called while a case runs.
     """
@@ -133,16 +165,17 @@ def run_under_torchrun(
     # Two groups of their own: a rank that failed asks for the verdict while others still measure.
     control = _bounded_group(plan.timeout_s)
     verdict = _bounded_group(2 * plan.timeout_s + _VERDICT_GRACE_S)
-    for number, case in enumerate(cases):
+    for batch in batches(cases):
         if in_step:
-            result, orderly = _measure_here(
-                context, number, case, plan, measure, on_progress, control
+            own, orderly = _measure_here(
+                context, len(results), batch, plan, measure, on_progress, control
             )
-            result, in_step = _agree(result, orderly, verdict)
+            agreed, in_step = _agree(batch, own, orderly, verdict)
         else:
-            result = CaseResult(case, [], "not run: an earlier case left the ranks out of step")
-        results.append(result)
-        on_result(result)
+            agreed = [CaseResult(case, [], _OUT_OF_STEP) for case in batch]
+        for result in agreed:
+            results.append(result)
+            on_result(result)
     return results
 
 
@@ -158,44 +191,72 @@ def _start(
     )
 
 
+@dataclass(frozen=True)
+class _News:
+    """What rank 0 says while it measures a batch.
+
+    Attributes:
+        done: iterations of the case at hand, or `records`: it is over.
+    """
+
+    done: int = 0
+    records: Sequence[Line] | None = None
+
+
 def _measure(
     pool: RankPool,
-    number: int,
-    case: Case,
+    first: int,
+    batch: Sequence[Case],
     plan: Plan,
     measure: Measure,
     timeout_s: float,
+    keep: Callable[[CaseResult], None],
     on_progress: Progress | None,
-) -> Sequence[Line]:
-    def listen(rank: int, done: object) -> None:
-        if rank == 0 and isinstance(done, int) and on_progress is not None:
-            on_progress(number, done)
+) -> None:
+    """Measures a batch whose first case has that number; keeps a result for each one."""
+    waiting = list(batch)
 
-    results = pool.run(
-        _measure_on_rank, case, plan, measure, timeout_s=timeout_s, on_message=listen
+    def listen(rank: int, news: object) -> None:
+        if rank != 0 or not isinstance(news, _News):
+            return
+        if news.records is not None:
+            keep(CaseResult(waiting.pop(0), news.records))
+        elif on_progress is not None:
+            on_progress(first + len(batch) - len(waiting), news.done)
+
+    pool.run(
+        _measure_on_rank,
+        *(batch, plan, measure),
+        timeout_s=timeout_s * len(batch),
+        on_message=listen,
     )
-    return results[0]
 
 
 def _measure_on_rank(
-    context: RankContext, case: Case, plan: Plan, measure: Measure
-) -> Sequence[Line]:
-    return measure(context, case, plan, on_progress=_reporter(context, context.send))
+    context: RankContext, batch: Sequence[Case], plan: Plan, measure: Measure
+) -> None:
+    counter = _Counter(context, lambda done: context.send(_News(done=done)))
+    for records in measure(context, batch, plan, on_progress=counter.count):
+        counter.done = 0
+        if context.rank == 0:
+            context.send(_News(records=records))
 
 
-def _reporter(context: RankContext, report: Callable[[int], None]) -> Callable[[int], None]:
+class _Counter:
     """Counts iterations and reports now and then, so that reporting is not what is measured."""
-    done = 0
-    last = time.monotonic()
 
-    def count(step: int) -> None:
-        nonlocal done, last
-        done += step
-        if context.rank == 0 and time.monotonic() - last > _PROGRESS_INTERVAL_S:
-            last = time.monotonic()
-            report(done)
+    def __init__(self, context: RankContext, report: Callable[[int], None]) -> None:
+        self.done = 0
+        self._reports = context.rank == 0
+        self._report = report
+        self._last = time.monotonic()
 
-    return count
+    def count(self, step: int) -> None:
+        """So many more are done."""
+        self.done += step
+        if self._reports and time.monotonic() - self._last > _PROGRESS_INTERVAL_S:
+            self._last = time.monotonic()
+            self._report(self.done)
 
 
 def _bounded_group(timeout_s: float) -> dist.ProcessGroup:
@@ -206,47 +267,69 @@ def _bounded_group(timeout_s: float) -> dist.ProcessGroup:
 
 def _measure_here(
     context: RankContext,
-    number: int,
-    case: Case,
+    first: int,
+    batch: Sequence[Case],
     plan: Plan,
     measure: Measure,
     on_progress: Progress | None,
     control: dist.ProcessGroup,
-) -> tuple[CaseResult, bool]:
-    """The result, and whether it leaves the ranks in step if all of them have such a one."""
+) -> tuple[list[CaseResult], bool]:
+    """Results up to the first failure, and whether that leaves the ranks in step if all have it."""
+    results: list[CaseResult] = []
 
     def report(done: int) -> None:
         if on_progress is not None:
-            on_progress(number, done)
+            on_progress(first + len(results), done)
 
+    counter = _Counter(context, report)
+    orderly = True
     try:
-        records = measure(
-            context, case, plan, on_progress=_reporter(context, report), control=control
+        for records in measure(context, batch, plan, on_progress=counter.count, control=control):
+            counter.done = 0
+            results.append(CaseResult(batch[len(results)], records))
+    except (ExpertlinkError, RuntimeError) as error:
+        # Errors that are not the library's: torch, for one, reports lost peers like this.
+        orderly = isinstance(error, ExpertlinkError) and not isinstance(
+            error, (PeerTimeoutError, ClosedError)
         )
-    except (PeerTimeoutError, ClosedError) as error:
-        return _failed(case, error), False
-    except ExpertlinkError as error:
-        return _failed(case, error), True
-    except RuntimeError as error:  # torch, for one, reports lost peers like this
-        return _failed(case, error), False
-    return CaseResult(case, records), True
+        results = results[: len(batch) - 1]  # it may have come after the last case
+        results.append(_failed(batch[len(results)], error))
+    return results, orderly
 
 
 def _agree(
-    result: CaseResult, orderly: bool, verdict: dist.ProcessGroup
-) -> tuple[CaseResult, bool]:
+    batch: Sequence[Case], own: Sequence[CaseResult], orderly: bool, verdict: dist.ProcessGroup
+) -> tuple[list[CaseResult], bool]:
     """A case that failed on one rank failed. Also returns whether the ranks are still in step."""
     answers: list[Any] = [None] * dist.get_world_size()
+    fine = [result for result in own if result.error is None]
+    error = own[-1].error
     try:
-        dist.all_gather_object(answers, (result.error, orderly), group=verdict)
-    except RuntimeError as error:
-        reason = result.error or f"ranks lost each other: {_one_line(error)}"
-        return replace(result, records=[], error=reason), False
-    errors = {rank: error for rank, (error, _) in enumerate(answers) if error is not None}
+        dist.all_gather_object(answers, (len(fine), error, orderly), group=verdict)
+    except RuntimeError as lost:
+        reason = error or f"ranks lost each other: {_one_line(lost)}"
+        return _until_failure(batch, fine, reason), False
+    errors = {rank: text for rank, (_, text, _) in enumerate(answers) if text is not None}
     if not errors:
-        return result, True
-    in_step = len(errors) == len(answers) and all(orderly for _, orderly in answers)
-    return replace(result, records=[], error=_by_rank(errors)), in_step
+        return list(own), True
+    counts = [count for count, _, _ in answers]
+    in_step = (
+        len(errors) == len(answers)
+        and min(counts) == max(counts)
+        and all(orderly for _, _, orderly in answers)
+    )
+    return _until_failure(batch, fine[: min(counts)], _by_rank(errors)), in_step
+
+
+def _until_failure(
+    batch: Sequence[Case], fine: Sequence[CaseResult], reason: str
+) -> list[CaseResult]:
+    """Results of a batch of which so many are fine, and the next one failed."""
+    if len(fine) == len(batch):  # the last rank to answer was lost after all of them
+        fine = fine[:-1]
+    rest = batch[len(fine) :]
+    not_run = [CaseResult(case, [], _BATCH_FAILED) for case in rest[1:]]
+    return [*fine, CaseResult(rest[0], [], reason), *not_run]
 
 
 def _failed(case: Case, error: BaseException) -> CaseResult:

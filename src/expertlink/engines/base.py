@@ -2,6 +2,9 @@
 
 An engine receives calls whose host-visible form has been checked (shapes, dtypes, devices, handle)
 and owns everything behind: counting, moving, placing, reducing, waiting, telling peers.
+
+The records of a call are never changed once made. They are not frozen, because building a frozen
+one takes five times as long, which decode notices.
 """
 
 from __future__ import annotations
@@ -12,10 +15,16 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
-from expertlink.types import BlockFormat, DispatchOutput
+from expertlink.types import (
+    BlockFormat,
+    CallStatistics,
+    DispatchBuffers,
+    DispatchOutput,
+    RowKind,
+)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DispatchCall:
     """One dispatch.
 
@@ -29,6 +38,10 @@ class DispatchCall:
         previous: state of an earlier dispatch whose routing is reused, or None.
         zero_padding: unfilled slots of padded layouts must read as zero.
         num_sms: SMs the call may occupy; None: the configuration's, or the engine's choice.
+        quantize_to: the engine quantizes the rows to this format; only where `Engine.quantizes`.
+        buffers: every tensor that the call returns is (a view of) one of these; excludes
+            `output_buffer`. Made by this engine for rows like these.
+        halves: only what sends is launched now; `Dispatched.finish` launches what receives.
     """
 
     x_TW: Tensor
@@ -40,20 +53,27 @@ class DispatchCall:
     previous: object | None = None
     zero_padding: bool = False
     num_sms: int | None = None
+    quantize_to: BlockFormat | None = None
+    buffers: DispatchBuffers | None = None
+    halves: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CombineCall:
     """One combine.
 
     Attributes:
         rows: expert outputs in the layout's shape, contiguous.
         state: state of the dispatch.
-        weighted: apply the routing weights where the layout leaves that to combine.
+        weighted: multiply rows by weights: by `slot_weights` where given, else by the routing
+            weights. Only where the layout leaves that to combine.
         out_TH: `[T, H]` tensor for the result.
         weight_grads: float32, gradient of every slot's weight (expanded layouts: the leading shape
             of the rows; others: that + `[K]`), to be returned as `[T, K]`; or None.
         num_sms: as in `DispatchCall`.
+        slot_weights: a weight for every slot, contiguous, in the leading shape of the rows; those
+            of unfilled slots are never read. None: the routing weights.
+        halves: as in `DispatchCall`.
     """
 
     rows: Tensor
@@ -62,16 +82,19 @@ class CombineCall:
     out_TH: Tensor
     weight_grads: Tensor | None = None
     num_sms: int | None = None
+    slot_weights: Tensor | None = None
+    halves: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Dispatched:
     """A dispatch under way: tensors are allocated, `finish` makes them readable.
 
     Attributes:
         output: what the rank receives.
         state: the engine's memory of the routing; complete once finished.
-        finish: waits for and places the rows; call until it succeeds, on the stream of the call.
+        finish: waits for and places the rows; call until it succeeds, on the stream of the call
+            (with `halves`: on any that comes after it), with gradients off.
         call: sequence number, as in error messages.
         topk_ids_TK: the engine's own copy of the call's ids, where it made one.
     """
@@ -83,7 +106,7 @@ class Dispatched:
     topk_ids_TK: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Combined:
     """A combine under way; fields as in `Dispatched`.
 
@@ -106,6 +129,11 @@ class Engine(Protocol):
         """ "collective", "nvlink", ..."""
         ...
 
+    @property
+    def quantizes(self) -> bool:
+        """True: calls come with unquantized rows and `quantize_to` where the library quantizes."""
+        ...
+
     def dispatch(self, call: DispatchCall) -> Dispatched:
         """Starts a dispatch."""
         ...
@@ -122,6 +150,17 @@ class Engine(Protocol):
         """Expanded layouts: routing weight of every slot; None for an unweighted dispatch."""
         ...
 
+    def make_buffers(self, rows: RowKind) -> DispatchBuffers:
+        """Outputs of the largest shape for such rows, and tables of one routing. Local."""
+        ...
+
+    def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
+        """Expanded layouts: first slot and number of rows of each source rank in each group.
+
+        int32 `[E_loc, R]` each; FLAT: slots of `tokens`, EXPERT_MAJOR: slots of the group.
+        """
+        ...
+
     def refuse(self, operation: str, error: Exception) -> NoReturn:
         """Raises `error`, after telling the ranks that are in the same call where that is possible.
 
@@ -135,6 +174,22 @@ class Engine(Protocol):
 
     def wire_rows(self, state: object) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank by a dispatch, own rank included."""
+        ...
+
+    def enable_statistics(self) -> CallStatistics:
+        """Counts calls from now on; returns the same tensors every time. Local."""
+        ...
+
+    def query_mask(self) -> Tensor:
+        """`[R]` bool on the device: ranks that calls no longer wait for. Local."""
+        ...
+
+    def mask_peer(self, rank: int) -> None:
+        """Calls neither wait for that rank nor send to it from now on. Local."""
+        ...
+
+    def clear_mask(self) -> None:
+        """All ranks take part again. Collective."""
         ...
 
     def memory_estimate(self) -> dict[str, int]:

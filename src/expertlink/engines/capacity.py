@@ -23,6 +23,23 @@ def announced(config: MoECommunicatorConfig, output_buffer: Tensor | None) -> in
     return min(limits, default=UNBOUNDED)
 
 
+def largest_shape(
+    config: MoECommunicatorConfig, *, num_ranks: int, num_local: int
+) -> tuple[int, ...]:
+    """Leading shape of `tokens` with room for whatever a dispatch may bring."""
+    arrivals = num_ranks * config.max_tokens_per_rank
+    if config.layout is DispatchLayout.RANK_MAJOR:
+        return (num_ranks, config.max_tokens_per_rank)
+    if config.layout is DispatchLayout.EXPERT_MAJOR:
+        return (num_local, arrivals)
+    most = arrivals
+    if config.layout is DispatchLayout.FLAT:
+        gaps = num_local * (config.expert_alignment - 1)
+        most = arrivals * min(config.topk, num_local) + gaps
+    limit = config.max_recv_tokens_per_rank
+    return (most if limit is None else min(most, limit),)
+
+
 def check(config: MoECommunicatorConfig, placement: Placement, table: Table, *, call: int) -> None:
     """Refuses a call that would overflow a rank, before any row is sent.
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -19,28 +17,33 @@ from torch import Tensor
 from expertlink import layouts
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import capacity, delivery, extras
-from expertlink.engines.agreement import Agreement, without_counts
+from expertlink.engines.agreement import Agreement, Table, without_counts
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.buffers import into_buffers, into_tokens, largest_output
 from expertlink.engines.header import HeaderFields, Operation
+from expertlink.engines.returning import WayBack
 from expertlink.engines.route import Flight, Packed, Route, Splits, finished
 from expertlink.engines.send_order import MAX_RANKS, KernelSender
 from expertlink.engines.sending import Sender, Sending, TorchSender
+from expertlink.engines.tally import Tally
+from expertlink.engines.unmasked import Unmasked
 from expertlink.engines.wire import Transfer, Wire
 from expertlink.jit.compiler import Launcher, obstacle
 from expertlink.jit.ordered_sum import OrderedSum
-from expertlink.reduction import SumKernel, ordered_sum
+from expertlink.reduction import SumKernel
 from expertlink.routing import Placement
-from expertlink.types import DispatchLayout
+from expertlink.types import CallStatistics, DispatchBuffers, DispatchLayout, RowKind
 from expertlink.validation import explain_ids
 from expertlink.workspace import Workspace
 
 logger = logging.getLogger("expertlink")
 
 
-class CollectiveEngine:
+class CollectiveEngine(Unmasked):
     """See the module's docstring; the contract is `engines.base.Engine`."""
 
     name = "collective"
+    quantizes = False
 
     def __init__(
         self,
@@ -57,30 +60,35 @@ class CollectiveEngine:
         self._check = check_inputs
         self._wire = wire
         experts = placement.experts_of_rank[wire.rank]
+        self._num_local = len(experts)
         # A block of experts is a slice, which costs less than a selection.
         first = experts[0] if experts else 0
         block = experts == tuple(range(first, first + len(experts)))
         self._experts = slice(first, first + len(experts)) if block else list(experts)
         self._workspace = Workspace(self._device)
         self._sender: Sender = TorchSender(placement)
-        self._sum_kernel: SumKernel | None = None
+        self._tally: Tally | None = None
         if config.num_sms_dispatch is not None or config.num_sms_combine is not None:
             logger.warning("num_sms_dispatch and num_sms_combine: torch.distributed decides that")
-        if self._device.type == "cuda":
-            self._compile_kernels()
+        self._way_back = WayBack(
+            config,
+            exchange=self._exchange_rows,
+            workspace=self._workspace,
+            kernel=self._compile_kernels() if self._device.type == "cuda" else None,
+        )
 
-    def _compile_kernels(self) -> None:
+    def _compile_kernels(self) -> SumKernel | None:
         """On GPUs, kernels replace long chains of small operations where they can be compiled."""
         reason = obstacle()
         if reason is not None:
             logger.warning(
                 "the collective engine falls back to slower torch operations: %s", reason
             )
-            return
+            return None
         launcher = Launcher(self._device)
-        self._sum_kernel = OrderedSum(launcher, dtype=self._config.dtype)
         if self._wire.num_ranks <= MAX_RANKS:
             self._sender = KernelSender(launcher, self._placement)
+        return OrderedSum(launcher, dtype=self._config.dtype)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds."""
@@ -114,6 +122,37 @@ class CollectiveEngine:
         assert isinstance(state, Route)
         return list(state.splits.send), list(state.splits.receive)
 
+    def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
+        """Expanded layouts: first slot and rows of each source in each group, `[E_loc, R]`."""
+        starts, counts = layouts.source_ranges(
+            self._layout, finished(state).tokens_per_source, self._config.expert_alignment
+        )
+        both = torch.tensor([starts, counts], dtype=torch.int32)
+        starts_ER, counts_ER = both.view(2, len(counts), self._wire.num_ranks).to(self._device)
+        return starts_ER, counts_ER
+
+    def enable_statistics(self) -> CallStatistics:
+        """Counts calls from now on; `longest_wait_ns` stays 0."""
+        if self._tally is None:
+            self._tally = Tally(
+                rank=self._wire.rank,
+                num_ranks=self._wire.num_ranks,
+                num_local=self._num_local,
+                device=self._device,
+            )
+        return self._tally.totals
+
+    def make_buffers(self, rows: RowKind) -> DispatchBuffers:
+        """Outputs of the largest shape; tables and copies of the rest are made by every call."""
+        output = largest_output(
+            self._config,
+            rows,
+            num_ranks=self._wire.num_ranks,
+            num_local=self._num_local,
+            device=self._device,
+        )
+        return DispatchBuffers(output=output, tables=None, kind=rows)
+
     def refuse(self, operation: str, error: Exception) -> NoReturn:
         """Raises `error` here and `PeerError` on the ranks that exchange headers in this call."""
         kind = Operation[operation.upper()]
@@ -126,6 +165,7 @@ class CollectiveEngine:
 
     def dispatch(self, call: DispatchCall) -> Dispatched:
         """Starts a dispatch: agrees on counts (waits for peers), then rows are on their way."""
+        call = into_tokens(call)
         if call.previous is not None:
             return self._cached_dispatch(call)
         assert call.topk_ids_TK is not None
@@ -147,9 +187,9 @@ class CollectiveEngine:
         capacity.check(self._config, self._placement, table, call=self._wire.call)
         rank = self._wire.rank
         splits = Splits(table.rows[rank], [rows[rank] for rows in table.rows])
-        choices = table.choices[:, self._experts].tolist()
-        counts = [sum(column) for column in zip(*choices, strict=True)]
+        tokens_per_source = table.choices[:, self._experts].tolist()
         packed = packed or self._pack(call, sending, sum(splits.send))
+        counts = [sum(column) for column in zip(*tokens_per_source, strict=True)]
         flight = self._send(call, splits, counts, packed.rows, packed.extras)
         # Everything from here on is queued while rows travel.
         paths = sending.paths()
@@ -160,6 +200,8 @@ class CollectiveEngine:
             rows_of_token=paths.rows_of_token,
             row_of_choice=paths.row_of_choice,
             tokens_per_expert=counts,
+            tokens_per_source=tokens_per_source,
+            choices=self._choices(table, tokens_per_source),
         )
         return self._deliver(call, route, flight)
 
@@ -228,7 +270,9 @@ class CollectiveEngine:
     def _deliver(self, call: DispatchCall, route: Route, flight: Flight) -> Dispatched:
         """What remains to be done about rows in flight."""
         output = delivery.allocate(self._config, call, route, flight.tokens)
-        number = self._wire.call
+        returned, fill = output, None
+        if call.buffers is not None:
+            returned, fill = into_buffers(call.buffers, output)
 
         def receive_extras() -> Tensor | None:
             if flight.extras_move is not None:
@@ -246,44 +290,46 @@ class CollectiveEngine:
             if not self._layout.expanded:
                 scales = receive_extras()
             delivery.place_beside(call, route, output, scales)
+            if fill is not None:
+                fill()
+            if self._tally is not None:
+                row_bytes = extras.row_bytes(call.x_TW)
+                if call.scales is not None:
+                    row_bytes += extras.row_bytes(call.scales)
+                self._tally.add(route.splits, row_bytes, output.num_tokens_per_expert)
 
-        return Dispatched(output=output, state=route, finish=finish, call=number)
+        return Dispatched(output=returned, state=route, finish=finish, call=self._wire.call)
+
+    def _choices(self, table: Table, tokens_per_source: list[list[int]]) -> Splits:
+        """Choices exchanged with each rank."""
+        own = table.choices[self._wire.rank].tolist()
+        sent = [sum(own[e] for e in experts) for experts in self._placement.experts_of_rank]
+        return Splits(sent, [sum(theirs) for theirs in tokens_per_source])
 
     # -- combine ----------------------------------------------------------------------------------
 
     def combine(self, call: CombineCall) -> Combined:
-        """Starts a combine: partial sums are on their way to the tokens' ranks."""
+        """Starts a combine: sums, or rows, are on their way to the tokens' ranks."""
         self._enter(Operation.COMBINE)
         route = finished(call.state)
         agreement = None
         if self._check:
-            grads = call.weight_grads
-            grad_bytes = 0 if grads is None else grads.element_size() * self._config.topk
-            agreement = self._agree(Operation.COMBINE, extra_bytes=grad_bytes)
-        partial_NH, borrowed = self._partial_sums(call, route)
+            beside = self._way_back.bytes_beside(call)
+            agreement = self._agree(Operation.COMBINE, extra_bytes=beside)
+        outgoing = self._way_back.pack(call, route)
         if agreement is not None:
             agreement.conclude()
-        back_shape = (sum(route.splits.send), partial_NH.shape[1])
-        back_nH = self._workspace.take(back_shape, partial_NH.dtype)
-        move = self._exchange_rows(partial_NH, back_nH, route.splits.reversed())
-        finish_grads, grads_TK = None, None
+        finish_rows = self._way_back.start(call, outgoing)
+        grads_TK = finish_grads = None
         if call.weight_grads is not None:
-            grads_TK, finish_grads = self._return_grads(route, call.weight_grads)
+            grads_TK, finish_grads = self._way_back.return_grads(route, call.weight_grads)
 
         def finish() -> None:
-            move.wait()
-            if borrowed:
-                self._workspace.give_back(partial_NH)
-            ordered_sum(
-                back_nH,
-                route.rows_of_token,
-                out=call.out_TH,
-                workspace=self._workspace,
-                kernel=self._sum_kernel,
-            )
-            self._workspace.give_back(back_nH)
+            finish_rows()
             if finish_grads is not None:
                 finish_grads()
+            if self._tally is not None:
+                self._tally.add(outgoing.splits, extras.row_bytes(call.out_TH))
 
         return Combined(out_TH=call.out_TH, weight_grads_TK=grads_TK, finish=finish)
 
@@ -293,57 +339,13 @@ class CollectiveEngine:
         route = finished(state)
         if self._check:
             self._agree(Operation.WEIGHT_GRADS).conclude()
-        grads_TK, finish = self._return_grads(route, weight_grads)
+        grads_TK, finish = self._way_back.return_grads(route, weight_grads)
         finish()
         return grads_TK
 
     def slot_weights(self, state: object) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
         return finished(state).slot_weights()
-
-    def _partial_sums(self, call: CombineCall, route: Route) -> tuple[Tensor, bool]:
-        """`[N, H]` one row per arrival, in the wire type; and whether its memory is borrowed."""
-        assert route.plan is not None
-        if self._layout is DispatchLayout.TOKEN_MAJOR:
-            return call.rows, False  # the caller's rows are the partial sums, in arrival order
-        shape = (sum(route.splits.receive), call.rows.shape[-1])
-        partial_NH = self._workspace.take(shape, call.rows.dtype)
-        if not self._layout.expanded:
-            layouts.collect(route.plan, call.rows, out=partial_NH)
-            return partial_NH, True
-        ordered_sum(
-            call.rows.view(math.prod(call.rows.shape[:-1]), shape[1]),
-            route.plan.slots_of_row,
-            route.weights_NK if call.weighted else None,
-            out=partial_NH,
-            workspace=self._workspace,
-            kernel=self._sum_kernel,
-        )
-        return partial_NH, True
-
-    def _return_grads(self, route: Route, grads: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Sends `[N, K]` gradients back and picks, for every choice, the one of its rank."""
-        assert route.plan is not None
-        if self._layout.expanded:
-            slots = route.plan.slots_of_row
-            padded = torch.nn.functional.pad(grads.reshape(-1), (0, 1))  # slot -1 reads the zero
-            grads_NK = padded[slots]
-        else:
-            grads_NK = grads.new_empty((sum(route.splits.receive), self._config.topk))
-            layouts.collect(route.plan, grads, out=grads_NK)
-        topk = self._config.topk
-        back_nK = grads_NK.new_empty((sum(route.splits.send), topk))
-        move = self._exchange_rows(grads_NK, back_nK, route.splits.reversed())
-        grads_TK = grads.new_zeros((route.num_tokens, topk))
-
-        def finish() -> None:
-            move.wait()
-            if back_nK.numel():
-                row = route.row_of_choice
-                picked = back_nK.gather(0, row.clamp(min=0)) if row.numel() else grads_TK
-                grads_TK.copy_(torch.where(row >= 0, picked, 0.0))
-
-        return grads_TK, finish
 
     # -- shared -----------------------------------------------------------------------------------
 

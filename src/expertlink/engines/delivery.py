@@ -9,8 +9,11 @@ from expertlink import layouts
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import extras
 from expertlink.engines.base import DispatchCall
+from expertlink.engines.buffers import empty_scales
 from expertlink.engines.route import Route
 from expertlink.types import DispatchLayout, DispatchOutput, QuantScales
+
+_ROWS = torch.contiguous_format
 
 
 def allocate(
@@ -24,7 +27,8 @@ def allocate(
         if call.weights_TK is not None or route.weights_NK is not None:
             weights = tokens.new_empty((*shape, config.topk), dtype=config.weight_dtype)
     if call.scales is not None:
-        tensor = call.scales.new_empty((*shape, call.scales.shape[1]))
+        like = call.scales
+        tensor = empty_scales(config, shape, like.shape[1], dtype=like.dtype, device=like.device)
         scales = QuantScales(tensor, call.scale_format)
     # The host knows all counts: they go to the device in one piece.
     counts, received = route.tokens_per_expert, route.splits.receive
@@ -79,7 +83,10 @@ def place_beside(
     assert route.plan is not None
     if output.scales is not None and scales is not None:
         tensor = output.scales.tensor
-        layouts.place(route.plan, scales, tensor, zero_gaps=call.zero_padding)
+        placed = tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=_ROWS)
+        layouts.place(route.plan, scales, placed, zero_gaps=call.zero_padding)
+        if placed is not tensor:  # column by column
+            tensor.copy_(placed)
     if output.topk_ids is not None:
         assert route.local_ids_NK is not None
         output.topk_ids.fill_(-1)

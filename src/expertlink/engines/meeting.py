@@ -26,6 +26,9 @@ _COMMON_FIELDS = (
     "max_recv_tokens_per_rank",
     "zero_copy",
     "static_shapes",
+    "mask_lost_peers",
+    "combine_precision",
+    "scale_order",
 )
 
 

@@ -74,6 +74,8 @@ class Route:
         rows_of_token: `[T, D]` see `routing.ReturnPaths`.
         row_of_choice: `[T, K]` see `routing.ReturnPaths`.
         tokens_per_expert: choices of each local expert.
+        tokens_per_source: `[R][E_loc]` choices of each local expert by the tokens of each rank.
+        choices: choices exchanged with each rank; they are what `combine_precision="exact"` moves.
         local_ids_NK: `[N, K]` int32.
         weights_NK: `[N, K]` float32 or None.
         plan: slots of the arrivals.
@@ -85,6 +87,8 @@ class Route:
     rows_of_token: Tensor
     row_of_choice: Tensor
     tokens_per_expert: list[int]
+    tokens_per_source: list[list[int]]
+    choices: Splits
     local_ids_NK: Tensor | None = None
     weights_NK: Tensor | None = None
     plan: LayoutPlan | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from expertlink.config import MoECommunicatorConfig
+from expertlink.config import NVLINK_ONLY, MoECommunicatorConfig
 from expertlink.engines.base import Engine
 from expertlink.engines.collective import CollectiveEngine
 from expertlink.engines.nvlink import build
@@ -32,11 +32,11 @@ def choose_engine(config: MoECommunicatorConfig, *, device: torch.device) -> Eng
     """
     if config.engine == "collective":
         return EngineChoice("collective", "engine='collective' was asked for")
-    obstacle = build.obstacle(config, device)
+    obstacle = build.obstacle(config, device) or _not_in_mode(config)
     if obstacle is None:
         asked = "engine='nvlink' was asked for" if config.engine == "nvlink" else "GPUs are direct"
         return EngineChoice("nvlink", asked)
-    if config.engine == "nvlink" or config.zero_copy or config.static_shapes:
+    if _must_be_nvlink(config):
         raise _unavailable(config, obstacle)
     return EngineChoice("collective", f"the nvlink engine cannot be used: {obstacle}")
 
@@ -80,16 +80,27 @@ def build_engine(
             )
             return choice, engine
         except EngineUnavailableError as error:
-            if config.engine == "nvlink" or config.zero_copy or config.static_shapes:
+            if _must_be_nvlink(config):
                 raise _unavailable(config, str(error)) from error
             choice = EngineChoice("collective", f"the nvlink engine cannot be used: {error}")
     engine = CollectiveEngine(config, wire=wire, placement=placement, check_inputs=check_inputs)
     return choice, engine
 
 
+def _not_in_mode(config: MoECommunicatorConfig) -> str | None:
+    """What the nvlink engine does not have in the configured mode, or None."""
+    if config.mode == "ht" and config.combine_precision == "exact":
+        return "it has combine_precision='exact' with mode='ll' only"
+    return None
+
+
+def _must_be_nvlink(config: MoECommunicatorConfig) -> bool:
+    return config.engine == "nvlink" or any(getattr(config, name) for name in NVLINK_ONLY)
+
+
 def _unavailable(config: MoECommunicatorConfig, obstacle: str) -> EngineUnavailableError:
     asked = "engine='nvlink'"
     if config.engine != "nvlink":
-        asked = "zero_copy=True" if config.zero_copy else "static_shapes=True"
-        asked += ", which needs the nvlink engine,"
+        name = next(name for name in NVLINK_ONLY if getattr(config, name))
+        asked = f"{name}=True, which needs the nvlink engine,"
     return EngineUnavailableError(f"{asked} cannot be used: {obstacle}")

@@ -9,6 +9,12 @@
 
 constexpr int kMaxWarps = 16;
 
+// Launched to follow each other, like the calls that they are compared with.
+__device__ __forceinline__ void meet_neighbours() {
+    wait_for_predecessor();
+    let_follower_start();
+}
+
 // Calls move(peer, row) for this warp's share of the rows.
 template <typename Move>
 __device__ __forceinline__ void share_rows(const CeilingArguments& a, Move move) {
@@ -37,6 +43,7 @@ __device__ __forceinline__ char* row_at(const long long* first, int peer, long l
 extern "C" __global__ void __launch_bounds__(kMaxWarps * 32) put_rows(const CeilingArguments a) {
     extern __shared__ __align__(128) char slots[];
     __shared__ unsigned long long barriers[kMaxWarps];
+    meet_neighbours();
     if (threadIdx.x % 32 != 0) return;
     char* const slot = slots + threadIdx.x / 32 * a.row_bytes;
     unsigned long long* const barrier = &barriers[threadIdx.x / 32];
@@ -57,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps * 32) put_rows(const Ceil
 extern "C" __global__ void __launch_bounds__(kMaxWarps * 32) get_rows(const CeilingArguments a) {
     extern __shared__ __align__(128) char slots[];
     __shared__ unsigned long long barriers[kMaxWarps];
+    meet_neighbours();
     if (threadIdx.x % 32 != 0) return;
     char* const slot = slots + threadIdx.x / 32 * a.row_bytes;
     unsigned long long* const barrier = &barriers[threadIdx.x / 32];

@@ -16,32 +16,33 @@ struct Choices {
     bool faulty;  // an id is out of range
 };
 
-template <typename Id, bool kKeep, typename Arguments>
-__device__ __forceinline__ void read_ids(const Arguments& a, int token, int first,
-                                         Choices& choices) {
+// The choices from `first` on; `keeps`: a copy of their ids is kept.
+template <typename Arguments>
+__device__ __forceinline__ Choices choices_of(const Arguments& a, int token, int first, bool keeps) {
     const long long at = static_cast<long long>(token) * kTopk + first;
-    const Id* const from = static_cast<const Id*>(a.ids) + at;
-    Id* const kept = static_cast<Id*>(a.ids_copy) + at;
-    Id ids[kChunk];
+    const bool wide = a.flags & kWideIds;
+    long long ids[kChunk];
 #pragma unroll
-    for (int k = 0; k < kChunk; ++k) ids[k] = first + k < kTopk ? from[k] : -1;
+    for (int k = 0; k < kChunk; ++k) {
+        ids[k] = -1;
+        if (first + k >= kTopk) continue;
+        if (wide)
+            ids[k] = static_cast<const long long*>(a.ids)[at + k];
+        else
+            ids[k] = static_cast<const int*>(a.ids)[at + k];
+    }
+    Choices choices;
     choices.faulty = false;
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) {
         choices.expert[k] = ids[k] >= 0 && ids[k] < kNumExperts ? static_cast<int>(ids[k]) : -1;
         choices.faulty |= ids[k] < -1 || ids[k] >= kNumExperts;
-        if (kKeep && first + k < kTopk) kept[k] = ids[k];
+        if (!keeps || first + k >= kTopk) continue;
+        if (wide)
+            static_cast<long long*>(a.ids_copy)[at + k] = ids[k];
+        else
+            static_cast<int*>(a.ids_copy)[at + k] = static_cast<int>(ids[k]);
     }
-}
-
-// The choices from `first` on.
-template <bool kKeep, typename Arguments>
-__device__ __forceinline__ Choices choices_of(const Arguments& a, int token, int first) {
-    Choices choices;
-    if (a.flags & kWideIds)
-        read_ids<long long, kKeep>(a, token, first, choices);
-    else
-        read_ids<int, kKeep>(a, token, first, choices);
     return choices;
 }
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ bool fill_masks(const DispatchArguments& a, unsigned*
         const unsigned bit = 1u << (i % 32);
 #pragma unroll 1
         for (int begin = 0; begin < kTopk; begin += kChunk) {
-            const Choices choices = choices_of<true>(a, first + i, begin);
+            const Choices choices = choices_of(a, first + i, begin, true);
             faulty |= choices.faulty;
             int homes[kChunk];
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ __forceinline__ void place_token(const DispatchArguments& a, const un
     if constexpr (kExpanded) {
 #pragma unroll 1
         for (int begin = 0; begin < kTopk; begin += kChunk) {
-            const Choices choices = choices_of<false>(a, token, begin);
+            const Choices choices = choices_of(a, token, begin, false);
 #pragma unroll
             for (int k = 0; k < kChunk; ++k) {
                 if (begin + k >= kTopk) break;

@@ -1,14 +1,14 @@
 // ll_combine: a combine of few tokens in one launch, or its halves in two.
 //
-// Half of the warps of every block return rows: one partial sum per arrival, or with kExact every expert
-// row, stored in staging memory of the token's rank. The others add up what comes in, token by token.
-// Rows are cut into parts where there are more warps than rows. The roundings are those of reduction.py.
+// First the warps return rows: one partial sum per arrival, or with kExact every expert row, stored in
+// staging memory of the token's rank. Then they add up what comes in, token by token. Rows are cut into
+// parts where there are more warps than rows. The roundings are those of reduction.py.
 
 #include "choices.cuh"
 #include "common/pieces.cuh"
 #include "latency/protocol.cuh"
 
-constexpr int kSumDepth = 4;  // steps that a warp has under way for each term
+constexpr int kSumDepth = 3;  // steps that a warp has under way for each term
 
 struct Sums {
     float value[kSumDepth][kPack];
@@ -306,6 +306,7 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& ca
 __device__ __forceinline__ void load_arrivals(const CombineArguments& a, Arrivals& in) {
     if (threadIdx.x < 32) {
         int carry = 0, most = 0;
+#pragma unroll 1
         for (int first = 0; first < kNumRanks; first += 32) {
             const int rank = first + threadIdx.x;
             const int rows = rank < kNumRanks ? a.rows_from[rank] : 0;
@@ -332,6 +333,7 @@ __device__ __forceinline__ void load_arrivals(const CombineArguments& a, Arrival
 // Rows that travel, for the statistics; one thread for each rank.
 __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const Arrivals& in) {
     if (a.rows_sent == nullptr || blockIdx.x != 0) return;
+#pragma unroll 1
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
         const long long sent = in.rows_from[r], received = a.rows_to[r];
         a.rows_sent[r] += sent;
@@ -348,19 +350,19 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
-    const int senders = !receives ? warps : sends ? warps / 2 : 0;
     if (threadIdx.x == 0) next_send = next_add = 0;
     if (!begin_call(a, call)) return;
     const Watch watch = watch_of(a, call, sends ? call.sending : call.receiving);
-    say_where(a, call);
     if (sends) {
         if (warp == warps - 1 && !peers_have_room(a, call, watch)) call.stopped = 1;
         load_arrivals(a, in);
         if (call.stopped) return;
         keep_statistics(a, in);
-        if (warp < senders) return_rows(a, call, in, senders, &next_send);
+        return_rows(a, call, in, warps, &next_send);
     }
-    if (receives && !add_up(a, call, watch, warps - senders, &next_add)) call.stopped = 1;
+    if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
+    if (!receives || !add_up(a, call, watch, warps, &next_add)) return;
+    if (!sends) say_where(a, call);
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)

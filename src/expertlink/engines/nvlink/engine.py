@@ -22,9 +22,14 @@ from expertlink.engines.nvlink.throughput import HighThroughput, Started
 from expertlink.engines.nvlink.watchdog import DISAGREE, Watchdog
 from expertlink.engines.unmasked import Unmasked
 from expertlink.engines.wire import Wire
-from expertlink.errors import CapacityError, ConfigurationError, InputError
+from expertlink.errors import (
+    CapacityError,
+    ConfigurationError,
+    EngineUnavailableError,
+    InputError,
+)
 from expertlink.routing import Placement
-from expertlink.types import DispatchBuffers, DispatchLayout, RowKind
+from expertlink.types import CallStatistics, DispatchBuffers, DispatchLayout, RowKind
 from expertlink.validation import explain_ids
 
 _ALIGNMENT = 16  # bytes of what bulk copies read and write
@@ -58,6 +63,8 @@ class NvlinkEngine(Unmasked):
         calls: HighThroughput,
         check: bool,
     ) -> None:
+        if config.combine_precision == "exact":
+            raise EngineUnavailableError("combine_precision='exact' needs low-latency kernels")
         self._config, self._wire, self._placement = config, wire, placement
         self.arena, self.watchdog, self._calls = arena, watchdog, calls
         self._check = check
@@ -89,7 +96,7 @@ class NvlinkEngine(Unmasked):
         """Expanded layouts: first slot and rows of each source in each group, `[E_loc, R]`."""
         return expert_ranges(as_route(state), self._config.layout)
 
-    def enable_statistics(self) -> NoReturn:
+    def enable_statistics(self) -> CallStatistics:
         """Refuses: these kernels count nothing."""
         raise ConfigurationError("statistics are kept by mode='ll' on the nvlink engine")
 

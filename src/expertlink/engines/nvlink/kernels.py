@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,6 @@ from expertlink.jit.kernel import Arguments, load_kernel
 from expertlink.types import DispatchLayout
 
 HOME_STRIDE = 1 << 16  # an expert's home is its rank times this, plus its index there
-_THROUGHPUT_KERNELS = ("dispatch", "combine")
-_LATENCY_KERNELS = ("ll_dispatch", "ll_combine")
 LATENCY_WARPS = 16  # of a block of the low-latency kernels
 SHARED_BYTES = 227 * 1024  # of a block on sm_90 and later
 STATIC_BYTES = 10 * 1024  # of which barriers and small tables take this much at most
@@ -113,8 +111,24 @@ def compile_for(
     prelude += constants(kernel_constants(config, plan, num_ranks=num_ranks))
     prelude += structs.DISPATCH.declaration + structs.COMBINE.declaration
     suffix = "_hosted" if hosted else ""
-    names = _LATENCY_KERNELS if latency else _THROUGHPUT_KERNELS
-    return {name: compile_kernel(name, name + suffix, arch, prelude=prelude) for name in names}
+    return {
+        name: compile_kernel(source, source + suffix + variant, arch, prelude=prelude)
+        for name, source, variant in _instances(config, latency=latency)
+    }
+
+
+def _instances(
+    config: MoECommunicatorConfig, *, latency: bool
+) -> Iterator[tuple[str, str, str]]:
+    """Name, source and template arguments of every kernel that a communicator launches."""
+    if not latency:
+        yield "dispatch", "dispatch", ""
+        yield "combine", "combine", ""
+        return
+    yield "ll_dispatch", "ll_dispatch", "<false>"
+    if config.quantization is not None:
+        yield "ll_dispatch_quantized", "ll_dispatch", "<true>"
+    yield "ll_combine", "ll_combine", ""
 
 
 class DeviceRunner:

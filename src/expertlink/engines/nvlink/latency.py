@@ -254,7 +254,8 @@ class LowLatency:
         a.topk_weights = None if output.topk_weights is None else output.topk_weights.data_ptr()
         self._name_rows(a, call, output, weighted)
         a.num_tokens, a.ids = num_tokens, ids.data_ptr()
-        left = self._launch("ll_dispatch", a, flags, call.num_sms, halves=call.halves)
+        name = "ll_dispatch" if call.quantize_to is None else "ll_dispatch_quantized"
+        left = self._launch(name, a, flags, call.num_sms, halves=call.halves)
         return output, route, left
 
     def refuse(self) -> None:
@@ -473,7 +474,7 @@ class LowLatency:
         key = (name, num_sms, half)
         launch = self._launches.get(key)
         if launch is None:
-            config, dispatches = self._config, name == "ll_dispatch"
+            config, dispatches = self._config, name != "ll_combine"
             default = config.num_sms_dispatch if dispatches else config.num_sms_combine
             usual = DISPATCH_SMS if dispatches else COMBINE_SMS
             words = 0

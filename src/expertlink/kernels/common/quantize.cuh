@@ -29,17 +29,52 @@ __device__ __forceinline__ unsigned narrow_e4m3(float low, float high) {
     return pair;
 }
 
-__device__ __forceinline__ float quotient(float value, float scale) {
-    return __fdiv_rn(value, scale);
+// Quotients by one divisor, correctly rounded. With r the rounded reciprocal of s, one correction of
+// x * r by its remainder is exact unless the significand of s is all ones (Markstein, "IA-64 and
+// Elementary Functions", 2000, section 8); remainders that underflow belong to quotients that become 0.
+struct Divisor {
+    float scale, reciprocal;
+    bool plain;  // the correction holds
+
+    __device__ __forceinline__ explicit Divisor(float s) : scale(s), reciprocal(__frcp_rn(s)) {
+        const unsigned bits = __float_as_uint(s);
+        plain = (bits & 0x7fffffu) != 0x7fffffu && bits < 0x7f800000u;
+    }
+
+    __device__ __forceinline__ float operator()(float x) const {
+        const float first = __fmul_rn(x, reciprocal);
+        return __fmaf_rn(__fmaf_rn(-first, scale, x), reciprocal, first);
+    }
+};
+
+__device__ __forceinline__ uint4 pack_e4m3(const float (&q)[16]) {
+    unsigned packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)  // the conversion also clamps to the largest finite number
+        packed[i] = narrow_e4m3(q[4 * i], q[4 * i + 1]) | narrow_e4m3(q[4 * i + 2], q[4 * i + 3]) << 16;
+    return make_uint4(packed[0], packed[1], packed[2], packed[3]);
+}
+
+__device__ __forceinline__ void widen_pieces(const uint4& low, const uint4& high, float (&values)[16]) {
+    const unsigned words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) widen_pair(words[i], values[2 * i], values[2 * i + 1]);
+}
+
+// For the scales that Divisor does not serve.
+__device__ __noinline__ uint4 divide_piece(const uint4 low, const uint4 high, float scale) {
+    float values[16];
+    widen_pieces(low, high, values);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) values[i] = __fdiv_rn(values[i], scale);
+    return pack_e4m3(values);
 }
 
 // Sixteen elements of a row to e4m3. Every lane of a block of 128 gets its scale.
 __device__ __forceinline__ uint4 quantize_piece(const uint4& low, const uint4& high, int kind,
                                                 float& scale) {
-    const unsigned words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     float values[16];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) widen_pair(words[i], values[2 * i], values[2 * i + 1]);
+    widen_pieces(low, high, values);
     // As integers, magnitudes order like numbers, and what is no number is above all others.
     unsigned amax = __float_as_uint(kSmallestAmax);
 #pragma unroll
@@ -49,17 +84,9 @@ __device__ __forceinline__ uint4 quantize_piece(const uint4& low, const uint4& h
         amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
     scale = __fdiv_rn(__uint_as_float(amax), kLargestE4m3);
     if (kind != kFloatScales) scale = power_of(ceil_exponent(scale));
-    unsigned packed[4];
+    const Divisor divisor(scale);
+    if (!divisor.plain) return divide_piece(low, high, scale);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        float q[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float exact = quotient(values[4 * i + j], scale);
-            // Not fminf / fmaxf: what is no number has to stay so.
-            q[j] = exact > kLargestE4m3 ? kLargestE4m3 : exact < -kLargestE4m3 ? -kLargestE4m3 : exact;
-        }
-        packed[i] = narrow_e4m3(q[0], q[1]) | narrow_e4m3(q[2], q[3]) << 16;
-    }
-    return make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    for (int i = 0; i < 16; ++i) values[i] = divisor(values[i]);
+    return pack_e4m3(values);
 }

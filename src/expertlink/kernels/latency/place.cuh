@@ -8,6 +8,7 @@
 // Shared memory of the receiving half.
 struct Arrivals {
     int* first_slot;           // [R, E_loc] first slot of each source's rows of each local expert
+    int* totals;               // [E_loc] rows of each local expert
     int* starts;               // [E_loc + 1] FLAT: first slot of each expert's group
     int rows_from[kNumRanks];  // rows from each rank
     int first_row[kNumRanks];  // rows from the ranks before
@@ -39,6 +40,7 @@ __device__ __forceinline__ void meet(int threads) {
 __device__ __forceinline__ int scan_groups(int* values, int count) {
     const int lane = threadIdx.x % 32;
     int carry = 0;
+#pragma unroll 1
     for (int first = 0; first < count; first += 32) {
         const int own =
             first + lane < count
@@ -65,9 +67,10 @@ __device__ __forceinline__ void report_overflow(const DispatchArguments& a, unsi
     store_release_system(&control->overflowed, transfer);
 }
 
-// What the caller and the handle keep of the counts; block 0.
+// What the caller and the handle keep of the counts.
 __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Arrivals& in,
                                             unsigned transfer, int thread, int threads) {
+#pragma unroll 1
     for (int r = thread; r < kNumRanks; r += threads) {
         a.rows_from[r] = a.rows_from_out[r] = in.rows_from[r];
         a.first_row[r] = in.first_row[r];
@@ -78,38 +81,40 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
                     static_cast<long long>(in.rows_from[r]) * (a.row_bytes + a.scale_bytes);
         }
     }
+#pragma unroll 1
     for (int e = thread; e < a.num_local; e += threads) {
-        // The first slot of the next source would follow the last one's rows.
-        const int count = in.starts[a.num_local + 1 + e];
+        const int count = in.totals[e];
         a.tokens_per_expert[e] = a.counts_out[e] = count;
         if (a.tokens_stat != nullptr) a.tokens_stat[e] += count;
     }
-    for (int e = thread; e <= a.num_local; e += threads) a.offsets_out[e] = in.starts[e];
+    if (kExpanded && !kPadded)
+#pragma unroll 1
+        for (int e = thread; e <= a.num_local; e += threads) a.offsets_out[e] = in.starts[e];
+#pragma unroll 1
     for (int i = thread; i < kNumRanks * a.num_local; i += threads) a.first_slot[i] = in.first_slot[i];
     const int rows = kExpanded && !kPadded ? in.starts[a.num_local] : in.total;
     if (thread == 0 && !kPadded && rows > a.max_slots) report_overflow(a, transfer, rows);
 }
 
-// `threads` threads of a block, numbered by `thread`.
-__device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call& call,
-                                               const Watch& watch, Arrivals& in, int thread,
-                                               int threads) {
+// How many rows come from a rank. Threads of one warp, each for ranks of its own.
+__device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call,
+                                              const Watch& watch, Arrivals& in) {
     char* const base = call.bases[a.rank];
-    const int columns = a.num_local;
-    const unsigned long long began = nanoseconds();
+    const unsigned long long began = a.longest_wait_ns != nullptr ? nanoseconds() : 0;
     bool fine = true;
-    for (int r = thread; r < kNumRanks; r += threads) {
+#pragma unroll 1
+    for (int r = threadIdx.x % 32; r < kNumRanks; r += 32) {
         unsigned long long* const row = count_word(base, watch.transfer, r, 0);
         unsigned head = a.signature, rows = 0;
         bool lost = is_masked(call, r);
         if (!lost) {
-            const Found found = wait_tagged(a, watch, row + kHeadColumn, r, kPhaseReady, head);
+            // The pair is stored at once, but only single words are sure to be read so.
+            Found found = wait_tagged(a, watch, row + kRowsColumn, r, kPhaseReady, rows);
+            if (found == kHere)
+                found = wait_tagged(a, watch, row + kHeadColumn, r, kPhaseReady, head);
             lost = found == kGone;
             fine &= found != kStop;
-            // The pair is stored at once, but read one by one.
-            if (found == kHere)
-                fine &= wait_tagged(a, watch, row + kRowsColumn, r, kPhaseReady, rows) == kHere;
-            if (fine && a.longest_wait_ns != nullptr && blockIdx.x == 0)
+            if (fine && began && blockIdx.x == 0)
                 atomicMax(&a.longest_wait_ns[r], static_cast<long long>(nanoseconds() - began));
         }
         if (fine && counts_as_lost(a, watch.transfer, r, lost)) {
@@ -122,59 +127,96 @@ __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call&
         }
         in.rows_from[r] = lost ? 0 : rows;
     }
+    if (!__all_sync(kAll, fine)) return false;
+    int carry = 0, most = 0;
+#pragma unroll 1
+    for (int first = 0; first < kNumRanks; first += 32) {
+        const int rank = first + threadIdx.x % 32;
+        const int rows = rank < kNumRanks ? in.rows_from[rank] : 0;
+        int sum = rows;
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int other = __shfl_up_sync(kAll, sum, distance);
+            if (threadIdx.x % 32 >= distance) sum += other;
+        }
+        if (rank < kNumRanks) in.first_row[rank] = carry + sum - rows;
+        carry += __shfl_sync(kAll, sum, 31);
+        most = max(most, __reduce_max_sync(kAll, rows));
+    }
+    in.total = carry;
+    in.most = most;
+    return true;
+}
+
+// First slots of one local expert's rows, by source; one thread.
+__device__ __forceinline__ bool receive_column(const DispatchArguments& a, const Call& call,
+                                               const Watch& watch, Arrivals& in, int expert) {
+    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;  // loads under way together
+    char* const base = call.bases[a.rank];
+    int slot = kPadded ? expert * kNumRanks * kMaxTokens : 0;
+    const int begin = slot;
+    bool fine = true;
+    for (int first = 0; first < kNumRanks; first += kAtOnce) {
+        unsigned long long word[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+            word[i] = first + i < kNumRanks
+                          ? load_tagged(count_word(base, watch.transfer, first + i,
+                                                   kFirstCountColumn + expert))
+                          : 0;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int source = first + i;
+            if (source >= kNumRanks) break;
+            unsigned count = static_cast<unsigned>(word[i]);
+            if (is_masked(call, source)) {
+                count = 0;
+            } else if (static_cast<unsigned>(word[i] >> 32) != watch.transfer) {
+                const Found found = wait_tagged(
+                    a, watch,
+                    count_word(base, watch.transfer, source, kFirstCountColumn + expert), source,
+                    kPhaseReady, count);
+                fine &= found != kStop;
+                if (found != kHere) count = 0;
+            }
+            in.first_slot[source * a.num_local + expert] = slot;
+            slot += count;
+        }
+    }
+    in.totals[expert] = slot - begin;
+    return fine;
+}
+
+// The warps from `first_warp` on: slots of everything that will come. False: give up.
+__device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call& call,
+                                               const Watch& watch, Arrivals& in, int first_warp) {
+    const int thread = threadIdx.x - first_warp * 32, threads = blockDim.x - first_warp * 32;
+    bool fine = true;
+    if (thread < 32) fine = receive_heads(a, call, watch, in);
+    // Who is lost has to be known before counts are believed; else both are waited for at once.
+    const bool in_turn = threads == 32 || a.flags & kMaskLost;
+    if (in_turn) meet(threads);
+    const int waiting = in_turn ? 0 : 32;
+#pragma unroll 1
+    for (int e = thread < waiting ? a.num_local : thread - waiting; e < a.num_local;
+         e += threads - waiting)
+        fine &= receive_column(a, call, watch, in, e);
     if (!fine) call.stopped = 1;
     meet(threads);
-    for (int i = thread; i < kNumRanks * columns; i += threads) {
-        const int source = i / columns, expert = i % columns;
-        unsigned count = 0;
-        if (!call.stopped && !is_masked(call, source)) {
-            const unsigned long long* const word =
-                count_word(base, watch.transfer, source, kFirstCountColumn + expert);
-            const Found found = wait_tagged(a, watch, word, source, kPhaseReady, count);
-            // Its rows were announced, so there will be no counts of others in their place.
-            if (found == kStop) call.stopped = 1;
-            if (found != kHere) count = 0;
-        }
-        in.first_slot[i] = count;
-    }
-    if (thread < 32) {
-        int carry = 0, most = 0;
-        for (int r = 0; r < kNumRanks; ++r) {
-            if (thread == 0) in.first_row[r] = carry;
-            carry += in.rows_from[r];
-            most = max(most, in.rows_from[r]);
-        }
-        if (thread == 0) {
-            in.total = carry;
-            in.most = most;
-        }
-    }
-    meet(threads);
     if (call.stopped) return false;
-    int* const totals = in.starts + columns + 1;
-    for (int e = thread; e < columns; e += threads) {
-        int total = 0;
-        for (int r = 0; r < kNumRanks; ++r) {
-            int& slot = in.first_slot[r * columns + e];
-            const int count = slot;
-            slot = total;
-            total += count;
+    if (kExpanded && !kPadded) {
+#pragma unroll 1
+        for (int e = thread; e < a.num_local; e += threads) in.starts[e] = in.totals[e];
+        meet(threads);
+        if (thread < 32) {
+            const int end = scan_groups(in.starts, a.num_local);
+            if (thread == 0) in.starts[a.num_local] = end;
         }
-        in.starts[e] = totals[e] = total;
+        meet(threads);
+#pragma unroll 1
+        for (int i = thread; i < kNumRanks * a.num_local; i += threads)
+            in.first_slot[i] += in.starts[i % a.num_local];
+        meet(threads);
     }
-    meet(threads);
-    if (thread < 32) {
-        const int end = scan_groups(in.starts, columns);
-        if (thread == 0) in.starts[columns] = end;
-    }
-    meet(threads);
-    if (kExpanded)
-        for (int i = thread; i < kNumRanks * columns; i += threads) {
-            const int expert = i % columns;
-            in.first_slot[i] += kPadded ? expert * kNumRanks * kMaxTokens : in.starts[expert];
-        }
-    meet(threads);
-    if (blockIdx.x == 0) keep_counts(a, in, watch.transfer, thread, threads);
     return true;
 }
 
@@ -240,6 +282,31 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
     return found;
 }
 
+// Four bytes of a row's scales to their place; the last may be fewer.
+__device__ __forceinline__ void store_scale(const DispatchArguments& a, int slot, int word,
+                                            unsigned value) {
+    const int columns = a.scale_bytes / a.scale_item;
+    long long at = static_cast<long long>(slot) * a.scale_bytes + word * 4;
+    int step = 1;  // bytes from one byte to the next
+    if (a.scale_stride != 0) {
+        // Column by column: [group, column, slot of the group].
+        const int group = slot / a.scale_stride, column = word * 4 / a.scale_item;
+        at = (static_cast<long long>(group) * columns + column) * a.scale_stride +
+             (slot - group * a.scale_stride);
+        at = at * a.scale_item + word * 4 % a.scale_item;
+        step = a.scale_item < 4 ? a.scale_stride : 1;
+    }
+    if (step == 1 && a.scale_bytes % 4 == 0) {
+        *reinterpret_cast<unsigned*>(a.scales_out + at) = value;
+        return;
+    }
+    const int item = step == 1 ? 4 : a.scale_item;
+#pragma unroll 1
+    for (int i = 0; i < 4 && word * 4 + i < a.scale_bytes; ++i)
+        a.scales_out[at + static_cast<long long>(i / item) * item * step + i % item] =
+            static_cast<char>(value >> 8 * i);
+}
+
 // Copies the scales of a row, word by word, to the slots that lanes hold.
 __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, const Call& call,
                                                 const Watch& watch, int source, int position,
@@ -250,7 +317,7 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
         staged_row(call.bases[a.rank], watch.transfer, staged) + kScalesAt);
     const unsigned* const escapes = escape_words(call.bases[a.rank], watch.transfer, staged);
     const unsigned targets = __ballot_sync(kAll, target >= 0);
-    const int columns = a.scale_bytes / a.scale_item;
+#pragma unroll 1
     for (int first = 0; first * 4 < a.scale_bytes; first += 32) {
         const int word = first + lane;
         const bool exists = word * 4 < a.scale_bytes;
@@ -278,31 +345,16 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
         }
         if (found == kGone) value = 0;
         if (__any_sync(kAll, found == kStop)) return kStop;
+#pragma unroll 1
         for (unsigned left = targets; left; left &= left - 1) {
-            const long long slot = __shfl_sync(kAll, target, __ffs(left) - 1);
-            if (!exists) continue;
-            if (a.scale_stride == 0) {
-                char* const to = a.scales_out + slot * a.scale_bytes + word * 4;
-                if (a.scale_bytes % 4 == 0)
-                    *reinterpret_cast<unsigned*>(to) = value;
-                else
-                    for (int i = 0; i < 4 && word * 4 + i < a.scale_bytes; ++i)
-                        to[i] = static_cast<char>(value >> 8 * i);
-                continue;
-            }
-            // Column by column: [group, column, slot of the group].
-            for (int i = 0; i < 4 && word * 4 + i < a.scale_bytes; ++i) {
-                const int column = (word * 4 + i) / a.scale_item, byte = (word * 4 + i) % a.scale_item;
-                const long long at =
-                    (slot / a.scale_stride * columns + column) * a.scale_stride + slot % a.scale_stride;
-                a.scales_out[at * a.scale_item + byte] = static_cast<char>(value >> 8 * i);
-            }
+            const int slot = __shfl_sync(kAll, target, __ffs(left) - 1);
+            if (exists) store_scale(a, slot, word, value);
         }
     }
     return kHere;
 }
 
-constexpr int kPlaceDepth = 7;
+constexpr int kPlaceDepth = 4;
 
 // One part of an arrival to all its slots. False: give up.
 __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call,
@@ -313,21 +365,27 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     char* const base = call.bases[a.rank];
     char* const row = staged_row(base, watch.transfer, staged);
     const unsigned* const escapes = escape_words(base, watch.transfer, staged);
-    Pieces<kPlaceDepth> pieces;
-    pieces.look_at(row, range.first, range.last, a.row_bytes);
-    int target;
-    Found found = receive_beside(a, call, watch, in, source, position, is_first, target);
-    if (found == kStop) return false;
-    bool gone = found == kGone;
-    if (gone && kExpanded) target = -1;
-    const unsigned targets = __ballot_sync(kAll, target >= 0);
-    for (int first = range.first;;) {
+    int target = -1;
+    unsigned targets = 0;
+    bool gone = false;
+#pragma unroll 1
+    for (int first = range.first; first < range.last; first += kPlaceDepth) {
+        Pieces<kPlaceDepth> pieces;
+        pieces.look_at(row, first, range.last, a.row_bytes);
+        if (first == range.first) {  // while the first pieces are on their way
+            const Found found = receive_beside(a, call, watch, in, source, position, is_first, target);
+            if (found == kStop) return false;
+            gone = found == kGone;
+            if (gone && kExpanded) target = -1;
+            targets = __ballot_sync(kAll, target >= 0);
+        }
         if (!gone) {
-            found = pieces.settle(a, watch, row, escapes, first, source, position);
+            const Found found = pieces.settle(a, watch, row, escapes, first, source, position);
             if (found == kStop) return false;
             gone = found == kGone;
         }
         if (gone) pieces.clear();
+#pragma unroll 1
         for (unsigned left = targets; left; left &= left - 1) {
             const int slot = __shfl_sync(kAll, target, __ffs(left) - 1);
             char* const to = a.tokens + static_cast<long long>(slot) * a.row_bytes;
@@ -339,9 +397,6 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
             }
         }
         pieces.put_back(row, first, range.last, a.row_bytes);
-        first += kPlaceDepth;
-        if (first >= range.last) break;
-        pieces.look_at(row, first, range.last, a.row_bytes);
     }
     if (!is_last || a.scale_bytes == 0) return true;
     return receive_scales(a, call, watch, source, position, target, gone) != kStop;
@@ -376,18 +431,22 @@ __device__ __forceinline__ void clear_rest(const DispatchArguments& a, const Arr
                                            int warps) {
     const int lane = threadIdx.x % 32;
     if (kLayoutIsRankMajor) {
+#pragma unroll 1
         for (int slot = warp; slot < kNumRanks * kMaxTokens; slot += warps)
             if (slot % kMaxTokens >= in.rows_from[slot / kMaxTokens]) clear_choices(a, slot);
     } else if (!kExpanded) {
+#pragma unroll 1
         for (int slot = in.total + warp; slot < a.max_slots; slot += warps) clear_choices(a, slot);
     } else if (!kPadded && kAlignment > 1) {
+#pragma unroll 1
         for (int e = warp; e < a.num_local; e += warps) {
-            const int begin = in.starts[e] + in.starts[a.num_local + 1 + e];
+            const int begin = in.starts[e] + in.totals[e];
             const int end = min(in.starts[e + 1], a.max_slots);
             for (long long slot = begin; slot < end; ++slot) {
                 for (int at = lane * 16; at < a.row_bytes; at += kStepBytes)
                     *reinterpret_cast<uint4*>(a.tokens + slot * a.row_bytes + at) =
                         make_uint4(0, 0, 0, 0);
+#pragma unroll 1
                 for (int i = lane; i < a.scale_bytes; i += 32) {
                     const int column = i / a.scale_item, byte = i % a.scale_item;
                     const long long at = a.scale_stride == 0

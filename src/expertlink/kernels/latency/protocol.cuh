@@ -150,6 +150,7 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call) {
             if (lane == 0) call.masked[word] = bits;
         }
     }
+#pragma unroll 1
     for (int rank = threadIdx.x; rank < kNumRanks; rank += blockDim.x)
         call.bases[rank] = a.bases[rank];
     if (threadIdx.x == blockDim.x - 1) {
@@ -180,6 +181,7 @@ __device__ __forceinline__ Watch watch_of(const Arguments& a, const Call& call, 
 template <typename Arguments>
 __device__ __forceinline__ void say_where(const Arguments& a, const Call& call) {
     if (blockIdx.x != 0 || threadIdx.x >= 32) return;
+#pragma unroll 1
     for (int step = threadIdx.x; step < kNumRanks; step += 32) {
         const int peer = (a.rank + step) % kNumRanks;
         if (is_masked(call, peer)) continue;
@@ -193,42 +195,69 @@ __device__ __forceinline__ void say_where(const Arguments& a, const Call& call) 
 
 enum Found { kHere, kGone, kStop };  // came; its rank is masked; give up
 
-// The slow half of a wait, by one lane or several alike: whether to go on waiting (kHere).
-template <typename Arguments>
-__device__ __forceinline__ Found look(const Arguments& a, const Watch& watch, Phase phase, int peer,
-                                      unsigned expected, unsigned seen, int index,
-                                      unsigned long long& since) {
-    if (load_relaxed_system(&a.counters->masked[peer]) != 0) return kGone;
-    if (gave_up(watch)) return kStop;
+// What is not inlined takes structs by value and returns one word: pointers would cost a stack.
+constexpr unsigned long long kLookedGone = 1, kLookedStop = 2;
+
+// The slow half of a wait, by one lane or several alike: when it began, or that it is over.
+__device__ __noinline__ unsigned long long look_slowly(const Watch watch, unsigned* masked,
+                                                       bool masks_lost, Phase phase, int peer,
+                                                       unsigned expected, unsigned seen, int index,
+                                                       unsigned long long since) {
+    if (load_relaxed_system(masked) != 0) return kLookedGone;
+    if (gave_up(watch)) return kLookedStop;
     const unsigned long long now = nanoseconds();
     if (since == 0) since = now;
     const unsigned long long limit =
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
-    if (now - since < limit) return kHere;
-    if (a.flags & kMaskLost) {
+    if (now - since < limit) return since;
+    if (masks_lost) {
         // Whoever waits for this rank learns it at the next look.
-        atomicExch(&a.counters->masked[peer], 1u);
-        return kGone;
+        atomicExch(masked, 1u);
+        return kLookedGone;
     }
     report(watch, phase, peer, expected, seen, index, now - since);
-    return kStop;
+    return kLookedStop;
 }
 
-// Waits for a word that carries its transfer; one lane for itself.
+template <typename Arguments>
+__device__ __forceinline__ Found look(const Arguments& a, const Watch& watch, Phase phase, int peer,
+                                      unsigned expected, unsigned seen, int index,
+                                      unsigned long long& since) {
+    since = look_slowly(watch, &a.counters->masked[peer], a.flags & kMaskLost, phase, peer, expected,
+                        seen, index, since);
+    return since == kLookedGone ? kGone : since == kLookedStop ? kStop : kHere;
+}
+
+// Waits for a word that carries its transfer: what it carries, with what was found above it.
+__device__ __noinline__ unsigned long long wait_slowly(const Watch watch, unsigned* masked,
+                                                       bool masks_lost,
+                                                       const unsigned long long* word, int peer,
+                                                       Phase phase) {
+    unsigned long long since = 0;
+    for (unsigned spins = 1;; ++spins) {
+        const unsigned long long now = load_tagged(word);
+        if (static_cast<unsigned>(now >> 32) == watch.transfer) return tagged(kHere, now);
+        if (spins % kSpinsBetweenLooks != 0) continue;
+        since = look_slowly(watch, masked, masks_lost, phase, peer, watch.transfer,
+                            static_cast<unsigned>(now >> 32), 0, since);
+        if (since == kLookedGone) return tagged(kGone, 0);
+        if (since == kLookedStop) return tagged(kStop, 0);
+    }
+}
+
+// One lane for itself.
 template <typename Arguments>
 __device__ __forceinline__ Found wait_tagged(const Arguments& a, const Watch& watch,
                                              const unsigned long long* word, int peer, Phase phase,
                                              unsigned& value) {
-    unsigned long long since = 0;
-    for (unsigned spins = 1;; ++spins) {
-        const unsigned long long now = load_tagged(word);
-        value = static_cast<unsigned>(now);
-        if (static_cast<unsigned>(now >> 32) == watch.transfer) return kHere;
-        if (spins % kSpinsBetweenLooks != 0) continue;
-        const Found found = look(a, watch, phase, peer, watch.transfer,
-                                 static_cast<unsigned>(now >> 32), 0, since);
-        if (found != kHere) return found;
+    unsigned long long now = load_tagged(word);
+    Found found = kHere;
+    if (static_cast<unsigned>(now >> 32) != watch.transfer) {
+        now = wait_slowly(watch, &a.counters->masked[peer], a.flags & kMaskLost, word, peer, phase);
+        found = static_cast<Found>(now >> 32);
     }
+    value = static_cast<unsigned>(now);
+    return found;
 }
 
 // Peers have read what this rank sent kSets transfers ago. One warp; false: give up.
@@ -237,6 +266,7 @@ __device__ __forceinline__ bool peers_have_room(const Arguments& a, const Call& 
                                                 const Watch& watch) {
     const unsigned wanted = watch.transfer - kSets;
     bool fine = true;
+#pragma unroll 1
     for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32) {
         if (is_masked(call, peer)) continue;
         const unsigned* const word = credit_word(call.bases[a.rank], peer);

@@ -21,6 +21,7 @@ __device__ __forceinline__ Masks masks_in(int* memory, int num_tokens) {
 
 __device__ __forceinline__ int bits_in(const unsigned* mask, int words) {
     int bits = 0;
+#pragma unroll 1
     for (int word = 0; word < words; ++word) bits += __popc(mask[word]);
     return bits;
 }
@@ -39,10 +40,13 @@ template <typename Arguments>
 __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& masks, int chunk) {
     const int lane = threadIdx.x % 32;
     const int bits = kExpertChunk * masks.words;
+#pragma unroll 1
     for (int i = threadIdx.x; i < bits; i += blockDim.x) masks.experts[i] = 0;
     if (chunk == 0)
+#pragma unroll 1
         for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) masks.homes[e] = a.home_of[e];
     bool filled = false;
+#pragma unroll 1
     for (int word = threadIdx.x / 32; word < masks.words; word += blockDim.x / 32) {
         const int token = word * 32 + lane;
         unsigned goes_to[kRankWords] = {};
@@ -52,8 +56,7 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
 #pragma unroll
             for (int k = 0; k < kChunk; ++k) choices.expert[k] = -1;
             if (token < a.num_tokens)
-                choices = blockIdx.x == 0 && chunk == 0 ? choices_of<true>(a, token, begin)
-                                                        : choices_of<false>(a, token, begin);
+                choices = choices_of(a, token, begin, blockIdx.x == 0 && chunk == 0);
             if (!filled) __syncthreads();  // the ids are on their way while the memory is cleared
             filled = true;
 #pragma unroll
@@ -70,6 +73,7 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
             }
         }
         if (chunk == 0)
+#pragma unroll 4
             for (int rank = 0; rank < kNumRanks; ++rank) {
                 unsigned own = 0;
 #pragma unroll
@@ -125,34 +129,39 @@ __device__ __forceinline__ int position_at(const Call& call, const Masks& masks,
     return has_token(mask, token) ? place_in(mask, token) : -1;
 }
 
-// What travels beside a token's rows: for each choice its local expert, place and weight; the token.
-// One warp for a token; chunks of experts fill in the choices that they know.
+// What belongs to a token's choices; lane k has that of choice k.
+struct Beside {
+    int expert;       // global, -1: none
+    unsigned weight;  // bits of a float
+
+    template <typename Arguments>
+    __device__ __forceinline__ void load(const Arguments& a, int token) {
+        const int lane = threadIdx.x % 32;
+        expert = -1;
+        weight = 0;
+        if (lane >= kTopk) return;
+        expert = expert_of(a, token, lane);
+        if (a.flags & kNewWeights)
+            weight = __float_as_uint(a.weights[static_cast<long long>(token) * kTopk + lane]);
+    }
+};
+
+// Tells a token's ranks, for each choice, its local expert, place and weight; and which token it is. One
+// warp; chunks of experts fill in the choices that they know.
 template <typename Arguments>
 __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call, const Masks& masks,
-                                            int token, int chunk) {
+                                            const Beside& beside, int token, int chunk) {
     const int lane = threadIdx.x % 32;
-    int home = -1, place = 0;
-    unsigned weight = 0;
-    bool in_chunk = false;
-    if (lane < kTopk) {
-        const int expert = expert_of(a, token, lane);
-        if (a.flags & kNewWeights) {
-            const long long at = static_cast<long long>(token) * kTopk + lane;
-            weight = __float_as_uint(a.weights[at]);
-            if (chunk == 0) a.weights_copy[at] = __uint_as_float(weight);
-        }
-        if (expert >= 0) home = masks.homes[expert];
-        in_chunk = expert >= chunk && expert < chunk + kExpertChunk;
-        if (in_chunk) place = place_in(masks.experts + (expert - chunk) * masks.words, token);
-    }
+    const int expert = beside.expert;
+    const int home = expert >= 0 ? masks.homes[expert] : -1;
+    const bool in_chunk = expert >= chunk && expert < chunk + kExpertChunk && expert >= 0;
+    const int place =
+        in_chunk ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
     int found = 0;
+#pragma unroll 1
     for (int first = 0; first < kNumRanks; first += 32) {
         const int position = position_at(call, masks, token, first);
         const unsigned there = __ballot_sync(kAll, position >= 0);
-        if (position >= 0)
-            a.slots_of_token[token * kCopies + found + __popc(there & ((1u << lane) - 1u))] =
-                (first + lane) * kMaxTokens + position;
-        found += __popc(there);
         for (unsigned left = there; left; left &= left - 1) {
             const int peer = first + __ffs(left) - 1;
             const int slot =
@@ -163,11 +172,19 @@ __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call
             if (lane < kTopk && (local ? in_chunk : chunk == 0))
                 store_tagged_pair(
                     beside_words(call.bases[peer], call.sending, slot, lane), call.sending,
-                    local ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u, weight);
-            if (lane == 0 && chunk == 0)
+                    local ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u,
+                    beside.weight);
+            if (lane == kTopk % 32 && chunk == 0)
                 store_tagged_pair(beside_words(call.bases[peer], call.sending, slot, kTopk),
                                   call.sending, token, 0u);
         }
+        if (position >= 0)
+            a.slots_of_token[token * kCopies + found + __popc(there & ((1u << lane) - 1u))] =
+                (first + lane) * kMaxTokens + position;
+        found += __popc(there);
     }
+#pragma unroll 1
     for (int i = found + lane; i < kCopies; i += 32) a.slots_of_token[token * kCopies + i] = -1;
+    if (lane < kTopk && chunk == 0 && a.flags & kNewWeights)
+        a.weights_copy[static_cast<long long>(token) * kTopk + lane] = __uint_as_float(beside.weight);
 }

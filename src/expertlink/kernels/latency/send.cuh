@@ -4,38 +4,33 @@
 #include "common/quantize.cuh"
 #include "latency/route.cuh"
 
-// Some steps of a token's row as they travel.
+// Some steps of a token's row: loaded, then made what travels.
 template <bool kQuantized>
 struct Part {
-    static constexpr int kDepth = kQuantized ? 4 : 7;
+    static constexpr int kDepth = kQuantized ? 2 : 4;
     uint4 piece[kDepth];
+    uint4 rest[kQuantized ? kDepth : 1];  // second half of what a piece is made of
     float scale[kQuantized ? kDepth : 1];
 
-    __device__ __forceinline__ void load(const char* row, int first, int last, int bytes, int kind) {
+    __device__ __forceinline__ void load(const char* row, int first, int last, int bytes) {
         const int lane = threadIdx.x % 32;
-        if constexpr (kQuantized) {
-            uint4 low[kDepth], high[kDepth];
-            const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (int i = 0; i < kDepth; ++i) {
-                const int at = (first + i) * kStepBytes + lane * 16;
-                const bool exists = first + i < last && at < bytes;
-                // Sixteen elements of two bytes each.
-                const uint4* const from = reinterpret_cast<const uint4*>(row + 2 * at);
-                low[i] = exists ? from[0] : zero;
-                high[i] = exists ? from[1] : zero;
-            }
+        for (int i = 0; i < kDepth; ++i) {
+            const int at = (first + i) * kStepBytes + lane * 16;
+            const bool exists = first + i < last && at < bytes;
+            // Sixteen elements are twice as long before they are quantized.
+            const uint4* const from =
+                reinterpret_cast<const uint4*>(row + (kQuantized ? 2 * at : at));
+            piece[i] = exists ? from[0] : make_uint4(0, 0, 0, 0);
+            if constexpr (kQuantized) rest[i] = exists ? from[1] : make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    __device__ __forceinline__ void make(int first, int last, int kind) {
+        if constexpr (kQuantized) {
 #pragma unroll
             for (int i = 0; i < kDepth; ++i)
-                piece[i] = quantize_piece(low[i], high[i], kind, scale[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < kDepth; ++i) {
-                const int at = (first + i) * kStepBytes + lane * 16;
-                piece[i] = first + i < last && at < bytes
-                               ? *reinterpret_cast<const uint4*>(row + at)
-                               : make_uint4(0, 0, 0, 0);
-            }
+                if (first + i < last) piece[i] = quantize_piece(piece[i], rest[i], kind, scale[i]);
         }
     }
 
@@ -93,6 +88,7 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
     const char* const from = a.scales + static_cast<long long>(token) * a.scale_bytes;
     unsigned* const to = reinterpret_cast<unsigned*>(row + kScalesAt);
     unsigned strange = 0;
+#pragma unroll 1
     for (int word = threadIdx.x % 32; word * 4 < a.scale_bytes; word += 32) {
         unsigned value = 0;
         for (int i = 3; i >= 0; --i) value = value << 8 | byte_at(from, word * 4 + i, a.scale_bytes);
@@ -108,7 +104,9 @@ __device__ __forceinline__ void store_part(const DispatchArguments& a, const Cal
                                            const Masks& masks, const Part<kQuantized>& part, int token,
                                            int first, int last, bool with_scales) {
     const int turn = (a.rank + token) % kNumRanks;
+#pragma unroll 1
     for (int half = 0; half < 2; ++half)  // ranks from `turn` on, then those before it
+#pragma unroll 1
         for (int group = half == 0 ? turn / 32 * 32 : 0; group < (half == 0 ? kNumRanks : turn + 1);
              group += 32) {
             const int position = position_at(call, masks, token, group);
@@ -140,38 +138,43 @@ template <bool kQuantized, typename Counted>
 __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Call& call,
                                           const Masks& masks, int warps, int* next,
                                           const Counted& counted) {
+    constexpr int kDepth = Part<kQuantized>::kDepth;
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
     const int parts = parts_of(a.num_tokens, steps, warps * gridDim.x);
-    const int items = a.num_tokens * parts;
-    bool sends = threadIdx.x / 32 < warps;
+    const int items = threadIdx.x / 32 < warps ? a.num_tokens * parts : 0;
     int item = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-    Part<kQuantized> part;
+    int token = 0, share = 0, first = 0;
     Steps range{0, 0};
-    const char* row = nullptr;
-    const auto load = [&](int first) {
-        part.load(row, first, range.last, a.row_bytes, a.scale_kind);
-    };
-    const auto open = [&] {
-        range = steps_of(item % parts, parts, steps);
-        row = a.x + static_cast<long long>(item / parts) * a.input_bytes;
-        load(range.first);
-    };
-    sends = sends && item < items;
-    if (sends) open();  // on its way while the tokens are counted
-    if (!counted()) return false;
-    while (sends) {
-        const int token = item / parts;
-        for (int first = range.first;;) {
-            const bool ends = first + Part<kQuantized>::kDepth >= range.last;
-            store_part(a, call, masks, part, token, first, range.last,
-                       ends && item % parts == parts - 1 && a.scales != nullptr);
-            if (ends) break;
-            first += Part<kQuantized>::kDepth;
-            load(first);
+    bool begins = true, counts = true;  // a part; the whole half
+#pragma unroll 1
+    for (;;) {
+        const bool sends = item < items;
+        Part<kQuantized> part;
+        Beside beside;
+        if (sends) {
+            if (begins) {
+                token = item / parts;
+                share = item - token * parts;
+                range = steps_of(share, parts, steps);
+                first = range.first;
+            }
+            part.load(a.x + static_cast<long long>(token) * a.input_bytes, first, range.last,
+                      a.row_bytes);
+            if (begins && share == 0) beside.load(a, token);
         }
-        item = next_item(next);
-        sends = item < items;
-        if (sends) open();
+        // The first rows are on their way while the tokens are counted.
+        if (counts && !counted()) return false;
+        counts = false;
+        if (!sends) return true;
+        // With several chunks of experts it has been told already.
+        if (begins && share == 0 && kExpertChunk >= kNumExperts)
+            send_beside(a, call, masks, beside, token, 0);
+        part.make(first, range.last, a.scale_kind);
+        const bool ends = first + kDepth >= range.last;
+        store_part(a, call, masks, part, token, first, range.last,
+                   ends && share == parts - 1 && a.scales != nullptr);
+        first += kDepth;
+        begins = ends;
+        if (ends) item = next_item(next);
     }
-    return true;
 }

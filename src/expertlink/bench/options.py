@@ -1,0 +1,277 @@
+"""Options of `expertlink bench`: as they are typed, and the cases and the plan they stand for."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from expertlink.bench.cases import (
+    Case,
+    Plan,
+    default_fields,
+    default_variants,
+    grid,
+    parse_ints,
+    parse_names,
+)
+from expertlink.bench.environment import usable_cores
+from expertlink.bench.overlap import DEFAULT_GEMM
+from expertlink.errors import ConfigurationError
+from expertlink.launch import RankContext
+
+_DEFAULT_CPU_RANKS = 4
+_LEAST_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Options of `expertlink bench` as they were typed; lists are separated by commas.
+
+    None leaves a choice to the machine and the mode (see `cases.default_fields`) or, for `topk` and
+    `experts`, to the trace.
+    """
+
+    ranks: int | None = None
+    tokens: str | None = None
+    hidden: str | None = None
+    topk: str | None = None
+    experts: str | None = None
+    dtype: str = "bfloat16"
+    layout: str | None = None
+    routing: str | None = None
+    uneven: bool = False
+    mode: str = "ht"
+    variant: str | None = None
+    quantization: str | None = None
+    max_tokens_per_rank: int | None = None
+    engine: str = "auto"
+    num_sms: str | None = None
+    num_sms_dispatch: str | None = None
+    num_sms_combine: str | None = None
+    ceiling_sms: int = 24
+    calls_per_graph: int = 20
+    overlap: bool = False
+    gemm: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    iters: int = 50
+    warmup: int = 5
+    inputs: int = 4
+    seed: int = 0
+    timeout: float = 300.0
+    trace: Path | None = None
+    out: Path | None = None
+    append: bool = False
+    verbose: bool = False
+
+
+def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]:
+    """All combinations of the listed options.
+
+    Raises:
+        ExpertlinkError: an option, or a combination of options, cannot be measured.
+    """
+    engines = _some(options.engine, "engine")
+    modes = _some(options.mode, "mode")
+    trace = None if options.trace is None else str(options.trace)
+    cases: list[Case] = []
+    for (dispatch, combine), engine, mode in product(_budgets(options), engines, modes):
+        lists = _lists(options, device, engine, mode)
+        fixed = {
+            "ranks": ranks,
+            "engine": engine,
+            "mode": mode,
+            "uneven": options.uneven,
+            "trace": trace,
+            "num_sms_dispatch": dispatch,
+            "num_sms_combine": combine,
+            "max_tokens_per_rank": _most_tokens(options, mode, lists["tokens"]),
+        }
+        cases += grid(fixed=fixed, **lists)
+    for case in cases:
+        if device == "cpu" and case.calls.needs_nvlink:
+            raise ConfigurationError(
+                f"variant={case.variant!r} cannot be measured on CPU ranks: it needs the nvlink "
+                "engine, which moves rows between GPUs"
+            )
+        if case.routing != "trace":
+            continue
+        recorded = _trace_shape(Path(case.trace or ""))
+        if [case.topk] != recorded["topk"] or [case.experts] != recorded["experts"]:
+            raise ConfigurationError(
+                f"topk={case.topk}, experts={case.experts} cannot be replayed from the trace, "
+                f"which has topk={recorded['topk'][0]}, experts={recorded['experts'][0]}"
+            )
+    return cases
+
+
+def _lists(options: BenchOptions, device: str, engine: str, mode: str) -> dict[str, Sequence[Any]]:
+    """Values of the fields that vary; those that need another communicator vary slowest."""
+    lists: dict[str, Sequence[Any]] = default_fields(device, mode)
+    lists["variant"] = default_variants(device, mode, engine)
+    lists["dtype"] = parse_names(options.dtype)
+    lists["routing"] = parse_names(
+        options.routing or ("balanced" if options.trace is None else "trace")
+    )
+    if options.trace is not None:
+        lists |= _trace_shape(options.trace)
+    for name in ("tokens", "hidden", "topk", "experts"):
+        text = getattr(options, name)
+        if text is not None:
+            lists[name] = parse_ints(text, name=name)
+    for name in ("layout", "variant", "quantization"):
+        text = getattr(options, name)
+        if text is not None:
+            lists[name] = [None if item == "none" else item for item in parse_names(text)]
+    slow = {
+        "ht": ("dtype", "quantization", "routing", "tokens", "hidden", "topk", "experts", "layout"),
+        "ll": ("dtype", "quantization", "layout", "hidden", "topk", "experts", "routing", "tokens"),
+    }
+    return {name: lists[name] for name in (*slow.get(mode, slow["ll"]), "variant")}
+
+
+def _most_tokens(options: BenchOptions, mode: str, tokens: Sequence[int]) -> int | None:
+    """T_max: in mode "ll" one for all T, so that they share a communicator as decode steps do."""
+    if options.max_tokens_per_rank is not None or mode != "ll":
+        return options.max_tokens_per_rank
+    return max(_LEAST_MAX_TOKENS, *tokens) if tokens else None
+
+
+def _some(text: str, name: str) -> list[str]:
+    names = parse_names(text)
+    if not names:
+        raise ConfigurationError(f"{name}: at least one value is needed")
+    return names
+
+
+def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
+    """SMs of dispatch and combine, in pairs; a single value stands beside each of the others."""
+    both = options.num_sms
+    if both is not None and (options.num_sms_dispatch or options.num_sms_combine):
+        raise ConfigurationError(
+            f"num_sms={both!r} is for dispatch and combine alike; accepted: either that, or "
+            "num_sms_dispatch and num_sms_combine"
+        )
+    lists: list[Sequence[int | None]] = []
+    for name in ("num_sms_dispatch", "num_sms_combine"):
+        text = getattr(options, name) or both
+        lists.append([None] if text is None else parse_ints(text, name=name))
+    longest = max(map(len, lists))
+    if any(len(values) not in (1, longest) for values in lists):
+        raise ConfigurationError(
+            f"num_sms_dispatch={options.num_sms_dispatch!r} and num_sms_combine="
+            f"{options.num_sms_combine!r} go pairwise; accepted: equally many values, or one"
+        )
+    dispatch, combine = ([*values] * longest if len(values) == 1 else [*values] for values in lists)
+    return list(dict.fromkeys(zip(dispatch, combine, strict=True)))
+
+
+def device_and_ranks(
+    options: BenchOptions, context: RankContext | None
+) -> tuple[Literal["cpu", "cuda"], int]:
+    """Where to measure, and on how many ranks.
+
+    Args:
+        options: what was typed.
+        context: this rank, if torchrun started it.
+
+    Raises:
+        ConfigurationError: that is not possible here.
+    """
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(
+            f"device={options.device!r} cannot be measured; accepted: auto, cpu, cuda"
+        )
+    gpus = torch.cuda.device_count()
+    if options.device == "cuda" and gpus == 0:
+        raise ConfigurationError("device='cuda' cannot be measured: no GPU was found")
+    if context is not None:
+        if options.ranks not in (None, context.num_ranks):
+            raise ConfigurationError(
+                f"ranks={options.ranks} cannot be measured: torchrun started {context.num_ranks}"
+            )
+        wanted = context.device.type if options.device == "auto" else options.device
+        return ("cuda" if wanted == "cuda" else "cpu"), context.num_ranks
+    on_gpu = options.device == "cuda"
+    if options.device == "auto":
+        on_gpu = gpus >= (options.ranks or 1) and gpus > 0
+    ranks = options.ranks
+    if ranks is None:
+        ranks = gpus if on_gpu else min(_DEFAULT_CPU_RANKS, max(2, usable_cores()))
+    if on_gpu and ranks > gpus:
+        raise ConfigurationError(f"ranks={ranks} cannot be measured on {gpus} GPUs")
+    return ("cuda" if on_gpu else "cpu"), ranks
+
+
+def make_plan(options: BenchOptions, device: str) -> Plan:
+    """How to measure.
+
+    Raises:
+        ConfigurationError: an option makes no sense.
+    """
+    least_of = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1, "ceiling_sms": 1}
+    least_of["calls_per_graph"] = 1
+    for name, least in least_of.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigurationError(
+                f"{name}={value} cannot be measured; accepted: at least {least}"
+            )
+    if not (math.isfinite(options.timeout) and options.timeout > 0):
+        raise ConfigurationError(
+            f"timeout={options.timeout}: a positive number of seconds is needed"
+        )
+    return Plan(
+        iters=options.iters,
+        warmup=options.warmup,
+        inputs=options.inputs,
+        seed=options.seed,
+        timeout_s=options.timeout / 2,
+        command=_command_line(),
+        ceiling_num_sms=options.ceiling_sms,
+        calls_per_graph=options.calls_per_graph,
+        gemm=_gemm(options, device) if options.overlap else None,
+    )
+
+
+def _gemm(options: BenchOptions, device: str) -> tuple[int, int, int]:
+    if options.gemm is None:
+        return DEFAULT_GEMM[device]
+    sizes = parse_ints(options.gemm, name="gemm")
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ConfigurationError(
+            f"gemm={options.gemm!r} cannot be measured; accepted: m,n,k, each at least 1"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _command_line() -> str:
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    if under_torchrun():
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "?")
+        words = ["torchrun", f"--nproc-per-node={ranks}", "-m" if as_module else "--no-python"]
+    else:
+        words = ["python", "-m"] if as_module else []
+    words += ["expertlink", *sys.argv[1:]]
+    return shlex.join(words)
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+
+
+def _trace_shape(path: Path) -> dict[str, list[int]]:
+    from expertlink.bench.trace import RoutingTrace
+
+    trace = RoutingTrace.load(path)
+    return {"topk": [trace.topk], "experts": [trace.num_experts]}
