@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from oracle import Case, combined_of, expert_rows, inputs_of
-from rank_jobs import check_output, config_of, same_bits
+from rank_jobs import (
+    check_output,
+    config_of,
+    counts_stay_on_device,
+    rows_for,
+    same_bits,
+)
 
 from expertlink import MoECommunicator
 from expertlink.launch import RankContext
 
 
-def overlapping(ctx: RankContext, case: Case) -> bool:
+def overlapping(ctx: RankContext, case: Case, **fields: Any) -> bool:
     """Two dispatches and two combines in flight on one communicator."""
     own = inputs_of(case, ctx.rank)
     x_TH, ids_TK = own.x_TH.to(ctx.device), own.ids_TK.to(ctx.device)
     weights = None if own.weights_TK is None else own.weights_TK.to(ctx.device)
-    rows = [expert_rows(case, ctx.rank, round_=i).to(ctx.device) for i in range(2)]
-    with MoECommunicator(config_of(case, ctx.device)) as comm:
+    with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
         overlap = comm.create_overlap_config("dispatch")
         first = comm.dispatch_async(x_TH, ids_TK, weights, overlap=overlap)
         second = comm.dispatch_async(x_TH, ids_TK, weights)
         results = [second.wait(), first.wait()]
         for out, _ in results:
-            check_output(case, ctx.rank, out)
+            check_output(case, ctx.rank, out, static=counts_stay_on_device(comm))
         assert first.wait() is results[1], "waiting again gives the same"
-        combines = [comm.combine_async(rows[i], handle) for i, (_, handle) in enumerate(results)]
+        combines = [
+            comm.combine_async(rows_for(case, ctx.rank, handle, round_=i), handle)
+            for i, (_, handle) in enumerate(results)
+        ]
         for i in (1, 0):
             result = combines[i].wait()
             assert isinstance(result, torch.Tensor)
@@ -32,22 +42,22 @@ def overlapping(ctx: RankContext, case: Case) -> bool:
     return True
 
 
-def finished_later(ctx: RankContext, case: Case) -> bool:
+def finished_later(ctx: RankContext, case: Case, **fields: Any) -> bool:
     """`async_finish=True`: results may be read after `handle.wait()`; combine waits by itself."""
     own = inputs_of(case, ctx.rank)
     x_TH, ids_TK = own.x_TH.to(ctx.device), own.ids_TK.to(ctx.device)
     weights = None if own.weights_TK is None else own.weights_TK.to(ctx.device)
-    with MoECommunicator(config_of(case, ctx.device)) as comm:
+    with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
         out, handle = comm.dispatch(x_TH, ids_TK, weights, async_finish=True)
         handle.wait()
         handle.wait()
-        check_output(case, ctx.rank, out)
-        result = comm.combine(expert_rows(case, ctx.rank).to(ctx.device), handle, async_finish=True)
+        check_output(case, ctx.rank, out, static=counts_stay_on_device(comm))
+        result = comm.combine(rows_for(case, ctx.rank, handle), handle, async_finish=True)
         handle.wait()
         same_bits(result, combined_of(case, ctx.rank), "combine")
 
         _, unwaited = comm.dispatch(x_TH, ids_TK, weights, async_finish=True)
-        result = comm.combine(expert_rows(case, ctx.rank).to(ctx.device), unwaited)
+        result = comm.combine(rows_for(case, ctx.rank, unwaited), unwaited)
         same_bits(result, combined_of(case, ctx.rank), "combine of an unwaited dispatch")
     return True
 

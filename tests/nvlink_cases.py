@@ -116,6 +116,11 @@ def many_tokens(layout: DispatchLayout) -> Shape:
     return Shape(3, layout, hidden=16, experts=1000, topk=4, max_tokens=1024)
 
 
+def many_bytes(layout: DispatchLayout) -> Shape:
+    """Calls long enough for whatever the engine does about long ones."""
+    return Shape(4, layout, hidden=7168, experts=32, topk=8, max_tokens=96)
+
+
 def blocks_of_scales(layout: DispatchLayout) -> Shape:
     """Rows of several quantized steps, the last block and the last step incomplete."""
     return Shape(3, layout, hidden=1104, experts=12, topk=3)
@@ -135,7 +140,18 @@ def exact_shapes() -> list[Shape]:
     """Shapes whose combines are exact."""
     plain = [usual(ranks, layout) for ranks in (1, 3, 8) for layout in EXPANDED]
     edges = [special(name, layout) for name in EXACT_EDGES for layout in EXPANDED]
-    return [exact(shape) for shape in (*plain, *edges, aligned(3))]
+    others = [many_bytes(layout) for layout in EXPANDED]
+    others += [usual(4, layout) for layout in EXPANDED]
+    return [exact(shape) for shape in (*plain, *edges, *others, aligned(3))]
+
+
+def latency_process_kernels() -> list[Kernels]:
+    """Of every test with a process per rank in low-latency mode."""
+    shapes = [usual(ranks, layout) for ranks in (1, 2, 4, 8) for layout in LAYOUTS]
+    shapes += [exact(usual(ranks, layout)) for ranks in (2, 4) for layout in EXPANDED]
+    plain = [Kernels(shape, False, latency=True) for shape in shapes]
+    packed = [usual(ranks, layout) for ranks in (2, 4) for layout in LAYOUTS]
+    return [*plain, *(Kernels(shape, False, latency=True, quantized=True) for shape in packed)]
 
 
 EXACT_EDGES = ("narrow", "model", "all_lanes", "one_choice")
@@ -161,8 +177,9 @@ def quantized_shapes() -> list[Shape]:
     """Shapes whose rows are quantized on the way."""
     shapes = [aligned(3)]
     for layout in LAYOUTS:
-        shapes += [blocks_of_scales(layout), half(layout), usual(3, layout)]
-        shapes.append(special("model", layout))
+        shapes += [blocks_of_scales(layout), half(layout), special("model", layout)]
+        shapes.append(many_bytes(layout))
+        shapes += [usual(ranks, layout) for ranks in (3, 4)]
     return shapes
 
 

@@ -220,7 +220,9 @@ def lose_a_rank(
     return Lost(error, tuple(type(item).__name__ for item in later), works)
 
 
-def killed(ctx: RankContext, culprit: int, phase: str, layout: DispatchLayout) -> Lost:
+def killed(
+    ctx: RankContext, culprit: int, phase: str, layout: DispatchLayout, **fields: Any
+) -> Lost:
     """`lose_a_rank` where the rank's process is killed."""
     case = usual(ctx.num_ranks, layout).case((24,) * ctx.num_ranks, seed=1)
 
@@ -229,7 +231,8 @@ def killed(ctx: RankContext, culprit: int, phase: str, layout: DispatchLayout) -
         if ctx.rank == culprit:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    comm = MoECommunicator(config_of(case, ctx.device, engine="nvlink", timeout_s=3.0))
+    settings: dict[str, Any] = {"engine": "nvlink", "timeout_s": 3.0, **fields}
+    comm = MoECommunicator(config_of(case, ctx.device, **settings))
     comm.initialize()
     lost = lose_a_rank(comm, case, phase, culprit, leave)
     comm.close()

@@ -12,7 +12,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from nvlink_cases import LATENCY, Kernels, hosted_kernels, latency_kernels, process_kernels
+from nvlink_cases import (
+    LATENCY,
+    Kernels,
+    hosted_kernels,
+    latency_kernels,
+    latency_process_kernels,
+    process_kernels,
+)
 from rank_jobs import config_of
 
 from expertlink.engines.nvlink import latency_plan
@@ -40,7 +47,8 @@ def compile_one(wanted: Kernels, arch: str) -> None:
 
 def compile_all(arch: str, *, workers: int | None = None) -> int:
     """Compiles all of them; returns their number."""
-    work = [*latency_kernels(), *hosted_kernels(), *process_kernels()]
+    latency = [*latency_kernels(), *latency_process_kernels()]
+    work = [*latency, *hosted_kernels(), *process_kernels()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
         for future in [pool.submit(compile_one, wanted, arch) for wanted in work]:

@@ -10,6 +10,9 @@ from oracle import Case, combined_of, expert_rows, inputs_of, received_of
 from rank_jobs import filled_up
 from torch import Tensor
 
+from expertlink import BlockFormat
+from expertlink.quantization import quantize
+
 
 class Ledger:
     """Differences that the GPU has found, by check."""
@@ -50,7 +53,8 @@ class Item:
     weights_TK: Tensor
     other_weights_TK: Tensor
     slots: Tensor  # filled slots, flat
-    tokens: Tensor  # their rows
+    tokens: Tensor  # their rows; bytes where they arrive quantized
+    scales: Tensor | None  # scales of those
     choices: tuple[Tensor, Tensor, Tensor] | None  # their ids, weights and other weights
     combined: Tensor
     other_combined: Tensor
@@ -58,8 +62,14 @@ class Item:
     _padded: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(number: int, case: Case, rank: int, device: torch.device) -> Item:
-        """The item of a case."""
+    def of(
+        number: int,
+        case: Case,
+        rank: int,
+        device: torch.device,
+        block_format: BlockFormat | None = None,
+    ) -> Item:
+        """The item of a case whose rows, with a format, are quantized on the way."""
         # The other weights are those of the same case with another seed for them.
         other = dataclasses.replace(case, weight_seed=case.seed + 100)
         own, changed = inputs_of(case, rank), inputs_of(other, rank)
@@ -74,6 +84,11 @@ class Item:
             parts = (received.ids[filled], received.weights[filled], again.weights[filled])
             choices = (parts[0].to(device), parts[1].to(device), parts[2].to(device))
         sources = [inputs_of(case, source).x_TH for source in range(case.ranks)]
+        scales = None
+        if block_format is not None:
+            packed = [quantize(x_TH, block_format) for x_TH in sources]
+            sources = [q.view(torch.uint8) for q, _ in packed]
+            scales = received.gather([theirs for _, theirs in packed]).to(device)
         return Item(
             number=number,
             case=case,
@@ -83,6 +98,7 @@ class Item:
             other_weights_TK=changed.weights_TK.to(device),
             slots=received.filled.reshape(-1).nonzero()[:, 0].to(device),
             tokens=received.gather(sources).to(device),
+            scales=scales,
             choices=choices,
             combined=combined_of(case, rank).to(device),
             other_combined=combined_of(other, rank).to(device),

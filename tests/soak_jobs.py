@@ -15,13 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nvlink_cases import Shape, long_spans, usual
+from latency_jobs import lost
+from nvlink_cases import LATENCY, Shape, exact, long_spans, usual
 from oracle import Case
 from rank_jobs import config_of
 from soak_items import Item, Ledger
 from torch import Tensor
 
-from expertlink import DispatchHandle, DispatchLayout, DispatchOutput, MoECommunicator
+from expertlink import (
+    BlockFormat,
+    DispatchHandle,
+    DispatchLayout,
+    DispatchOutput,
+    MoECommunicator,
+)
 from expertlink.launch import RankContext
 
 LAYOUTS = tuple(DispatchLayout)
@@ -37,10 +44,16 @@ class Setting:
 
     fields: dict[str, Any]
     cases: list[Case]
+    steady: bool = False  # graphs may refer to its calls: T of a rank stays the same
+
+    @property
+    def latency(self) -> bool:
+        return self.fields.get("mode") == "ll"
 
 
 def settings(ranks: int, seed: int) -> list[Setting]:
-    """Communicators with caller-owned outputs, with views, and with static shapes."""
+    """High throughput: caller-owned outputs, views, static shapes. Low latency: plain, in graphs
+    with sums as exact as they can be, and with rows that are quantized on the way."""
     # Tokens of a rank stay the same where graphs refer to them.
     few = [tuple((i * 7 + r * 5) % 41 for r in range(ranks)) for i in range(5)]
     few.append((0,) * ranks)
@@ -48,6 +61,13 @@ def settings(ranks: int, seed: int) -> list[Setting]:
     steady = tuple((40, 0, 23, 38)[r % 4] for r in range(ranks))
     plain, static = LAYOUTS[seed % 4], LAYOUTS[(seed + 1) % 4]
     views = VIEWS[seed % 2]
+    swift, replayed, packed = (usual(ranks, LAYOUTS[(seed + i) % 4]) for i in (2, 3, 0))
+    if replayed.layout.expanded:
+        replayed = exact(replayed)
+    formats = {
+        "quantization": list(BlockFormat)[seed % 3],
+        "scale_order": ("row_major", "column_major")[seed // 2 % 2],
+    }
 
     def drawn(shape: Shape, tokens: list[tuple[int, ...]]) -> list[Case]:
         kinds: list[dict[str, Any]] = [{}, {"masked": 0.4}, {"skew": 3.0}, {"only_rank": 1}]
@@ -56,13 +76,22 @@ def settings(ranks: int, seed: int) -> list[Setting]:
     return [
         Setting({}, drawn(long_spans(plain), many)),
         Setting({"zero_copy": True}, drawn(usual(ranks, views), few)),
-        Setting({"static_shapes": True}, drawn(usual(ranks, static), [steady] * 6)),
+        Setting({"static_shapes": True}, drawn(usual(ranks, static), [steady] * 6), steady=True),
+        Setting(LATENCY, drawn(swift, few)),
+        Setting(LATENCY, drawn(replayed, [steady] * 6), steady=True),
+        Setting({**LATENCY, **formats}, drawn(packed, few)),
     ]
+
+
+def streams_for(chosen: list[Setting], device: torch.device) -> list[torch.cuda.Stream]:
+    """Two streams that the communicators take in turn."""
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    return [streams[index % 2] for index in range(len(chosen))]
 
 
 def config_for(setting: Setting, device: Any) -> Any:
     """Configuration of a setting's communicator."""
-    return config_of(setting.cases[0], device, engine="nvlink", **SMS, **setting.fields)
+    return config_of(setting.cases[0], device, **{"engine": "nvlink", **SMS, **setting.fields})
 
 
 class Line:
@@ -72,10 +101,12 @@ class Line:
         self, comm: MoECommunicator, cases: list[Case], stream: torch.cuda.Stream, ledger: Ledger
     ) -> None:
         self.comm, self.stream, self.ledger = comm, stream, ledger
-        self.items = [
-            Item.of(number, case, comm.rank, comm.device) for number, case in enumerate(cases)
-        ]
+        self.items = [self._item(number, case) for number, case in enumerate(cases)]
         self._view: tuple[Item, DispatchOutput] | None = None
+
+    def _item(self, number: int, case: Case) -> Item:
+        comm = self.comm
+        return Item.of(number, case, comm.rank, comm.device, comm.config.block_format)
 
     def check_dispatch(
         self, item: Item, out: DispatchOutput, what: str, *, other: bool = False
@@ -99,7 +130,13 @@ class Line:
         )
 
     def _check_tokens(self, item: Item, out: DispatchOutput, what: str) -> None:
-        self.ledger.compare(out.tokens.flatten(0, -2)[item.slots], item.tokens, f"{what}: tokens")
+        tokens = out.tokens
+        if item.scales is not None:
+            assert out.scales is not None
+            tokens = tokens.view(torch.uint8)
+            scales = out.scales.tensor.flatten(0, -2)[item.slots]
+            self.ledger.compare(scales, item.scales, f"{what}: scales")
+        self.ledger.compare(tokens.flatten(0, -2)[item.slots], item.tokens, f"{what}: tokens")
 
     def poison(self, item: Item) -> None:
         """Leaves NaN in the memory that the next outputs are likely to be given."""
@@ -141,6 +178,84 @@ class Line:
         if other and item.case.layout.expanded:
             expected = item.other_combined
         self.ledger.compare(result, expected, f"{what}: combine")
+
+
+class SwiftLine(Line):
+    """A communicator in low-latency mode."""
+
+    def __init__(
+        self, comm: MoECommunicator, cases: list[Case], stream: torch.cuda.Stream, ledger: Ledger
+    ) -> None:
+        super().__init__(comm, cases, stream, ledger)
+        self._buffers = [comm.create_buffers() for _ in range(2)]
+        # What the others receive where a rank is left out.
+        self._without = [
+            [self._item(number, lost(case, gone)) for gone in range(comm.num_ranks)]
+            for number, case in enumerate(cases[:2])
+        ]
+
+    def buffered(self, item: Item, what: str, *, which: int) -> None:
+        """A pair whose outputs are ours."""
+        one = self._buffers[which]
+        out, handle = self.comm.dispatch(item.x_TH, item.ids_TK, item.weights_TK, output_buffer=one)
+        self.check_dispatch(item, out, what)
+        self.combine(item, handle, what)
+
+    def halves(self, item: Item, what: str, drawn: random.Random) -> None:
+        """A pair in halves, of which some are left to later calls."""
+        out, handle, hook = self._send(item, drawn)
+        if drawn.random() < 0.5:
+            hook()
+        result, hook = self.comm.combine(
+            item.rows(handle.rows_shape), handle, return_recv_hook=True
+        )
+        self.check_dispatch(item, out, what)
+        if drawn.random() < 0.3:  # finished by the next call
+            self.combine(item, self.dispatch(item, f"{what}, between"), f"{what}, between")
+        hook()
+        self.check_combine(item, result, what)
+
+    def turns(self, first: Item, second: Item, what: str, drawn: random.Random) -> None:
+        """Two micro-batches under way at once."""
+        items = (first, second)
+        sent = [self._send(item, drawn) for item in items]
+        back = []
+        for item, (out, handle, hook) in zip(items, sent, strict=True):
+            hook()
+            self.check_dispatch(item, out, what)
+            rows = item.rows(handle.rows_shape)
+            back.append(self.comm.combine(rows, handle, return_recv_hook=True))
+        if drawn.random() < 0.5:
+            back[1][1]()  # the first one's is launched before it
+        for item, (result, hook) in zip(items, back, strict=True):
+            hook()
+            self.check_combine(item, result, what)
+
+    def _send(
+        self, item: Item, drawn: random.Random
+    ) -> tuple[DispatchOutput, DispatchHandle, Callable[[], None]]:
+        self.poison(item)
+        return self.comm.dispatch(
+            item.x_TH,
+            item.ids_TK.to(torch.int32) if drawn.random() < 0.3 else item.ids_TK,
+            item.weights_TK,
+            return_recv_hook=True,
+        )
+
+    def without(self, item: Item, gone: int, what: str) -> None:
+        """Some calls that leave a rank out, which goes on alone meanwhile; then all are back."""
+        comm, rank = self.comm, self.comm.rank
+        for other in range(comm.num_ranks):
+            if other != rank and gone in (rank, other):
+                comm.mask_peer(other)
+        fewer = self._without[item.number][gone]
+        for call in range(2):
+            out, handle = comm.dispatch(item.x_TH, item.ids_TK, item.weights_TK)
+            result = comm.combine(fewer.rows(handle.rows_shape), handle)
+            if rank != gone:
+                self.check_dispatch(fewer, out, f"{what}, call {call} without rank {gone}")
+                self.check_combine(fewer, result, f"{what}, call {call} without rank {gone}")
+        comm.clear_mask()
 
 
 class Recorded:
@@ -254,29 +369,32 @@ def run_lines(
     device, rank = comms[0].device, comms[0].rank
     ledger = Ledger(device)
     lines = [
-        Line(comm, setting.cases, stream, ledger)
+        (SwiftLine if setting.latency else Line)(comm, setting.cases, stream, ledger)
         for comm, setting, stream in zip(comms, chosen, streams, strict=True)
     ]
     torch.cuda.synchronize(device)
-    static = lines[-1]
-    with torch.cuda.stream(static.stream):
-        graphs = Graphs(static, capture=capture)
+    graphs: dict[Line, Graphs] = {}
+    for line, setting in zip(lines, chosen, strict=True):
+        if setting.steady:
+            with torch.cuda.stream(line.stream):
+                graphs[line] = Graphs(line, capture=capture)
     common, own = random.Random(seed), random.Random(seed * 1000 + rank)
-    kinds = ["dispatch", "pair", "cached", "two", "graph dispatch", "graph pair", "graph cached"]
+    kinds = {line: _kinds_of(line, graphs) for line in lines}
     # Every kind once, so that later memory is compared with what the calls need at most.
-    plan = [(line, kind, item) for line in lines for kind in kinds for item in line.items]
+    plan = [(line, kind, item) for line in lines for kind in kinds[line] for item in line.items]
     warm, step = len(plan), 0
     made, baseline = 0, 0
     while made < calls or step < warm:
         if step < warm:
             line, kind, item = plan[step]
         else:
-            line, kind = common.choice(lines), common.choice(kinds)
+            line = common.choice(lines)
+            kind = common.choice(kinds[line])
             item = common.choice(line.items)
         what = f"step {step}: {kind} of item {item.number} ({item.case.layout.value})"
         with torch.cuda.stream(line.stream):
             _delay(own)
-            made += _make(line, graphs, kind, item, common, what)
+            made += _make(line, graphs.get(line), kind, item, common, what)
         step += 1
         if step % _INTERVAL == 0 or step == warm:
             ledger.settle()
@@ -292,11 +410,34 @@ def run_lines(
         assert _allocated(device) <= baseline, f"{_allocated(device)} bytes, {baseline} before"
 
 
+def _kinds_of(line: Line, graphs: dict[Line, Graphs]) -> list[str]:
+    """Steps that a line can make."""
+    kinds = ["dispatch", "pair", "cached", "two"]
+    if line in graphs:
+        kinds += ["graph dispatch", "graph pair", "graph cached"]
+    if isinstance(line, SwiftLine):
+        kinds += ["buffered", "halves", "turns", "turns", "masks"]
+    return kinds
+
+
 def _make(
-    line: Line, graphs: Graphs, kind: str, item: Item, common: random.Random, what: str
+    line: Line, graphs: Graphs | None, kind: str, item: Item, common: random.Random, what: str
 ) -> int:
     """One step; returns how many calls it made."""
-    if kind.startswith("graph") and line is graphs.line:
+    if isinstance(line, SwiftLine):
+        if kind == "buffered":
+            line.buffered(item, what, which=common.randrange(2))
+            return 2
+        if kind == "halves":
+            line.halves(item, what, common)
+            return 2
+        if kind == "turns":
+            line.turns(item, common.choice(line.items), what, common)
+            return 4
+        if kind == "masks":
+            line.without(line.items[item.number % 2], common.randrange(line.comm.num_ranks), what)
+            return 4
+    if graphs is not None and kind.startswith("graph"):
         if kind == "graph cached":
             graphs.cached(what)
             return 2
@@ -343,7 +484,6 @@ def _allocated(device: torch.device) -> int:
 def soak(ctx: RankContext, calls: int, seed: int) -> int:
     """A rank's part in a soak of processes, with graphs."""
     chosen = settings(ctx.num_ranks, seed)
-    streams = [torch.cuda.Stream(ctx.device) for _ in range(2)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         comms = [
@@ -353,7 +493,7 @@ def soak(ctx: RankContext, calls: int, seed: int) -> int:
         run_lines(
             comms,
             chosen,
-            [streams[0], streams[1], streams[0]],
+            streams_for(chosen, ctx.device),
             calls=calls,
             seed=seed,
             capture=True,

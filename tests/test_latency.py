@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import decode_jobs
@@ -23,6 +24,7 @@ from nvlink_cases import (
     blocks_of_scales,
     exact,
     half,
+    many_bytes,
     many_tokens,
     routings,
     special,
@@ -102,6 +104,26 @@ def test_many_tokens_and_experts(layout: DispatchLayout) -> None:
     assert latency_plan.experts_at_once(config_of(shape.case(), "cpu")) < shape.experts
     cases = [shape.case((1024, 0, 513), seed=1), shape.case((1, 1024, 33), masked=0.5, seed=2)]
     run_hosted(fleet_of(cases[0], num_sms_dispatch=8), nvlink_jobs.contracts, cases)
+
+
+@LAYOUTS
+def test_many_bytes(layout: DispatchLayout) -> None:
+    """Long calls: whole, in halves, of set bits, quantized, exact."""
+    shape = many_bytes(layout)
+    cases = [shape.case((96, 0, 96, 41), seed=1), shape.case((7, 96, 96, 96), masked=0.4, seed=2)]
+    sms = {"num_sms_dispatch": 8, "num_sms_combine": 8}
+    fleet = fleet_of(cases[0], **sms)
+    run_hosted(fleet, nvlink_jobs.contracts, cases)
+    run_hosted(fleet, latency_jobs.many_turns, cases)
+    ones = [dataclasses.replace(case, content="ones") for case in cases]
+    run(fleet, latency_jobs.any_bits, ones)
+    quantizing = fleet_of(cases[0], quantization="e4m3_ue8m0", **sms)
+    run(quantizing, latency_jobs.quantized, cases)
+    if layout.expanded:
+        precise = [dataclasses.replace(case, precision="exact") for case in (*cases, *ones)]
+        fleet = fleet_of(precise[0], **sms)
+        run_hosted(fleet, nvlink_jobs.contracts, precise[:2])
+        run(fleet, latency_jobs.any_bits, precise[2:])
 
 
 @LAYOUTS

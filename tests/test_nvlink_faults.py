@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import nvlink_jobs
 import pytest
 import torch
+from fault_jobs import (
+    CULPRIT,
+    FAULTY_IDS,
+    OTHERS,
+    RANKS,
+    check_overflow,
+    dispatch_with,
+    judge,
+    rows_of,
+    with_ids,
+)
 from hosted import DEVICE, Fleet, run_hosted
 from nvlink_cases import SMS, aligned, usual
-from oracle import Case, expected_of, inputs_of
+from oracle import Case, inputs_of
 from rank_jobs import config_of, dispatch_case, rows_for
 
 from expertlink import (
-    CapacityError,
     DispatchLayout,
-    ExpertlinkError,
     MoECommunicator,
-    PeerError,
     PeerTimeoutError,
     RoutingChangedError,
 )
@@ -29,9 +36,6 @@ from expertlink.launch import RankPool
 pytestmark = pytest.mark.gpu(1)
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 LIMITED = pytest.mark.parametrize("layout", [DispatchLayout.FLAT, DispatchLayout.TOKEN_MAJOR])
-RANKS, CULPRIT = 3, 1
-OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
-Errors = list[ExpertlinkError | None]
 
 
 def fleet_of(case: Case, **fields: Any) -> Fleet:
@@ -40,36 +44,6 @@ def fleet_of(case: Case, **fields: Any) -> Fleet:
 
 def usual_case(layout: DispatchLayout, **fields: Any) -> Case:
     return usual(RANKS, layout).case((9, 4, 7), seed=1, **fields)
-
-
-def dispatch_with(case: Case, **changed: Callable[[torch.Tensor], Any]) -> Callable[..., object]:
-    """A dispatch in which one rank passes arguments that were changed."""
-
-    def call(comm: MoECommunicator) -> object:
-        own = inputs_of(case, comm.rank)
-        arguments: dict[str, Any] = {"input": own.x_TH, "topk_ids": own.ids_TK}
-        if own.weights_TK is not None:
-            arguments["weights"] = own.weights_TK
-        if comm.rank == CULPRIT:
-            arguments.update({name: change(arguments[name]) for name, change in changed.items()})
-        on_gpu: dict[str, Any] = {
-            k: None if v is None else v.to(DEVICE) for k, v in arguments.items()
-        }
-        return comm.dispatch(**on_gpu)
-
-    return call
-
-
-def judge(errors: Errors, *, own: str, text: str) -> None:
-    """The culprit raised its own error, the others name it and repeat it."""
-    assert type(errors[CULPRIT]).__name__ == own, errors
-    assert text in str(errors[CULPRIT])
-    for rank in OTHERS:
-        error = errors[rank]
-        assert isinstance(error, PeerError), errors
-        assert error.ranks == (CULPRIT,)
-        assert f"rank {CULPRIT} refused it: {own}" in str(error)
-        assert text in str(error)
 
 
 # -- refusals -------------------------------------------------------------------------------------
@@ -84,27 +58,11 @@ def test_a_wrong_form_on_one_rank(check: bool, layout: DispatchLayout) -> None:
     judge(errors, own="InputError", text="input has shape (4, 3)")
 
 
-def _with_ids(first: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def change(ids_TK: torch.Tensor) -> torch.Tensor:
-        ids_TK[2, : len(first)] = torch.tensor(first)
-        return ids_TK
-
-    return change
-
-
 @LAYOUTS
-@pytest.mark.parametrize(
-    ("first", "text"),
-    [
-        ([96], "topk_ids[2]=[96,"),
-        ([-2], "topk_ids[2]=[-2,"),
-        ([2**40 + 1], f"topk_ids[2]=[{2**40 + 1},"),
-        ([5, 5], "an expert is chosen twice"),
-    ],
-)
+@pytest.mark.parametrize(("first", "text"), FAULTY_IDS)
 def test_faulty_ids_on_one_rank(first: list[int], text: str, layout: DispatchLayout) -> None:
     case = usual_case(layout)
-    call = dispatch_with(case, topk_ids=_with_ids(first))
+    call = dispatch_with(case, topk_ids=with_ids(first))
     errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
     judge(errors, own="InputError", text=text)
 
@@ -114,7 +72,7 @@ def test_faulty_ids_on_one_rank(first: list[int], text: str, layout: DispatchLay
 def test_unchecked_ids_stay_memory_safe(first: list[int], layout: DispatchLayout) -> None:
     """An id that is out of range counts as no expert; a double one is the caller's affair."""
     case = usual_case(layout)
-    call = dispatch_with(case, topk_ids=_with_ids(first))
+    call = dispatch_with(case, topk_ids=with_ids(first))
     assert run_hosted(fleet_of(case), nvlink_jobs.fails_once, case, call) == [None] * RANKS
 
 
@@ -172,20 +130,6 @@ def test_one_rank_refuses_its_combine(layout: DispatchLayout) -> None:
 
 
 # -- capacity -------------------------------------------------------------------------------------
-
-
-def check_overflow(errors: Errors, rank: int, rows: int, room: int) -> None:
-    """One error, the same on all ranks."""
-    for error in errors:
-        assert isinstance(error, CapacityError), errors
-        assert (error.rank, error.rows, error.capacity) == (rank, rows, room)
-        assert f"rank {rank} " in str(error)
-        assert f" {rows} rows" in str(error)
-    assert len({str(error) for error in errors}) == 1
-
-
-def rows_of(case: Case) -> list[int]:
-    return [expected_of(case, rank).shape[0] for rank in range(case.ranks)]
 
 
 @LIMITED

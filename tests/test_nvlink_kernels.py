@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from expertlink import MoECommunicatorConfig
+from expertlink.engines.nvlink import latency_plan
 from expertlink.engines.nvlink.arena import ArenaPlan, RowShape
 from expertlink.engines.nvlink.kernels import (
     SHARED_BYTES,
@@ -16,6 +17,8 @@ from expertlink.engines.nvlink.kernels import (
     BlockShape,
     compile_for,
 )
+from expertlink.engines.nvlink.latency_plan import LatencyPlan
+from expertlink.jit.compiler import CompiledKernel
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 MOST_REGISTERS = 128  # of a thread: a block of 512 is the largest
@@ -32,6 +35,21 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+DECODE = {**MODEL, "mode": "ll", "static_shapes": True, "max_tokens_per_rank": 128}
+LATENCY_CASES: list[tuple[int, dict[str, Any]]] = [
+    (8, {"output_layout": "expert_major"}),
+    (8, {"output_layout": "flat", "expert_alignment": 128, "quantization": "e4m3_ue8m0"}),
+    (8, {"output_layout": "token_major", "quantization": "e4m3_float32"}),
+    (4, {"output_layout": "rank_major", "dtype": torch.float16}),
+    (4, {"combine_precision": "exact", "dtype": torch.float16}),
+    (1, {"num_experts": 1, "topk": 1, "hidden_size": 8, "max_tokens_per_rank": 1}),
+    (72, {"num_experts": 2048, "topk": 32, "hidden_size": 16384, "max_tokens_per_rank": 64}),
+    (72, {"num_experts": 576, "topk": 32, "combine_precision": "exact"}),
+    (33, {"output_layout": "token_major", "num_experts": 99, "topk": 32}),
+    (3, {"num_experts": 1000, "max_tokens_per_rank": 1024}),
+]
+
+
 def config_of(fields: dict[str, Any]) -> MoECommunicatorConfig:
     return MoECommunicatorConfig(device="cpu", **{**MODEL, **fields})
 
@@ -42,6 +60,26 @@ def test_resources(ranks: int, fields: dict[str, Any], arch: str) -> None:
     config = config_of(fields)
     compiled = compile_for(config, ArenaPlan.of(config, ranks), num_ranks=ranks, arch=arch)
     assert set(compiled) == {"dispatch", "combine"}
+    check_budgets(compiled)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("hosted", [False, True])
+@pytest.mark.parametrize(("ranks", "fields"), LATENCY_CASES)
+def test_resources_of_low_latency(
+    ranks: int, fields: dict[str, Any], hosted: bool, arch: str
+) -> None:
+    config = config_of({**DECODE, **fields})
+    plan = LatencyPlan.of(config, ranks)
+    compiled = compile_for(config, plan, num_ranks=ranks, arch=arch, hosted=hosted)
+    kernels = {"ll_dispatch", "ll_combine"}
+    if config.quantization is not None:
+        kernels.add("ll_dispatch_quantized")
+    assert set(compiled) == kernels
+    check_budgets(compiled)
+
+
+def check_budgets(compiled: dict[str, CompiledKernel]) -> None:
     for code in compiled.values():
         report = code.report
         assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
@@ -64,6 +102,33 @@ def test_blocks_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None
             needed = shape.shared_bytes(row_bytes, counts=counts)
             assert shape.warps(row_bytes) * shape.slot_bytes(row_bytes) <= needed
             assert needed + STATIC_BYTES <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(("ranks", "fields"), LATENCY_CASES)
+def test_blocks_of_low_latency_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None:
+    config = config_of({**DECODE, **fields})
+    local = -(-config.num_experts // ranks)
+    assert latency_plan.obstacle(config, num_ranks=ranks, num_local=local) is None
+    for half in ("send", "receive", "both"):
+        words = latency_plan.shared_words(config, num_ranks=ranks, num_local=local, half=half)
+        assert 4 * words + STATIC_BYTES <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fields", "reason"),
+    [
+        (8, {"output_layout": "token_major", "zero_copy": True}, "views"),
+        (8, {"output_layout": "flat", "static_shapes": False}, "without static_shapes"),
+        (72, {"num_experts": 2048, "max_tokens_per_rank": 16384}, "shared memory"),
+        (2, {"num_experts": 8, "max_tokens_per_rank": 1 << 16}, "16 bits"),
+    ],
+)
+def test_what_low_latency_does_not_serve(ranks: int, fields: dict[str, Any], reason: str) -> None:
+    config = config_of({**DECODE, **fields})
+    local = -(-config.num_experts // ranks)
+    text = latency_plan.obstacle(config, num_ranks=ranks, num_local=local)
+    assert text is not None
+    assert reason in text
 
 
 def test_rows_that_are_too_large_are_refused() -> None:

@@ -30,8 +30,7 @@ def test_hosted_ranks(seed: int) -> None:
 def hosted_soak(calls: int, seed: int) -> None:
     chosen = soak_jobs.settings(RANKS, seed)
     fleets = [Fleet(soak_jobs.config_for(setting, DEVICE), RANKS) for setting in chosen]
-    streams = [torch.cuda.Stream(DEVICE) for _ in range(2)]
-    order = [streams[0], streams[1], streams[0]]
+    order = soak_jobs.streams_for(chosen, DEVICE)
 
     def job(first: MoECommunicator) -> None:
         with contextlib.ExitStack() as stack:

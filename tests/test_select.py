@@ -16,6 +16,7 @@ from expertlink import (
 )
 from expertlink.engines.nvlink import build
 from expertlink.engines.select import choose_engine
+from expertlink.routing import Placement, even_blocks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ON_CPU = "tensors live on cpu, it moves rows between GPUs"
@@ -154,3 +155,34 @@ def test_what_the_collective_engine_does_not_have_is_refused(field: str) -> None
             output_layout="token_major",
             **{field: True},  # pyright: ignore[reportArgumentType]
         )
+
+
+# -- kernels of mode="ll" -------------------------------------------------------------------------
+
+LATENCY = {"mode": "ll", "engine": "nvlink"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "served"),
+    [
+        ({}, True),  # expert_major
+        ({"output_layout": "rank_major"}, True),
+        ({"output_layout": "flat"}, False),
+        ({"output_layout": "flat", "static_shapes": True}, True),
+        ({"output_layout": "token_major", "static_shapes": True}, True),
+        ({"output_layout": "rank_major", "zero_copy": True}, False),
+        ({"mode": "ht", "static_shapes": True}, False),
+    ],
+)
+def test_what_low_latency_kernels_serve(fields: dict[str, Any], served: bool) -> None:
+    """Calls whose shapes the host knows; the others have the kernels of mode="ht"."""
+    config = config_with(**{**LATENCY, **fields})
+    placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=CPU)
+    assert build.serves_latency(config, placement) is served
+
+
+def test_masks_need_low_latency_kernels() -> None:
+    config = config_with(**LATENCY, mask_lost_peers=True, output_layout="flat")
+    placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=CPU)
+    with pytest.raises(EngineUnavailableError, match="mask_lost_peers needs low-latency kernels"):
+        build.serves_latency(config, placement)

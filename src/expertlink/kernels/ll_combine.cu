@@ -40,22 +40,18 @@ __device__ __forceinline__ void load_steps(uint4 (&piece)[kSumDepth], const char
     }
 }
 
-// A part of a row into staging memory of a peer.
-__device__ __forceinline__ void store_steps(const Call& call, int peer, int slot,
-                                            const uint4 (&piece)[kSumDepth], int first, int last,
-                                            int bytes) {
-    const int lane = threadIdx.x % 32;
-    char* const row = staged_row(call.bases[peer], call.sending, slot);
-    unsigned strange = 0;
-#pragma unroll
-    for (int i = 0; i < kSumDepth; ++i) {
-        const int at = (first + i) * kStepBytes + lane * 16;
-        if (first + i < last && at < bytes) {
-            store_piece(row + at, piece[i]);
-            if (holds_nothing(piece[i])) strange |= 1u << i;
-        }
-    }
-    escape_steps(escape_words(call.bases[peer], call.sending, slot), call.sending, first, strange);
+// Steps of a row into staging memory of a peer.
+__device__ __forceinline__ void return_steps(const CombineArguments& a, const Call& call, Outbox& outbox,
+                                             int peer, int slot, const uint4 (&piece)[kSumDepth],
+                                             int first, int last) {
+    const unsigned strange = strange_steps(piece, first, last);
+    const char* const box = a.flags & kBulk ? outbox.fill(piece, first, last) : nullptr;
+    char* const base = call.bases[peer];
+    store_steps(staged_row(base, call.sending, slot), piece, first, last, a.row_bytes, box);
+    if (box != nullptr && threadIdx.x % 32 == 0) bulk_commit();
+    if (strange == 0) return;
+    if (box != nullptr) wait_for_stores();
+    escape_steps(escape_words(base, call.sending, slot), call.sending, first, strange);
 }
 
 __device__ __forceinline__ const char* row_at(const CombineArguments& a, long long slot) {
@@ -63,7 +59,7 @@ __device__ __forceinline__ const char* row_at(const CombineArguments& a, long lo
 }
 
 // Sum of an arrival's rows in top-k order; lane k has the slot and weight of choice k.
-__device__ __forceinline__ void return_sum(const CombineArguments& a, const Call& call, int peer,
+__device__ __forceinline__ void return_sum(const CombineArguments& a, const Call& call, Outbox& outbox, int peer,
                                            int slot, int choice, float weight, Steps range) {
     const unsigned present = __ballot_sync(kAll, choice >= 0);
     for (int first = range.first; first < range.last; first += kSumDepth) {
@@ -87,16 +83,16 @@ __device__ __forceinline__ void return_sum(const CombineArguments& a, const Call
         }
 #pragma unroll
         for (int i = 0; i < kSumDepth; ++i) piece[i] = round_piece(sums.value[i]);
-        store_steps(call, peer, slot, piece, first, range.last, a.row_bytes);
+        return_steps(a, call, outbox, peer, slot, piece, first, range.last);
     }
 }
 
-__device__ __forceinline__ void return_row(const CombineArguments& a, const Call& call, int peer,
+__device__ __forceinline__ void return_row(const CombineArguments& a, const Call& call, Outbox& outbox, int peer,
                                            int slot, long long row, Steps range) {
     for (int first = range.first; first < range.last; first += kSumDepth) {
         uint4 piece[kSumDepth];
         load_steps(piece, row_at(a, row), first, range.last, a.row_bytes);
-        store_steps(call, peer, slot, piece, first, range.last, a.row_bytes);
+        return_steps(a, call, outbox, peer, slot, piece, first, range.last);
     }
 }
 
@@ -122,14 +118,25 @@ struct Arrivals {
     int most, total;
 };
 
+// Own rows of deduplicated layouts are added up from where they are, if they are sure to be as they were:
+// both halves are in this launch.
+__device__ __forceinline__ bool takes_own_rows(const CombineArguments& a) {
+    return !kExpanded && (a.flags & (kSend | kReceive)) == (kSend | kReceive);
+}
+
+// Row of an arrival in deduplicated layouts.
+__device__ __forceinline__ long long dense_row(const CombineArguments& a, const Arrivals& in, int source,
+                                               int position) {
+    return kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
+}
+
 // One part of what belongs to an arrival. With no bytes, part 0 has the numbers only.
 __device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
-                                            const Arrivals& in, int source, int position, Steps range,
-                                            bool is_first) {
+                                            const Arrivals& in, Outbox& outbox, int source,
+                                            int position, Steps range, bool is_first) {
     const int lane = threadIdx.x % 32;
     const int arrival = source * kMaxTokens + position;
-    // Position of the row in deduplicated layouts.
-    const long long at = kLayoutIsRankMajor ? arrival : in.first_row[source] + position;
+    const long long at = dense_row(a, in, source, position);
     int choice = -1;
     float weight = 1.0f;  // a product with one is exact
     if (lane < kTopk && (kExpanded || a.flags & kGrads)) {
@@ -144,29 +151,31 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
     const int token = kExact ? a.tokens_of_row[arrival] : 0;
     if (is_first && (kExact || a.flags & kGrads))
         return_beside(a, call, source, slot, token, at, choice, weight);
-    if (a.row_bytes == 0) return;
+    if (a.row_bytes == 0 || (takes_own_rows(a) && source == a.rank)) return;
     if (!kExpanded) {
-        return_row(a, call, source, slot, min(at, static_cast<long long>(a.max_slots - 1)), range);
+        return_row(a, call, outbox, source, slot, min(at, static_cast<long long>(a.max_slots - 1)), range);
     } else if (!kExact) {
-        return_sum(a, call, source, slot, choice, weight, range);
+        return_sum(a, call, outbox, source, slot, choice, weight, range);
     } else {
         for (unsigned left = __ballot_sync(kAll, choice >= 0); left; left &= left - 1) {
             const int k = __ffs(left) - 1;
-            return_row(a, call, source, token * kTopk + k, __shfl_sync(kAll, choice, k), range);
+            return_row(a, call, outbox, source, token * kTopk + k, __shfl_sync(kAll, choice, k), range);
         }
     }
 }
 
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
-                                            const Arrivals& in, int warps, int* next) {
+                                            const Arrivals& in, Outbox& outbox, int warps,
+                                            int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
     const int parts = parts_of(in.total, steps, warps * gridDim.x);
     const int items = in.most * kNumRanks * parts;
+    const Divider by_parts(parts);
     for (int item = next_item(next); item < items; item = next_item(next)) {
-        const int part = item % parts, turn = item / parts;
+        const int turn = by_parts(item), part = item - turn * parts;
         const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
         if (position >= in.rows_from[source] || is_masked(call, source)) continue;
-        return_part(a, call, in, source, position, steps_of(part, parts, steps), part == 0);
+        return_part(a, call, in, outbox, source, position, steps_of(part, by_parts, steps), part == 0);
     }
 }
 
@@ -234,7 +243,8 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
 
 // One part of one token. False: give up.
 __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
-                                         const Watch& watch, int token, Steps range, bool is_first) {
+                                         const Watch& watch, const Arrivals& in, int token,
+                                         Steps range, bool is_first) {
     const int lane = threadIdx.x % 32;
     Term term = term_of(a, token);
     if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
@@ -254,10 +264,17 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
         sums.clear();
         Pieces<kSumDepth> pieces, ahead;
         unsigned left = present;
+        const auto is_own = [&](int slot) {
+            return takes_own_rows(a) && slot / kMaxTokens == a.rank;
+        };
         const auto look_at_next = [&](Pieces<kSumDepth>& into) {
             const int slot = __shfl_sync(kAll, term.slot, left ? __ffs(left) - 1 : 0);
-            if (left)
-                into.look_at(staged_row(base, watch.transfer, slot), first, range.last, a.row_bytes);
+            if (!left) return;
+            const char* row = staged_row(base, watch.transfer, slot);
+            if (is_own(slot))
+                row = row_at(a, min(dense_row(a, in, a.rank, slot % kMaxTokens),
+                                    static_cast<long long>(a.max_slots - 1)));
+            into.look_at(row, first, range.last, a.row_bytes);
         };
         look_at_next(pieces);
         while (left) {
@@ -266,9 +283,11 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
             look_at_next(ahead);
             const int slot = __shfl_sync(kAll, term.slot, i), peer = __shfl_sync(kAll, term.peer, i);
             char* const row = staged_row(base, watch.transfer, slot);
+            const bool own = is_own(slot);
             const Found found =
-                pieces.settle(a, watch, row, escape_words(base, watch.transfer, slot), first, peer,
-                              slot % kMaxTokens);
+                own ? kHere
+                    : pieces.settle(a, watch, row, escape_words(base, watch.transfer, slot), first,
+                                    peer, slot % kMaxTokens);
             if (found == kStop) return false;
             if (found == kHere) {
                 if (kExact)
@@ -276,7 +295,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
                 else
                     sums.add<false>(pieces.piece, 0.0f);
             }
-            pieces.put_back(row, first, range.last, a.row_bytes);
+            if (!own) pieces.put_back(row, first, range.last, a.row_bytes);
             pieces = ahead;
         }
 #pragma unroll
@@ -290,13 +309,16 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
 }
 
 __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& call,
-                                       const Watch& watch, int warps, int* next) {
+                                       const Watch& watch, const Arrivals& in, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const int parts = parts_of(a.num_tokens, steps, warps * gridDim.x);
-    for (int item = next_item(next); item < a.num_tokens * parts; item = next_item(next))
-        if (!add_part(a, call, watch, item / parts, steps_of(item % parts, parts, steps),
-                      item % parts == 0))
+    const int parts = parts_of(a.num_tokens, steps, blockDim.x / 32 * gridDim.x);
+    const Divider by_parts(parts);
+    for (int item = next_item(next); item < a.num_tokens * parts;
+         item = next_item(next)) {
+        const int token = by_parts(item), part = item - token * parts;
+        if (!add_part(a, call, watch, in, token, steps_of(part, by_parts, steps), part == 0))
             return false;
+    }
     return true;
 }
 
@@ -344,25 +366,34 @@ __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const
     }
 }
 
-__device__ __forceinline__ void combine_rank(const CombineArguments& a) {
+__device__ __forceinline__ void run_halves(const CombineArguments& a, Outbox& outbox) {
     __shared__ Call call;
     __shared__ Arrivals in;
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
+    // Some warps add up from the start, unless those that send have sums to make as well.
+    const int senders = receives && !kExpanded ? warps - warps / 4 : warps;
     if (threadIdx.x == 0) next_send = next_add = 0;
-    if (!begin_call(a, call)) return;
+    if (!begin_call(a, call, [] {}, [] {})) return;
     const Watch watch = watch_of(a, call, sends ? call.sending : call.receiving);
     if (sends) {
         if (warp == warps - 1 && !peers_have_room(a, call, watch)) call.stopped = 1;
         load_arrivals(a, in);
         if (call.stopped) return;
         keep_statistics(a, in);
-        return_rows(a, call, in, warps, &next_send);
+        if (warp < senders) return_rows(a, call, in, outbox, senders, &next_send);
     }
     if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
-    if (!receives || !add_up(a, call, watch, warps, &next_add)) return;
+    if (!receives || !add_up(a, call, watch, in, &next_add)) return;
     if (!sends) say_where(a, call);
+}
+
+__device__ __forceinline__ void combine_rank(const CombineArguments& a) {
+    extern __shared__ __align__(128) char memory[];
+    Outbox outbox(memory);
+    run_halves(a, outbox);
+    wait_for_stores();  // shared memory outlives what is read from it
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)

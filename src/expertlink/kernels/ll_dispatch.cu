@@ -1,11 +1,10 @@
 // ll_dispatch: a dispatch of few tokens in one launch, or its halves in two.
 //
-// Most warps of a block load rows, wait until the block has counted its rank's tokens, and store the rows
-// at their ranks. A few tell and receive the counts meanwhile. Then all place what comes. No block waits
-// for another one of its rank.
+// Every block counts its rank's tokens. Some warps load rows, wait for that and store the rows at their
+// ranks; the others tell and receive the counts; then all place what comes. All that a block tells and sends
+// it does before it waits for others.
 
 #include "latency/place.cuh"
-#include "latency/send.cuh"
 
 __device__ __forceinline__ int arrivals_words(const DispatchArguments& a) {
     return (kNumRanks + 2) * a.num_local + 2;
@@ -14,8 +13,7 @@ __device__ __forceinline__ int arrivals_words(const DispatchArguments& a) {
 constexpr int kTellers = 4;  // warps of a block that deal with counts
 
 template <bool kQuantized>
-__device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
-    extern __shared__ __align__(128) int memory[];
+__device__ __forceinline__ void run_halves(const DispatchArguments& a, int* memory, Outbox& outbox) {
     __shared__ Call call;
     __shared__ Arrivals in;
     __shared__ int next_send, next_place;
@@ -31,33 +29,35 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         in.totals = in.first_slot + kNumRanks * a.num_local;
         in.starts = in.totals + a.num_local;
     }
-    if (!begin_call(a, call)) return;
     const Masks masks = masks_in(memory + (receives ? arrivals_words(a) : 0), a.num_tokens);
+    Sender<kQuantized> sender;
+    Choice choice;
+    const auto prepare = [&] {
+        if (!sends) return;
+        prepare_masks(a, masks);
+        sender.prepare(a, senders);
+    };
+    const auto loads = [&] {
+        if (!sends) return;
+        choice.load(a, threadIdx.x);
+        sender.load(a);
+    };
+    if (!begin_call(a, call, prepare, loads)) return;
     const Watch watch = watch_of(a, call, sends ? call.sending : call.receiving);
 
-    const auto counted = [&] {
+    if (sends) {
+#pragma unroll 1
         for (int chunk = 0; chunk < kNumExperts; chunk += kExpertChunk) {
             if (chunk == 0 && warp == warps - 1 && !peers_have_room(a, call, watch))
                 call.stopped = 1;
-            fill_masks(a, masks, chunk);
-            if (call.stopped) return false;
-            const int teller = warp - senders, tellers = warps - senders;
-            if (teller >= 0) {
-                publish_counts(a, call, masks, chunk, teller, tellers);
-                if (kExpertChunk < kNumExperts)
-                    for (int token = teller * gridDim.x + blockIdx.x; token < a.num_tokens;
-                         token += tellers * gridDim.x) {
-                        Beside beside;
-                        beside.load(a, token);
-                        send_beside(a, call, masks, beside, token, chunk);
-                    }
-            }
+            fill_masks(a, masks, chunk, choice);
+            if (call.stopped) return;
+            if (warp >= senders)
+                publish_counts(a, call, masks, chunk, warp - senders, warps - senders);
+            send_beside(a, call, masks, chunk, choice);
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
         }
-        return true;
-    };
-    if (sends) {
-        if (!send_rows<kQuantized>(a, call, masks, senders, &next_send, counted)) return;
+        sender.run(a, call, masks, outbox, &next_send);
     }
     if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
     if (!receives) return;
@@ -75,15 +75,23 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         __syncwarp();
         if (call.stopped) return;
     }
-    // In one launch those who sent keep books first: they come here before the rows do.
+    // Those who sent keep books first: they come here before the rows do.
     if (warp < senders || senders == 0) {
         const int keepers = senders == 0 ? warps : senders;
         if (blockIdx.x == 0)
             keep_counts(a, in, watch.transfer, threadIdx.x, keepers * 32);
         clear_rest(a, in, warp * gridDim.x + blockIdx.x, keepers * gridDim.x);
     }
-    if (!place_rows(a, call, watch, in, warps, &next_place)) return;
+    if (!place_rows<kQuantized>(a, call, watch, in, &next_place)) return;
     if (!sends) say_where(a, call);
+}
+
+template <bool kQuantized>
+__device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
+    extern __shared__ __align__(128) char memory[];
+    Outbox outbox(memory);
+    run_halves<kQuantized>(a, reinterpret_cast<int*>(after_outboxes(a, memory)), outbox);
+    wait_for_stores();  // shared memory outlives what is read from it
 }
 
 // kQuantized: the kernel makes e4m3 rows of the input.

@@ -41,6 +41,7 @@ from expertlink.types import (
 # SMs that a call takes by default: docs/architecture.md, "How many SMs".
 DISPATCH_SMS = 32
 COMBINE_SMS = 32
+_BULK_FROM = 400_000  # bytes of a call's tokens from which on rows go through the copy engine
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SCALE_KINDS = {
     None: 0,
@@ -53,6 +54,7 @@ _SCALE_KINDS = {
 _SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
 _BOTH = _SEND | _RECEIVE
 _WIDE_IDS, _NEW_WEIGHTS = int(LatencyFlag.WIDE_IDS), int(LatencyFlag.NEW_WEIGHTS)
+_BULK = int(LatencyFlag.BULK)
 _GRADS, _MASK_LOST = int(LatencyFlag.GRADS), int(LatencyFlag.MASK_LOST)
 _DISPATCH, _COMBINE = int(Operation.DISPATCH), int(Operation.COMBINE)
 _WEIGHT_GRADS = int(Operation.WEIGHT_GRADS)
@@ -445,6 +447,8 @@ class LowLatency:
     ) -> Callable[[], None] | None:
         """Queues both halves, or the sending one; then returns what queues the other."""
         arena = self._arena
+        if a.num_tokens * a.row_bytes >= _BULK_FROM:
+            flags |= _BULK
         if not halves:
             if arena.pending:
                 arena.finish_pending()
@@ -477,9 +481,9 @@ class LowLatency:
             config, dispatches = self._config, name != "ll_combine"
             default = config.num_sms_dispatch if dispatches else config.num_sms_combine
             usual = DISPATCH_SMS if dispatches else COMBINE_SMS
-            words = 0
+            words = self._threads // 32 * latency_plan.OUTBOX_BYTES // 4
             if dispatches:
-                words = latency_plan.shared_words(
+                words += latency_plan.shared_words(
                     config, num_ranks=self._num_ranks, num_local=self._num_local, half=half
                 )
             launch = self._launches[key] = Launch(

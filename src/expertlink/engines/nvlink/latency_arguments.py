@@ -21,6 +21,8 @@ class LatencyFlag(enum.IntFlag):
     """Gradients of the slots' weights travel."""
     MASK_LOST = 32
     """A peer that does not come is masked, and the call goes on without it."""
+    BULK = 64
+    """Rows go to peers through the copy engine."""
 
 
 FLAG_CONSTANTS = constants_of(LatencyFlag)

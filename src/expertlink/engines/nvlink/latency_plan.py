@@ -9,9 +9,11 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink.arena import RowShape, round_up
+from expertlink.quantization import num_blocks
 
 SETS = 3  # staging sets that transfers take in turn
 STEP_BYTES = 512  # of a row that a warp moves at once
+OUTBOX_BYTES = 2 * 4 * STEP_BYTES  # of a warp: rows that wait for the copy engine
 _ALIGNMENT = 1024
 _NOTHING = 0xFF  # every byte of staging memory that nobody has written
 _TAGGED = 8  # bytes of a word that carries its transfer
@@ -122,6 +124,7 @@ def constants_of(
         "kRowStride": plan.stride,
         "kScalesAt": RowShape.of(config).row,
         "kMaxSteps": plan.max_steps,
+        "kNumBlocks": num_blocks(config.hidden_size),
         "kCountWords": round_up(_HEAD_COLUMNS + config.num_experts, 2),
         "kExpertChunk": experts_at_once(config),
         "kExact": int(config.combine_precision == "exact"),

@@ -2,8 +2,7 @@
 // slots as its parts come in. Every block works the slots out for itself.
 #pragma once
 
-#include "common/quantize.cuh"
-#include "latency/route.cuh"
+#include "latency/send.cuh"
 
 // Shared memory of the receiving half.
 struct Arrivals {
@@ -221,10 +220,10 @@ __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call&
 }
 
 // What came beside a row: lane k learns where its choice goes (expanded layouts: the slot, others: the local
-// expert), or -1. Once for a row, with `keeps`, it is kept. Returns false: nothing will come.
+// expert), or -1; all lanes learn the token. Once for a row, with `keeps`, it is kept.
 __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, const Call& call,
                                                 const Watch& watch, const Arrivals& in, int source,
-                                                int position, bool keeps, int& target) {
+                                                int position, bool keeps, int& target, int& token) {
     const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
     const long long row = staged;
@@ -267,13 +266,13 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
             if (a.topk_weights != nullptr) a.topk_weights[at * kTopk + lane] = value;
         }
     }
-    if (keeps && found == kHere) {
-        unsigned token = code;  // K < 32: lane K has it
-        if (kTopk >= 32 && lane == 0)
-            wait_tagged(a, watch, beside_words(call.bases[a.rank], watch.transfer, staged, kTopk),
-                        source, kPhaseRow, token);
-        if (lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(token);
-    }
+    unsigned number = code;  // K < 32: lane K has the token
+    if (kTopk >= 32 && lane == 0 && found == kHere)
+        found = wait_tagged(a, watch, beside_words(call.bases[a.rank], watch.transfer, staged, kTopk),
+                            source, kPhaseRow, number);
+    if (keeps && lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(number);
+    token = __shfl_sync(kAll, static_cast<int>(number), kTopk % 32);
+    if (kTopk >= 32) found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
     target = choice;
     if (!kExpanded) {
         const int at = kLayoutIsRankMajor ? staged : in.first_row[source] + position;
@@ -357,6 +356,7 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
 constexpr int kPlaceDepth = 4;
 
 // One part of an arrival to all its slots. False: give up.
+template <bool kQuantized>
 __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call,
                                            const Watch& watch, const Arrivals& in, int source,
                                            int position, Steps range, bool is_first, bool is_last) {
@@ -365,21 +365,26 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     char* const base = call.bases[a.rank];
     char* const row = staged_row(base, watch.transfer, staged);
     const unsigned* const escapes = escape_words(base, watch.transfer, staged);
-    int target = -1;
+    const bool own = takes_own_rows<kQuantized>(a) && source == a.rank;
+    int target = -1, token = 0;
     unsigned targets = 0;
     bool gone = false;
 #pragma unroll 1
     for (int first = range.first; first < range.last; first += kPlaceDepth) {
         Pieces<kPlaceDepth> pieces;
-        pieces.look_at(row, first, range.last, a.row_bytes);
+        if (!own) pieces.look_at(row, first, range.last, a.row_bytes);
         if (first == range.first) {  // while the first pieces are on their way
-            const Found found = receive_beside(a, call, watch, in, source, position, is_first, target);
+            const Found found =
+                receive_beside(a, call, watch, in, source, position, is_first, target, token);
             if (found == kStop) return false;
             gone = found == kGone;
             if (gone && kExpanded) target = -1;
             targets = __ballot_sync(kAll, target >= 0);
         }
-        if (!gone) {
+        if (own) {
+            pieces.look_at(a.x + static_cast<long long>(token) * a.input_bytes, first, range.last,
+                           a.row_bytes);
+        } else if (!gone) {
             const Found found = pieces.settle(a, watch, row, escapes, first, source, position);
             if (found == kStop) return false;
             gone = found == kGone;
@@ -396,23 +401,25 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
                     *reinterpret_cast<uint4*>(to + at) = pieces.piece[i];
             }
         }
-        pieces.put_back(row, first, range.last, a.row_bytes);
+        if (!own) pieces.put_back(row, first, range.last, a.row_bytes);
     }
     if (!is_last || a.scale_bytes == 0) return true;
     return receive_scales(a, call, watch, source, position, target, gone) != kStop;
 }
 
 // Parts of rows, by whichever warp is free.
+template <bool kQuantized>
 __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Call& call,
-                                           const Watch& watch, const Arrivals& in, int warps, int* next) {
+                                           const Watch& watch, const Arrivals& in, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const int parts = parts_of(in.total, steps, warps * gridDim.x);
+    const int parts = parts_of(in.total, steps, blockDim.x / 32 * gridDim.x);
     const int items = in.most * kNumRanks * parts;
+    const Divider by_parts(parts);
     for (int item = next_item(next); item < items; item = next_item(next)) {
-        const int part = item % parts, turn = item / parts;
+        const int turn = by_parts(item), part = item - turn * parts;
         const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
         if (position >= in.rows_from[source]) continue;
-        if (!place_part(a, call, watch, in, source, position, steps_of(part, parts, steps),
+        if (!place_part<kQuantized>(a, call, watch, in, source, position, steps_of(part, by_parts, steps),
                         part == 0, part == parts - 1))
             return false;
     }

@@ -136,12 +136,27 @@ __device__ __forceinline__ bool is_masked(const Call& call, int rank) {
     return call.masked[rank / 32] >> (rank % 32) & 1u;
 }
 
-// Every thread: reads what this launch is. False: an earlier wait has expired.
-template <typename Arguments>
-__device__ __forceinline__ bool begin_call(const Arguments& a, Call& call) {
+// Every thread: reads what this launch is. `prepare` needs nothing that an earlier launch has written, so
+// it may run beside that one's end; `loads` start right after it. False: an earlier wait has expired.
+template <typename Arguments, typename Prepare, typename Loads>
+__device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const Prepare& prepare,
+                                           const Loads& loads) {
+#pragma unroll 1
+    for (int rank = threadIdx.x; rank < kNumRanks; rank += blockDim.x)
+        call.bases[rank] = a.bases[rank];
+    prepare();
     wait_for_predecessor();
+    unsigned long long sent = 0, received = 0;
+    const bool is_last = threadIdx.x == blockDim.x - 1;
+    if (is_last) {
+        sent = load_tagged(&a.counters->sent);
+        received = load_tagged(&a.counters->received);
+        call.stopped = load_fresh(reinterpret_cast<const int*>(&a.state->failed)) != 0;
+    }
+    loads();
     const int lane = threadIdx.x % 32;
     if (threadIdx.x < 32) {
+#pragma unroll 1
         for (int word = 0; word < kRankWords; ++word) {
             const int rank = word * 32 + lane;
             const bool masked = rank < kNumRanks && load_fresh(reinterpret_cast<const int*>(
@@ -150,13 +165,7 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call) {
             if (lane == 0) call.masked[word] = bits;
         }
     }
-#pragma unroll 1
-    for (int rank = threadIdx.x; rank < kNumRanks; rank += blockDim.x)
-        call.bases[rank] = a.bases[rank];
-    if (threadIdx.x == blockDim.x - 1) {
-        const unsigned long long sent = load_tagged(&a.counters->sent);
-        const unsigned long long received = load_tagged(&a.counters->received);
-        call.stopped = load_acquire_device(&a.state->failed) != 0;
+    if (is_last) {
         call.sending = static_cast<unsigned>(sent >> kUnitBits) + 1;
         call.receiving = static_cast<unsigned>(received >> kUnitBits) + 1;
         // After the loads, so that no block of this launch can read the next number.
@@ -294,7 +303,8 @@ struct Pieces {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
             const int at = (first + i) * kStepBytes + lane * 16;
-            piece[i] = first + i < last && at < bytes ? load_piece(row + at) : make_uint4(0, 0, 0, 0);
+            piece[i] = make_uint4(0, 0, 0, 0);
+            if (first + i < last && at < bytes) piece[i] = load_piece(row + at);
         }
     }
 
@@ -323,13 +333,21 @@ struct Pieces {
         unsigned long long since = 0;
         const unsigned long long began = a.longest_wait_ns ? nanoseconds() : 0;
         Found found = kHere;
-        for (unsigned spins = 1; __any_sync(kAll, missing); ++spins) {
+        // Looks keep the memory system from what is awaited: only one step is looked at until it is here,
+        // then all.
+        unsigned looked_at = kAll;
+        for (unsigned spins = 1;; ++spins) {
 #pragma unroll
             for (int i = 0; i < kDepth; ++i)
-                if (missing >> i & 1u) {
+                if (missing & looked_at & 1u << i) {
                     piece[i] = load_piece(row + (first + i) * kStepBytes + lane * 16);
                     if (!holds_nothing(piece[i])) missing &= ~(1u << i);
                 }
+            const unsigned left = __reduce_or_sync(kAll, missing);
+            if (left == 0) break;
+            const bool came = (looked_at & (looked_at - 1)) == 0 && !(looked_at & left);
+            looked_at = came ? left : left & -left;
+            if (spins > 2) __nanosleep(32);
             if (spins % 16 != 0) continue;
             // The data themselves may look like nothing; then the sender has said that they are here.
             bool escaped = false;
@@ -367,15 +385,93 @@ struct Pieces {
     }
 };
 
-// After stores of a warp to a peer: steps whose data look like nothing. `steps` is the lane's mask.
+// After stores of a warp to a peer: bit i of `steps` says that the data of step `first` + i look like
+// nothing; the same in all lanes.
 __device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfer, int first,
                                              unsigned steps) {
-    const unsigned either = __reduce_or_sync(kAll, steps);
-    if (either == 0) return;
     const int lane = threadIdx.x % 32;
     __syncwarp();
     fence_system();  // the word says that all lanes' bytes are there
-    if (either >> lane & 1u) store_relaxed_system(escapes + first + lane, transfer);
+    if (steps >> lane & 1u) store_relaxed_system(escapes + first + lane, transfer);
+}
+
+// -- rows to peers ----------------------------------------------------------------------------------
+// Few rows are stored by the lanes, which is quickest for each. With many (kBulk) the wire is what is
+// waited for, and stores of lanes would keep everything behind them waiting on the multiprocessor; then they
+// are left in shared memory for the copy engine.
+
+constexpr int kOutboxSteps = 4;
+constexpr int kOutboxes = 2;  // of a warp: one is being filled while the other is being read
+
+// Dynamic shared memory begins with the outboxes of all warps, where there are any.
+template <typename Arguments>
+__device__ __forceinline__ char* after_outboxes(const Arguments& a, char* memory) {
+    return a.flags & kBulk ? memory + blockDim.x / 32 * (kOutboxes * kOutboxSteps * kStepBytes) : memory;
+}
+
+// One warp's shared memory for rows on their way.
+struct Outbox {
+    char* memory;
+    int turn;
+
+    __device__ __forceinline__ explicit Outbox(char* shared)
+        : memory(shared + threadIdx.x / 32 * (kOutboxes * kOutboxSteps * kStepBytes)), turn(0) {}
+
+    // Leaves steps for the copy engine; bulk_store may read them after that.
+    template <int kDepth>
+    __device__ __forceinline__ char* fill(const uint4 (&piece)[kDepth], int first, int last) {
+        static_assert(kDepth <= kOutboxSteps, "more steps than an outbox holds");
+        const int lane = threadIdx.x % 32;
+        turn ^= 1;
+        char* const box = memory + turn * (kOutboxSteps * kStepBytes);
+        // All but the group before this one, which reads the other box.
+        if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            if (first + i >= last) break;
+            *reinterpret_cast<uint4*>(box + i * kStepBytes + lane * 16) = piece[i];
+        }
+        fence_shared_to_bulk();
+        __syncwarp();
+        return box;
+    }
+};
+
+// Steps of a warp to the row of a peer; `box` holds them, or is null where the lanes store themselves.
+template <int kDepth>
+__device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth], int first, int last,
+                                            int bytes, const char* box) {
+    const int lane = threadIdx.x % 32;
+    if (box != nullptr) {
+        const int until = min(min(first + kDepth, last) * kStepBytes, bytes);
+        if (lane == 0) bulk_store(row + first * kStepBytes, box, until - first * kStepBytes);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+        if (first + i >= last) break;
+        const int at = (first + i) * kStepBytes + lane * 16;
+        if (at < bytes) store_piece(row + at, piece[i]);
+    }
+}
+
+// The same in all lanes: steps whose data look like nothing.
+template <int kDepth>
+__device__ __forceinline__ unsigned strange_steps(const uint4 (&piece)[kDepth], int first, int last) {
+    unsigned strange = 0;
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+        if (first + i >= last) break;
+        if (holds_nothing(piece[i])) strange |= 1u << i;
+    }
+    return __reduce_or_sync(kAll, strange);
+}
+
+// What the copy engine has been given is written, as far as this warp's lanes are concerned.
+__device__ __forceinline__ void wait_for_stores() {
+    if (threadIdx.x % 32 == 0) bulk_wait_written();
+    __syncwarp();
 }
 
 // -- shares of the work -----------------------------------------------------------------------------
@@ -387,16 +483,32 @@ __device__ __forceinline__ int next_item(int* counter) {
     return __shfl_sync(kAll, taken, 0) * gridDim.x + blockIdx.x;
 }
 
-// Into how many parts rows are cut, so that there is work for all warps.
-__device__ __forceinline__ int parts_of(int rows, int steps, int warps) {
-    if (rows == 0 || steps == 0) return 1;
-    return max(1, min(steps, warps / rows));
-}
+// Quotients of small numbers by one divisor: an ordinary division takes as long as a row's checks.
+struct Divider {
+    int divisor;
+    float reciprocal;
+
+    __device__ __forceinline__ explicit Divider(int d) : divisor(d), reciprocal(__frcp_rn(d)) {}
+
+    __device__ __forceinline__ int operator()(int n) const {
+        const int near = static_cast<int>(static_cast<float>(n) * reciprocal);
+        const int rest = n - near * divisor;
+        return near + (rest >= divisor) - (rest < 0);
+    }
+};
 
 struct Steps {
     int first, last;
 };
 
-__device__ __forceinline__ Steps steps_of(int part, int parts, int steps) {
-    return {part * steps / parts, (part + 1) * steps / parts};
+__device__ __forceinline__ Steps steps_of(int part, const Divider& parts, int steps) {
+    return {parts(part * steps), parts((part + 1) * steps)};
+}
+
+constexpr int kMostSteps = 8;  // of a part: the last ones to be begun must not take long
+
+// Into how many parts rows are cut, so that there is work for all warps.
+__device__ __forceinline__ int parts_of(int rows, int steps, int warps) {
+    if (rows == 0 || steps == 0) return 1;
+    return max((steps + kMostSteps - 1) / kMostSteps, min(steps, Divider(rows)(warps)));
 }

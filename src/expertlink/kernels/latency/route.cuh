@@ -31,59 +31,88 @@ __device__ __forceinline__ int place_in(const unsigned* mask, int token) {
     return bits_in(mask, token / 32) + __popc(mask[token / 32] & ((1u << token % 32) - 1u));
 }
 
+// Whether an expert is among those whose masks are there.
+__device__ __forceinline__ bool is_in(int chunk, int expert) {
+    return kExpertChunk >= kNumExperts || (expert >= chunk && expert < chunk + kExpertChunk);
+}
+
 __device__ __forceinline__ bool has_token(const unsigned* mask, int token) {
     return mask[token / 32] >> (token % 32) & 1u;
 }
 
+// Every thread takes choices: one of a token's K, then the one that is as many further as there are threads.
+struct Choice {
+    int token, k;
+    long long id;
+    unsigned weight;  // bits of a float, where this block tells what belongs to the token
+
+    template <typename Arguments>
+    __device__ __forceinline__ bool load(const Arguments& a, int number) {
+        token = number / kTopk;
+        k = number - token * kTopk;
+        id = -1;
+        weight = 0;
+        if (token >= a.num_tokens) return false;
+        id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[number]
+                                : static_cast<const int*>(a.ids)[number];
+        if (is_told_here() && a.flags & kNewWeights) weight = __float_as_uint(a.weights[number]);
+        return true;
+    }
+
+    // Blocks share what has to be told once.
+    __device__ __forceinline__ bool is_told_here() const { return token % gridDim.x == blockIdx.x; }
+
+    __device__ __forceinline__ int expert() const {
+        return id >= 0 && id < kNumExperts ? static_cast<int>(id) : -1;
+    }
+};
+
+// Calls `act` for all choices of this thread.
+template <typename Arguments, typename Act>
+__device__ __forceinline__ void for_choices(const Arguments& a, const Choice& first, const Act& act) {
+    Choice choice = first;
+    int number = threadIdx.x;
+#pragma unroll 1
+    while (choice.token < a.num_tokens) {
+        act(choice);
+        number += blockDim.x;
+        choice.load(a, number);
+    }
+}
+
+__device__ __forceinline__ void clear_masks(const Masks& masks) {
+    const int experts = kExpertChunk * masks.words;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < experts; i += blockDim.x) masks.experts[i] = 0;
+}
+
+// Whole block, before the first masks are set.
+template <typename Arguments>
+__device__ __forceinline__ void prepare_masks(const Arguments& a, const Masks& masks) {
+    clear_masks(masks);
+    const int ranks = kNumRanks * masks.words;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ranks; i += blockDim.x) masks.ranks[i] = 0;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) masks.homes[e] = a.home_of[e];
+}
+
 // Whole block: sets the masks for the experts from `chunk` on, and those of the ranks in the first chunk.
 template <typename Arguments>
-__device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& masks, int chunk) {
-    const int lane = threadIdx.x % 32;
-    const int bits = kExpertChunk * masks.words;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < bits; i += blockDim.x) masks.experts[i] = 0;
-    if (chunk == 0)
-#pragma unroll 1
-        for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) masks.homes[e] = a.home_of[e];
-    bool filled = false;
-#pragma unroll 1
-    for (int word = threadIdx.x / 32; word < masks.words; word += blockDim.x / 32) {
-        const int token = word * 32 + lane;
-        unsigned goes_to[kRankWords] = {};
-#pragma unroll 1
-        for (int begin = 0; begin < kTopk; begin += kChunk) {
-            Choices choices;
-#pragma unroll
-            for (int k = 0; k < kChunk; ++k) choices.expert[k] = -1;
-            if (token < a.num_tokens)
-                choices = choices_of(a, token, begin, blockIdx.x == 0 && chunk == 0);
-            if (!filled) __syncthreads();  // the ids are on their way while the memory is cleared
-            filled = true;
-#pragma unroll
-            for (int k = 0; k < kChunk; ++k) {
-                const int expert = choices.expert[k];
-                if (expert < 0) continue;
-                const int rank = rank_of(masks.homes[expert]);
-#pragma unroll
-                for (int i = 0; i < kRankWords; ++i)
-                    if (rank / 32 == i) goes_to[i] |= 1u << rank % 32;
-                if (expert >= chunk && expert < chunk + kExpertChunk)
-                    atomicOr(&masks.experts[(expert - chunk) * masks.words + word],
-                             1u << lane);
-            }
-        }
-        if (chunk == 0)
-#pragma unroll 4
-            for (int rank = 0; rank < kNumRanks; ++rank) {
-                unsigned own = 0;
-#pragma unroll
-                for (int i = 0; i < kRankWords; ++i)
-                    if (rank / 32 == i) own = goes_to[i];
-                const unsigned tokens = __ballot_sync(kAll, own >> rank % 32 & 1u);
-                if (lane == 0) masks.ranks[rank * masks.words + word] = tokens;
-            }
+__device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& masks, int chunk,
+                                           const Choice& first) {
+    if (chunk != 0) {
+        clear_masks(masks);
+        __syncthreads();
     }
-    if (!filled) __syncthreads();
+    for_choices(a, first, [&](const Choice& choice) {
+        const int expert = choice.expert();
+        if (expert < 0) return;
+        const int word = choice.token / 32;
+        const unsigned bit = 1u << choice.token % 32;
+        if (chunk == 0) atomicOr(&masks.ranks[rank_of(masks.homes[expert]) * masks.words + word], bit);
+        if (is_in(chunk, expert)) atomicOr(&masks.experts[(expert - chunk) * masks.words + word], bit);
+    });
     __syncthreads();
 }
 
@@ -121,70 +150,66 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
     }
 }
 
-// Lane i: whether the token goes to the i-th rank from `first` on, and its position there, or -1.
-__device__ __forceinline__ int position_at(const Call& call, const Masks& masks, int token, int first) {
+// Lane i: position of the token among the rows for rank `first` + i, or -1: it does not go there.
+__device__ __forceinline__ int position_at(const Masks& masks, int token, int first) {
     const int rank = first + threadIdx.x % 32;
     if (rank >= kNumRanks) return -1;
     const unsigned* const mask = masks.ranks + rank * masks.words;
     return has_token(mask, token) ? place_in(mask, token) : -1;
 }
 
-// What belongs to a token's choices; lane k has that of choice k.
-struct Beside {
-    int expert;       // global, -1: none
-    unsigned weight;  // bits of a float
+// The same, with -1 also for ranks that are masked.
+__device__ __forceinline__ int target_at(const Call& call, const Masks& masks, int token, int first) {
+    const int rank = first + threadIdx.x % 32;
+    return rank < kNumRanks && is_masked(call, rank) ? -1 : position_at(masks, token, first);
+}
 
-    template <typename Arguments>
-    __device__ __forceinline__ void load(const Arguments& a, int token) {
-        const int lane = threadIdx.x % 32;
-        expert = -1;
-        weight = 0;
-        if (lane >= kTopk) return;
-        expert = expert_of(a, token, lane);
-        if (a.flags & kNewWeights)
-            weight = __float_as_uint(a.weights[static_cast<long long>(token) * kTopk + lane]);
-    }
-};
-
-// Tells a token's ranks, for each choice, its local expert, place and weight; and which token it is. One
-// warp; chunks of experts fill in the choices that they know.
+// Tells the ranks of this block's tokens, for each choice, its local expert, place and weight; and which
+// token it is. Chunks of experts fill in the choices that they know. The handle's tables likewise.
 template <typename Arguments>
 __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call, const Masks& masks,
-                                            const Beside& beside, int token, int chunk) {
-    const int lane = threadIdx.x % 32;
-    const int expert = beside.expert;
-    const int home = expert >= 0 ? masks.homes[expert] : -1;
-    const bool in_chunk = expert >= chunk && expert < chunk + kExpertChunk && expert >= 0;
-    const int place =
-        in_chunk ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
-    int found = 0;
+                                            int chunk, const Choice& first) {
+    constexpr int kBytes = (kTopk + 1) * 16;
+    const long long rows = reinterpret_cast<char*>(beside_words(nullptr, call.sending,
+                                                                a.rank * kMaxTokens, 0)) -
+                           static_cast<char*>(nullptr);
+    for_choices(a, first, [&](const Choice& choice) {
+        if (!choice.is_told_here()) return;
+        const int token = choice.token, k = choice.k, expert = choice.expert();
+        const int home = expert >= 0 ? masks.homes[expert] : -1;
+        const bool known = expert >= 0 && is_in(chunk, expert);
+        const int place =
+            known ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
+        int found = 0;
 #pragma unroll 1
-    for (int first = 0; first < kNumRanks; first += 32) {
-        const int position = position_at(call, masks, token, first);
-        const unsigned there = __ballot_sync(kAll, position >= 0);
-        for (unsigned left = there; left; left &= left - 1) {
-            const int peer = first + __ffs(left) - 1;
-            const int slot =
-                a.rank * kMaxTokens + __shfl_sync(kAll, position, __ffs(left) - 1);
-            if (is_masked(call, peer)) continue;
+        for (int peer = 0; peer < kNumRanks; ++peer) {
+            const unsigned* const mask = masks.ranks + peer * masks.words;
+            if (!has_token(mask, token)) continue;
+            const int position = place_in(mask, token);
             const bool local = home >= 0 && rank_of(home) == peer;
-            // Other ranks' choices are absent there; that is said once.
-            if (lane < kTopk && (local ? in_chunk : chunk == 0))
-                store_tagged_pair(
-                    beside_words(call.bases[peer], call.sending, slot, lane), call.sending,
-                    local ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u,
-                    beside.weight);
-            if (lane == kTopk % 32 && chunk == 0)
-                store_tagged_pair(beside_words(call.bases[peer], call.sending, slot, kTopk),
-                                  call.sending, token, 0u);
+            auto* const words = reinterpret_cast<unsigned long long*>(call.bases[peer] + rows +
+                                                                      position * kBytes);
+            if (!is_masked(call, peer)) {
+                // Other ranks' choices are absent there; that, and which token it is, is said once.
+                if (local ? known : chunk == 0)
+                    store_tagged_pair(
+                        words + 2 * k, call.sending,
+                        local ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u,
+                        choice.weight);
+                if (k == 0 && chunk == 0)
+                    store_tagged_pair(words + 2 * kTopk, call.sending, token, 0u);
+            }
+            if (k == 0) a.slots_of_token[token * kCopies + found] = peer * kMaxTokens + position;
+            ++found;
         }
-        if (position >= 0)
-            a.slots_of_token[token * kCopies + found + __popc(there & ((1u << lane) - 1u))] =
-                (first + lane) * kMaxTokens + position;
-        found += __popc(there);
-    }
-#pragma unroll 1
-    for (int i = found + lane; i < kCopies; i += 32) a.slots_of_token[token * kCopies + i] = -1;
-    if (lane < kTopk && chunk == 0 && a.flags & kNewWeights)
-        a.weights_copy[static_cast<long long>(token) * kTopk + lane] = __uint_as_float(beside.weight);
+        if (chunk != 0) return;
+        const long long at = static_cast<long long>(token) * kTopk + k;
+        if (k == 0)
+            for (; found < kCopies; ++found) a.slots_of_token[token * kCopies + found] = -1;
+        if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(choice.weight);
+        if (a.flags & kWideIds)
+            static_cast<long long*>(a.ids_copy)[at] = choice.id;
+        else
+            static_cast<int*>(a.ids_copy)[at] = static_cast<int>(choice.id);
+    });
 }
