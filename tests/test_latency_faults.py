@@ -28,6 +28,7 @@ from rank_jobs import config_of, dispatch_case, rows_for
 
 from expertlink import (
     CapacityError,
+    ConfigurationError,
     DispatchLayout,
     ExpertlinkError,
     InputError,
@@ -41,8 +42,9 @@ pytestmark = pytest.mark.gpu(1)
 FLAT, TOKEN_MAJOR = DispatchLayout.FLAT, DispatchLayout.TOKEN_MAJOR
 RANK_MAJOR, EXPERT_MAJOR = DispatchLayout.RANK_MAJOR, DispatchLayout.EXPERT_MAJOR
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
+MASKABLE = [pytest.param(usual(RANKS, layout), id=layout.value) for layout in DispatchLayout]
 SHAPES = [
-    *(pytest.param(usual(RANKS, layout), id=layout.value) for layout in DispatchLayout),
+    *MASKABLE,
     pytest.param(exact(usual(RANKS, FLAT)), id="flat-exact"),
     pytest.param(exact(usual(RANKS, EXPERT_MAJOR)), id="expert_major-exact"),
 ]
@@ -344,7 +346,7 @@ def test_a_missing_rank_is_named_beside_rows_of_set_bits() -> None:
 # -- going on without a rank ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", MASKABLE)
 @pytest.mark.parametrize("phase", ["dispatch", "combine", "halves"])
 @pytest.mark.parametrize("gone", [CULPRIT, 2])
 def test_lost_ranks_are_masked(gone: int, phase: str, shape: Shape) -> None:
@@ -370,7 +372,7 @@ def test_lost_ranks_are_masked(gone: int, phase: str, shape: Shape) -> None:
     run_hosted(fleet, job)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", MASKABLE)
 def test_masks_on_request(shape: Shape) -> None:
     """Nobody waits for a rank that was named beforehand: a wait would fail the call."""
     cases = [shape.case((9, 4, 7), seed=1), shape.case((5, 40, 0), masked=0.3, seed=2)]
@@ -468,6 +470,19 @@ def test_masks_of_a_shared_arena() -> None:
                 latency_jobs.calls_without(comm, case, CULPRIT, "without a rank")
 
     run_hosted(fleet, job)
+
+
+def test_exact_sums_cannot_do_without_a_rank() -> None:
+    """Their slots have no owner: a rank that came back would write into those of others."""
+    case = exact(usual(RANKS, FLAT)).case((9, 4, 7), seed=1)
+    with pytest.raises(ConfigurationError, match="mask_lost_peers=True"):
+        fleet_of(case, mask_lost_peers=True)
+
+    def job(comm: MoECommunicator) -> None:
+        with pytest.raises(InputError, match="exact"):
+            comm.mask_peer((comm.rank + 1) % RANKS)
+
+    run_hosted(fleet_of(case), job)
 
 
 def test_ranks_that_cannot_be_masked() -> None:

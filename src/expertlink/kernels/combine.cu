@@ -175,7 +175,7 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Ring ring;
     const Watch watch{a.state, a.control, a.state->sent + 1, static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[a.rank], 0), a.rank};
+                      ready_word(a.bases[a.rank], 0), a.rank, nullptr};
     if (__syncthreads_or(threadIdx.x == 0 && gave_up(watch))) return;
     if (!run_halves(a, watch, shared, ring)) return;
     if (!last_to_leave(&a.state->left_send, gridDim.x)) return;

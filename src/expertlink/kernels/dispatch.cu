@@ -55,7 +55,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     const Watch watch{a.state, a.control,
                       (sends ? a.state->sent : a.state->received) + 1,
                       static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[a.rank], 0), a.rank};
+                      ready_word(a.bases[a.rank], 0), a.rank, nullptr};
     const bool over = __syncthreads_or(threadIdx.x == 0 && gave_up(watch));
     const bool done = !over && run_halves(a, watch, shared, ring);
     // Placing may have started before the sending half was over; the kernel after this one may not.

@@ -41,17 +41,14 @@ __device__ __forceinline__ void load_steps(uint4 (&piece)[kSumDepth], const char
 }
 
 // Steps of a row into staging memory of a peer.
-__device__ __forceinline__ void return_steps(const CombineArguments& a, const Call& call, Outbox& outbox,
-                                             int peer, int slot, const uint4 (&piece)[kSumDepth],
-                                             int first, int last) {
+__device__ __forceinline__ void return_steps(const CombineArguments& a, const Call& call, int peer,
+                                             int slot, const uint4 (&piece)[kSumDepth], int first,
+                                             int last) {
     const unsigned strange = strange_steps(piece, first, last);
-    const char* const box = a.flags & kBulk ? outbox.fill(piece, first, last) : nullptr;
     char* const base = call.bases[peer];
-    store_steps(staged_row(base, call.sending, slot), piece, first, last, a.row_bytes, box);
-    if (box != nullptr && threadIdx.x % 32 == 0) bulk_commit();
-    if (strange == 0) return;
-    if (box != nullptr) wait_for_stores();
-    escape_steps(escape_words(base, call.sending, slot), call.sending, first, strange);
+    store_steps(staged_row(base, call.sending, slot), piece, first, last, a.row_bytes);
+    if (strange)
+        escape_steps(escape_words(base, call.sending, slot), call.sending, first, strange);
 }
 
 __device__ __forceinline__ const char* row_at(const CombineArguments& a, long long slot) {
@@ -59,40 +56,40 @@ __device__ __forceinline__ const char* row_at(const CombineArguments& a, long lo
 }
 
 // Sum of an arrival's rows in top-k order; lane k has the slot and weight of choice k.
-__device__ __forceinline__ void return_sum(const CombineArguments& a, const Call& call, Outbox& outbox, int peer,
+__device__ __forceinline__ void return_sum(const CombineArguments& a, const Call& call, int peer,
                                            int slot, int choice, float weight, Steps range) {
     const unsigned present = __ballot_sync(kAll, choice >= 0);
     for (int first = range.first; first < range.last; first += kSumDepth) {
         Sums sums;
         sums.clear();
-        uint4 piece[kSumDepth], ahead[kSumDepth];
-        unsigned left = present;
-        const auto load_next = [&](uint4 (&into)[kSumDepth]) {
-            const int k = left ? __ffs(left) - 1 : 0;
-            const long long from = __shfl_sync(kAll, choice, k);
-            if (left) load_steps(into, row_at(a, from), first, range.last, a.row_bytes);
-        };
-        load_next(piece);
-        while (left) {
-            const float factor = __shfl_sync(kAll, weight, __ffs(left) - 1);
+        uint4 piece[kSumDepth], second[kSumDepth];
+#pragma unroll 1
+        for (unsigned left = present; left;) {
+            // Two rows are on their way together.
+            const int k = __ffs(left) - 1;
             left &= left - 1;
-            load_next(ahead);
-            sums.add<true>(piece, factor);
-#pragma unroll
-            for (int i = 0; i < kSumDepth; ++i) piece[i] = ahead[i];
+            const int next = left ? __ffs(left) - 1 : k;
+            load_steps(piece, row_at(a, __shfl_sync(kAll, choice, k)), first, range.last, a.row_bytes);
+            const long long other = __shfl_sync(kAll, choice, next);
+            if (left) load_steps(second, row_at(a, other), first, range.last, a.row_bytes);
+            sums.add<true>(piece, __shfl_sync(kAll, weight, k));
+            const float factor = __shfl_sync(kAll, weight, next);
+            if (left) sums.add<true>(second, factor);
+            left &= left - 1;
         }
 #pragma unroll
         for (int i = 0; i < kSumDepth; ++i) piece[i] = round_piece(sums.value[i]);
-        return_steps(a, call, outbox, peer, slot, piece, first, range.last);
+        return_steps(a, call, peer, slot, piece, first, range.last);
     }
 }
 
-__device__ __forceinline__ void return_row(const CombineArguments& a, const Call& call, Outbox& outbox, int peer,
+__device__ __forceinline__ void return_row(const CombineArguments& a, const Call& call, int peer,
                                            int slot, long long row, Steps range) {
     for (int first = range.first; first < range.last; first += kSumDepth) {
         uint4 piece[kSumDepth];
-        load_steps(piece, row_at(a, row), first, range.last, a.row_bytes);
-        return_steps(a, call, outbox, peer, slot, piece, first, range.last);
+        // A row for which there was no room is as one of zeros.
+        load_steps(piece, row_at(a, max(row, 0ll)), first, row < 0 ? first : range.last, a.row_bytes);
+        return_steps(a, call, peer, slot, piece, first, range.last);
     }
 }
 
@@ -105,7 +102,7 @@ __device__ __forceinline__ void return_beside(const CombineArguments& a, const C
     float grad = 0.0f;
     if (a.flags & kGrads && choice >= 0) grad = a.slot_grads[kExpanded ? choice : at * kTopk + lane];
     char* const base = call.bases[peer];
-    if (kExact && choice >= 0)
+    if (kExact && choice != -1)
         store_tagged_pair(beside_words(base, call.sending, token * kTopk + lane, 0), call.sending,
                           __float_as_uint(weight), __float_as_uint(grad));
     if (!kExact && a.flags & kGrads)
@@ -117,6 +114,15 @@ struct Arrivals {
     int rows_from[kNumRanks], first_row[kNumRanks];
     int most, total;
 };
+
+// Exact sums: rows that travel are counted as they do; lane k, for choice k.
+__device__ __forceinline__ void count_row(const CombineArguments& a, int peer, long long* rows,
+                                          long long* bytes) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&rows[peer]), 1ull);
+    if (peer != a.rank)
+        atomicAdd(reinterpret_cast<unsigned long long*>(&bytes[peer]),
+                  static_cast<unsigned long long>(a.row_bytes));
+}
 
 // Own rows of deduplicated layouts are added up from where they are, if they are sure to be as they were:
 // both halves are in this launch.
@@ -132,8 +138,8 @@ __device__ __forceinline__ long long dense_row(const CombineArguments& a, const 
 
 // One part of what belongs to an arrival. With no bytes, part 0 has the numbers only.
 __device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
-                                            const Arrivals& in, Outbox& outbox, int source,
-                                            int position, Steps range, bool is_first) {
+                                            const Arrivals& in, int source, int position, Steps range,
+                                            bool is_first) {
     const int lane = threadIdx.x % 32;
     const int arrival = source * kMaxTokens + position;
     const long long at = dense_row(a, in, source, position);
@@ -146,27 +152,28 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
         else if (a.weights_of_row != nullptr)
             weight = a.weights_of_row[static_cast<long long>(arrival) * kTopk + lane];
     }
-    if (!kExpanded && at >= a.max_slots) choice = -1;  // there was no room for the row
+    if (!kExpanded && at >= a.max_slots) choice = kDropped;
     const int slot = a.rank * kMaxTokens + position;
     const int token = kExact ? a.tokens_of_row[arrival] : 0;
+    if (kExact && is_first && choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
+        count_row(a, source, a.rows_sent, a.bytes_sent);
     if (is_first && (kExact || a.flags & kGrads))
         return_beside(a, call, source, slot, token, at, choice, weight);
     if (a.row_bytes == 0 || (takes_own_rows(a) && source == a.rank)) return;
     if (!kExpanded) {
-        return_row(a, call, outbox, source, slot, min(at, static_cast<long long>(a.max_slots - 1)), range);
+        return_row(a, call, source, slot, at < a.max_slots ? at : -1, range);
     } else if (!kExact) {
-        return_sum(a, call, outbox, source, slot, choice, weight, range);
+        return_sum(a, call, source, slot, choice, weight, range);
     } else {
-        for (unsigned left = __ballot_sync(kAll, choice >= 0); left; left &= left - 1) {
+        for (unsigned left = __ballot_sync(kAll, choice != -1); left; left &= left - 1) {
             const int k = __ffs(left) - 1;
-            return_row(a, call, outbox, source, token * kTopk + k, __shfl_sync(kAll, choice, k), range);
+            return_row(a, call, source, token * kTopk + k, __shfl_sync(kAll, choice, k), range);
         }
     }
 }
 
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
-                                            const Arrivals& in, Outbox& outbox, int warps,
-                                            int* next) {
+                                            const Arrivals& in, int warps, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
     const int parts = parts_of(in.total, steps, warps * gridDim.x);
     const int items = in.most * kNumRanks * parts;
@@ -175,7 +182,7 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
         const int turn = by_parts(item), part = item - turn * parts;
         const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
         if (position >= in.rows_from[source] || is_masked(call, source)) continue;
-        return_part(a, call, in, outbox, source, position, steps_of(part, by_parts, steps), part == 0);
+        return_part(a, call, in, source, position, steps_of(part, by_parts, steps), part == 0);
     }
 }
 
@@ -202,17 +209,16 @@ __device__ __forceinline__ Term term_of(const CombineArguments& a, int token) {
 }
 
 // Exact sums: the weight of a term, and the gradient that came with it; lane k waits for its own.
-__device__ __forceinline__ bool receive_beside(const CombineArguments& a, const Call& call,
-                                               const Watch& watch, Term& term, float& weight,
+__device__ __forceinline__ bool receive_beside(const CombineArguments& a, const Call& call, Term& term, float& weight,
                                                float& grad) {
     Found found = kHere;
     unsigned first = 0, second = 0;
     if (term.slot >= 0) {
         unsigned long long* const words =
-            beside_words(call.bases[a.rank], watch.transfer, term.slot, 0);
-        found = wait_tagged(a, watch, words, term.peer, kPhaseRow, first);
+            beside_words(call.bases[a.rank], call.watch.transfer, term.slot, 0);
+        found = wait_tagged(call, words, term.peer, kPhaseRow, first);
         if (found == kHere)
-            found = wait_tagged(a, watch, words + 1, term.peer, kPhaseRow, second);
+            found = wait_tagged(call, words + 1, term.peer, kPhaseRow, second);
         if (found == kGone) term.slot = -1;
     }
     weight = __uint_as_float(first);
@@ -221,8 +227,7 @@ __device__ __forceinline__ bool receive_beside(const CombineArguments& a, const 
 }
 
 // Gradients of a token's choices: each lies beside the term from the choice's rank.
-__device__ __forceinline__ bool receive_grads(const CombineArguments& a, const Call& call,
-                                              const Watch& watch, const Term& term, int token) {
+__device__ __forceinline__ bool receive_grads(const CombineArguments& a, const Call& call, const Term& term, int token) {
     const int lane = threadIdx.x % 32;
     const int expert = lane < kTopk ? expert_of(a, token, lane) : -1;
     const int rank = expert >= 0 ? rank_of(a.home_of[expert]) : -1;
@@ -233,7 +238,7 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
         const int slot = __shfl_sync(kAll, term.slot, i), peer = __shfl_sync(kAll, term.peer, i);
         if (peer != rank) continue;
         unsigned bits = 0;
-        fine &= wait_tagged(a, watch, beside_words(call.bases[a.rank], watch.transfer, slot, lane),
+        fine &= wait_tagged(call, beside_words(call.bases[a.rank], call.watch.transfer, slot, lane),
                             peer, kPhaseRow, bits) != kStop;
         grad = __uint_as_float(bits);
     }
@@ -242,16 +247,17 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
 }
 
 // One part of one token. False: give up.
-__device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
-                                         const Watch& watch, const Arrivals& in, int token,
+__device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call, const Arrivals& in, int token,
                                          Steps range, bool is_first) {
     const int lane = threadIdx.x % 32;
     Term term = term_of(a, token);
     if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
     float weight = 1.0f, grad = 0.0f;
-    if (kExact && !receive_beside(a, call, watch, term, weight, grad)) return false;
+    if (kExact && !receive_beside(a, call, term, weight, grad)) return false;
+    if (kExact && is_first && term.slot >= 0 && a.rows_sent != nullptr && a.row_bytes != 0)
+        count_row(a, term.peer, a.rows_received, a.bytes_received);
     if (is_first && a.flags & kGrads) {
-        if (!kExact && !receive_grads(a, call, watch, term, token)) return false;
+        if (!kExact && !receive_grads(a, call, term, token)) return false;
         if (kExact && lane < kTopk)
             a.grads_out[static_cast<long long>(token) * kTopk + lane] = term.slot >= 0 ? grad : 0.0f;
     }
@@ -270,11 +276,14 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
         const auto look_at_next = [&](Pieces<kSumDepth>& into) {
             const int slot = __shfl_sync(kAll, term.slot, left ? __ffs(left) - 1 : 0);
             if (!left) return;
-            const char* row = staged_row(base, watch.transfer, slot);
-            if (is_own(slot))
-                row = row_at(a, min(dense_row(a, in, a.rank, slot % kMaxTokens),
-                                    static_cast<long long>(a.max_slots - 1)));
-            into.look_at(row, first, range.last, a.row_bytes);
+            const char* row = staged_row(base, call.watch.transfer, slot);
+            int last = range.last;
+            if (is_own(slot)) {
+                const long long own = dense_row(a, in, a.rank, slot % kMaxTokens);
+                row = row_at(a, own);
+                if (own >= a.max_slots) last = first;  // there was no room for it
+            }
+            into.look_at(row, first, last, a.row_bytes);
         };
         look_at_next(pieces);
         while (left) {
@@ -282,11 +291,11 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
             left &= left - 1;
             look_at_next(ahead);
             const int slot = __shfl_sync(kAll, term.slot, i), peer = __shfl_sync(kAll, term.peer, i);
-            char* const row = staged_row(base, watch.transfer, slot);
+            char* const row = staged_row(base, call.watch.transfer, slot);
             const bool own = is_own(slot);
             const Found found =
                 own ? kHere
-                    : pieces.settle(a, watch, row, escape_words(base, watch.transfer, slot), first,
+                    : pieces.settle(call, row, escape_words(base, call.watch.transfer, slot), first,
                                     peer, slot % kMaxTokens);
             if (found == kStop) return false;
             if (found == kHere) {
@@ -308,15 +317,14 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     return true;
 }
 
-__device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& call,
-                                       const Watch& watch, const Arrivals& in, int* next) {
+__device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& call, const Arrivals& in, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
     const int parts = parts_of(a.num_tokens, steps, blockDim.x / 32 * gridDim.x);
     const Divider by_parts(parts);
     for (int item = next_item(next); item < a.num_tokens * parts;
          item = next_item(next)) {
         const int token = by_parts(item), part = item - token * parts;
-        if (!add_part(a, call, watch, in, token, steps_of(part, by_parts, steps), part == 0))
+        if (!add_part(a, call, in, token, steps_of(part, by_parts, steps), part == 0))
             return false;
     }
     return true;
@@ -354,7 +362,7 @@ __device__ __forceinline__ void load_arrivals(const CombineArguments& a, Arrival
 
 // Rows that travel, for the statistics; one thread for each rank.
 __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const Arrivals& in) {
-    if (a.rows_sent == nullptr || blockIdx.x != 0) return;
+    if (a.rows_sent == nullptr || blockIdx.x != 0 || a.row_bytes == 0 || kExact) return;
 #pragma unroll 1
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
         const long long sent = in.rows_from[r], received = a.rows_to[r];
@@ -366,34 +374,25 @@ __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const
     }
 }
 
-__device__ __forceinline__ void run_halves(const CombineArguments& a, Outbox& outbox) {
+__device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     __shared__ Call call;
     __shared__ Arrivals in;
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
-    // Some warps add up from the start, unless those that send have sums to make as well.
-    const int senders = receives && !kExpanded ? warps - warps / 4 : warps;
+    const int senders = min(a.send_warps, warps);  // the others add up from the start
     if (threadIdx.x == 0) next_send = next_add = 0;
     if (!begin_call(a, call, [] {}, [] {})) return;
-    const Watch watch = watch_of(a, call, sends ? call.sending : call.receiving);
     if (sends) {
-        if (warp == warps - 1 && !peers_have_room(a, call, watch)) call.stopped = 1;
+        if (warp == warps - 1 && !peers_have_room(call)) call.stopped = 1;
         load_arrivals(a, in);
         if (call.stopped) return;
         keep_statistics(a, in);
-        if (warp < senders) return_rows(a, call, in, outbox, senders, &next_send);
+        if (warp < senders) return_rows(a, call, in, senders, &next_send);
     }
     if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
-    if (!receives || !add_up(a, call, watch, in, &next_add)) return;
+    if (!receives || !add_up(a, call, in, &next_add)) return;
     if (!sends) say_where(a, call);
-}
-
-__device__ __forceinline__ void combine_rank(const CombineArguments& a) {
-    extern __shared__ __align__(128) char memory[];
-    Outbox outbox(memory);
-    run_halves(a, outbox);
-    wait_for_stores();  // shared memory outlives what is read from it
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)

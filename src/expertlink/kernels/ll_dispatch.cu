@@ -10,17 +10,16 @@ __device__ __forceinline__ int arrivals_words(const DispatchArguments& a) {
     return (kNumRanks + 2) * a.num_local + 2;
 }
 
-constexpr int kTellers = 4;  // warps of a block that deal with counts
-
 template <bool kQuantized>
-__device__ __forceinline__ void run_halves(const DispatchArguments& a, int* memory, Outbox& outbox) {
+__device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
+    extern __shared__ __align__(128) int memory[];
     __shared__ Call call;
     __shared__ Arrivals in;
     __shared__ int next_send, next_place;
     __shared__ volatile int known;  // the counts of all ranks are
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
-    const int senders = receives && !sends ? 0 : warps - max(1, min(kTellers, warps / 4));
+    const int senders = sends ? min(a.send_warps, warps - 1) : 0;
     if (threadIdx.x == 0) {
         next_send = senders;  // every sending warp has its first item
         next_place = 0;
@@ -43,12 +42,11 @@ __device__ __forceinline__ void run_halves(const DispatchArguments& a, int* memo
         sender.load(a);
     };
     if (!begin_call(a, call, prepare, loads)) return;
-    const Watch watch = watch_of(a, call, sends ? call.sending : call.receiving);
 
     if (sends) {
 #pragma unroll 1
         for (int chunk = 0; chunk < kNumExperts; chunk += kExpertChunk) {
-            if (chunk == 0 && warp == warps - 1 && !peers_have_room(a, call, watch))
+            if (chunk == 0 && warp == warps - 1 && !peers_have_room(call))
                 call.stopped = 1;
             fill_masks(a, masks, chunk, choice);
             if (call.stopped) return;
@@ -57,12 +55,12 @@ __device__ __forceinline__ void run_halves(const DispatchArguments& a, int* memo
             send_beside(a, call, masks, chunk, choice);
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
         }
-        sender.run(a, call, masks, outbox, &next_send);
+        sender.run(a, call, masks, &next_send);
     }
     if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
     if (!receives) return;
     if (warp >= senders) {
-        const bool fine = receive_counts(a, call, watch, in, senders);
+        const bool fine = receive_counts(a, call, in, senders);
         if (threadIdx.x == senders * 32) {
             __threadfence_block();
             known = 1;
@@ -79,19 +77,11 @@ __device__ __forceinline__ void run_halves(const DispatchArguments& a, int* memo
     if (warp < senders || senders == 0) {
         const int keepers = senders == 0 ? warps : senders;
         if (blockIdx.x == 0)
-            keep_counts(a, in, watch.transfer, threadIdx.x, keepers * 32);
+            keep_counts(a, in, call.watch.transfer, threadIdx.x, keepers * 32);
         clear_rest(a, in, warp * gridDim.x + blockIdx.x, keepers * gridDim.x);
     }
-    if (!place_rows<kQuantized>(a, call, watch, in, &next_place)) return;
+    if (!place_rows<kQuantized>(a, call, in, &next_place)) return;
     if (!sends) say_where(a, call);
-}
-
-template <bool kQuantized>
-__device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
-    extern __shared__ __align__(128) char memory[];
-    Outbox outbox(memory);
-    run_halves<kQuantized>(a, reinterpret_cast<int*>(after_outboxes(a, memory)), outbox);
-    wait_for_stores();  // shared memory outlives what is read from it
 }
 
 // kQuantized: the kernel makes e4m3 rows of the input.

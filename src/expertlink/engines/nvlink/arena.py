@@ -5,7 +5,6 @@ torch's symmetric memory is an alpha API; this file is the only one that knows i
 
 from __future__ import annotations
 
-import collections
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,8 +110,10 @@ class ArenaPlan:
         rounded = {name: round_up(size, _ALIGNMENT) for name, size in sizes.items()}
         return ArenaPlan(**rounded, max_tokens=config.max_tokens_per_rank, stride=shape.staged)
 
-    def holds(self, other: ArenaPlan) -> bool:
+    def holds(self, other: Any) -> bool:
         """Whether a communicator that needs `other` can share this arena."""
+        if not isinstance(other, ArenaPlan):
+            return False
         same = (self.max_tokens, self.stride) == (other.max_tokens, other.stride)
         return same and all(getattr(self, name) >= size for name, size in vars(other).items())
 
@@ -214,6 +215,27 @@ class SymmetricBuffer:
         self.local = torch.empty(0, dtype=torch.uint8)
 
 
+class Plan(Protocol):
+    """Sizes and contents of an arena."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole arena."""
+        ...
+
+    def regions(self) -> dict[str, int]:
+        """Bytes by region, in the order of their offsets."""
+        ...
+
+    def holds(self, other: Any) -> bool:
+        """Whether a communicator that needs `other` can share this arena."""
+        ...
+
+    def prepare(self, memory: Tensor) -> None:
+        """Makes an arena what it has to be before the first call."""
+        ...
+
+
 class Arena:
     """One rank's view of the arenas of all ranks, with its own counters.
 
@@ -226,7 +248,7 @@ class Arena:
         device: this rank's GPU.
     """
 
-    def __init__(self, plan: ArenaPlan, *, buffer: Buffer, device: torch.device) -> None:
+    def __init__(self, plan: Plan, *, buffer: Buffer, device: torch.device) -> None:
         self.plan = plan
         self.buffer = buffer
         self.local = buffer.local
@@ -240,6 +262,7 @@ class Arena:
 
     def next_pool(self) -> int:
         """Offset of the pool for the next zero-copy dispatch; the two take turns."""
+        assert isinstance(self.plan, ArenaPlan)
         self._next_pool ^= 1
         return self.plan.pool_at(self._next_pool)
 
@@ -251,15 +274,18 @@ class Arena:
             stream.wait_stream(self._last)
         self._last = stream
 
-    def check_fits(self, needed: ArenaPlan) -> None:
+    def check_fits(self, needed: Plan) -> None:
         """Refuses a communicator that needs more than there is."""
         if self.plan.holds(needed):
             return
+        if type(needed) is not type(self.plan):
+            raise ConfigurationError(
+                "share_with: low-latency and high-throughput calls have memory of their own each"
+            )
         differing = [
             f"{name} {size}, needed {getattr(needed, name)}"
             for name, size in vars(self.plan).items()
-            if getattr(needed, name) > size
-            or (name in ("max_tokens", "stride") and getattr(needed, name) != size)
+            if getattr(needed, name) != size
         ]
         raise ConfigurationError(
             "share_with: the memory does not suit this communicator; equal max_tokens_per_rank, "

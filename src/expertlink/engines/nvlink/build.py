@@ -11,7 +11,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink import latency_plan
 from expertlink.engines.nvlink.arena import Arena, ArenaPlan, RowShape, SymmetricBuffer
 from expertlink.engines.nvlink.engine import NvlinkEngine
-from expertlink.engines.nvlink.kernels import BlockShape, DeviceRunner, Plan
+from expertlink.engines.nvlink.kernels import BlockShape, DeviceRunner, KernelPlan
 from expertlink.engines.nvlink.latency import LatencyArena, LowLatency
 from expertlink.engines.nvlink.latency_engine import LatencyEngine
 from expertlink.engines.nvlink.latency_plan import LatencyPlan
@@ -60,12 +60,13 @@ def build(
     num_local = len(placement.experts_of_rank[wire.rank])
     blocks = BlockShape(config, num_ranks=num_ranks, num_local=num_local)
     latency = serves_latency(config, placement)
-    plan: Plan = (LatencyPlan if latency else ArenaPlan).of(config, num_ranks)
+    plan: KernelPlan = (LatencyPlan if latency else ArenaPlan).of(config, num_ranks)
     in_the_way = blocks.obstacle(RowShape.of(config).row) or _unreachable(wire)
     runner: DeviceRunner | None = None
     if in_the_way is None:
         if share_with is not None:
-            plan = _shared_arena(share_with, plan).plan
+            shared: Any = _shared_arena(share_with, plan).plan
+            plan = shared
         try:
             runner = DeviceRunner(config, plan, num_ranks=num_ranks, device=device)
         except ExpertlinkError as error:
@@ -138,7 +139,7 @@ def serves_latency(config: MoECommunicatorConfig, placement: Placement) -> bool:
     return False
 
 
-def _shared_arena(other: object, plan: Plan) -> Arena:
+def _shared_arena(other: object, plan: KernelPlan) -> Arena:
     if not isinstance(other, NvlinkEngine):
         raise ConfigurationError(
             "share_with: that communicator does not use the nvlink engine and has no such memory"

@@ -45,11 +45,11 @@ class Launch:
 Run = Callable[[str, Arguments, Launch], None]
 """Queues a kernel by its name, with its arguments, on the current stream."""
 
-Plan = ArenaPlan | latency_plan.LatencyPlan
+KernelPlan = ArenaPlan | latency_plan.LatencyPlan
 
 
 def kernel_constants(
-    config: MoECommunicatorConfig, plan: Plan, *, num_ranks: int
+    config: MoECommunicatorConfig, plan: KernelPlan, *, num_ranks: int
 ) -> dict[str, int]:
     """What a communicator fixes, under the names that the kernels know; the same on all ranks."""
     layout = config.layout
@@ -90,7 +90,7 @@ def kernel_constants(
 
 def compile_for(
     config: MoECommunicatorConfig,
-    plan: Plan,
+    plan: KernelPlan,
     *,
     num_ranks: int,
     arch: str,
@@ -117,9 +117,7 @@ def compile_for(
     }
 
 
-def _instances(
-    config: MoECommunicatorConfig, *, latency: bool
-) -> Iterator[tuple[str, str, str]]:
+def _instances(config: MoECommunicatorConfig, *, latency: bool) -> Iterator[tuple[str, str, str]]:
     """Name, source and template arguments of every kernel that a communicator launches."""
     if not latency:
         yield "dispatch", "dispatch", ""
@@ -137,7 +135,7 @@ class DeviceRunner:
     def __init__(
         self,
         config: MoECommunicatorConfig,
-        plan: Plan,
+        plan: KernelPlan,
         *,
         num_ranks: int,
         device: torch.device,

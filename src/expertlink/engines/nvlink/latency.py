@@ -1,13 +1,14 @@
-"""Low-latency calls of one rank: outputs, arguments, launches of ll_dispatch.cu and ll_combine.cu.
+"""Low-latency calls of one rank: outputs, arguments, launches of ll_dispatch and ll_combine.
 
-Knows addresses and nothing of process groups, so that several ranks can live in one process. Nothing
-here waits for the device, so all of it can be captured in CUDA graphs.
+Knows addresses and nothing of process groups, so that several ranks can live in one process.
+Nothing here waits for the device, so all of it can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
 
 import collections
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,15 +34,15 @@ from expertlink.types import (
     BlockFormat,
     CallStatistics,
     DispatchBuffers,
-    DispatchLayout,
     DispatchOutput,
-    QuantScales,
 )
 
 # SMs that a call takes by default: docs/architecture.md, "How many SMs".
 DISPATCH_SMS = 32
 COMBINE_SMS = 32
-_BULK_FROM = 400_000  # bytes of a call's tokens from which on rows go through the copy engine
+# Warps of all blocks that begin with sending: they fill the wire, the others wait for rows.
+_SENDING_WARPS = 192
+_TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SCALE_KINDS = {
     None: 0,
@@ -54,9 +55,9 @@ _SCALE_KINDS = {
 _SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
 _BOTH = _SEND | _RECEIVE
 _WIDE_IDS, _NEW_WEIGHTS = int(LatencyFlag.WIDE_IDS), int(LatencyFlag.NEW_WEIGHTS)
-_BULK = int(LatencyFlag.BULK)
 _GRADS, _MASK_LOST = int(LatencyFlag.GRADS), int(LatencyFlag.MASK_LOST)
 _DISPATCH, _COMBINE = int(Operation.DISPATCH), int(Operation.COMBINE)
+_CACHED_DISPATCH = int(Operation.CACHED_DISPATCH)
 _WEIGHT_GRADS = int(Operation.WEIGHT_GRADS)
 _REFUSED = 0xFFFFFFFF  # no call has this signature
 
@@ -65,7 +66,7 @@ class LatencyArena(Arena):
     """An arena with the counters of low-latency calls, and the calls of which half is under way.
 
     Attributes:
-        counters: int64; launches sent and received in units, decisions `[R]`, masks (int32 `[R]`).
+        counters: int64, as `Counters` in kernels/latency/protocol.cuh.
         masks: `[R]` int32, the part of `counters` that says who is masked.
         pending: receiving halves that have not been launched, oldest first.
     """
@@ -73,8 +74,8 @@ class LatencyArena(Arena):
     def __init__(self, plan: LatencyPlan, *, buffer: Buffer, device: torch.device) -> None:
         super().__init__(plan, buffer=buffer, device=device)
         ranks = self.num_ranks
-        self.counters = torch.zeros(2 + ranks + (ranks + 1) // 2, dtype=torch.int64, device=device)
-        self.masks = self.counters[2 + ranks :].view(torch.int32)[:ranks]
+        self.counters = torch.zeros(2 + 3 * ranks, dtype=torch.int64, device=device)
+        self.masks = self.counters[2 + 2 * ranks :].view(torch.int32)[ranks:]
         self.pending: collections.deque[Callable[[], None]] = collections.deque()
         self._current = raw_stream(device)
         self._last_raw: int | None = None
@@ -166,9 +167,7 @@ class LowLatency:
         self._num_ranks = placement.num_ranks
         self._num_local = len(placement.experts_of_rank[rank])
         self._num_sms, self._threads = num_sms, 32 * warps
-        self._tables = LatencyTables(
-            config, num_ranks=self._num_ranks, num_local=self._num_local
-        )
+        self._tables = LatencyTables(config, num_ranks=self._num_ranks, num_local=self._num_local)
         self._kinds: dict[tuple[Any, ...], RowKind] = {}
         self._launches: dict[tuple[str, int | None, str], Launch] = {}
         self._always = _MASK_LOST if config.mask_lost_peers else 0
@@ -185,7 +184,8 @@ class LowLatency:
         }
         self._dispatch: Any = DISPATCH.new(**common, num_local=self._num_local)
         self._combine: Any = COMBINE.new(**common)
-        self._own: list[Tables] = []  # of buffers: statistics have to reach their arguments
+        # Of buffers: statistics have to reach their arguments.
+        self._own: weakref.WeakSet[Tables] = weakref.WeakSet()
 
     # -- dispatch ---------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class LowLatency:
         self._name_tables(tables.dispatch, tables.block, tables.ids)
         self._name_output(tables.dispatch, output)
         self._name_route(tables.combine, tables.block)
-        self._own.append(tables)
+        self._own.add(tables)
         return DispatchBuffers(output=output, tables=tables, kind=kind)
 
     def dispatch(
@@ -233,7 +233,8 @@ class LowLatency:
                 kept = tables.ids
                 if ids.dtype is not torch.int64:  # int32 ids take the first half of the memory
                     kept = kept.view(-1).view(ids.dtype)[: kept.numel()].view(kept.shape)
-                route = self._new_route(output, num_tokens, kept[:num_tokens], tables.block, weighted)
+                kept = kept[:num_tokens]
+                route = self._new_route(output, num_tokens, kept, tables.block, weighted)
                 route.combine_arguments = tables.combine
                 tables.routes[key] = route
         else:
@@ -257,7 +258,8 @@ class LowLatency:
         self._name_rows(a, call, output, weighted)
         a.num_tokens, a.ids = num_tokens, ids.data_ptr()
         name = "ll_dispatch" if call.quantize_to is None else "ll_dispatch_quantized"
-        left = self._launch(name, a, flags, call.num_sms, halves=call.halves)
+        needs = (output, route, call.x_TW, call.scales, ids, weights) if call.halves else ()
+        left = self._launch(name, a, flags, call.num_sms, halves=call.halves, needs=needs)
         return output, route, left
 
     def refuse(self) -> None:
@@ -268,7 +270,8 @@ class LowLatency:
             topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=self._device),
         )
         a = self._dispatch
-        block, kept = self._new_block(0), torch.empty_like(call.topk_ids_TK)
+        kept = torch.empty((0, config.topk), dtype=torch.int64, device=self._device)
+        block = self._new_block(0)
         output = self._new_output(call, weighted=False)
         self._name_tables(a, block, kept)
         self._name_output(a, output)
@@ -294,9 +297,9 @@ class LowLatency:
             if call.scales is not None:
                 a.scales = call.scales.data_ptr()
         a.scale_kind, a.row_bytes, a.scale_bytes = kind, row_bytes, scale_bytes
-        a.operation = _DISPATCH
+        a.operation = _DISPATCH if call.previous is None else _CACHED_DISPATCH
         a.signature = (
-            _DISPATCH | weighted << 3 | kind << 4 | row_bytes // 16 << 6 | scale_bytes << 19
+            a.operation | weighted << 3 | kind << 4 | row_bytes // 16 << 6 | scale_bytes << 19
         ) & 0x7FFFFFFF
 
     def _name_tables(self, a: Any, block: Tensor, ids: Tensor) -> None:
@@ -396,7 +399,8 @@ class LowLatency:
         flags = self._always | (0 if grads is None else _GRADS)
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
-        left = self._launch("ll_combine", a, flags, call.num_sms, halves=call.halves)
+        needs = (call, route, grads, grads_TK) if call.halves else ()
+        left = self._launch("ll_combine", a, flags, call.num_sms, halves=call.halves, needs=needs)
         return grads_TK, left
 
     def weight_grads(self, route: Route, grads: Tensor) -> Tensor:
@@ -443,26 +447,36 @@ class LowLatency:
     # -- launches ---------------------------------------------------------------------------------
 
     def _launch(
-        self, name: str, a: Any, flags: int, num_sms: int | None, *, halves: bool
+        self,
+        name: str,
+        a: Any,
+        flags: int,
+        num_sms: int | None,
+        *,
+        halves: bool,
+        needs: tuple[object, ...] = (),
     ) -> Callable[[], None] | None:
-        """Queues both halves, or the sending one; then returns what queues the other."""
+        """Queues both halves, or the sending one; then returns what queues the other.
+
+        `needs` owns the memory that the arguments name; it lives until the other is queued.
+        """
         arena = self._arena
-        if a.num_tokens * a.row_bytes >= _BULK_FROM:
-            flags |= _BULK
         if not halves:
             if arena.pending:
                 arena.finish_pending()
-            a.flags = flags | _BOTH
-            self._run(name, a, self._launch_of(name, num_sms, "both"))
+            launch = self._launch_of(name, num_sms, "both")
+            a.flags, a.send_warps = flags | _BOTH, self._send_warps(name, launch.grid)
+            self._run(name, a, launch)
             return None
         arena.finish_pending(IN_FLIGHT - 1)
-        a.flags = flags | _SEND
+        a.flags, a.send_warps = flags | _SEND, self._threads // 32
         self._run(name, a, self._launch_of(name, num_sms, "send"))
         rest: Arguments = a.copy()  # the next call changes them
         rest.flags = flags | _RECEIVE
         launch = self._launch_of(name, num_sms, "receive")
 
-        def receive() -> None:
+        def receive(needs: tuple[object, ...] = needs) -> None:
+            del needs
             if receive not in arena.pending:
                 return
             while arena.pending[0] is not receive:  # halves are received in the order of calls
@@ -474,6 +488,16 @@ class LowLatency:
         arena.pending.append(receive)
         return receive
 
+    def _send_warps(self, name: str, blocks: int) -> int:
+        """Warps of a block that begin with sending where both halves are in one launch."""
+        warps = self._threads // 32
+        if name == "ll_combine":
+            # Those of expanded layouts add up before they send.
+            if self._layout.expanded:
+                return warps
+            return max(1, min(3 * warps // 4, _SENDING_WARPS // blocks))
+        return max(1, min(warps - _TELLING_WARPS, _SENDING_WARPS // blocks))
+
     def _launch_of(self, name: str, num_sms: int | None, half: str) -> Launch:
         key = (name, num_sms, half)
         launch = self._launches.get(key)
@@ -481,9 +505,9 @@ class LowLatency:
             config, dispatches = self._config, name != "ll_combine"
             default = config.num_sms_dispatch if dispatches else config.num_sms_combine
             usual = DISPATCH_SMS if dispatches else COMBINE_SMS
-            words = self._threads // 32 * latency_plan.OUTBOX_BYTES // 4
+            words = 0
             if dispatches:
-                words += latency_plan.shared_words(
+                words = latency_plan.shared_words(
                     config, num_ranks=self._num_ranks, num_local=self._num_local, half=half
                 )
             launch = self._launches[key] = Launch(
@@ -505,7 +529,8 @@ class LowLatency:
             dispatches = [self._dispatch, *(tables.dispatch for tables in self._own)]
             combines = [self._combine, *(tables.combine for tables in self._own)]
             for a in (*dispatches, *combines):
-                a.rows_sent, a.rows_received = counted.rows_sent.data_ptr(), counted.rows_received.data_ptr()
+                a.rows_sent = counted.rows_sent.data_ptr()
+                a.rows_received = counted.rows_received.data_ptr()
                 a.bytes_sent = counted.bytes_sent.data_ptr()
                 a.bytes_received = counted.bytes_received.data_ptr()
                 a.longest_wait_ns = counted.longest_wait_ns.data_ptr()

@@ -1,4 +1,4 @@
-"""What the host tells the kernels ll_dispatch.cu and ll_combine.cu: one definition for both sides."""
+"""What the host tells the kernels ll_dispatch and ll_combine: one definition for both sides."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ class LatencyFlag(enum.IntFlag):
     """Gradients of the slots' weights travel."""
     MASK_LOST = 32
     """A peer that does not come is masked, and the call goes on without it."""
-    BULK = 64
-    """Rows go to peers through the copy engine."""
 
 
 FLAG_CONSTANTS = constants_of(LatencyFlag)
@@ -37,6 +35,7 @@ _COMMON = (
     Field("int", "operation", "header.Operation"),
     Field("int", "flags", "LatencyFlag"),
     Field("int", "num_tokens", "T"),
+    Field("int", "send_warps", "warps of a block that begin with sending rows"),
     Field("int", "row_bytes", "bytes of a row on the wire"),
     Field("int", "max_slots", "rows that the output has room for"),
     Field("const void*", "ids", "[T, K] global expert ids"),

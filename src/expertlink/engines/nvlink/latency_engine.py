@@ -1,7 +1,7 @@
 """The nvlink engine in low-latency mode, behind the seam of engines/base.py.
 
-No call waits for the device. Unless `check_inputs` is on, nor do hosts agree first: a call that does
-not fit those of the other ranks is noticed by the kernels, and reported at the next call.
+No call waits for the device. Unless `check_inputs` is on, nor do hosts agree first: a call that
+does not fit those of the other ranks is noticed by the kernels, and reported at the next call.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class LatencyEngine(NvlinkEngine):
             check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
-        wire.enter("dispatch", wire.call + 1)
+        wire.enter("dispatch" if call.previous is None else "cached dispatch", wire.call + 1)
         self.watchdog.check(wire.call)
         if call.x_TW.data_ptr() % _ALIGNMENT:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
@@ -112,33 +112,34 @@ class LatencyEngine(NvlinkEngine):
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine, or with `halves` its sending half."""
         wire = self._wire
+        out_TH = call.out_TH
+        odd = (out_TH.data_ptr() | call.rows.data_ptr()) % _ALIGNMENT
+        if odd and call.halves:
+            self.refuse(
+                "combine",
+                InputError(
+                    f"out and expert_output have to start at multiples of {_ALIGNMENT} bytes with "
+                    "return_recv_hook=True"
+                ),
+            )
         wire.enter("combine", wire.call + 1)
         self.watchdog.check(wire.call)
         if self._check:
             self._agree(Operation.COMBINE)
         self.arena.follow()
-        out_TH = call.out_TH
-        if (out_TH.data_ptr() | call.rows.data_ptr()) % _ALIGNMENT:
+        if odd:
             return self._combine_anywhere(call)
         grads_TK, rest = self._low.combine(call)
         return Combined(out_TH, grads_TK, nothing_left if rest is None else rest)
 
     def _combine_anywhere(self, call: CombineCall) -> Combined:
         """A combine of tensors at addresses that kernels cannot use."""
-        out_TH = torch.empty_like(call.out_TH)
-        rows = call.rows.clone()
-        aligned = dataclasses.replace(call, rows=rows, out_TH=out_TH)
-        grads_TK, rest = self._low.combine(aligned)
-
-        def finish() -> None:
-            if rest is not None:
-                rest()
-            call.out_TH.copy_(out_TH)
-
-        if rest is None:
-            finish()
-            return Combined(call.out_TH, grads_TK, nothing_left)
-        return Combined(call.out_TH, grads_TK, finish)
+        aligned = dataclasses.replace(
+            call, rows=call.rows.clone(), out_TH=torch.empty_like(call.out_TH)
+        )
+        grads_TK, _ = self._low.combine(aligned)
+        call.out_TH.copy_(aligned.out_TH)
+        return Combined(call.out_TH, grads_TK, nothing_left)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
@@ -179,6 +180,11 @@ class LatencyEngine(NvlinkEngine):
         if not 0 <= rank < self._wire.num_ranks or rank == self._wire.rank:
             raise InputError(
                 f"rank {rank} cannot be masked; accepted: another rank below {self._wire.num_ranks}"
+            )
+        if self._config.combine_precision == "exact":
+            raise InputError(
+                f"rank {rank} cannot be masked with combine_precision='exact': memory of its rows "
+                "would be that of others, should it come back"
             )
         self.arena.follow()
         self.arena.masks[rank] = 1

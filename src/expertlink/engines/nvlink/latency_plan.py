@@ -13,7 +13,6 @@ from expertlink.quantization import num_blocks
 
 SETS = 3  # staging sets that transfers take in turn
 STEP_BYTES = 512  # of a row that a warp moves at once
-OUTBOX_BYTES = 2 * 4 * STEP_BYTES  # of a warp: rows that wait for the copy engine
 _ALIGNMENT = 1024
 _NOTHING = 0xFF  # every byte of staging memory that nobody has written
 _TAGGED = 8  # bytes of a word that carries its transfer
@@ -27,7 +26,7 @@ class LatencyPlan:
     """Sizes of the regions of a low-latency arena, in bytes. Every rank has the same.
 
     Attributes:
-        flags: ready and credit words of every rank.
+        flags: ready, credit and alive words of every rank.
         counts: tagged count rows from every rank, in every set.
         beside: tagged words beside every staged row, in every set.
         escapes: a word for every step of every staged row, in every set.
@@ -59,7 +58,7 @@ class LatencyPlan:
         max_steps = -(-shape.row // STEP_BYTES)
         columns = _HEAD_COLUMNS + config.num_experts
         sizes = {
-            "flags": 4 * 2 * num_ranks,
+            "flags": 4 * 3 * num_ranks,
             "counts": SETS * _TAGGED * num_ranks * round_up(columns, 2),
             "beside": SETS * 2 * _TAGGED * slots * (config.topk + 1),
             "escapes": SETS * 4 * slots * (max_steps + 1),
@@ -101,6 +100,7 @@ class LatencyPlan:
         return {
             "kReadyAt": flags,
             "kCreditsAt": flags + 4 * num_ranks,
+            "kAliveAt": flags + 8 * num_ranks,
             "kCountsAt": counts,
             "kBesideAt": beside,
             "kEscapesAt": escapes,

@@ -43,7 +43,9 @@ struct Divisor {
 
     __device__ __forceinline__ float operator()(float x) const {
         const float first = __fmul_rn(x, reciprocal);
-        return __fmaf_rn(__fmaf_rn(-first, scale, x), reciprocal, first);
+        const float exact = __fmaf_rn(__fmaf_rn(-first, scale, x), reciprocal, first);
+        // The correction makes +0 of -0.
+        return __uint_as_float(__float_as_uint(exact) | (__float_as_uint(x) & 0x80000000u));
     }
 };
 

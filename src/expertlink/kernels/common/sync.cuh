@@ -50,6 +50,7 @@ struct Watch {
     unsigned operation;
     const unsigned* ready;  // [kNumRanks] last transfer that each rank has begun
     int rank;
+    const unsigned* masked;  // [kNumRanks] not 0: nobody waits for that rank; or null
 };
 
 constexpr unsigned kEagerSpins = 8;
@@ -67,6 +68,7 @@ __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, un
     // A rank that has not begun this transfer, the one furthest behind, keeps the others from going on.
     for (int rank = 0; rank < kNumRanks && phase != kPhaseAgreement; ++rank) {
         if (rank == watch.rank) continue;
+        if (watch.masked != nullptr && load_relaxed_system(&watch.masked[rank]) != 0) continue;
         const unsigned begun = load_relaxed_system(&watch.ready[rank]);
         if (reached(begun, watch.transfer) || (phase == kPhaseReady && reached(begun, seen) && peer >= 0))
             continue;

@@ -14,22 +14,6 @@ struct Arrivals {
     int most, total;           // rows of the rank that sends most, and of all
 };
 
-// What all blocks of this rank make of a source: lost while it was waited for, or not. The first block
-// to decide decides for all, since slots of later sources depend on it.
-__device__ __forceinline__ bool counts_as_lost(const DispatchArguments& a, unsigned transfer,
-                                               int source, bool lost) {
-    if (!(a.flags & kMaskLost)) return lost;
-    unsigned long long* const word = &a.counters->decided[source];
-    const unsigned long long mine = static_cast<unsigned long long>(transfer) * 2 + lost;
-    unsigned long long seen = load_tagged(word);
-    while (seen / 2 != transfer) {
-        const unsigned long long before = atomicCAS(word, seen, mine);
-        if (before == seen) return lost;
-        seen = before;
-    }
-    return seen & 1;
-}
-
 // All warps of `threads` threads, which meet at barrier 1. False: give up.
 __device__ __forceinline__ void meet(int threads) {
     asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
@@ -96,32 +80,28 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
 }
 
 // How many rows come from a rank. Threads of one warp, each for ranks of its own.
-__device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call,
-                                              const Watch& watch, Arrivals& in) {
+__device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call, Arrivals& in) {
     char* const base = call.bases[a.rank];
     const unsigned long long began = a.longest_wait_ns != nullptr ? nanoseconds() : 0;
     bool fine = true;
 #pragma unroll 1
     for (int r = threadIdx.x % 32; r < kNumRanks; r += 32) {
-        unsigned long long* const row = count_word(base, watch.transfer, r, 0);
+        unsigned long long* const row = count_word(base, call.watch.transfer, r, 0);
         unsigned head = a.signature, rows = 0;
         bool lost = is_masked(call, r);
         if (!lost) {
             // The pair is stored at once, but only single words are sure to be read so.
-            Found found = wait_tagged(a, watch, row + kRowsColumn, r, kPhaseReady, rows);
+            Found found = wait_tagged(call, row + kRowsColumn, r, kPhaseReady, rows);
             if (found == kHere)
-                found = wait_tagged(a, watch, row + kHeadColumn, r, kPhaseReady, head);
+                found = wait_tagged(call, row + kHeadColumn, r, kPhaseReady, head);
             lost = found == kGone;
             fine &= found != kStop;
             if (fine && began && blockIdx.x == 0)
                 atomicMax(&a.longest_wait_ns[r], static_cast<long long>(nanoseconds() - began));
         }
-        if (fine && counts_as_lost(a, watch.transfer, r, lost)) {
-            lost = true;
-            atomicOr(&call.masked[r / 32], 1u << r % 32);
-        }
+        if (lost) atomicOr(&call.masked[r / 32], 1u << r % 32);
         if (fine && !lost && head != a.signature) {
-            report(watch, kPhaseAgreement, r, a.signature, head, 0, 0);
+            report(call.watch, kPhaseAgreement, r, a.signature, head, 0, 0);
             fine = false;
         }
         in.rows_from[r] = lost ? 0 : rows;
@@ -147,8 +127,7 @@ __device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& 
 }
 
 // First slots of one local expert's rows, by source; one thread.
-__device__ __forceinline__ bool receive_column(const DispatchArguments& a, const Call& call,
-                                               const Watch& watch, Arrivals& in, int expert) {
+__device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call& call, Arrivals& in, int expert) {
     constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;  // loads under way together
     char* const base = call.bases[a.rank];
     int slot = kPadded ? expert * kNumRanks * kMaxTokens : 0;
@@ -159,7 +138,7 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, const
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
             word[i] = first + i < kNumRanks
-                          ? load_tagged(count_word(base, watch.transfer, first + i,
+                          ? load_tagged(count_word(base, call.watch.transfer, first + i,
                                                    kFirstCountColumn + expert))
                           : 0;
 #pragma unroll
@@ -169,12 +148,13 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, const
             unsigned count = static_cast<unsigned>(word[i]);
             if (is_masked(call, source)) {
                 count = 0;
-            } else if (static_cast<unsigned>(word[i] >> 32) != watch.transfer) {
+            } else if (static_cast<unsigned>(word[i] >> 32) != call.watch.transfer) {
                 const Found found = wait_tagged(
-                    a, watch,
-                    count_word(base, watch.transfer, source, kFirstCountColumn + expert), source,
+                    call,
+                    count_word(base, call.watch.transfer, source, kFirstCountColumn + expert), source,
                     kPhaseReady, count);
                 fine &= found != kStop;
+                if (found == kGone) atomicOr(&call.masked[source / 32], 1u << source % 32);
                 if (found != kHere) count = 0;
             }
             in.first_slot[source * a.num_local + expert] = slot;
@@ -185,22 +165,54 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, const
     return fine;
 }
 
-// The warps from `first_warp` on: slots of everything that will come. False: give up.
-__device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call& call,
-                                               const Watch& watch, Arrivals& in, int first_warp) {
-    const int thread = threadIdx.x - first_warp * 32, threads = blockDim.x - first_warp * 32;
-    bool fine = true;
-    if (thread < 32) fine = receive_heads(a, call, watch, in);
-    // Who is lost has to be known before counts are believed; else both are waited for at once.
-    const bool in_turn = threads == 32 || a.flags & kMaskLost;
-    if (in_turn) meet(threads);
-    const int waiting = in_turn ? 0 : 32;
+// One warp of block 0: which ranks count as lost in this transfer.
+__device__ __forceinline__ void tell_lost(const DispatchArguments& a, const Call& call) {
 #pragma unroll 1
-    for (int e = thread < waiting ? a.num_local : thread - waiting; e < a.num_local;
-         e += threads - waiting)
-        fine &= receive_column(a, call, watch, in, e);
-    if (!fine) call.stopped = 1;
-    meet(threads);
+    for (int r = threadIdx.x % 32; r < kNumRanks; r += 32)
+        atomicExch(&a.counters->decided[r], static_cast<unsigned long long>(call.watch.transfer) * 2 +
+                                                is_masked(call, r));
+}
+
+// One warp of another block: waits for that. Block 0 ends its own waits.
+__device__ __forceinline__ bool learn_lost(const DispatchArguments& a, Call& call) {
+    bool fine = true;
+#pragma unroll 1
+    for (int r = threadIdx.x % 32; r < kNumRanks && fine; r += 32) {
+        unsigned long long decided;
+        while ((decided = load_tagged(&a.counters->decided[r])) / 2 != call.watch.transfer && fine)
+            fine = !gave_up(call.watch);
+        const unsigned bit = 1u << r % 32;
+        if (decided & 1)
+            atomicOr(&call.masked[r / 32], bit);
+        else
+            atomicAnd(&call.masked[r / 32], ~bit);
+    }
+    __threadfence();  // the counts that block 0 has seen are seen here
+    return __all_sync(kAll, fine);
+}
+
+// The warps from `first_warp` on: slots of everything that will come. False: give up.
+__device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call& call, Arrivals& in, int first_warp) {
+    const int thread = threadIdx.x - first_warp * 32, threads = blockDim.x - first_warp * 32;
+    // Slots depend on the counts of all ranks. So where a rank may be lost, one block decides for all which
+    // are, once everything that the others have to say is here; then nobody waits any more.
+#pragma unroll 1
+    for (int pass = a.flags & kMaskLost ? 0 : 1; pass < 2; ++pass) {
+        bool fine = true;
+        if (pass == 0 && blockIdx.x != 0) {
+            fine = thread >= 32 || learn_lost(a, call);
+        } else {
+            if (thread < 32) fine = receive_heads(a, call, in);
+            const int waiting = threads == 32 ? 0 : 32;
+#pragma unroll 1
+            for (int e = thread < waiting ? a.num_local : thread - waiting; e < a.num_local;
+                 e += threads - waiting)
+                fine &= receive_column(a, call, in, e);
+        }
+        if (!fine) call.stopped = 1;
+        meet(threads);
+        if (pass == 0 && blockIdx.x == 0 && thread < 32) tell_lost(a, call);
+    }
     if (call.stopped) return false;
     if (kExpanded && !kPadded) {
 #pragma unroll 1
@@ -221,8 +233,7 @@ __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call&
 
 // What came beside a row: lane k learns where its choice goes (expanded layouts: the slot, others: the local
 // expert), or -1; all lanes learn the token. Once for a row, with `keeps`, it is kept.
-__device__ __forceinline__ Found receive_beside(const DispatchArguments& a, const Call& call,
-                                                const Watch& watch, const Arrivals& in, int source,
+__device__ __forceinline__ Found receive_beside(const DispatchArguments& a, const Call& call, const Arrivals& in, int source,
                                                 int position, bool keeps, int& target, int& token) {
     const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
@@ -231,16 +242,16 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
     unsigned code = 0, weight = 0;
     unsigned long long since = 0;
     const unsigned long long* const words =
-        beside_words(call.bases[a.rank], watch.transfer, staged, min(lane, kTopk));
+        beside_words(call.bases[a.rank], call.watch.transfer, staged, min(lane, kTopk));
     ulonglong2 pair = load_tagged_pair(words);
     for (unsigned spins = 1;; ++spins) {
-        const bool here = static_cast<unsigned>(pair.x >> 32) == watch.transfer &&
-                          static_cast<unsigned>(pair.y >> 32) == watch.transfer;
+        const bool here = static_cast<unsigned>(pair.x >> 32) == call.watch.transfer &&
+                          static_cast<unsigned>(pair.y >> 32) == call.watch.transfer;
         if (__all_sync(kAll, here)) break;
         pair = load_tagged_pair(words);
         if (spins % kSpinsBetweenLooks != 0) continue;
         if (lane == 0)
-            found = look(a, watch, kPhaseRow, source, watch.transfer, 0, position, since);
+            found = look(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
         found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
         if (found != kHere) break;
     }
@@ -253,7 +264,7 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
         choice = static_cast<int>(code & 0xffffu) - 1;
         if (kExpanded) {
             choice = in.first_slot[source * a.num_local + choice] + static_cast<int>(code >> 16);
-            if (choice >= a.max_slots) choice = -1;  // reported, and dropped
+            if (choice >= a.max_slots) choice = kDropped;
         }
     }
     if (keeps && lane < kTopk) {
@@ -268,7 +279,7 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
     }
     unsigned number = code;  // K < 32: lane K has the token
     if (kTopk >= 32 && lane == 0 && found == kHere)
-        found = wait_tagged(a, watch, beside_words(call.bases[a.rank], watch.transfer, staged, kTopk),
+        found = wait_tagged(call, beside_words(call.bases[a.rank], call.watch.transfer, staged, kTopk),
                             source, kPhaseRow, number);
     if (keeps && lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(number);
     token = __shfl_sync(kAll, static_cast<int>(number), kTopk % 32);
@@ -307,14 +318,13 @@ __device__ __forceinline__ void store_scale(const DispatchArguments& a, int slot
 }
 
 // Copies the scales of a row, word by word, to the slots that lanes hold.
-__device__ __forceinline__ Found receive_scales(const DispatchArguments& a, const Call& call,
-                                                const Watch& watch, int source, int position,
+__device__ __forceinline__ Found receive_scales(const DispatchArguments& a, const Call& call, int source, int position,
                                                 int target, bool gone) {
     const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
     unsigned* const words = reinterpret_cast<unsigned*>(
-        staged_row(call.bases[a.rank], watch.transfer, staged) + kScalesAt);
-    const unsigned* const escapes = escape_words(call.bases[a.rank], watch.transfer, staged);
+        staged_row(call.bases[a.rank], call.watch.transfer, staged) + kScalesAt);
+    const unsigned* const escapes = escape_words(call.bases[a.rank], call.watch.transfer, staged);
     const unsigned targets = __ballot_sync(kAll, target >= 0);
 #pragma unroll 1
     for (int first = 0; first * 4 < a.scale_bytes; first += 32) {
@@ -331,13 +341,13 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
                 if (value != kNothing) break;
                 if (spins % 16 != 0) continue;
                 if (a.scale_kind != kFloatScales && a.scale_kind != kPowerScales &&
-                    load_acquire_system(escape) == watch.transfer) {
+                    load_acquire_system(escape) == call.watch.transfer) {
                     value = static_cast<unsigned>(
                         load_fresh(reinterpret_cast<const int*>(words + word)));
                     break;
                 }
                 if (spins % kSpinsBetweenLooks != 0) continue;
-                found = look(a, watch, kPhaseRow, source, watch.transfer, 0, position, since);
+                found = look(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
                 if (found != kHere) break;
             }
             words[word] = kNothing;
@@ -357,14 +367,13 @@ constexpr int kPlaceDepth = 4;
 
 // One part of an arrival to all its slots. False: give up.
 template <bool kQuantized>
-__device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call,
-                                           const Watch& watch, const Arrivals& in, int source,
+__device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call, const Arrivals& in, int source,
                                            int position, Steps range, bool is_first, bool is_last) {
     const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
     char* const base = call.bases[a.rank];
-    char* const row = staged_row(base, watch.transfer, staged);
-    const unsigned* const escapes = escape_words(base, watch.transfer, staged);
+    char* const row = staged_row(base, call.watch.transfer, staged);
+    const unsigned* const escapes = escape_words(base, call.watch.transfer, staged);
     const bool own = takes_own_rows<kQuantized>(a) && source == a.rank;
     int target = -1, token = 0;
     unsigned targets = 0;
@@ -375,7 +384,7 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
         if (!own) pieces.look_at(row, first, range.last, a.row_bytes);
         if (first == range.first) {  // while the first pieces are on their way
             const Found found =
-                receive_beside(a, call, watch, in, source, position, is_first, target, token);
+                receive_beside(a, call, in, source, position, is_first, target, token);
             if (found == kStop) return false;
             gone = found == kGone;
             if (gone && kExpanded) target = -1;
@@ -385,7 +394,7 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
             pieces.look_at(a.x + static_cast<long long>(token) * a.input_bytes, first, range.last,
                            a.row_bytes);
         } else if (!gone) {
-            const Found found = pieces.settle(a, watch, row, escapes, first, source, position);
+            const Found found = pieces.settle(call, row, escapes, first, source, position);
             if (found == kStop) return false;
             gone = found == kGone;
         }
@@ -404,13 +413,12 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
         if (!own) pieces.put_back(row, first, range.last, a.row_bytes);
     }
     if (!is_last || a.scale_bytes == 0) return true;
-    return receive_scales(a, call, watch, source, position, target, gone) != kStop;
+    return receive_scales(a, call, source, position, target, gone) != kStop;
 }
 
 // Parts of rows, by whichever warp is free.
 template <bool kQuantized>
-__device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Call& call,
-                                           const Watch& watch, const Arrivals& in, int* next) {
+__device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Call& call, const Arrivals& in, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
     const int parts = parts_of(in.total, steps, blockDim.x / 32 * gridDim.x);
     const int items = in.most * kNumRanks * parts;
@@ -419,7 +427,7 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Cal
         const int turn = by_parts(item), part = item - turn * parts;
         const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
         if (position >= in.rows_from[source]) continue;
-        if (!place_part<kQuantized>(a, call, watch, in, source, position, steps_of(part, by_parts, steps),
+        if (!place_part<kQuantized>(a, call, in, source, position, steps_of(part, by_parts, steps),
                         part == 0, part == parts - 1))
             return false;
     }

@@ -20,8 +20,10 @@ constexpr int kRankWords = (kNumRanks + 31) / 32;
 struct Counters {
     unsigned long long sent;
     unsigned long long received;
-    unsigned long long decided[kNumRanks];  // transfer * 2 + whether the rank counts as lost in it
-    unsigned masked[kNumRanks];             // not 0: neither sent to nor waited for
+    unsigned long long decided[kNumRanks];   // transfer * 2 + whether the rank counts as lost in it
+    unsigned long long heard_at[kNumRanks];  // when the rank was last seen to be alive
+    unsigned heard[kNumRanks];               // what it said then
+    unsigned masked[kNumRanks];              // not 0: neither sent to nor waited for
 };
 
 constexpr int kUnitBits = 16;
@@ -37,8 +39,15 @@ __device__ __forceinline__ unsigned* credit_word(char* base, int rank) {
     return reinterpret_cast<unsigned*>(base + kCreditsAt) + rank;
 }
 
+// A rank that waits for others says now and then that it is there.
+__device__ __forceinline__ unsigned* alive_word(char* base, int rank) {
+    return reinterpret_cast<unsigned*>(base + kAliveAt) + rank;
+}
+
 // Rows are staged in kSets sets in turn.
 __device__ __forceinline__ int set_of(unsigned transfer) { return transfer % kSets; }
+
+constexpr int kDropped = -2;  // slot of a choice for whose row there was no room; that is reported
 
 enum CountColumn { kHeadColumn, kRowsColumn, kFirstCountColumn };
 
@@ -124,8 +133,17 @@ __device__ __forceinline__ uint4 nothing() { return make_uint4(kNothing, kNothin
 
 // -- a launch ---------------------------------------------------------------------------------------
 
-// Static shared memory of a block.
+// What a slow wait needs beside its Watch.
+struct Patience {
+    Counters* counters;
+    long long* longest_wait_ns;  // [R] statistics, or null
+    bool masks_lost;
+};
+
+// Static shared memory of a block. What waits need is there too: it would take many registers.
 struct Call {
+    Watch watch;
+    Patience patience;
     char* bases[kNumRanks];
     unsigned masked[kRankWords];  // bit r: rank r is masked
     unsigned sending, receiving;  // transfers of this launch's halves
@@ -141,13 +159,14 @@ __device__ __forceinline__ bool is_masked(const Call& call, int rank) {
 template <typename Arguments, typename Prepare, typename Loads>
 __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const Prepare& prepare,
                                            const Loads& loads) {
+    const bool is_last = threadIdx.x == blockDim.x - 1;
+    char* const base = is_last ? a.bases[a.rank] : nullptr;
 #pragma unroll 1
     for (int rank = threadIdx.x; rank < kNumRanks; rank += blockDim.x)
         call.bases[rank] = a.bases[rank];
     prepare();
     wait_for_predecessor();
     unsigned long long sent = 0, received = 0;
-    const bool is_last = threadIdx.x == blockDim.x - 1;
     if (is_last) {
         sent = load_tagged(&a.counters->sent);
         received = load_tagged(&a.counters->received);
@@ -168,6 +187,9 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
     if (is_last) {
         call.sending = static_cast<unsigned>(sent >> kUnitBits) + 1;
         call.receiving = static_cast<unsigned>(received >> kUnitBits) + 1;
+        call.watch = {a.state, a.control, a.flags & kSend ? call.sending : call.receiving,
+                      static_cast<unsigned>(a.operation), ready_word(base, 0), a.rank, a.counters->masked};
+        call.patience = {a.counters, a.longest_wait_ns, (a.flags & kMaskLost) != 0};
         // After the loads, so that no block of this launch can read the next number.
         const unsigned long long part = blockIdx.x == 0 ? kUnits - (gridDim.x - 1) : 1;
         if (a.flags & kSend) atomicAdd(&a.counters->sent, part);
@@ -177,12 +199,6 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
     // The next launch may take its place on the GPU; it waits for the end of this one.
     let_follower_start();
     return !call.stopped;
-}
-
-template <typename Arguments>
-__device__ __forceinline__ Watch watch_of(const Arguments& a, const Call& call, unsigned transfer) {
-    return {a.state, a.control, transfer, static_cast<unsigned>(a.operation),
-            ready_word(call.bases[a.rank], 0), a.rank};
 }
 
 // Block 0, one warp: tells all peers where this rank is. The launches before are over, so the rows of
@@ -207,62 +223,85 @@ enum Found { kHere, kGone, kStop };  // came; its rank is masked; give up
 // What is not inlined takes structs by value and returns one word: pointers would cost a stack.
 constexpr unsigned long long kLookedGone = 1, kLookedStop = 2;
 
+// A rank that is only waiting itself must not be taken for lost: tells all peers that this one is there,
+// and returns when the awaited one was last heard of.
+__device__ __noinline__ unsigned long long listen(const Call* call, int peer, unsigned long long now) {
+    const int rank = call->watch.rank;
+    Counters* const counters = call->patience.counters;
+    for (int r = 0; r < kNumRanks; ++r)
+        store_relaxed_system(alive_word(call->bases[r], rank), static_cast<unsigned>(now));
+    const unsigned said = load_relaxed_system(alive_word(call->bases[rank], peer));
+    // Several warps may do this at once, with the same outcome.
+    if (said != load_relaxed_system(&counters->heard[peer])) {
+        store_relaxed_system(&counters->heard[peer], said);
+        atomicExch(&counters->heard_at[peer], now);
+    }
+    return load_tagged(&counters->heard_at[peer]);
+}
+
 // The slow half of a wait, by one lane or several alike: when it began, or that it is over.
-__device__ __noinline__ unsigned long long look_slowly(const Watch watch, unsigned* masked,
-                                                       bool masks_lost, Phase phase, int peer,
+__device__ __noinline__ unsigned long long look_slowly(const Call* call, Phase phase, int peer,
                                                        unsigned expected, unsigned seen, int index,
                                                        unsigned long long since) {
-    if (load_relaxed_system(masked) != 0) return kLookedGone;
+    const Watch& watch = call->watch;
+    const Patience& patience = call->patience;
+    if (load_relaxed_system(&watch.masked[peer]) != 0) return kLookedGone;
     if (gave_up(watch)) return kLookedStop;
     const unsigned long long now = nanoseconds();
     if (since == 0) since = now;
     const unsigned long long limit =
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
-    if (now - since < limit) return since;
-    if (masks_lost) {
+    unsigned long long quiet_since = since;
+    if (patience.masks_lost) quiet_since = max(since, listen(call, peer, now));
+    if (now - min(now, quiet_since) < limit) return since;
+    if (patience.masks_lost && peer != watch.rank) {
         // Whoever waits for this rank learns it at the next look.
-        atomicExch(masked, 1u);
+        atomicExch(&patience.counters->masked[peer], 1u);
         return kLookedGone;
     }
     report(watch, phase, peer, expected, seen, index, now - since);
     return kLookedStop;
 }
 
-template <typename Arguments>
-__device__ __forceinline__ Found look(const Arguments& a, const Watch& watch, Phase phase, int peer,
-                                      unsigned expected, unsigned seen, int index,
-                                      unsigned long long& since) {
-    since = look_slowly(watch, &a.counters->masked[peer], a.flags & kMaskLost, phase, peer, expected,
-                        seen, index, since);
+__device__ __forceinline__ Found look(const Call& call, Phase phase, int peer, unsigned expected,
+                                      unsigned seen, int index, unsigned long long& since) {
+    since = look_slowly(&call, phase, peer, expected, seen, index, since);
     return since == kLookedGone ? kGone : since == kLookedStop ? kStop : kHere;
 }
 
 // Waits for a word that carries its transfer: what it carries, with what was found above it.
-__device__ __noinline__ unsigned long long wait_slowly(const Watch watch, unsigned* masked,
-                                                       bool masks_lost,
+__device__ __noinline__ unsigned long long wait_slowly(const Call* call,
                                                        const unsigned long long* word, int peer,
                                                        Phase phase) {
-    unsigned long long since = 0;
+    const unsigned transfer = call->watch.transfer;
+    long long* const longest = call->patience.longest_wait_ns;
+    const unsigned long long began = nanoseconds();
+    unsigned long long since = 0, result = 0;
     for (unsigned spins = 1;; ++spins) {
         const unsigned long long now = load_tagged(word);
-        if (static_cast<unsigned>(now >> 32) == watch.transfer) return tagged(kHere, now);
+        if (static_cast<unsigned>(now >> 32) == transfer) {
+            result = tagged(kHere, static_cast<unsigned>(now));
+            break;
+        }
         if (spins % kSpinsBetweenLooks != 0) continue;
-        since = look_slowly(watch, masked, masks_lost, phase, peer, watch.transfer,
-                            static_cast<unsigned>(now >> 32), 0, since);
-        if (since == kLookedGone) return tagged(kGone, 0);
-        if (since == kLookedStop) return tagged(kStop, 0);
+        since = look_slowly(call, phase, peer, transfer, static_cast<unsigned>(now >> 32), 0, since);
+        if (since == kLookedGone || since == kLookedStop) {
+            result = tagged(since == kLookedGone ? kGone : kStop, 0);
+            break;
+        }
     }
+    if (longest != nullptr)
+        atomicMax(&longest[peer], static_cast<long long>(nanoseconds() - began));
+    return result;
 }
 
 // One lane for itself.
-template <typename Arguments>
-__device__ __forceinline__ Found wait_tagged(const Arguments& a, const Watch& watch,
-                                             const unsigned long long* word, int peer, Phase phase,
-                                             unsigned& value) {
+__device__ __forceinline__ Found wait_tagged(const Call& call, const unsigned long long* word, int peer,
+                                             Phase phase, unsigned& value) {
     unsigned long long now = load_tagged(word);
     Found found = kHere;
-    if (static_cast<unsigned>(now >> 32) != watch.transfer) {
-        now = wait_slowly(watch, &a.counters->masked[peer], a.flags & kMaskLost, word, peer, phase);
+    if (static_cast<unsigned>(now >> 32) != call.watch.transfer) {
+        now = wait_slowly(&call, word, peer, phase);
         found = static_cast<Found>(now >> 32);
     }
     value = static_cast<unsigned>(now);
@@ -270,21 +309,20 @@ __device__ __forceinline__ Found wait_tagged(const Arguments& a, const Watch& wa
 }
 
 // Peers have read what this rank sent kSets transfers ago. One warp; false: give up.
-template <typename Arguments>
-__device__ __forceinline__ bool peers_have_room(const Arguments& a, const Call& call,
-                                                const Watch& watch) {
-    const unsigned wanted = watch.transfer - kSets;
+__device__ __forceinline__ bool peers_have_room(const Call& call) {
+    const int rank = call.watch.rank;
+    const unsigned wanted = call.watch.transfer - kSets;
     bool fine = true;
 #pragma unroll 1
     for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32) {
         if (is_masked(call, peer)) continue;
-        const unsigned* const word = credit_word(call.bases[a.rank], peer);
+        const unsigned* const word = credit_word(call.bases[rank], peer);
         unsigned long long since = 0;
         for (unsigned spins = 1;; ++spins) {
             const unsigned now = load_acquire_system(word);
             if (reached(now, wanted)) break;
             if (spins % kSpinsBetweenLooks != 0) continue;
-            const Found found = look(a, watch, kPhaseCredit, peer, wanted, now, 0, since);
+            const Found found = look(call, kPhaseCredit, peer, wanted, now, 0, since);
             if (found == kStop) fine = false;
             if (found != kHere) break;
         }
@@ -314,24 +352,22 @@ struct Pieces {
     }
 
     // Waits until all of them are here; the warp finds the same.
-    template <typename Arguments>
-    __device__ __forceinline__ Found settle(const Arguments& a, const Watch& watch, const char* row,
-                                            const unsigned* escapes, int first, int peer, int index) {
+    __device__ __forceinline__ Found settle(const Call& call, const char* row, const unsigned* escapes,
+                                            int first, int peer, int index) {
         unsigned missing = 0;
 #pragma unroll
         for (int i = 0; i < kDepth; ++i)
             if (holds_nothing(piece[i])) missing |= 1u << i;
         if (!__any_sync(kAll, missing)) return kHere;
-        return poll(a, watch, row, escapes, first, missing, peer, index);
+        return poll(call, row, escapes, first, missing, peer, index);
     }
 
-    template <typename Arguments>
-    __device__ __forceinline__ Found poll(const Arguments& a, const Watch& watch, const char* row,
-                                          const unsigned* escapes, int first, unsigned missing,
-                                          int peer, int index) {
+    __device__ __forceinline__ Found poll(const Call& call, const char* row, const unsigned* escapes,
+                                          int first, unsigned missing, int peer, int index) {
         const int lane = threadIdx.x % 32;
         unsigned long long since = 0;
-        const unsigned long long began = a.longest_wait_ns ? nanoseconds() : 0;
+        long long* const longest = call.patience.longest_wait_ns;
+        const unsigned long long began = longest != nullptr ? nanoseconds() : 0;
         Found found = kHere;
         // Looks keep the memory system from what is awaited: only one step is looked at until it is here,
         // then all.
@@ -352,8 +388,9 @@ struct Pieces {
             // The data themselves may look like nothing; then the sender has said that they are here.
             bool escaped = false;
             if (lane < kDepth)
-                escaped = load_acquire_system(escapes + first + lane) == watch.transfer;
-            const unsigned here = __ballot_sync(kAll, escaped);
+                escaped = load_acquire_system(escapes + first + lane) == call.watch.transfer;
+            const unsigned here = __ballot_sync(kAll, escaped) & left;
+            __syncwarp();  // every lane may read what one of them has acquired
             if (here) {
 #pragma unroll
                 for (int i = 0; i < kDepth; ++i)
@@ -364,12 +401,12 @@ struct Pieces {
             }
             if (spins % kSpinsBetweenLooks != 0) continue;
             if (lane == 0)
-                found = look(a, watch, kPhaseRow, peer, watch.transfer, 0, index, since);
+                found = look(call, kPhaseRow, peer, call.watch.transfer, 0, index, since);
             found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
             if (found != kHere) break;
         }
         if (began && lane == 0)
-            atomicMax(&a.longest_wait_ns[peer],
+            atomicMax(&longest[peer],
                       static_cast<long long>(nanoseconds() - began));
         return found;
     }
@@ -396,58 +433,12 @@ __device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfe
 }
 
 // -- rows to peers ----------------------------------------------------------------------------------
-// Few rows are stored by the lanes, which is quickest for each. With many (kBulk) the wire is what is
-// waited for, and stores of lanes would keep everything behind them waiting on the multiprocessor; then they
-// are left in shared memory for the copy engine.
 
-constexpr int kOutboxSteps = 4;
-constexpr int kOutboxes = 2;  // of a warp: one is being filled while the other is being read
-
-// Dynamic shared memory begins with the outboxes of all warps, where there are any.
-template <typename Arguments>
-__device__ __forceinline__ char* after_outboxes(const Arguments& a, char* memory) {
-    return a.flags & kBulk ? memory + blockDim.x / 32 * (kOutboxes * kOutboxSteps * kStepBytes) : memory;
-}
-
-// One warp's shared memory for rows on their way.
-struct Outbox {
-    char* memory;
-    int turn;
-
-    __device__ __forceinline__ explicit Outbox(char* shared)
-        : memory(shared + threadIdx.x / 32 * (kOutboxes * kOutboxSteps * kStepBytes)), turn(0) {}
-
-    // Leaves steps for the copy engine; bulk_store may read them after that.
-    template <int kDepth>
-    __device__ __forceinline__ char* fill(const uint4 (&piece)[kDepth], int first, int last) {
-        static_assert(kDepth <= kOutboxSteps, "more steps than an outbox holds");
-        const int lane = threadIdx.x % 32;
-        turn ^= 1;
-        char* const box = memory + turn * (kOutboxSteps * kStepBytes);
-        // All but the group before this one, which reads the other box.
-        if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < kDepth; ++i) {
-            if (first + i >= last) break;
-            *reinterpret_cast<uint4*>(box + i * kStepBytes + lane * 16) = piece[i];
-        }
-        fence_shared_to_bulk();
-        __syncwarp();
-        return box;
-    }
-};
-
-// Steps of a warp to the row of a peer; `box` holds them, or is null where the lanes store themselves.
+// Steps of a warp to the row of a peer.
 template <int kDepth>
 __device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth], int first, int last,
-                                            int bytes, const char* box) {
+                                            int bytes) {
     const int lane = threadIdx.x % 32;
-    if (box != nullptr) {
-        const int until = min(min(first + kDepth, last) * kStepBytes, bytes);
-        if (lane == 0) bulk_store(row + first * kStepBytes, box, until - first * kStepBytes);
-        return;
-    }
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
         if (first + i >= last) break;
@@ -466,12 +457,6 @@ __device__ __forceinline__ unsigned strange_steps(const uint4 (&piece)[kDepth], 
         if (holds_nothing(piece[i])) strange |= 1u << i;
     }
     return __reduce_or_sync(kAll, strange);
-}
-
-// What the copy engine has been given is written, as far as this warp's lanes are concerned.
-__device__ __forceinline__ void wait_for_stores() {
-    if (threadIdx.x % 32 == 0) bulk_wait_written();
-    __syncwarp();
 }
 
 // -- shares of the work -----------------------------------------------------------------------------

@@ -137,11 +137,13 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
     for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32; first < kNumRanks;
          first += warps * gridDim.x * 32) {
         const int peer = first + lane;
-        if (peer >= kNumRanks || is_masked(call, peer)) continue;
-        unsigned long long* const row = count_word(call.bases[peer], call.sending, a.rank, 0);
-        const int count = bits_in(masks.ranks + peer * masks.words, masks.words);
-        store_tagged_pair(row, call.sending, a.signature, count);
+        if (peer >= kNumRanks) continue;
+        const bool masked = is_masked(call, peer);
+        const int count = masked ? 0 : bits_in(masks.ranks + peer * masks.words, masks.words);
         a.rows_to[peer] = count;
+        if (masked) continue;
+        store_tagged_pair(count_word(call.bases[peer], call.sending, a.rank, 0), call.sending,
+                          a.signature, count);
         if (a.rows_sent != nullptr) {
             a.rows_sent[peer] += count;
             if (peer != a.rank)

@@ -135,10 +135,8 @@ struct Sender {
 
     // What has been loaded, to the ranks of this split. Every token begins with another rank.
     __device__ __forceinline__ void store(const DispatchArguments& a, const Call& call,
-                                          const Masks& masks, Outbox& outbox, bool with_scales) {
+                                          const Masks& masks, bool with_scales) {
         const unsigned strange = part.make(first, range.last, a.scale_kind);
-        const char* const box =
-            a.flags & kBulk ? outbox.fill(part.piece, first, range.last) : nullptr;
         const int turn = (a.rank + token) % kNumRanks;
         const long long offset =
             staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
@@ -168,32 +166,26 @@ struct Sender {
                 char* const base = call.bases[peer];
                 char* const row = base + offset + static_cast<long long>(slot) * kRowStride;
                 const bool stays = takes_own_rows<kQuantized>(a) && peer == a.rank;
-                if (!stays) store_steps(row, part.piece, first, range.last, a.row_bytes, box);
+                if (!stays) store_steps(row, part.piece, first, range.last, a.row_bytes);
                 if constexpr (kQuantized)
                     part.store_scales(row + kScalesAt, first, range.last, a.scale_kind);
-                if (strange && !stays) {
-                    if (box != nullptr) {
-                        if (threadIdx.x % 32 == 0) bulk_commit();
-                        wait_for_stores();
-                    }
+                if (strange && !stays)
                     escape_steps(escape_words(base, call.sending, a.rank * kMaxTokens + slot),
                                  call.sending, first, strange);
-                }
                 if (!kQuantized && with_scales)
                     send_scales(a, row,
                                 escape_words(base, call.sending, a.rank * kMaxTokens + slot) + kMaxSteps,
                                 call.sending, token);
             }
         }
-        if (box != nullptr && threadIdx.x % 32 == 0) bulk_commit();
     }
 
     // All items, once the block has counted.
     __device__ __forceinline__ void run(const DispatchArguments& a, const Call& call,
-                                        const Masks& masks, Outbox& outbox, int* next) {
+                                        const Masks& masks, int* next) {
         while (item < items) {
             const bool ends = first + kDepth >= range.last;
-            store(a, call, masks, outbox, ends && share == parts - 1 && a.scales != nullptr);
+            store(a, call, masks, ends && share == parts - 1 && a.scales != nullptr);
             if (ends) {
                 item = next_item(next);
                 open();
