@@ -31,7 +31,8 @@ from expertlink.engines.nvlink.kernels import (
     architecture,
     compile_for,
 )
-from expertlink.engines.nvlink.latency import LatencyArena, LowLatency
+from expertlink.engines.nvlink.latency import LowLatency
+from expertlink.engines.nvlink.latency_arena import LatencyArena
 from expertlink.engines.nvlink.latency_engine import LatencyEngine
 from expertlink.engines.nvlink.latency_plan import LatencyPlan
 from expertlink.engines.nvlink.throughput import HighThroughput

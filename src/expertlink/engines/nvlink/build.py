@@ -12,7 +12,8 @@ from expertlink.engines.nvlink import latency_plan
 from expertlink.engines.nvlink.arena import Arena, ArenaPlan, RowShape, SymmetricBuffer
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.kernels import BlockShape, DeviceRunner, KernelPlan
-from expertlink.engines.nvlink.latency import LatencyArena, LowLatency
+from expertlink.engines.nvlink.latency import LowLatency
+from expertlink.engines.nvlink.latency_arena import LatencyArena
 from expertlink.engines.nvlink.latency_engine import LatencyEngine
 from expertlink.engines.nvlink.latency_plan import LatencyPlan
 from expertlink.engines.nvlink.throughput import HighThroughput

@@ -19,7 +19,8 @@ from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatc
 from expertlink.engines.header import Operation
 from expertlink.engines.nvlink.arena import RowShape
 from expertlink.engines.nvlink.engine import NvlinkEngine, check_address, nothing_left
-from expertlink.engines.nvlink.latency import LatencyArena, LowLatency
+from expertlink.engines.nvlink.latency import LowLatency
+from expertlink.engines.nvlink.latency_arena import LatencyArena
 from expertlink.engines.nvlink.route import as_route
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.wire import Wire

@@ -1,0 +1,91 @@
+"""What low-latency calls share: the arena with its counters, and memory of routings."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink.arena import Arena, Buffer
+from expertlink.engines.nvlink.kernels import raw_stream
+from expertlink.engines.nvlink.latency_plan import LatencyPlan
+from expertlink.engines.nvlink.route import Route, TableLayout
+
+
+class LatencyArena(Arena):
+    """An arena with the counters of low-latency calls, and the calls of which half is under way.
+
+    Attributes:
+        counters: int64, as `Counters` in kernels/latency/protocol.cuh.
+        masks: `[R]` int32, the part of `counters` that says who is masked.
+        pending: receiving halves that have not been launched, oldest first.
+    """
+
+    def __init__(self, plan: LatencyPlan, *, buffer: Buffer, device: torch.device) -> None:
+        super().__init__(plan, buffer=buffer, device=device)
+        ranks = self.num_ranks
+        self.counters = torch.zeros(2 + 3 * ranks, dtype=torch.int64, device=device)
+        self.masks = self.counters[2 + 2 * ranks :].view(torch.int32)[ranks:]
+        self.pending: collections.deque[Callable[[], None]] = collections.deque()
+        self._current = raw_stream(device)
+        self._last_raw: int | None = None
+
+    def follow(self) -> None:
+        """Orders torch's current stream after the last call, where that was made on another."""
+        stream = self._current()
+        if stream != self._last_raw:
+            self.enter(torch.cuda.current_stream(self.device))
+            if not torch.cuda.is_current_stream_capturing():
+                self._last_raw = stream
+
+    def finish_pending(self, most: int = 0) -> None:
+        """Launches the receiving halves of the oldest calls until at most `most` are left."""
+        while len(self.pending) > most:
+            self.pending[0]()  # removes itself
+
+    def restart(self) -> None:
+        """As before the first call. No rank may be in a call, nor begin one before all are here."""
+        torch.cuda.synchronize(self.device)
+        self.plan.prepare(self.local)
+        self.counters.zero_()
+        self.state.zero_()
+        self.pending.clear()
+        torch.cuda.synchronize(self.device)
+
+
+class LatencyTables(TableLayout):
+    """Tables of a low-latency routing: rows are numbered rank * T_max + position there."""
+
+    dense = False
+
+    def _table_shapes(self, config: MoECommunicatorConfig) -> dict[str, tuple[int, ...]]:
+        return {
+            **super()._table_shapes(config),
+            "rows_to": (self.num_ranks,),
+            "tokens": (self.rows,),
+            "own_weights": (self.max_tokens, config.topk),
+        }
+
+
+@dataclass(eq=False)
+class Tables:
+    """Memory of one routing, and arguments that name it.
+
+    Attributes:
+        block: the tables.
+        ids: `[T, K]` or larger: the ids, kept.
+        dispatch: arguments of dispatches into it.
+        combine: arguments of its combine.
+        routes: what was made of it, by T and whether there are weights.
+    """
+
+    block: Tensor
+    ids: Tensor
+    dispatch: Any
+    combine: Any
+    routes: dict[tuple[int, bool, bool], Route]
