@@ -290,7 +290,7 @@ def test_a_missing_rank_is_named(blocks: int, phase: str, shape: Shape) -> None:
     results = run_hosted(fleet, nvlink_jobs.lose_a_rank, case, phase, CULPRIT)
     for rank in OTHERS:
         # The kernels do not know that a dispatch is a cached one.
-        check_lost(results[rank], "combine" if phase == "combine" else "dispatch")
+        check_lost(results[rank], phase)
     # New communicators find nothing of the failure.
     fleet.skip = lambda _: ()
     run_hosted(fleet, nvlink_jobs.contracts, [case])

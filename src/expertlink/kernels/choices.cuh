@@ -18,7 +18,8 @@ struct Choices {
 
 // The choices from `first` on; `keeps`: a copy of their ids is kept.
 template <typename Arguments>
-__device__ __forceinline__ Choices choices_of(const Arguments& a, int token, int first, bool keeps) {
+__device__ __forceinline__ Choices choices_of(const Arguments& a, int token, int first,
+                                              bool keeps) {
     const long long at = static_cast<long long>(token) * kTopk + first;
     const bool wide = a.flags & kWideIds;
     long long ids[kChunk];

@@ -1,8 +1,8 @@
 // ll_dispatch: a dispatch of few tokens in one launch, or its halves in two.
 //
-// Every block counts its rank's tokens. Some warps load rows, wait for that and store the rows at their
-// ranks; the others tell and receive the counts; then all place what comes. All that a block tells and sends
-// it does before it waits for others.
+// Every block counts its rank's tokens. Some warps load rows, wait for that and store the rows at
+// their ranks; the others tell and receive the counts; then all place what comes. All that a block
+// tells and sends it does before it waits for others.
 
 #include "latency/place.cuh"
 
@@ -46,8 +46,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     if (sends) {
 #pragma unroll 1
         for (int chunk = 0; chunk < kNumExperts; chunk += kExpertChunk) {
-            if (chunk == 0 && warp == warps - 1 && !peers_have_room(call))
-                call.stopped = 1;
+            if (chunk == 0 && warp == warps - 1 && !peers_have_room(call)) call.stopped = 1;
             fill_masks(a, masks, chunk, choice);
             if (call.stopped) return;
             if (warp >= senders)
@@ -76,8 +75,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     // Those who sent keep books first: they come here before the rows do.
     if (warp < senders || senders == 0) {
         const int keepers = senders == 0 ? warps : senders;
-        if (blockIdx.x == 0)
-            keep_counts(a, in, call.watch.transfer, threadIdx.x, keepers * 32);
+        if (blockIdx.x == 0) keep_counts(a, in, call.watch.transfer, threadIdx.x, keepers * 32);
         clear_rest(a, in, warp * gridDim.x + blockIdx.x, keepers * gridDim.x);
     }
     if (!place_rows<kQuantized>(a, call, in, &next_place)) return;

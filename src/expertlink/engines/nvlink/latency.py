@@ -36,9 +36,9 @@ from expertlink.types import (
 
 # SMs that a call takes by default: docs/architecture.md, "How many SMs".
 DISPATCH_SMS = 32
-COMBINE_SMS = 32
+COMBINE_SMS = 64
 # Warps of all blocks that begin with sending: they fill the wire, the others wait for rows.
-_SENDING_WARPS = 192
+_SENDING_WARPS = {False: 128, True: 256}  # quantizing takes its time
 _TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SCALE_KINDS = {
@@ -307,8 +307,13 @@ class LowLatency:
 
     # -- combine ----------------------------------------------------------------------------------
 
-    def combine(self, call: CombineCall) -> tuple[Tensor | None, Callable[[], None] | None]:
-        """Queues a combine: the weight gradients, and the half that is left to launch."""
+    def combine(
+        self, call: CombineCall, after: Callable[[], object] | None = None
+    ) -> tuple[Tensor | None, Callable[[], None] | None]:
+        """Queues a combine: the weight gradients, and the half that is left to launch.
+
+        `after` queues what follows the receiving half.
+        """
         route: Any = call.state
         config, grads = self._config, call.weight_grads
         a = self._arguments_for(route)
@@ -323,7 +328,9 @@ class LowLatency:
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
         needs = (call, route, grads, grads_TK) if call.halves else ()
-        left = self._launch("ll_combine", a, flags, call.num_sms, halves=call.halves, needs=needs)
+        left = self._launch(
+            "ll_combine", a, flags, call.num_sms, halves=call.halves, needs=needs, after=after
+        )
         return grads_TK, left
 
     def weight_grads(self, route: Route, grads: Tensor) -> Tensor:
@@ -378,10 +385,12 @@ class LowLatency:
         *,
         halves: bool,
         needs: tuple[object, ...] = (),
+        after: Callable[[], object] | None = None,
     ) -> Callable[[], None] | None:
         """Queues both halves, or the sending one; then returns what queues the other.
 
-        `needs` owns the memory that the arguments name; it lives until the other is queued.
+        `needs` owns the memory that the arguments name; it lives until the other is queued. `after`
+        follows it.
         """
         arena = self._arena
         if not halves:
@@ -390,6 +399,8 @@ class LowLatency:
             launch = self._launch_of(name, num_sms, "both")
             a.flags, a.send_warps = flags | _BOTH, self._send_warps(name, launch.grid)
             self._run(name, a, launch)
+            if after is not None:
+                after()
             return None
         arena.finish_pending(IN_FLIGHT - 1)
         a.flags, a.send_warps = flags | _SEND, self._threads // 32
@@ -407,6 +418,8 @@ class LowLatency:
             arena.follow()
             self._run(name, rest, launch)
             arena.pending.popleft()
+            if after is not None:
+                after()
 
         arena.pending.append(receive)
         return receive
@@ -418,8 +431,9 @@ class LowLatency:
             # Those of expanded layouts add up before they send.
             if self._layout.expanded:
                 return warps
-            return max(1, min(3 * warps // 4, _SENDING_WARPS // blocks))
-        return max(1, min(warps - _TELLING_WARPS, _SENDING_WARPS // blocks))
+            return max(1, 3 * warps // 4)
+        wanted = _SENDING_WARPS[name == "ll_dispatch_quantized"] // blocks
+        return max(1, min(warps - _TELLING_WARPS, wanted))
 
     def _launch_of(self, name: str, num_sms: int | None, half: str) -> Launch:
         key = (name, num_sms, half)

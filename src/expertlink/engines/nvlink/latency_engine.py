@@ -7,6 +7,7 @@ does not fit those of the other ranks is noticed by the kernels, and reported at
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NoReturn
 
 import torch
@@ -113,34 +114,20 @@ class LatencyEngine(NvlinkEngine):
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine, or with `halves` its sending half."""
         wire = self._wire
-        out_TH = call.out_TH
-        odd = (out_TH.data_ptr() | call.rows.data_ptr()) % _ALIGNMENT
-        if odd and call.halves:
-            self.refuse(
-                "combine",
-                InputError(
-                    f"out and expert_output have to start at multiples of {_ALIGNMENT} bytes with "
-                    "return_recv_hook=True"
-                ),
-            )
         wire.enter("combine", wire.call + 1)
         self.watchdog.check(wire.call)
         if self._check:
             self._agree(Operation.COMBINE)
         self.arena.follow()
-        if odd:
-            return self._combine_anywhere(call)
-        grads_TK, rest = self._low.combine(call)
+        out_TH = call.out_TH
+        after = None
+        if (out_TH.data_ptr() | call.rows.data_ptr()) % _ALIGNMENT:
+            call = dataclasses.replace(
+                call, rows=call.rows.clone(), out_TH=torch.empty_like(out_TH)
+            )
+            after = functools.partial(out_TH.copy_, call.out_TH)
+        grads_TK, rest = self._low.combine(call, after)
         return Combined(out_TH, grads_TK, nothing_left if rest is None else rest)
-
-    def _combine_anywhere(self, call: CombineCall) -> Combined:
-        """A combine of tensors at addresses that kernels cannot use."""
-        aligned = dataclasses.replace(
-            call, rows=call.rows.clone(), out_TH=torch.empty_like(call.out_TH)
-        )
-        grads_TK, _ = self._low.combine(aligned)
-        call.out_TH.copy_(aligned.out_TH)
-        return Combined(call.out_TH, grads_TK, nothing_left)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""

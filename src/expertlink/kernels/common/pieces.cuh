@@ -1,7 +1,8 @@
-// Pieces of rows: 16 bytes of bfloat16 or float16 elements, added up with the roundings of reduction.py.
+// Pieces of rows: 16 bytes of bfloat16 or float16 elements, added up with the roundings of
+// reduction.py.
 #pragma once
 
-constexpr int kPack = 8;      // elements of a 16-byte piece
+constexpr int kPack = 8;  // elements of a 16-byte piece
 
 __device__ __forceinline__ void widen_pair(unsigned pair, float& low, float& high) {
     if (kIsBfloat16) {

@@ -19,8 +19,7 @@ __device__ __forceinline__ unsigned ceil_exponent(float scale) {
 }
 
 __device__ __forceinline__ float power_of(unsigned exponent) {
-    return exponent == 255 ? __uint_as_float(0x7fc00000u)
-                           : __uint_as_float(exponent << 23);
+    return exponent == 255 ? __uint_as_float(0x7fc00000u) : __uint_as_float(exponent << 23);
 }
 
 __device__ __forceinline__ unsigned narrow_e4m3(float low, float high) {
@@ -29,9 +28,10 @@ __device__ __forceinline__ unsigned narrow_e4m3(float low, float high) {
     return pair;
 }
 
-// Quotients by one divisor, correctly rounded. With r the rounded reciprocal of s, one correction of
-// x * r by its remainder is exact unless the significand of s is all ones (Markstein, "IA-64 and
-// Elementary Functions", 2000, section 8); remainders that underflow belong to quotients that become 0.
+// Quotients by one divisor, correctly rounded. With r the rounded reciprocal of s, one correction
+// of x * r by its remainder is exact unless the significand of s is all ones (Markstein, "IA-64 and
+// Elementary Functions", 2000, section 8); remainders that underflow belong to quotients that
+// become 0.
 struct Divisor {
     float scale, reciprocal;
     bool plain;  // the correction holds
@@ -53,11 +53,13 @@ __device__ __forceinline__ uint4 pack_e4m3(const float (&q)[16]) {
     unsigned packed[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)  // the conversion also clamps to the largest finite number
-        packed[i] = narrow_e4m3(q[4 * i], q[4 * i + 1]) | narrow_e4m3(q[4 * i + 2], q[4 * i + 3]) << 16;
+        packed[i] = narrow_e4m3(q[4 * i], q[4 * i + 1]) | narrow_e4m3(q[4 * i + 2], q[4 * i + 3])
+                                                              << 16;
     return make_uint4(packed[0], packed[1], packed[2], packed[3]);
 }
 
-__device__ __forceinline__ void widen_pieces(const uint4& low, const uint4& high, float (&values)[16]) {
+__device__ __forceinline__ void widen_pieces(const uint4& low, const uint4& high,
+                                             float (&values)[16]) {
     const unsigned words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int i = 0; i < 8; ++i) widen_pair(words[i], values[2 * i], values[2 * i + 1]);

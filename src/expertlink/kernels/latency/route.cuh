@@ -1,9 +1,10 @@
-// Low latency, sending half: where every token of this rank goes. Every block finds it out for itself, from
-// masks with a bit per token for each rank and each expert: positions are counts of bits below one's own.
+// Low latency, sending half: where every token of this rank goes. Every block finds it out for
+// itself, from masks with a bit per token for each rank and each expert: positions are counts of
+// bits below one's own.
 #pragma once
 
 #include "choices.cuh"
-#include "latency/protocol.cuh"
+#include "latency/rows.cuh"
 
 // Dynamic shared memory of the sending half, in words.
 struct Masks {
@@ -40,7 +41,8 @@ __device__ __forceinline__ bool has_token(const unsigned* mask, int token) {
     return mask[token / 32] >> (token % 32) & 1u;
 }
 
-// Every thread takes choices: one of a token's K, then the one that is as many further as there are threads.
+// Every thread takes choices: one of a token's K, then the one that is as many further as there are
+// threads.
 struct Choice {
     int token, k;
     long long id;
@@ -69,7 +71,8 @@ struct Choice {
 
 // Calls `act` for all choices of this thread.
 template <typename Arguments, typename Act>
-__device__ __forceinline__ void for_choices(const Arguments& a, const Choice& first, const Act& act) {
+__device__ __forceinline__ void for_choices(const Arguments& a, const Choice& first,
+                                            const Act& act) {
     Choice choice = first;
     int number = threadIdx.x;
 #pragma unroll 1
@@ -97,7 +100,8 @@ __device__ __forceinline__ void prepare_masks(const Arguments& a, const Masks& m
     for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) masks.homes[e] = a.home_of[e];
 }
 
-// Whole block: sets the masks for the experts from `chunk` on, and those of the ranks in the first chunk.
+// Whole block: sets the masks for the experts from `chunk` on, and those of the ranks in the first
+// chunk.
 template <typename Arguments>
 __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& masks, int chunk,
                                            const Choice& first) {
@@ -110,13 +114,16 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
         if (expert < 0) return;
         const int word = choice.token / 32;
         const unsigned bit = 1u << choice.token % 32;
-        if (chunk == 0) atomicOr(&masks.ranks[rank_of(masks.homes[expert]) * masks.words + word], bit);
-        if (is_in(chunk, expert)) atomicOr(&masks.experts[(expert - chunk) * masks.words + word], bit);
+        if (chunk == 0)
+            atomicOr(&masks.ranks[rank_of(masks.homes[expert]) * masks.words + word], bit);
+        if (is_in(chunk, expert))
+            atomicOr(&masks.experts[(expert - chunk) * masks.words + word], bit);
     });
     __syncthreads();
 }
 
-// Tells every rank how many rows it gets and how many choices each of its experts: blocks share this.
+// Tells every rank how many rows it gets and how many choices each of its experts: blocks share
+// this.
 template <typename Arguments>
 __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& call,
                                                const Masks& masks, int chunk, int warp, int warps) {
@@ -128,9 +135,9 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
         const int home = masks.homes[expert], peer = rank_of(home);
         if (is_masked(call, peer)) continue;
         const int count = bits_in(masks.experts + (first + lane) * masks.words, masks.words);
-        store_tagged(count_word(call.bases[peer], call.sending, a.rank,
-                                kFirstCountColumn + local_of(home)),
-                     call.sending, count);
+        store_tagged(
+            count_word(call.bases[peer], call.sending, a.rank, kFirstCountColumn + local_of(home)),
+            call.sending, count);
     }
     if (chunk != 0) return;
     // Another block than the one with the first experts, where there are several.
@@ -161,20 +168,22 @@ __device__ __forceinline__ int position_at(const Masks& masks, int token, int fi
 }
 
 // The same, with -1 also for ranks that are masked.
-__device__ __forceinline__ int target_at(const Call& call, const Masks& masks, int token, int first) {
+__device__ __forceinline__ int target_at(const Call& call, const Masks& masks, int token,
+                                         int first) {
     const int rank = first + threadIdx.x % 32;
     return rank < kNumRanks && is_masked(call, rank) ? -1 : position_at(masks, token, first);
 }
 
-// Tells the ranks of this block's tokens, for each choice, its local expert, place and weight; and which
-// token it is. Chunks of experts fill in the choices that they know. The handle's tables likewise.
+// Tells the ranks of this block's tokens, for each choice, its local expert, place and weight; and
+// which token it is. Chunks of experts fill in the choices that they know. The handle's tables
+// likewise.
 template <typename Arguments>
-__device__ __forceinline__ void send_beside(const Arguments& a, const Call& call, const Masks& masks,
-                                            int chunk, const Choice& first) {
+__device__ __forceinline__ void send_beside(const Arguments& a, const Call& call,
+                                            const Masks& masks, int chunk, const Choice& first) {
     constexpr int kBytes = (kTopk + 1) * 16;
-    const long long rows = reinterpret_cast<char*>(beside_words(nullptr, call.sending,
-                                                                a.rank * kMaxTokens, 0)) -
-                           static_cast<char*>(nullptr);
+    const long long rows =
+        reinterpret_cast<char*>(beside_words(nullptr, call.sending, a.rank * kMaxTokens, 0)) -
+        static_cast<char*>(nullptr);
     for_choices(a, first, [&](const Choice& choice) {
         if (!choice.is_told_here()) return;
         const int token = choice.token, k = choice.k, expert = choice.expert();
@@ -189,8 +198,8 @@ __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call
             if (!has_token(mask, token)) continue;
             const int position = place_in(mask, token);
             const bool local = home >= 0 && rank_of(home) == peer;
-            auto* const words = reinterpret_cast<unsigned long long*>(call.bases[peer] + rows +
-                                                                      position * kBytes);
+            auto* const words =
+                reinterpret_cast<unsigned long long*>(call.bases[peer] + rows + position * kBytes);
             if (!is_masked(call, peer)) {
                 // Other ranks' choices are absent there; that, and which token it is, is said once.
                 if (local ? known : chunk == 0)

@@ -1,4 +1,5 @@
-// Low latency, sending half of a dispatch: rows to their staging slots, in parts, quantized on the way.
+// Low latency, sending half of a dispatch: rows to their staging slots, in parts, quantized on the
+// way.
 #pragma once
 
 #include "common/quantize.cuh"
@@ -53,7 +54,8 @@ struct Part {
         return __uint_as_float(__reduce_or_sync(kAll, exponent << lane / 8 * 8));
     }
 
-    __device__ __forceinline__ void store_scales(char* scales, int first, int last, int kind) const {
+    __device__ __forceinline__ void store_scales(char* scales, int first, int last,
+                                                 int kind) const {
         const int lane = threadIdx.x % 32;
         unsigned* const words = reinterpret_cast<unsigned*>(scales);
 #pragma unroll
@@ -62,13 +64,14 @@ struct Part {
             const int block = (first + i) * (kStepBytes / kScaleBlock) + lane / 8;
             const bool packed = kind == kPackedScales;
             if (packed ? lane == 0 : lane % 8 == 0 && block < kNumBlocks)
-                store_relaxed_system(words + (packed ? first + i : block), __float_as_uint(scale[i]));
+                store_relaxed_system(words + (packed ? first + i : block),
+                                     __float_as_uint(scale[i]));
         }
     }
 };
 
-// Rows of this rank's own tokens are taken from the input, where they need no quantizing and the input is
-// sure to be as it was: both halves are in this launch.
+// Rows of this rank's own tokens are taken from the input, where they need no quantizing and the
+// input is sure to be as it was: both halves are in this launch.
 template <bool kQuantized>
 __device__ __forceinline__ bool takes_own_rows(const DispatchArguments& a) {
     return !kQuantized && (a.flags & (kSend | kReceive)) == (kSend | kReceive);
@@ -88,15 +91,16 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
     for (int word = threadIdx.x % 32; word * 4 < a.scale_bytes; word += 32) {
         unsigned value = 0;
 #pragma unroll 1
-        for (int i = 3; i >= 0; --i) value = value << 8 | byte_at(from, word * 4 + i, a.scale_bytes);
+        for (int i = 3; i >= 0; --i)
+            value = value << 8 | byte_at(from, word * 4 + i, a.scale_bytes);
         store_relaxed_system(to + word, value);
         if (value == kNothing) strange = 1;
     }
     if (__any_sync(kAll, strange)) escape_steps(escape, transfer, 0, 1u);
 }
 
-// One warp's way through the rows that its rank sends: in parts, and with few tokens each part to some of
-// its ranks only, so that there is work for all warps.
+// One warp's way through the rows that its rank sends: in parts, and with few tokens each part to
+// some of its ranks only, so that there is work for all warps.
 template <bool kQuantized>
 struct Sender {
     static constexpr int kDepth = Part<kQuantized>::kDepth;
@@ -104,7 +108,6 @@ struct Sender {
     int item, token, share, split, first;
     Steps range;
     Part<kQuantized> part;
-
 
     // The first `warps` warps of every block take part.
     __device__ __forceinline__ void prepare(const DispatchArguments& a, int warps) {
@@ -142,7 +145,8 @@ struct Sender {
             staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
         int number = 0;  // of the rank among the token's
 #pragma unroll 1
-        for (int part_of = 0; part_of < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1); ++part_of) {
+        for (int part_of = 0; part_of < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1);
+             ++part_of) {
             // More ranks than lanes: groups of 32, ranks from `turn` on, then those before it.
             const int groups = (kNumRanks + 31) / 32, group = part_of % groups * 32;
             const int position = target_at(call, masks, token, group);
@@ -173,9 +177,10 @@ struct Sender {
                     escape_steps(escape_words(base, call.sending, a.rank * kMaxTokens + slot),
                                  call.sending, first, strange);
                 if (!kQuantized && with_scales)
-                    send_scales(a, row,
-                                escape_words(base, call.sending, a.rank * kMaxTokens + slot) + kMaxSteps,
-                                call.sending, token);
+                    send_scales(
+                        a, row,
+                        escape_words(base, call.sending, a.rank * kMaxTokens + slot) + kMaxSteps,
+                        call.sending, token);
             }
         }
     }

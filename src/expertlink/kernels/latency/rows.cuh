@@ -1,0 +1,178 @@
+// Low latency: rows on their way. How they are stored at peers, how their pieces are waited for,
+// and how the work is shared out.
+#pragma once
+
+#include "latency/waits.cuh"
+
+// -- rows to peers
+// ----------------------------------------------------------------------------------
+
+// Steps of a warp to the row of a peer.
+template <int kDepth>
+__device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth], int first,
+                                            int last, int bytes) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+        if (first + i >= last) break;
+        const int at = (first + i) * kStepBytes + lane * 16;
+        if (at < bytes) store_piece(row + at, piece[i]);
+    }
+}
+
+// The same in all lanes: steps whose data look like nothing.
+template <int kDepth>
+__device__ __forceinline__ unsigned strange_steps(const uint4 (&piece)[kDepth], int first,
+                                                  int last) {
+    unsigned strange = 0;
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+        if (first + i >= last) break;
+        if (holds_nothing(piece[i])) strange |= 1u << i;
+    }
+    return __reduce_or_sync(kAll, strange);
+}
+
+// Pieces of a staged row as they come in: kDepth steps of one lane's 16 bytes.
+template <int kDepth>
+struct Pieces {
+    uint4 piece[kDepth];
+
+    // First look at the steps from `first` on; those beyond `bytes` do not exist.
+    __device__ __forceinline__ void look_at(const char* row, int first, int last, int bytes) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            const int at = (first + i) * kStepBytes + lane * 16;
+            piece[i] = make_uint4(0, 0, 0, 0);
+            if (first + i < last && at < bytes) piece[i] = load_piece(row + at);
+        }
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) piece[i] = make_uint4(0, 0, 0, 0);
+    }
+
+    // Waits until all of them are here; the warp finds the same.
+    __device__ __forceinline__ Found settle(const Call& call, const char* row,
+                                            const unsigned* escapes, int first, int peer,
+                                            int index) {
+        unsigned missing = 0;
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i)
+            if (holds_nothing(piece[i])) missing |= 1u << i;
+        if (!__any_sync(kAll, missing)) return kHere;
+        return poll(call, row, escapes, first, missing, peer, index);
+    }
+
+    __device__ __forceinline__ Found poll(const Call& call, const char* row,
+                                          const unsigned* escapes, int first, unsigned missing,
+                                          int peer, int index) {
+        const int lane = threadIdx.x % 32;
+        unsigned long long since = 0;
+        long long* const longest = call.patience.longest_wait_ns;
+        const unsigned long long began = longest != nullptr ? nanoseconds() : 0;
+        Found found = kHere;
+        // Looks keep the memory system from what is awaited: only one step is looked at until it is
+        // here, then all.
+        unsigned looked_at = kAll;
+        for (unsigned spins = 1;; ++spins) {
+#pragma unroll
+            for (int i = 0; i < kDepth; ++i)
+                if (missing & looked_at & 1u << i) {
+                    piece[i] = load_piece(row + (first + i) * kStepBytes + lane * 16);
+                    if (!holds_nothing(piece[i])) missing &= ~(1u << i);
+                }
+            const unsigned left = __reduce_or_sync(kAll, missing);
+            if (left == 0) break;
+            const bool came = (looked_at & (looked_at - 1)) == 0 && !(looked_at & left);
+            looked_at = came ? left : left & -left;
+            if (spins > 2) __nanosleep(32);
+            if (spins % 16 != 0) continue;
+            // The data themselves may look like nothing; then the sender has said that they are
+            // here.
+            bool escaped = false;
+            if (lane < kDepth)
+                escaped = load_acquire_system(escapes + first + lane) == call.watch.transfer;
+            const unsigned here = __ballot_sync(kAll, escaped) & left;
+            __syncwarp();  // every lane may read what one of them has acquired
+            if (here) {
+#pragma unroll
+                for (int i = 0; i < kDepth; ++i)
+                    if (here & missing & 1u << i)
+                        piece[i] = load_piece(row + (first + i) * kStepBytes + lane * 16);
+                missing &= ~here;
+                continue;
+            }
+            if (spins % kSpinsBetweenLooks != 0) continue;
+            if (lane == 0)
+                found = look(call, kPhaseRow, peer, call.watch.transfer, 0, index, since);
+            found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
+            if (found != kHere) break;
+        }
+        if (began && lane == 0)
+            atomicMax(&longest[peer], static_cast<long long>(nanoseconds() - began));
+        return found;
+    }
+
+    // The memory is free again; who may write it next has to be told first.
+    __device__ __forceinline__ void put_back(char* row, int first, int last, int bytes) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            const int at = (first + i) * kStepBytes + lane * 16;
+            if (first + i < last && at < bytes) *reinterpret_cast<uint4*>(row + at) = nothing();
+        }
+    }
+};
+
+// After stores of a warp to a peer: bit i of `steps` says that the data of step `first` + i look
+// like nothing; the same in all lanes.
+__device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfer, int first,
+                                             unsigned steps) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+    fence_system();  // the word says that all lanes' bytes are there
+    if (steps >> lane & 1u) store_relaxed_system(escapes + first + lane, transfer);
+}
+
+// -- shares of the work
+// -----------------------------------------------------------------------------
+
+// Items of a half are dealt out to the blocks in turn, and inside a block to whoever is free.
+__device__ __forceinline__ int next_item(int* counter) {
+    int taken = 0;
+    if (threadIdx.x % 32 == 0) taken = atomicAdd(counter, 1);
+    return __shfl_sync(kAll, taken, 0) * gridDim.x + blockIdx.x;
+}
+
+// Quotients of small numbers by one divisor: an ordinary division takes as long as a row's checks.
+struct Divider {
+    int divisor;
+    float reciprocal;
+
+    __device__ __forceinline__ explicit Divider(int d) : divisor(d), reciprocal(__frcp_rn(d)) {}
+
+    __device__ __forceinline__ int operator()(int n) const {
+        const int near = static_cast<int>(static_cast<float>(n) * reciprocal);
+        const int rest = n - near * divisor;
+        return near + (rest >= divisor) - (rest < 0);
+    }
+};
+
+struct Steps {
+    int first, last;
+};
+
+__device__ __forceinline__ Steps steps_of(int part, const Divider& parts, int steps) {
+    return {parts(part * steps), parts((part + 1) * steps)};
+}
+
+constexpr int kMostSteps = 8;  // of a part: the last ones to be begun must not take long
+
+// Into how many parts rows are cut, so that there is work for all warps.
+__device__ __forceinline__ int parts_of(int rows, int steps, int warps) {
+    if (rows == 0 || steps == 0) return 1;
+    return max((steps + kMostSteps - 1) / kMostSteps, min(steps, Divider(rows)(warps)));
+}

@@ -1,0 +1,118 @@
+// Low latency: bounded waits for what peers write, and who is lost when one ends.
+#pragma once
+
+#include "latency/protocol.cuh"
+
+enum Found { kHere, kGone, kStop };  // came; its rank is masked; give up
+
+// What is not inlined takes structs by value and returns one word: pointers would cost a stack.
+constexpr unsigned long long kLookedGone = 1, kLookedStop = 2;
+
+// A rank that is only waiting itself must not be taken for lost: tells all peers that this one is
+// there, and returns when the awaited one was last heard of.
+__device__ __noinline__ unsigned long long listen(const Call* call, int peer,
+                                                  unsigned long long now) {
+    const int rank = call->watch.rank;
+    Counters* const counters = call->patience.counters;
+    for (int r = 0; r < kNumRanks; ++r)
+        store_relaxed_system(alive_word(call->bases[r], rank), static_cast<unsigned>(now));
+    const unsigned said = load_relaxed_system(alive_word(call->bases[rank], peer));
+    // Several warps may do this at once, with the same outcome.
+    if (said != load_relaxed_system(&counters->heard[peer])) {
+        store_relaxed_system(&counters->heard[peer], said);
+        atomicExch(&counters->heard_at[peer], now);
+    }
+    return load_tagged(&counters->heard_at[peer]);
+}
+
+// The slow half of a wait, by one lane or several alike: when it began, or that it is over.
+__device__ __noinline__ unsigned long long look_slowly(const Call* call, Phase phase, int peer,
+                                                       unsigned expected, unsigned seen, int index,
+                                                       unsigned long long since) {
+    const Watch& watch = call->watch;
+    const Patience& patience = call->patience;
+    if (load_relaxed_system(&watch.masked[peer]) != 0) return kLookedGone;
+    if (gave_up(watch)) return kLookedStop;
+    const unsigned long long now = nanoseconds();
+    if (since == 0) since = now;
+    const unsigned long long limit =
+        *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
+    unsigned long long quiet_since = since;
+    if (patience.masks_lost) quiet_since = max(since, listen(call, peer, now));
+    if (now - min(now, quiet_since) < limit) return since;
+    if (patience.masks_lost && peer != watch.rank) {
+        // Whoever waits for this rank learns it at the next look.
+        atomicExch(&patience.counters->masked[peer], 1u);
+        return kLookedGone;
+    }
+    report(watch, phase, peer, expected, seen, index, now - since);
+    return kLookedStop;
+}
+
+__device__ __forceinline__ Found look(const Call& call, Phase phase, int peer, unsigned expected,
+                                      unsigned seen, int index, unsigned long long& since) {
+    since = look_slowly(&call, phase, peer, expected, seen, index, since);
+    return since == kLookedGone ? kGone : since == kLookedStop ? kStop : kHere;
+}
+
+// Waits for a word that carries its transfer: what it carries, with what was found above it.
+__device__ __noinline__ unsigned long long wait_slowly(const Call* call,
+                                                       const unsigned long long* word, int peer,
+                                                       Phase phase) {
+    const unsigned transfer = call->watch.transfer;
+    long long* const longest = call->patience.longest_wait_ns;
+    const unsigned long long began = nanoseconds();
+    unsigned long long since = 0, result = 0;
+    for (unsigned spins = 1;; ++spins) {
+        const unsigned long long now = load_tagged(word);
+        if (static_cast<unsigned>(now >> 32) == transfer) {
+            result = tagged(kHere, static_cast<unsigned>(now));
+            break;
+        }
+        if (spins % kSpinsBetweenLooks != 0) continue;
+        since =
+            look_slowly(call, phase, peer, transfer, static_cast<unsigned>(now >> 32), 0, since);
+        if (since == kLookedGone || since == kLookedStop) {
+            result = tagged(since == kLookedGone ? kGone : kStop, 0);
+            break;
+        }
+    }
+    if (longest != nullptr)
+        atomicMax(&longest[peer], static_cast<long long>(nanoseconds() - began));
+    return result;
+}
+
+// One lane for itself.
+__device__ __forceinline__ Found wait_tagged(const Call& call, const unsigned long long* word,
+                                             int peer, Phase phase, unsigned& value) {
+    unsigned long long now = load_tagged(word);
+    Found found = kHere;
+    if (static_cast<unsigned>(now >> 32) != call.watch.transfer) {
+        now = wait_slowly(&call, word, peer, phase);
+        found = static_cast<Found>(now >> 32);
+    }
+    value = static_cast<unsigned>(now);
+    return found;
+}
+
+// Peers have read what this rank sent kSets transfers ago. One warp; false: give up.
+__device__ __forceinline__ bool peers_have_room(const Call& call) {
+    const int rank = call.watch.rank;
+    const unsigned wanted = call.watch.transfer - kSets;
+    bool fine = true;
+#pragma unroll 1
+    for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32) {
+        if (is_masked(call, peer)) continue;
+        const unsigned* const word = credit_word(call.bases[rank], peer);
+        unsigned long long since = 0;
+        for (unsigned spins = 1;; ++spins) {
+            const unsigned now = load_acquire_system(word);
+            if (reached(now, wanted)) break;
+            if (spins % kSpinsBetweenLooks != 0) continue;
+            const Found found = look(call, kPhaseCredit, peer, wanted, now, 0, since);
+            if (found == kStop) fine = false;
+            if (found != kHere) break;
+        }
+    }
+    return __all_sync(kAll, fine);
+}
