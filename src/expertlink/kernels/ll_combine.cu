@@ -69,13 +69,13 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     if (!sends) say_where(a, call);
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)
+extern "C" __global__ void __launch_bounds__(kCombineWarps * 32, 1)
     ll_combine(const __grid_constant__ CombineArguments arguments) {
     combine_rank(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid.
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)
+extern "C" __global__ void __launch_bounds__(kCombineWarps * 32, 1)
     ll_combine_hosted(const CombineArguments* arguments) {
     combine_rank(arguments[blockIdx.y]);
 }

@@ -84,14 +84,14 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
 
 // kQuantized: the kernel makes e4m3 rows of the input.
 template <bool kQuantized>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1)
+__global__ void __launch_bounds__(kDispatchWarps * 32, 1)
     ll_dispatch(const __grid_constant__ DispatchArguments arguments) {
     dispatch_rank<kQuantized>(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid.
 template <bool kQuantized>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1)
+__global__ void __launch_bounds__(kDispatchWarps * 32, 1)
     ll_dispatch_hosted(const DispatchArguments* arguments) {
     dispatch_rank<kQuantized>(arguments[blockIdx.y]);
 }

@@ -15,7 +15,8 @@ from expertlink.jit.kernel import Arguments, load_kernel
 from expertlink.types import DispatchLayout
 
 HOME_STRIDE = 1 << 16  # an expert's home is its rank times this, plus its index there
-LATENCY_WARPS = 16  # of a block of the low-latency kernels
+LATENCY_WARPS = 16  # most warps of a block of the low-latency kernels
+_COMBINE_WARPS = 12  # of ll_combine's: more registers for each
 SHARED_BYTES = 227 * 1024  # of a block on sm_90 and later
 STATIC_BYTES = 10 * 1024  # of which barriers and small tables take this much at most
 _SHARED_SLOTS = 512  # first slots that placing keeps in shared memory
@@ -69,7 +70,8 @@ def kernel_constants(
     if isinstance(plan, latency_plan.LatencyPlan):
         return {
             **common,
-            "kMaxWarps": LATENCY_WARPS,
+            "kDispatchWarps": LATENCY_WARPS,
+            "kCombineWarps": _COMBINE_WARPS,
             **latency_plan.constants_of(config, plan, num_ranks=num_ranks),
             **latency_arguments.FLAG_CONSTANTS,
         }
@@ -127,6 +129,11 @@ def _instances(config: MoECommunicatorConfig, *, latency: bool) -> Iterator[tupl
     if config.quantization is not None:
         yield "ll_dispatch_quantized", "ll_dispatch", "<true>"
     yield "ll_combine", "ll_combine", ""
+
+
+def latency_warps(name: str, most: int = LATENCY_WARPS) -> int:
+    """Warps of a block of a low-latency kernel, `most` at most."""
+    return min(most, _COMBINE_WARPS if name == "ll_combine" else LATENCY_WARPS)
 
 
 class DeviceRunner:

@@ -18,13 +18,12 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, DispatchCall, RowKind
 from expertlink.engines.buffers import largest_output
 from expertlink.engines.header import Operation
-from expertlink.engines.nvlink import latency_plan
-from expertlink.engines.nvlink.kernels import HOME_STRIDE, LATENCY_WARPS, Launch, Run
+from expertlink.engines.nvlink.kernels import HOME_STRIDE, LATENCY_WARPS, Run
 from expertlink.engines.nvlink.latency_arena import LatencyArena, LatencyTables, Tables
 from expertlink.engines.nvlink.latency_arguments import COMBINE, DISPATCH, LatencyFlag
+from expertlink.engines.nvlink.latency_launch import LatencyLauncher
 from expertlink.engines.nvlink.route import Route
 from expertlink.engines.nvlink.watchdog import Watchdog
-from expertlink.jit.kernel import Arguments
 from expertlink.quantization import scale_columns
 from expertlink.routing import Placement
 from expertlink.types import (
@@ -34,13 +33,6 @@ from expertlink.types import (
     DispatchOutput,
 )
 
-# SMs that a call takes by default: docs/architecture.md, "How many SMs".
-DISPATCH_SMS = 32
-COMBINE_SMS = 64
-# Warps of all blocks that begin with sending: they fill the wire, the others wait for rows.
-_SENDING_WARPS = {False: 128, True: 256}  # quantizing takes its time
-_TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
-IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SCALE_KINDS = {
     None: 0,
     BlockFormat.E4M3_FLOAT32: 1,
@@ -49,8 +41,6 @@ _SCALE_KINDS = {
 }
 
 # Plain numbers: the operators of enumerations take microseconds.
-_SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
-_BOTH = _SEND | _RECEIVE
 _WIDE_IDS, _NEW_WEIGHTS = int(LatencyFlag.WIDE_IDS), int(LatencyFlag.NEW_WEIGHTS)
 _GRADS, _MASK_LOST = int(LatencyFlag.GRADS), int(LatencyFlag.MASK_LOST)
 _DISPATCH, _COMBINE = int(Operation.DISPATCH), int(Operation.COMBINE)
@@ -70,7 +60,7 @@ class LowLatency:
         watchdog: host memory that the kernels write.
         run: queues a kernel.
         num_sms: multiprocessors of the GPU.
-        warps: of a block.
+        warps: most warps of a block.
     """
 
     def __init__(
@@ -85,14 +75,21 @@ class LowLatency:
         num_sms: int,
         warps: int = LATENCY_WARPS,
     ) -> None:
-        self._config, self._arena, self._run = config, arena, run
+        self._config = config
         self._layout, self._device = config.layout, arena.device
         self._num_ranks = placement.num_ranks
         self._num_local = len(placement.experts_of_rank[rank])
-        self._num_sms, self._threads = num_sms, 32 * warps
         self._tables = LatencyTables(config, num_ranks=self._num_ranks, num_local=self._num_local)
         self._kinds: dict[tuple[Any, ...], RowKind] = {}
-        self._launches: dict[tuple[str, int | None, str], Launch] = {}
+        self._launch = LatencyLauncher(
+            config,
+            num_ranks=self._num_ranks,
+            num_local=self._num_local,
+            arena=arena,
+            run=run,
+            num_sms=num_sms,
+            warps=warps,
+        )
         self._always = _MASK_LOST if config.mask_lost_peers else 0
         self._statistics: CallStatistics | None = None
         homes = placement.rank_of_E[:-1] * HOME_STRIDE + placement.local_of_E[:-1]
@@ -373,87 +370,6 @@ class LowLatency:
         a.slot_grads, a.grads_out = grads.data_ptr(), grads_TK.data_ptr()
         # Freed for this stream only, which comes to it after the kernel.
         return grads_TK
-
-    # -- launches ---------------------------------------------------------------------------------
-
-    def _launch(
-        self,
-        name: str,
-        a: Any,
-        flags: int,
-        num_sms: int | None,
-        *,
-        halves: bool,
-        needs: tuple[object, ...] = (),
-        after: Callable[[], object] | None = None,
-    ) -> Callable[[], None] | None:
-        """Queues both halves, or the sending one; then returns what queues the other.
-
-        `needs` owns the memory that the arguments name; it lives until the other is queued. `after`
-        follows it.
-        """
-        arena = self._arena
-        if not halves:
-            if arena.pending:
-                arena.finish_pending()
-            launch = self._launch_of(name, num_sms, "both")
-            a.flags, a.send_warps = flags | _BOTH, self._send_warps(name, launch.grid)
-            self._run(name, a, launch)
-            if after is not None:
-                after()
-            return None
-        arena.finish_pending(IN_FLIGHT - 1)
-        a.flags, a.send_warps = flags | _SEND, self._threads // 32
-        self._run(name, a, self._launch_of(name, num_sms, "send"))
-        rest: Arguments = a.copy()  # the next call changes them
-        rest.flags = flags | _RECEIVE
-        launch = self._launch_of(name, num_sms, "receive")
-
-        def receive(needs: tuple[object, ...] = needs) -> None:
-            del needs
-            if receive not in arena.pending:
-                return
-            while arena.pending[0] is not receive:  # halves are received in the order of calls
-                arena.pending[0]()
-            arena.follow()
-            self._run(name, rest, launch)
-            arena.pending.popleft()
-            if after is not None:
-                after()
-
-        arena.pending.append(receive)
-        return receive
-
-    def _send_warps(self, name: str, blocks: int) -> int:
-        """Warps of a block that begin with sending where both halves are in one launch."""
-        warps = self._threads // 32
-        if name == "ll_combine":
-            # Those of expanded layouts add up before they send.
-            if self._layout.expanded:
-                return warps
-            return max(1, 3 * warps // 4)
-        wanted = _SENDING_WARPS[name == "ll_dispatch_quantized"] // blocks
-        return max(1, min(warps - _TELLING_WARPS, wanted))
-
-    def _launch_of(self, name: str, num_sms: int | None, half: str) -> Launch:
-        key = (name, num_sms, half)
-        launch = self._launches.get(key)
-        if launch is None:
-            config, dispatches = self._config, name != "ll_combine"
-            default = config.num_sms_dispatch if dispatches else config.num_sms_combine
-            usual = DISPATCH_SMS if dispatches else COMBINE_SMS
-            words = 0
-            if dispatches:
-                words = latency_plan.shared_words(
-                    config, num_ranks=self._num_ranks, num_local=self._num_local, half=half
-                )
-            launch = self._launches[key] = Launch(
-                grid=min(self._num_sms, num_sms or default or usual),
-                block=self._threads,
-                shared_bytes=4 * words,
-                follows=True,
-            )
-        return launch
 
     # -- statistics -------------------------------------------------------------------------------
 

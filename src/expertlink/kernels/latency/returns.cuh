@@ -6,7 +6,7 @@
 #include "common/pieces.cuh"
 #include "latency/rows.cuh"
 
-constexpr int kSumDepth = 3;  // steps that a warp has under way for each term
+constexpr int kSumDepth = 4;  // steps that a warp has under way for each term
 
 struct Sums {
     float value[kSumDepth][kPack];
@@ -54,6 +54,7 @@ __device__ __forceinline__ const char* row_at(const CombineArguments& a, long lo
 __device__ __forceinline__ void return_sum(const CombineArguments& a, const Call& call, int peer,
                                            int slot, int choice, float weight, Steps range) {
     const unsigned present = __ballot_sync(kAll, choice >= 0);
+#pragma unroll 1
     for (int first = range.first; first < range.last; first += kSumDepth) {
         Sums sums;
         sums.clear();
@@ -81,6 +82,7 @@ __device__ __forceinline__ void return_sum(const CombineArguments& a, const Call
 
 __device__ __forceinline__ void return_row(const CombineArguments& a, const Call& call, int peer,
                                            int slot, long long row, Steps range) {
+#pragma unroll 1
     for (int first = range.first; first < range.last; first += kSumDepth) {
         uint4 piece[kSumDepth];
         // A row for which there was no room is as one of zeros.

@@ -82,6 +82,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     char* const base = call.bases[a.rank];
     char* const out = static_cast<char*>(a.out) + static_cast<long long>(token) * a.row_bytes;
     const unsigned present = __ballot_sync(kAll, term.slot >= 0);
+#pragma unroll 1
     for (int first = range.first; first < range.last; first += kSumDepth) {
         Sums sums;
         sums.clear();
@@ -103,6 +104,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
             into.look_at(row, first, last, a.row_bytes);
         };
         look_at_next(pieces);
+#pragma unroll 1
         while (left) {
             const int i = __ffs(left) - 1;
             left &= left - 1;

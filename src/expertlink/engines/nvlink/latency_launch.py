@@ -1,0 +1,132 @@
+"""Launches of low-latency kernels: whole calls, or one half now and the other one later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink import latency_plan
+from expertlink.engines.nvlink.kernels import Launch, Run, latency_warps
+from expertlink.engines.nvlink.latency_arena import LatencyArena
+from expertlink.engines.nvlink.latency_arguments import LatencyFlag
+from expertlink.jit.kernel import Arguments
+
+# SMs that a call takes by default: docs/architecture.md, "How many SMs".
+DISPATCH_SMS = 32
+COMBINE_SMS = 64
+# Warps of all blocks that begin with sending: they fill the wire, the others wait for rows.
+_SENDING_WARPS = {False: 128, True: 256}  # quantizing takes its time
+_TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
+IN_FLIGHT = 2  # calls whose receiving half has not been launched
+_SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
+_BOTH = _SEND | _RECEIVE
+
+
+class LatencyLauncher:
+    """Queues the launches of one rank's low-latency calls.
+
+    Args:
+        config: the communicator's.
+        num_ranks: R.
+        num_local: E_loc.
+        arena: knows the calls of which half is under way.
+        run: queues a kernel.
+        num_sms: multiprocessors of the GPU.
+        warps: most warps of a block.
+    """
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        *,
+        num_ranks: int,
+        num_local: int,
+        arena: LatencyArena,
+        run: Run,
+        num_sms: int,
+        warps: int,
+    ) -> None:
+        self._config, self._arena, self._run = config, arena, run
+        self._num_ranks, self._num_local = num_ranks, num_local
+        self._num_sms, self._most_warps = num_sms, warps
+        self._launches: dict[tuple[str, int | None, str], tuple[Launch, int]] = {}
+
+    def __call__(
+        self,
+        name: str,
+        a: Any,
+        flags: int,
+        num_sms: int | None,
+        *,
+        halves: bool,
+        needs: tuple[object, ...] = (),
+        after: Callable[[], object] | None = None,
+    ) -> Callable[[], None] | None:
+        """Queues both halves, or the sending one; then returns what queues the other.
+
+        `needs` owns the memory that the arguments name; it lives until the other is queued. `after`
+        follows it.
+        """
+        arena = self._arena
+        if not halves:
+            if arena.pending:
+                arena.finish_pending()
+            launch, a.send_warps = self._launch_of(name, num_sms, "both")
+            a.flags = flags | _BOTH
+            self._run(name, a, launch)
+            if after is not None:
+                after()
+            return None
+        arena.finish_pending(IN_FLIGHT - 1)
+        launch, a.send_warps = self._launch_of(name, num_sms, "send")
+        a.flags = flags | _SEND
+        self._run(name, a, launch)
+        rest: Arguments = a.copy()  # the next call changes them
+        rest.flags = flags | _RECEIVE
+        rest_launch, _ = self._launch_of(name, num_sms, "receive")
+
+        def receive(needs: tuple[object, ...] = needs) -> None:
+            del needs
+            if receive not in arena.pending:
+                return
+            while arena.pending[0] is not receive:  # halves are received in the order of calls
+                arena.pending[0]()
+            arena.follow()
+            self._run(name, rest, rest_launch)
+            arena.pending.popleft()
+            if after is not None:
+                after()
+
+        arena.pending.append(receive)
+        return receive
+
+    def _launch_of(self, name: str, num_sms: int | None, half: str) -> tuple[Launch, int]:
+        """Grid and block of a launch, and how many warps of a block begin with sending."""
+        key = (name, num_sms, half)
+        known = self._launches.get(key)
+        if known is None:
+            config, dispatches = self._config, name != "ll_combine"
+            default = config.num_sms_dispatch if dispatches else config.num_sms_combine
+            usual = DISPATCH_SMS if dispatches else COMBINE_SMS
+            words = 0
+            if dispatches:
+                words = latency_plan.shared_words(
+                    config, num_ranks=self._num_ranks, num_local=self._num_local, half=half
+                )
+            blocks, warps = min(self._num_sms, num_sms or default or usual), self._warps(name)
+            launch = Launch(grid=blocks, block=32 * warps, shared_bytes=4 * words, follows=True)
+            senders = warps if half == "send" else self._senders(name, blocks, warps)
+            known = self._launches[key] = (launch, senders)
+        return known
+
+    def _warps(self, name: str) -> int:
+        return latency_warps(name, self._most_warps)
+
+    def _senders(self, name: str, blocks: int, warps: int) -> int:
+        """Warps of a block that begin with sending where both halves are in one launch."""
+        if name == "ll_combine":
+            # Those of expanded layouts add up before they send.
+            return warps if self._config.layout.expanded else max(1, 3 * warps // 4)
+        wanted = _SENDING_WARPS[name == "ll_dispatch_quantized"] // blocks
+        return max(1, min(warps - _TELLING_WARPS, wanted))
