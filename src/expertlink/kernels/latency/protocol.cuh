@@ -31,8 +31,7 @@ struct Counters {
 constexpr int kUnitBits = 16;
 constexpr unsigned long long kUnits = 1ull << kUnitBits;
 
-// -- memory that peers write
-// ------------------------------------------------------------------------
+// -- memory that peers write ----------------------------------------------------------------------
 
 __device__ __forceinline__ unsigned* ready_word(char* base, int rank) {
     return reinterpret_cast<unsigned*>(base + kReadyAt) + rank;
@@ -78,8 +77,7 @@ __device__ __forceinline__ unsigned* escape_words(char* base, unsigned transfer,
            (static_cast<long long>(set_of(transfer)) * kSlots + slot) * (kMaxSteps + 1);
 }
 
-// -- stores and loads
-// -------------------------------------------------------------------------------
+// -- stores and loads -----------------------------------------------------------------------------
 
 __device__ __forceinline__ unsigned long long tagged(unsigned transfer, unsigned value) {
     return static_cast<unsigned long long>(transfer) << 32 | value;
@@ -136,8 +134,7 @@ __device__ __forceinline__ uint4 nothing() {
     return make_uint4(kNothing, kNothing, kNothing, kNothing);
 }
 
-// -- a launch
-// ---------------------------------------------------------------------------------------
+// -- a launch -------------------------------------------------------------------------------------
 
 // What a slow wait needs beside its Watch.
 struct Patience {

@@ -4,8 +4,7 @@
 
 #include "latency/waits.cuh"
 
-// -- rows to peers
-// ----------------------------------------------------------------------------------
+// -- rows to peers --------------------------------------------------------------------------------
 
 // Steps of a warp to the row of a peer.
 template <int kDepth>
@@ -137,8 +136,7 @@ __device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfe
     if (steps >> lane & 1u) store_relaxed_system(escapes + first + lane, transfer);
 }
 
-// -- shares of the work
-// -----------------------------------------------------------------------------
+// -- shares of the work ---------------------------------------------------------------------------
 
 // Items of a half are dealt out to the blocks in turn, and inside a block to whoever is free.
 __device__ __forceinline__ int next_item(int* counter) {
