@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Case, expected_of, ranges_of, slot_weights
+from oracle import Case, expected_of
+from oracle_results import ranges_of, slot_weights
 from rank_jobs import config_of
 from test_contract import cases
 from torch import Tensor
 
 from expertlink import BlockFormat, DispatchLayout
-from expertlink.engines.nvlink.engine import expert_ranges, with_slot_weights
+from expertlink.engines.nvlink.common import expert_ranges
+from expertlink.engines.nvlink.engine import with_slot_weights
 from expertlink.engines.nvlink.route import Route, TableLayout
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)

@@ -1,4 +1,4 @@
-// The experts that a token has chosen, and where they live.
+// The experts that a token has chosen, where they live, and what a slot says of them.
 //
 // `Arguments` has the caller's ids, `flags` with kWideIds, and where copies of the ids are kept.
 #pragma once
@@ -53,4 +53,14 @@ __device__ __forceinline__ int expert_of(const Arguments& a, int token, int k) {
     const long long id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
                                             : static_cast<const int*>(a.ids)[at];
     return id >= 0 && id < kNumExperts ? static_cast<int>(id) : -1;
+}
+
+// Deduplicated layouts: ids and weights of a slot that no row fills. One warp.
+template <typename Arguments>
+__device__ __forceinline__ void clear_choices(const Arguments& a, int slot) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= kTopk) return;
+    const long long at = static_cast<long long>(slot) * kTopk + lane;
+    a.topk_ids[at] = -1;
+    if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
 }

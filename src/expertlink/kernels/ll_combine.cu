@@ -7,35 +7,19 @@
 #include "latency/totals.cuh"
 
 // Whole block: how many rows came from each rank; kept by the dispatch.
-__device__ __forceinline__ void load_arrivals(const CombineArguments& a, Arrivals& in) {
+__device__ __forceinline__ void load_arrivals(const CombineArguments& a, RowsFrom& in) {
     if (threadIdx.x < 32) {
-        int carry = 0, most = 0;
 #pragma unroll 1
-        for (int first = 0; first < kNumRanks; first += 32) {
-            const int rank = first + threadIdx.x;
-            const int rows = rank < kNumRanks ? a.rows_from[rank] : 0;
-            int sum = rows;
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int other = __shfl_up_sync(kAll, sum, distance);
-                if (threadIdx.x >= distance) sum += other;
-            }
-            if (rank < kNumRanks) {
-                in.rows_from[rank] = rows;
-                in.first_row[rank] = carry + sum - rows;
-            }
-            carry += __shfl_sync(kAll, sum, 31);
-            most = max(most, __reduce_max_sync(kAll, rows));
-        }
-        if (threadIdx.x == 0) {
-            in.most = most;
-            in.total = carry;
-        }
+        for (int rank = threadIdx.x; rank < kNumRanks; rank += 32)
+            in.rows_from[rank] = a.rows_from[rank];
+        __syncwarp();
+        in.add_up();
     }
     __syncthreads();
 }
 
 // Rows that travel, for the statistics; one thread for each rank.
-__device__ __forceinline__ void keep_statistics(const CombineArguments& a, const Arrivals& in) {
+__device__ __forceinline__ void keep_statistics(const CombineArguments& a, const RowsFrom& in) {
     if (a.rows_sent == nullptr || blockIdx.x != 0 || a.row_bytes == 0 || kExact) return;
 #pragma unroll 1
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
@@ -50,7 +34,7 @@ __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const
 
 __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     __shared__ Call call;
-    __shared__ Arrivals in;
+    __shared__ RowsFrom in;
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;

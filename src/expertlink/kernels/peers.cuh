@@ -5,6 +5,7 @@
 
 #include "choices.cuh"
 #include "common/sync.cuh"
+#include "words.cuh"
 
 constexpr int kColumns = kNumRanks + kNumExperts;  // ranks first
 constexpr int kHeadWords = 8;                      // words of a count row before the counts
@@ -31,14 +32,6 @@ __device__ __forceinline__ int head_word(const Arguments& a, int word) {
 
 __device__ __forceinline__ int* count_row(char* base, int rank) {
     return reinterpret_cast<int*>(base + kCountsAt) + rank * kCountWords;
-}
-
-__device__ __forceinline__ unsigned* ready_word(char* base, int rank) {
-    return reinterpret_cast<unsigned*>(base + kReadyAt) + rank;
-}
-
-__device__ __forceinline__ unsigned* credit_word(char* base, int rank) {
-    return reinterpret_cast<unsigned*>(base + kCreditsAt) + rank;
 }
 
 // Calls that count nothing tell the peers only that this rank is here, and in which call. One warp.

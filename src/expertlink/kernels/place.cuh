@@ -140,15 +140,6 @@ __device__ __forceinline__ void zero_gaps(const DispatchArguments& a, int warp, 
     }
 }
 
-// Deduplicated layouts: ids and weights of a slot that no row fills.
-__device__ __forceinline__ void clear_choices(const DispatchArguments& a, int slot) {
-    const int lane = threadIdx.x % 32;
-    if (lane >= kTopk) return;
-    const long long at = static_cast<long long>(slot) * kTopk + lane;
-    a.topk_ids[at] = -1;
-    if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
-}
-
 constexpr int kBatch = 2;  // rows that a warp takes at a time
 
 // Moves one row that has arrived.

@@ -2,35 +2,13 @@
 // to the first slot of every group of rows, the counts that the caller sees, and the host's mail.
 #pragma once
 
+#include "common/scan.cuh"
 #include "count.cuh"
 
 // The mail: these words, then the heads of all ranks' count rows, the rows from each rank, and the
 // choices of each local expert.
 enum Mail { kMailVerdict, kMailRank, kMailRows, kMailCapacity, kMailArrivals, kMailSlots, kMailWords };
 enum Verdict { kFine = 0, kDisagree = 1, kOverflow = 2 };
-
-__device__ __forceinline__ int align_up(int count) {
-    return (count + kAlignment - 1) / kAlignment * kAlignment;
-}
-
-// In place: values[i] becomes the sum of those before it; returns the sum of all. One warp.
-__device__ __forceinline__ int scan_exclusive(int* values, int count) {
-    const int lane = threadIdx.x % 32;
-    int carry = 0;
-    for (int first = 0; first < count; first += 32) {
-        const int i = first + lane;
-        const int own = i < count ? values[i] : 0;
-        int sum = own;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, sum, step);
-            if (lane >= step) sum += other;
-        }
-        if (i < count) values[i] = carry + sum - own;
-        carry += __shfl_sync(0xffffffffu, sum, 31);
-    }
-    return carry;
-}
 
 // Count rows of all ranks are read once into shared memory where they fit there.
 constexpr int kTableWords = kNumRanks * kCountWords;

@@ -72,6 +72,17 @@ _COMMON = (
     Field("float*", "weights_of_row", "[N, K] weight of each choice, or null"),
 )
 
+# The caller's tensors, in both modes.
+OUTPUTS = (
+    Field("int*", "counts_out", "[E_loc] the caller's copy"),
+    Field("int*", "offsets_out", "[E_loc + 1] the caller's copy"),
+    Field("int*", "rows_from_out", "[R] the caller's copy"),
+    Field("char*", "tokens", "output rows"),
+    Field("char*", "scales_out", "output scales, or null"),
+    Field("long long*", "topk_ids", "[N, K] local ids, deduplicated layouts"),
+    Field("float*", "topk_weights", "[N, K], or null"),
+)
+
 DISPATCH = Struct(
     "DispatchArguments",
     (
@@ -92,13 +103,7 @@ DISPATCH = Struct(
         Field("int*", "first_slot", "[R, E_loc] where a source's rows of an expert start"),
         Field("int*", "tokens_per_expert", "[E_loc]"),
         Field("int*", "expert_offsets", "[E_loc + 1] FLAT"),
-        Field("int*", "counts_out", "[E_loc] the caller's copy"),
-        Field("int*", "offsets_out", "[E_loc + 1] the caller's copy"),
-        Field("int*", "rows_from_out", "[R] the caller's copy"),
-        Field("char*", "tokens", "output rows"),
-        Field("char*", "scales_out", "output scales, or null"),
-        Field("long long*", "topk_ids", "[N, K] local ids, deduplicated layouts"),
-        Field("float*", "topk_weights", "[N, K], or null"),
+        *OUTPUTS,
         Field("long long", "pool_at", "offset of the pool in the arena"),
     ),
 )

@@ -10,6 +10,7 @@ import torch
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink import latency_plan
 from expertlink.engines.nvlink.arena import Arena, ArenaPlan, RowShape, SymmetricBuffer
+from expertlink.engines.nvlink.common import NvlinkBase
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.kernels import BlockShape, DeviceRunner, KernelPlan
 from expertlink.engines.nvlink.latency import LowLatency
@@ -50,7 +51,7 @@ def build(
     placement: Placement,
     check_inputs: bool,
     share_with: Any | None = None,
-) -> NvlinkEngine:
+) -> NvlinkBase:
     """The engine of this rank. Collective; what is in the way of one rank is raised on all.
 
     Raises:
@@ -102,7 +103,7 @@ def build(
         "arena": arena,
         "watchdog": watchdog,
     }
-    engine: NvlinkEngine
+    engine: NvlinkBase
     if latency:
         low = LowLatency(config, rank=wire.rank, run=runner, num_sms=num_sms, **common)
         engine = LatencyEngine(config, wire=wire, calls=low, check=check_inputs, **common)
@@ -141,7 +142,7 @@ def serves_latency(config: MoECommunicatorConfig, placement: Placement) -> bool:
 
 
 def _shared_arena(other: object, plan: KernelPlan) -> Arena:
-    if not isinstance(other, NvlinkEngine):
+    if not isinstance(other, NvlinkBase):
         raise ConfigurationError(
             "share_with: that communicator does not use the nvlink engine and has no such memory"
         )

@@ -1,10 +1,8 @@
-"""The nvlink engine behind the seam of engines/base.py: agreement, order and failures of calls."""
+"""The nvlink engine in high-throughput mode: agreement, order and failures of calls."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 from typing import NoReturn
 
 import torch
@@ -12,11 +10,12 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import extras
-from expertlink.engines.agreement import judge, without_counts
+from expertlink.engines.agreement import judge
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.buffers import in_scale_order, into_buffers, into_tokens, largest_output
 from expertlink.engines.header import Operation
-from expertlink.engines.nvlink.arena import Arena, RowShape
+from expertlink.engines.nvlink.arena import Arena
+from expertlink.engines.nvlink.common import ALIGNMENT, NvlinkBase, check_address, nothing_left
 from expertlink.engines.nvlink.route import Route, as_route
 from expertlink.engines.nvlink.throughput import HighThroughput, Started
 from expertlink.engines.nvlink.watchdog import DISAGREE, Watchdog
@@ -29,15 +28,12 @@ from expertlink.errors import (
     InputError,
 )
 from expertlink.routing import Placement
-from expertlink.types import CallStatistics, DispatchBuffers, DispatchLayout, RowKind
+from expertlink.types import CallStatistics, DispatchBuffers, RowKind
 from expertlink.validation import explain_ids
 
-_ALIGNMENT = 16  # bytes of what bulk copies read and write
-logger = logging.getLogger("expertlink")
 
-
-class NvlinkEngine(Unmasked):
-    """Moves rows with kernels that address the memory of other GPUs.
+class NvlinkEngine(NvlinkBase, Unmasked):
+    """Moves many rows: dispatches whose counts the host may learn, and combines.
 
     Args:
         config: the communicator's.
@@ -49,7 +45,6 @@ class NvlinkEngine(Unmasked):
         check: ranks agree before every combine and cached dispatch.
     """
 
-    name = "nvlink"
     quantizes = False
 
     def __init__(
@@ -65,36 +60,10 @@ class NvlinkEngine(Unmasked):
     ) -> None:
         if config.combine_precision == "exact":
             raise EngineUnavailableError("combine_precision='exact' needs low-latency kernels")
-        self._config, self._wire, self._placement = config, wire, placement
-        self.arena, self.watchdog, self._calls = arena, watchdog, calls
-        self._check = check
-        self._rows = RowShape.of(config)
-
-    def set_timeout(self, timeout_s: float) -> None:
-        """Bounds later waits, in seconds."""
-        self._wire.timeout_s = timeout_s
-        self.watchdog.set_timeout(timeout_s)
-
-    def close(self) -> None:
-        """Waits for the calls under way, then lets go of memory and group.
-
-        The arena goes with the last communicator that shares it.
-        """
-        with contextlib.suppress(RuntimeError):  # a broken context has nothing under way
-            torch.cuda.synchronize(self.arena.device)
-        self._wire.close()
-
-    def memory_estimate(self) -> dict[str, int]:
-        """Bytes of the arena by region; no call needs more beyond its inputs and outputs."""
-        return self.arena.plan.regions()
-
-    def wire_rows(self, state: object) -> tuple[list[int], list[int]]:
-        """Rows sent to and received from each rank, own rank included."""
-        return as_route(state).wire_rows()
-
-    def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
-        """Expanded layouts: first slot and rows of each source in each group, `[E_loc, R]`."""
-        return expert_ranges(as_route(state), self._config.layout)
+        super().__init__(
+            config, wire=wire, placement=placement, arena=arena, watchdog=watchdog, check=check
+        )
+        self._calls = calls
 
     def enable_statistics(self) -> CallStatistics:
         """Refuses: these kernels count nothing."""
@@ -111,10 +80,6 @@ class NvlinkEngine(Unmasked):
             device=self._wire.device,
         )
         return DispatchBuffers(output=output, tables=None, kind=rows)
-
-    def check_health(self) -> None:
-        """Raises what the kernels have reported since the last call."""
-        self.watchdog.check(self._wire.call)
 
     def refuse(self, operation: str, error: Exception) -> NoReturn:
         """Raises `error` here and `PeerError` on the ranks that agree on this call."""
@@ -174,7 +139,7 @@ class NvlinkEngine(Unmasked):
             route = with_slot_weights(as_route(call.state), call.slot_weights)
             call = dataclasses.replace(call, state=route)
         out_TH = call.out_TH
-        if out_TH.data_ptr() % _ALIGNMENT:
+        if out_TH.data_ptr() % ALIGNMENT:
             call = dataclasses.replace(call, out_TH=torch.empty_like(out_TH))
         grads_TK = self._calls.combiner.combine(call)
         if call.out_TH is not out_TH:
@@ -189,36 +154,10 @@ class NvlinkEngine(Unmasked):
         self._begin()
         return self._calls.combiner.weight_grads(as_route(state), weight_grads)
 
-    def slot_weights(self, state: object) -> Tensor | None:
-        """Expanded layouts: routing weight of every slot, 0 where none is filled."""
-        return as_route(state).slot_weights()
-
     # -- shared -----------------------------------------------------------------------------------
-
-    def _enter(self, operation: Operation) -> None:
-        self._wire.enter(operation.title, self._wire.call + 1)
-        self.watchdog.check(self._wire.call)
 
     def _begin(self) -> None:
         self.arena.enter(torch.cuda.current_stream(self.arena.device))
-
-    def _agree(
-        self,
-        operation: Operation,
-        *,
-        refused: Exception | None = None,
-        row_bytes: int = 0,
-        extra_bytes: int = 0,
-    ) -> None:
-        """Exchanges headers between the hosts."""
-        without_counts(
-            self._wire,
-            operation,
-            num_experts=self._placement.num_experts,
-            refused=refused,
-            row_bytes=row_bytes,
-            extra_bytes=extra_bytes,
-        ).conclude()
 
     def _refused(self, call: DispatchCall, started: Started) -> NoReturn:
         """A dispatch that no rank carries out."""
@@ -246,18 +185,6 @@ class NvlinkEngine(Unmasked):
         )
 
 
-def expert_ranges(route: Route, layout: DispatchLayout) -> tuple[Tensor, Tensor]:
-    """See `Engine.expert_ranges`."""
-    first_ER = route.table("first_slot").t()
-    ends_E = first_ER[:, 0] + route.table("counts")
-    counts_ER = torch.cat([first_ER[:, 1:], ends_E[:, None]], dim=1) - first_ER
-    groups_E = torch.zeros_like(ends_E)
-    if layout is DispatchLayout.EXPERT_MAJOR:
-        groups_E = torch.arange(len(ends_E), dtype=torch.int32, device=ends_E.device)
-        groups_E *= route.layout.rows
-    return first_ER - groups_E[:, None], counts_ER
-
-
 def with_slot_weights(route: Route, slot_weights: Tensor) -> Route:
     """The same routing with other weights: one for every slot of an expanded layout."""
     weights = slot_weights.reshape(-1)
@@ -265,14 +192,3 @@ def with_slot_weights(route: Route, slot_weights: Tensor) -> Route:
     slots = route.table("choices").clamp(min=0, max=max(weights.numel() - 1, 0))
     picked = weights[slots] if weights.numel() else weights.new_zeros(slots.shape)
     return dataclasses.replace(route, weights_block=picked, weighted=True)
-
-
-def check_address(buffer: Tensor | None) -> None:
-    if buffer is not None and buffer.data_ptr() % _ALIGNMENT:
-        raise InputError(
-            f"output_buffer starts at an address that is no multiple of {_ALIGNMENT} bytes"
-        )
-
-
-def nothing_left() -> None:
-    """All work of a call is queued before it returns."""

@@ -12,6 +12,7 @@ from expertlink.engines.nvlink import arguments, latency_arguments, latency_plan
 from expertlink.engines.nvlink.arena import HEAD_WORDS, ArenaPlan, RowShape, round_up
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
 from expertlink.jit.kernel import Arguments, load_kernel
+from expertlink.routing import Placement
 from expertlink.types import DispatchLayout
 
 HOME_STRIDE = 1 << 16  # an expert's home is its rank times this, plus its index there
@@ -163,6 +164,12 @@ class DeviceRunner:
             stream=self._stream(),
             follows=launch.follows,
         )
+
+
+def homes_of(placement: Placement) -> torch.Tensor:
+    """`[E]` int32: where every expert lives, in one number."""
+    homes = placement.rank_of_E[:-1] * HOME_STRIDE + placement.local_of_E[:-1]
+    return homes.to(torch.int32)
 
 
 def raw_stream(device: torch.device) -> Callable[[], int]:

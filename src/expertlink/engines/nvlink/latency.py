@@ -18,7 +18,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, DispatchCall, RowKind
 from expertlink.engines.buffers import largest_output
 from expertlink.engines.header import Operation
-from expertlink.engines.nvlink.kernels import HOME_STRIDE, LATENCY_WARPS, Run
+from expertlink.engines.nvlink.kernels import LATENCY_WARPS, Run, homes_of
 from expertlink.engines.nvlink.latency_arena import LatencyArena, LatencyTables, Tables
 from expertlink.engines.nvlink.latency_arguments import COMBINE, DISPATCH, LatencyFlag
 from expertlink.engines.nvlink.latency_launch import LatencyLauncher
@@ -92,8 +92,7 @@ class LowLatency:
         )
         self._always = _MASK_LOST if config.mask_lost_peers else 0
         self._statistics: CallStatistics | None = None
-        homes = placement.rank_of_E[:-1] * HOME_STRIDE + placement.local_of_E[:-1]
-        self._home_of = homes.to(torch.int32)
+        self._home_of = homes_of(placement)
         common: dict[str, int] = {
             "bases": arena.bases.data_ptr(),
             "state": arena.state.data_ptr(),
@@ -198,7 +197,6 @@ class LowLatency:
         self._name_rows(a, call, output, weighted=False)
         a.topk_weights, a.num_tokens, a.signature = None, 0, _REFUSED
         self._launch("ll_dispatch", a, self._always | _WIDE_IDS, None, halves=False)
-        torch.cuda.current_stream(self._device).synchronize()  # the memory may go
 
     def _name_rows(
         self, a: Any, call: DispatchCall, output: DispatchOutput, weighted: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from expertlink.engines.nvlink.arguments import constants_of
+from expertlink.engines.nvlink.arguments import OUTPUTS, constants_of
 from expertlink.jit.kernel import Field, Struct
 
 
@@ -72,13 +72,7 @@ DISPATCH = Struct(
         Field("int*", "first_row", "[R] rows received from the ranks before"),
         Field("int*", "first_slot", "[R, E_loc] where a source's rows of an expert start"),
         Field("int*", "tokens_per_expert", "[E_loc]"),
-        Field("int*", "counts_out", "[E_loc] the caller's copy"),
-        Field("int*", "offsets_out", "[E_loc + 1] the caller's copy"),
-        Field("int*", "rows_from_out", "[R] the caller's copy"),
-        Field("char*", "tokens", "output rows"),
-        Field("char*", "scales_out", "output scales, or null"),
-        Field("long long*", "topk_ids", "[N, K] local ids, deduplicated layouts"),
-        Field("float*", "topk_weights", "[N, K], or null"),
+        *OUTPUTS,
         Field("long long*", "tokens_stat", "[E_loc] statistics, or null"),
     ),
 )

@@ -18,8 +18,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import extras
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, RowKind
 from expertlink.engines.header import Operation
-from expertlink.engines.nvlink.arena import RowShape
-from expertlink.engines.nvlink.engine import NvlinkEngine, check_address, nothing_left
+from expertlink.engines.nvlink.common import ALIGNMENT, NvlinkBase, check_address, nothing_left
 from expertlink.engines.nvlink.latency import LowLatency
 from expertlink.engines.nvlink.latency_arena import LatencyArena
 from expertlink.engines.nvlink.route import as_route
@@ -30,10 +29,8 @@ from expertlink.routing import Placement
 from expertlink.types import CallStatistics, DispatchBuffers
 from expertlink.validation import explain_ids
 
-_ALIGNMENT = 16
 
-
-class LatencyEngine(NvlinkEngine):
+class LatencyEngine(NvlinkBase):
     """Moves the rows of few tokens with one launch per call.
 
     Args:
@@ -60,11 +57,10 @@ class LatencyEngine(NvlinkEngine):
         calls: LowLatency,
         check: bool,
     ) -> None:
-        self._config, self._wire, self._placement = config, wire, placement
-        self.arena, self.watchdog = arena, watchdog
+        super().__init__(
+            config, wire=wire, placement=placement, arena=arena, watchdog=watchdog, check=check
+        )
         self._low = calls
-        self._check = check
-        self._rows = RowShape.of(config)
 
     def refuse(self, operation: str, error: Exception) -> NoReturn:
         """Raises `error` here; the ranks that make the call learn that it does not happen."""
@@ -87,17 +83,17 @@ class LatencyEngine(NvlinkEngine):
         try:
             if call.quantize_to is None:
                 self._rows.check(call.x_TW, call.scales)
-            elif call.x_TW.shape[1] % _ALIGNMENT:
+            elif call.x_TW.shape[1] % ALIGNMENT:
                 raise InputError(
                     f"quantized rows have {call.x_TW.shape[1]} bytes; the nvlink engine moves "
-                    f"multiples of {_ALIGNMENT}"
+                    f"multiples of {ALIGNMENT}"
                 )
             check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
         wire.enter("dispatch" if call.previous is None else "cached dispatch", wire.call + 1)
         self.watchdog.check(wire.call)
-        if call.x_TW.data_ptr() % _ALIGNMENT:
+        if call.x_TW.data_ptr() % ALIGNMENT:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
         if self._check:
             self._agree_on(kind, call)
@@ -121,7 +117,7 @@ class LatencyEngine(NvlinkEngine):
         self.arena.follow()
         out_TH = call.out_TH
         after = None
-        if (out_TH.data_ptr() | call.rows.data_ptr()) % _ALIGNMENT:
+        if (out_TH.data_ptr() | call.rows.data_ptr()) % ALIGNMENT:
             call = dataclasses.replace(
                 call, rows=call.rows.clone(), out_TH=torch.empty_like(out_TH)
             )

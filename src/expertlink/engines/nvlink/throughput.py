@@ -21,7 +21,7 @@ from expertlink.engines.header import Operation
 from expertlink.engines.nvlink.arena import Arena, RowShape, round_up, row_limit
 from expertlink.engines.nvlink.arguments import DISPATCH, Flag
 from expertlink.engines.nvlink.combiner import Combiner
-from expertlink.engines.nvlink.kernels import HOME_STRIDE, BlockShape, Launch, Run, split_blocks
+from expertlink.engines.nvlink.kernels import BlockShape, Launch, Run, homes_of, split_blocks
 from expertlink.engines.nvlink.outputs import Outputs
 from expertlink.engines.nvlink.route import Route, TableLayout, as_route
 from expertlink.engines.nvlink.watchdog import FINE, Mail, Watchdog
@@ -115,8 +115,7 @@ class HighThroughput:
         if self._mails:
             self._counting |= int(Flag.WANTS_MAIL)
         device = arena.device
-        homes = placement.rank_of_E[:-1] * HOME_STRIDE + placement.local_of_E[:-1]
-        self._home_of = homes.to(torch.int32)
+        self._home_of = homes_of(placement)
         self._experts = torch.tensor(experts or (0,), dtype=torch.int32, device=device)
         columns = self._num_ranks + config.num_experts
         self._histogram = torch.empty(num_sms * columns, dtype=torch.int32, device=device)

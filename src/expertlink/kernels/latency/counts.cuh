@@ -5,38 +5,15 @@
 #include "latency/route.cuh"
 
 // Shared memory of the receiving half.
-struct Arrivals {
-    int* first_slot;           // [R, E_loc] first slot of each source's rows of each local expert
-    int* totals;               // [E_loc] rows of each local expert
-    int* starts;               // [E_loc + 1] FLAT: first slot of each expert's group
-    int rows_from[kNumRanks];  // rows from each rank
-    int first_row[kNumRanks];  // rows from the ranks before
-    int most, total;           // rows of the rank that sends most, and of all
+struct Arrivals : RowsFrom {
+    int* first_slot;  // [R, E_loc] first slot of each source's rows of each local expert
+    int* totals;      // [E_loc] rows of each local expert
+    int* starts;      // [E_loc + 1] FLAT: first slot of each expert's group
 };
 
 // All warps of `threads` threads, which meet at barrier 1. False: give up.
 __device__ __forceinline__ void meet(int threads) {
     asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-}
-
-// In place: values[i] becomes the sum of those before it, rounded up to the alignment; one warp.
-__device__ __forceinline__ int scan_groups(int* values, int count) {
-    const int lane = threadIdx.x % 32;
-    int carry = 0;
-#pragma unroll 1
-    for (int first = 0; first < count; first += 32) {
-        const int own = first + lane < count
-                            ? (values[first + lane] + kAlignment - 1) / kAlignment * kAlignment
-                            : 0;
-        int sum = own;
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int other = __shfl_up_sync(kAll, sum, distance);
-            if (lane >= distance) sum += other;
-        }
-        if (first + lane < count) values[first + lane] = carry + sum - own;
-        carry += __shfl_sync(kAll, sum, 31);
-    }
-    return carry;
 }
 
 // Reports rows for which there is no room; the host looks at it later. One thread.
@@ -108,22 +85,8 @@ __device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& 
         in.rows_from[r] = lost ? 0 : rows;
     }
     if (!__all_sync(kAll, fine)) return false;
-    int carry = 0, most = 0;
-#pragma unroll 1
-    for (int first = 0; first < kNumRanks; first += 32) {
-        const int rank = first + threadIdx.x % 32;
-        const int rows = rank < kNumRanks ? in.rows_from[rank] : 0;
-        int sum = rows;
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int other = __shfl_up_sync(kAll, sum, distance);
-            if (threadIdx.x % 32 >= distance) sum += other;
-        }
-        if (rank < kNumRanks) in.first_row[rank] = carry + sum - rows;
-        carry += __shfl_sync(kAll, sum, 31);
-        most = max(most, __reduce_max_sync(kAll, rows));
-    }
-    in.total = carry;
-    in.most = most;
+    __syncwarp();
+    in.add_up();
     return true;
 }
 
@@ -219,10 +182,10 @@ __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call&
     if (call.stopped) return false;
     if (kExpanded && !kPadded) {
 #pragma unroll 1
-        for (int e = thread; e < a.num_local; e += threads) in.starts[e] = in.totals[e];
+        for (int e = thread; e < a.num_local; e += threads) in.starts[e] = align_up(in.totals[e]);
         meet(threads);
         if (thread < 32) {
-            const int end = scan_groups(in.starts, a.num_local);
+            const int end = scan_exclusive(in.starts, a.num_local);
             if (thread == 0) in.starts[a.num_local] = end;
         }
         meet(threads);

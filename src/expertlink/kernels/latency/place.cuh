@@ -214,13 +214,6 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Cal
     return true;
 }
 
-__device__ __forceinline__ void clear_choices(const DispatchArguments& a, long long slot) {
-    const int lane = threadIdx.x % 32;
-    if (lane >= kTopk) return;
-    a.topk_ids[slot * kTopk + lane] = -1;
-    if (a.topk_weights != nullptr) a.topk_weights[slot * kTopk + lane] = 0.0f;
-}
-
 // Slots that no row fills: ids and weights of deduplicated layouts, gaps between FLAT's groups.
 __device__ __forceinline__ void clear_rest(const DispatchArguments& a, const Arrivals& in, int warp,
                                            int warps) {

@@ -1,5 +1,4 @@
-// Low latency: what a call's launches share. Numbers of transfers, memory that peers write, and
-// waits.
+// Low latency: what a call's launches share. Numbers of transfers, and memory that peers write.
 //
 // Rows carry their own arrival flag. Staging memory that nobody has written holds kNothing in every
 // word; a reader polls the row itself until no word of it is kNothing, and puts kNothing back. A
@@ -10,6 +9,7 @@
 #pragma once
 
 #include "common/sync.cuh"
+#include "words.cuh"
 
 constexpr unsigned kNothing = 0xffffffffu;
 constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
@@ -32,14 +32,6 @@ constexpr int kUnitBits = 16;
 constexpr unsigned long long kUnits = 1ull << kUnitBits;
 
 // -- memory that peers write ----------------------------------------------------------------------
-
-__device__ __forceinline__ unsigned* ready_word(char* base, int rank) {
-    return reinterpret_cast<unsigned*>(base + kReadyAt) + rank;
-}
-
-__device__ __forceinline__ unsigned* credit_word(char* base, int rank) {
-    return reinterpret_cast<unsigned*>(base + kCreditsAt) + rank;
-}
 
 // A rank that waits for others says now and then that it is there.
 __device__ __forceinline__ unsigned* alive_word(char* base, int rank) {

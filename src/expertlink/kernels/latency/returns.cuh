@@ -110,11 +110,6 @@ __device__ __forceinline__ void return_beside(const CombineArguments& a, const C
                      __float_as_uint(grad));
 }
 
-struct Arrivals {
-    int rows_from[kNumRanks], first_row[kNumRanks];
-    int most, total;
-};
-
 // Exact sums: rows that travel are counted as they do; lane k, for choice k.
 __device__ __forceinline__ void count_row(const CombineArguments& a, int peer, long long* rows,
                                           long long* bytes) {
@@ -131,14 +126,14 @@ __device__ __forceinline__ bool takes_own_rows(const CombineArguments& a) {
 }
 
 // Row of an arrival in deduplicated layouts.
-__device__ __forceinline__ long long dense_row(const CombineArguments& a, const Arrivals& in,
+__device__ __forceinline__ long long dense_row(const CombineArguments& a, const RowsFrom& in,
                                                int source, int position) {
     return kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
 }
 
 // One part of what belongs to an arrival. With no bytes, part 0 has the numbers only.
 __device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
-                                            const Arrivals& in, int source, int position,
+                                            const RowsFrom& in, int source, int position,
                                             Steps range, bool is_first) {
     const int lane = threadIdx.x % 32;
     const int arrival = source * kMaxTokens + position;
@@ -173,7 +168,7 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
 }
 
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
-                                            const Arrivals& in, int warps, int* next) {
+                                            const RowsFrom& in, int warps, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
     const int parts = parts_of(in.total, steps, warps * gridDim.x);
     const int items = in.most * kNumRanks * parts;

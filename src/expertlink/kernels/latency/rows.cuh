@@ -2,6 +2,7 @@
 // and how the work is shared out.
 #pragma once
 
+#include "common/scan.cuh"
 #include "latency/waits.cuh"
 
 // -- rows to peers --------------------------------------------------------------------------------
@@ -135,6 +136,31 @@ __device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfe
     fence_system();  // the word says that all lanes' bytes are there
     if (steps >> lane & 1u) store_relaxed_system(escapes + first + lane, transfer);
 }
+
+// How many rows come from each rank, in shared memory.
+struct RowsFrom {
+    int rows_from[kNumRanks];  // rows from each rank
+    int first_row[kNumRanks];  // rows from the ranks before
+    int most, total;           // rows of the rank that sends most, and of all
+
+    // One warp, all of whose lanes see what was written to `rows_from`.
+    __device__ __forceinline__ void add_up() {
+        const int lane = threadIdx.x % 32;
+        int largest = 0;
+#pragma unroll 1
+        for (int rank = lane; rank < kNumRanks; rank += 32) {
+            first_row[rank] = rows_from[rank];
+            largest = max(largest, rows_from[rank]);
+        }
+        __syncwarp();
+        const int sum = scan_exclusive(first_row, kNumRanks);
+        largest = __reduce_max_sync(kAll, largest);
+        if (lane == 0) {
+            total = sum;
+            most = largest;
+        }
+    }
+};
 
 // -- shares of the work ---------------------------------------------------------------------------
 

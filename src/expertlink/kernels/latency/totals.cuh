@@ -63,7 +63,7 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
 
 // One part of one token. False: give up.
 __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
-                                         const Arrivals& in, int token, Steps range,
+                                         const RowsFrom& in, int token, Steps range,
                                          bool is_first) {
     const int lane = threadIdx.x % 32;
     Term term = term_of(a, token);
@@ -138,7 +138,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
 }
 
 __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& call,
-                                       const Arrivals& in, int* next) {
+                                       const RowsFrom& in, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
     const int parts = parts_of(a.num_tokens, steps, blockDim.x / 32 * gridDim.x);
     const Divider by_parts(parts);

@@ -5,7 +5,8 @@
 
 enum Found { kHere, kGone, kStop };  // came; its rank is masked; give up
 
-// What is not inlined takes structs by value and returns one word: pointers would cost a stack.
+// What is not inlined takes the block's `Call` by its address and returns one word: results by
+// reference would cost a stack.
 constexpr unsigned long long kLookedGone = 1, kLookedStop = 2;
 
 // A rank that is only waiting itself must not be taken for lost: tells all peers that this one is
