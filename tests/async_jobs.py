@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from oracle import Case, combined_of, expert_rows, inputs_of
+from oracle import Case, inputs_of
+from oracle_results import combined_of, expert_rows
 from rank_jobs import (
     check_output,
     config_of,

@@ -12,15 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
-    Case,
-    combined_of,
-    expected_of,
-    inputs_of,
-    ranges_of,
-    received_of,
-    slot_weights,
-)
+from oracle import Case, expected_of, inputs_of, received_of
+from oracle_results import combined_of, ranges_of, slot_weights
 from rank_jobs import (
     check_output,
     config_of,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nvlink_cases import usual
-from oracle import Case, combined_of, expected_of, inputs_of, received_of
+from oracle import Case, expected_of, inputs_of, received_of
+from oracle_results import combined_of
 from rank_jobs import (
     check_contract,
     check_output,

@@ -11,16 +11,8 @@ import math
 from typing import Any
 
 import torch
-from oracle import (
-    Case,
-    combined_of,
-    expected_of,
-    expert_rows,
-    inputs_of,
-    received_of,
-    returned_grads,
-    slot_grads,
-)
+from oracle import Case, expected_of, inputs_of, received_of
+from oracle_results import combined_of, expert_rows, returned_grads, slot_grads
 from torch import Tensor
 
 from expertlink import (

@@ -1,4 +1,4 @@
-"""What soak_jobs.py compares with what: inputs with their results, and a ledger of differences."""
+"""What soak_lines.py compares with what: inputs with their results, and a ledger of differences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 
 import torch
-from oracle import Case, combined_of, expert_rows, inputs_of, received_of
+from oracle import Case, inputs_of, received_of
+from oracle_results import combined_of, expert_rows
 from rank_jobs import filled_up
 from torch import Tensor
 

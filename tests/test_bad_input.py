@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
+from small_calls import E, H, K, T, good, make, works
 
 from expertlink import (
     BlockFormat,
     CapacityError,
     ClosedError,
-    ConfigurationError,
     DispatchLayout,
-    EngineUnavailableError,
     HandleError,
     InputError,
-    MoECommunicator,
-    MoECommunicatorConfig,
     QuantScales,
     RoutingChangedError,
 )
 from expertlink.quantization import quantize
-
-T, H, K, E = 4, 8, 2, 6
-
-
-def make(**fields: Any) -> MoECommunicator:
-    defaults: dict[str, Any] = {
-        "num_experts": E,
-        "hidden_size": H,
-        "topk": K,
-        "max_tokens_per_rank": T,
-        "dtype": torch.float32,
-        "device": "cpu",
-    }
-    return MoECommunicator(MoECommunicatorConfig(**{**defaults, **fields}))
-
-
-def good() -> dict[str, Any]:
-    return {
-        "input": torch.randn(T, H),
-        "topk_ids": torch.tensor([[0, 1], [2, 3], [4, 5], [-1, 0]]),
-        "weights": torch.rand(T, K),
-    }
-
 
 BAD_DISPATCH = {
     "input not a tensor": ({"input": [[1.0]]}, "input must be a torch.Tensor, not list"),
@@ -99,16 +72,7 @@ def test_dispatch_refuses_and_recovers(name: str) -> None:
         # Where no gradients are tracked, good arguments are recognised more quickly.
         with torch.no_grad(), pytest.raises(InputError, match=message):
             comm.dispatch(**{**good(), **fields})
-        _works(comm)
-
-
-def _works(comm: MoECommunicator) -> None:
-    fields = good()
-    out, handle = comm.dispatch(**fields)
-    result = comm.combine(out.tokens, handle)
-    assert isinstance(result, torch.Tensor)
-    kept = torch.where(fields["topk_ids"] >= 0, fields["weights"], 0.0).sum(1, keepdim=True)
-    torch.testing.assert_close(result, fields["input"] * kept)
+        works(comm)
 
 
 def test_output_buffer_too_small_is_a_capacity_error() -> None:
@@ -118,14 +82,14 @@ def test_output_buffer_too_small_is_a_capacity_error() -> None:
             comm.dispatch(**good(), output_buffer=buffer)
         assert (info.value.rank, info.value.rows, info.value.capacity) == (0, 7, 6)
         assert (buffer == 7.0).all(), "nothing may be overwritten"
-        _works(comm)
+        works(comm)
 
 
 def test_max_recv_tokens_per_rank() -> None:
     with make(max_recv_tokens_per_rank=6) as comm, pytest.raises(CapacityError, match="7 rows"):
         comm.dispatch(**good())
     with make(max_recv_tokens_per_rank=7) as comm:
-        _works(comm)
+        works(comm)
 
 
 def test_non_contiguous_inputs_are_accepted() -> None:
@@ -175,109 +139,6 @@ def test_combine_refuses_wrong_rows(tracking: bool) -> None:
         with pytest.raises(InputError, match="return_recv_hook and async_finish exclude"):
             comm.combine(rows, handle, async_finish=True, return_recv_hook=True)
         assert comm.combine(rows, handle).shape == (T, H), "refused calls leave the handle usable"
-
-
-@pytest.mark.parametrize("tracking", [True, False])
-def test_combine_refuses_wrong_weights(tracking: bool) -> None:
-    with torch.set_grad_enabled(tracking), make() as comm:
-        out, handle = comm.dispatch(**good())
-        for bad, message in [
-            (torch.rand(T, K), r"weights has shape \(4, 2\); expected \(7\)"),
-            (torch.rand(7).double(), "weights has dtype torch.float64; accepted: torch.float32"),
-            (torch.rand(7, device="meta"), "weights is on meta"),
-            ([1.0] * 7, "weights must be a torch.Tensor, not list"),
-        ]:
-            with pytest.raises(InputError, match=message):
-                comm.combine(out.tokens, handle, weights=bad)  # type: ignore[arg-type]
-        strided = torch.arange(14.0)[::2]  # rows lie by expert: tokens 0, 3, 0, 1, 1, 2, 2
-        result = comm.combine(torch.ones_like(out.tokens), handle, weights=strided)
-        assert result[:, 0].tolist() == [0.0 + 4, 6.0 + 8, 10.0 + 12, 2.0]
-    with make(output_layout="token_major") as comm:
-        out, handle = comm.dispatch(**good())
-        with pytest.raises(InputError, match="weights cannot be given for layout token_major"):
-            comm.combine(out.tokens, handle, weights=torch.rand(4))
-
-
-def test_what_gradients_exclude() -> None:
-    with make() as comm:
-        fields = good()
-        tracked = {**fields, "input": fields["input"].clone().requires_grad_()}
-        buffers = comm.create_buffers()
-        with pytest.raises(InputError, match="output_buffer cannot be used where gradients"):
-            comm.dispatch(**tracked, output_buffer=buffers)
-        with pytest.raises(InputError, match="return_recv_hook cannot be used where gradients"):
-            comm.dispatch(**tracked, return_recv_hook=True)
-        out, handle = comm.dispatch(**tracked)
-        with pytest.raises(InputError, match="weights cannot be used where gradients"):
-            comm.combine(out.tokens, handle, weights=torch.rand(7))
-        with pytest.raises(InputError, match="return_recv_hook cannot be used where gradients"):
-            comm.combine(out.tokens, handle, return_recv_hook=True)
-        out, handle = comm.dispatch(**fields, output_buffer=buffers)
-        with pytest.raises(InputError, match="DispatchBuffers cannot be combined where gradients"):
-            comm.combine(out.tokens.clone().requires_grad_(), handle)
-        comm.combine(out.tokens, handle)
-
-
-def test_buffers_are_checked() -> None:
-    q, scales = quantize(torch.randn(T, H), BlockFormat.E4M3_FLOAT32)
-    ids, layout = good()["topk_ids"], "token_major"
-    with make(output_layout=layout) as comm, make(output_layout=layout) as other:
-        for examples, message in [
-            ((torch.randn(2, H).half(),), "input has dtype torch.float16"),
-            ((None, scales), "input must be a torch.Tensor, not NoneType"),
-            ((q, scales[:1]), "scales has shape"),
-        ]:
-            with pytest.raises(InputError, match=message):
-                comm.create_buffers(*examples)
-        for buffers, message in [
-            (other.create_buffers(), "output_buffer belongs to another communicator"),
-            (comm.create_buffers(weighted=False), r"create_buffers\(weighted=False\)"),
-            (
-                comm.create_buffers(q, scales),
-                "made for torch.float8_e4m3fn rows of 8 elements with 1 torch.float32 scales; "
-                "this dispatch has torch.float32 rows of 8 elements",
-            ),
-        ]:
-            with torch.no_grad(), pytest.raises(InputError, match=message):
-                comm.dispatch(**good(), output_buffer=buffers)
-        with pytest.raises(InputError, match="made for torch.float32 rows of 8 elements; this"):
-            comm.dispatch(q, ids, scales=scales, output_buffer=comm.create_buffers())
-        # Buffers without weights are good for rows without weights.
-        out, _ = comm.dispatch(
-            good()["input"], ids, output_buffer=comm.create_buffers(weighted=False)
-        )
-        assert out.topk_weights is None
-        out, _ = comm.dispatch(good()["input"], ids, output_buffer=comm.create_buffers())
-        assert out.topk_weights is None
-
-
-def test_buffers_that_are_too_small_are_a_capacity_error() -> None:
-    with make(max_recv_tokens_per_rank=6) as comm:
-        buffers = comm.create_buffers()
-        assert buffers.output.tokens.shape == (6, H)
-        with pytest.raises(CapacityError, match="rank 0 would receive 7 rows.* room for 6"):
-            comm.dispatch(**good(), output_buffer=buffers)
-
-
-def test_ranges_need_a_row_per_expert() -> None:
-    with make(output_layout="rank_major") as comm:
-        _, handle = comm.dispatch(**good())
-        with pytest.raises(InputError, match="flat, expert_major.*not rank_major"):
-            comm.expert_ranges(handle)
-    with make() as comm, pytest.raises(HandleError, match="belongs to another"):
-        comm.expert_ranges(handle)
-
-
-def test_masks_need_another_engine() -> None:
-    with make() as comm:
-        assert comm.query_mask().tolist() == [False]
-        comm.clear_mask()
-        for rank, message in ((1, "rank=1: ranks are 0..0"), (True, "rank=True"), (0, "itself")):
-            with pytest.raises(InputError, match=message):
-                comm.mask_peer(rank)
-        comm.num_ranks = 2  # as if there were a peer
-        with pytest.raises(ConfigurationError, match="mode='ll' on the nvlink engine"):
-            comm.mask_peer(1)
 
 
 def test_handles_are_checked() -> None:
@@ -392,97 +253,6 @@ def test_overlap_config_is_checked() -> None:
                 comm.set_timeouts(**{name: -1})
 
 
-BAD_CONFIG = {
-    "num_experts": (0, "num_experts=0 .* at least 1"),
-    "hidden_size": ("8", "hidden_size='8' .* whole number"),
-    "topk": (33, "topk=33 .* at most 32"),
-    "max_tokens_per_rank": (True, "max_tokens_per_rank=True"),
-    "mode": ("fast", "mode='fast' .* ht, ll"),
-    "engine": ("mpi", "engine='mpi' .* auto, collective, nvlink"),
-    "output_layout": ("rows", "output_layout='rows' .* flat, token_major"),
-    "dtype": (torch.int32, "dtype=torch.int32 .* torch.bfloat16"),
-    "quantization": ("int4", "quantization='int4' .* e4m3_float32"),
-    "expert_alignment": (0, "expert_alignment=0"),
-    "timeout_s": (0, "timeout_s=0 .* positive"),
-    "check_inputs": ("yes", "check_inputs='yes'"),
-    "enable_overlap": (1, "enable_overlap=1"),
-    "combine_precision": ("double", "combine_precision='double' .* wire, exact"),
-    "scale_order": ("rows", "scale_order='rows' .* row_major, column_major"),
-    "mask_lost_peers": (None, "mask_lost_peers=None .* True or False"),
-    "device": ("tpu", "device='tpu'"),
-    "expert_map": ([0, 0], "2 entries.* num_experts=6 entries"),
-    "local_expert_start": (2, "num_local_experts as well"),
-    "num_local_experts": (7, "num_local_experts=7 .* at most 6"),
-}
-
-
-@pytest.mark.parametrize("field", BAD_CONFIG)
-def test_configuration_names_field_value_and_remedy(field: str) -> None:
-    value, message = BAD_CONFIG[field]
-    with pytest.raises(ConfigurationError, match=message):
-        make(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"topk": 5, "num_experts": 4}, "topk=5 .* num_experts=4"),
-        ({"expert_map": [0] * E, "num_local_experts": 6}, "expert_map"),
-        ({"expert_alignment": 4, "output_layout": "token_major"}, "1 for layout token_major"),
-        ({"max_recv_tokens_per_rank": 4, "mode": "ll"}, "None for layout expert_major"),
-        ({"quantization": "e4m3_pow2", "dtype": torch.float64}, "dtype"),
-        (
-            {"combine_precision": "exact", "output_layout": "token_major"},
-            "combine_precision='exact' .* 'wire' for layout token_major",
-        ),
-        ({"mask_lost_peers": True}, "False with mode='ht'; mode='ll' has it"),
-    ],
-)
-def test_fields_that_exclude_each_other(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        make(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"expert_map": [0, 0, 1, 0, 0, 0]}, "expert 2 on rank 1; ranks are 0..0"),
-        ({"num_local_experts": 5}, "no rank holds expert 5"),
-        ({"num_local_experts": 5, "local_expert_start": 2}, "ends beyond num_experts=6"),
-    ],
-)
-def test_placements_that_do_not_fit_the_group(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        make(**fields).initialize()
-
-
-def test_unavailable_engine_and_device() -> None:
-    with pytest.raises(EngineUnavailableError, match="tensors live on cpu"):
-        make(engine="nvlink")
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigurationError, match="CUDA is not available"):
-            make(device="cuda")
-    comm = make()
-    assert comm.engine_name == "collective"
-    assert "nvlink engine cannot be used" in comm.engine_reason
-
-
-def test_a_budget_that_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    make().initialize()
-    assert not caplog.records
-    make(num_sms_combine=8).initialize()
-    assert "torch.distributed decides" in caplog.text
-
-
-def test_environment_sets_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXPERTLINK_TIMEOUT", "7.5")
-    assert make().config.timeout_s == 7.5
-    assert make(timeout_s=2).config.timeout_s == 2
-    monkeypatch.setenv("EXPERTLINK_TIMEOUT", "soon")
-    with pytest.raises(ConfigurationError, match="EXPERTLINK_TIMEOUT='soon'"):
-        make()
-
-
 def test_unchecked_inputs_stay_memory_safe() -> None:
     """Without checks an id that is out of range counts as no expert; nothing is corrupted."""
     with make(check_inputs=False, output_layout=DispatchLayout.TOKEN_MAJOR) as comm:
@@ -495,7 +265,7 @@ def test_unchecked_inputs_stay_memory_safe() -> None:
 def test_inference_mode() -> None:
     """Serving code runs inside it: tensors made there have no version to compare."""
     with torch.inference_mode(), make() as comm:
-        _works(comm)
+        works(comm)
         fields = good()
         _, handle = comm.dispatch(**fields)
         comm.dispatch(fields["input"], fields["topk_ids"], previous_handle=handle)
@@ -509,4 +279,4 @@ def test_unchecked_double_ids_never_write_out_of_bounds() -> None:
     with make(check_inputs=False, output_layout="expert_major") as comm:
         with pytest.raises(InputError, match="expert 0 was chosen 8 times by at most 4 tokens"):
             comm.dispatch(torch.ones(T, H), twice, torch.ones(T, K))
-        _works(comm)
+        works(comm)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from typing import Any
 
 import decode_jobs
+import latency_halves_jobs
 import latency_jobs
 import nvlink_jobs
 import pytest
 import torch
 import train_jobs
-from hosted import DEVICE, Fleet, HostedCommunicator, run_hosted
+from hosted import run_hosted
+from latency_fleets import EXPANDED, LAYOUTS, MANY_RANKS, fleet_of, run
 from nvlink_cases import (
     EXACT_EDGES,
     FEW_MASK_WORDS,
-    LATENCY,
     RANKS,
-    SMS,
     SPECIAL,
     aligned,
-    blocks_of_scales,
     exact,
     half,
     many_bytes,
@@ -30,36 +27,12 @@ from nvlink_cases import (
     special,
     usual,
 )
-from oracle import Case
 from rank_jobs import check_contract, config_of
 
-from expertlink import BlockFormat, DispatchLayout, MoECommunicator
+from expertlink import DispatchLayout, MoECommunicator
 from expertlink.engines.nvlink import latency_plan
 
 pytestmark = pytest.mark.gpu(1)
-LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
-EXPANDED = pytest.mark.parametrize(
-    "layout",
-    [layout for layout in DispatchLayout if layout.expanded],
-    ids=lambda layout: layout.value,
-)
-FORMATS = pytest.mark.parametrize("fmt", list(BlockFormat), ids=lambda fmt: fmt.value)
-ORDERS = pytest.mark.parametrize("order", ["row_major", "column_major"])
-MANY_RANKS = 8  # above it blocks have few warps, so that all ranks fit on a GPU
-
-
-def fleet_of(case: Case, *, warps: int | None = None, **fields: Any) -> Fleet:
-    """Hosted ranks for the configuration of a case."""
-    config = config_of(case, DEVICE, **{**LATENCY, **SMS, **fields})
-    if warps is None:
-        warps = 16 if case.ranks <= MANY_RANKS else 4
-    fleet = Fleet(config, case.ranks, latency_warps=warps)
-    assert fleet.latency
-    return fleet
-
-
-def run(fleet: Fleet, job: Any, cases: list[Case], *args: Any) -> None:
-    run_hosted(fleet, latency_jobs.without_gradients, job, cases, *args)
 
 
 # -- the contract ---------------------------------------------------------------------------------
@@ -114,7 +87,7 @@ def test_many_bytes(layout: DispatchLayout) -> None:
     sms = {"num_sms_dispatch": 8, "num_sms_combine": 8}
     fleet = fleet_of(cases[0], **sms)
     run_hosted(fleet, nvlink_jobs.contracts, cases)
-    run_hosted(fleet, latency_jobs.many_turns, cases)
+    run_hosted(fleet, latency_halves_jobs.many_turns, cases)
     ones = [dataclasses.replace(case, content="ones") for case in cases]
     run(fleet, latency_jobs.any_bits, ones)
     quantizing = fleet_of(cases[0], quantization="e4m3_ue8m0", **sms)
@@ -216,160 +189,6 @@ def test_weight_gradients_return_to_their_choice(ranks: int, layout: DispatchLay
     assert all(run_hosted(fleet, train_jobs.weight_grads_on, case))
 
 
-# -- what rows hold -------------------------------------------------------------------------------
-
-
-@LAYOUTS
-def test_rows_of_set_bits(layout: DispatchLayout) -> None:
-    """They look like memory that nobody has written to."""
-    for shape in (usual(3, layout), half(layout), special("model", layout)):
-        cases = [shape.case(seed=1, content="ones"), shape.case(seed=2, masked=0.5, content="ones")]
-        run(fleet_of(cases[0]), latency_jobs.any_bits, cases)
-
-
-@EXPANDED
-def test_rows_of_set_bits_in_exact_sums(layout: DispatchLayout) -> None:
-    for shape in (exact(usual(3, layout)), exact(special("model", layout))):
-        cases = [shape.case(seed=1, content="ones"), shape.case(seed=2, masked=0.5, content="ones")]
-        run(fleet_of(cases[0]), latency_jobs.any_bits, cases)
-
-
-@LAYOUTS
-@ORDERS
-def test_packed_rows_of_set_bits(order: str, layout: DispatchLayout) -> None:
-    case = usual(3, layout).case(seed=1, weighted=False)
-    run(fleet_of(case, scale_order=order), latency_jobs.any_packed_bits, [case])
-
-
-@LAYOUTS
-@pytest.mark.parametrize("kind", [BlockFormat.E4M3_FLOAT32, BlockFormat.E4M3_UE8M0, "opaque"])
-def test_rows_that_the_caller_quantized(kind: str, layout: DispatchLayout) -> None:
-    shape = usual(3, layout)
-    for case in (shape.case(seed=1), shape.case(masked=0.5, weighted=False, seed=2)):
-        run_hosted(fleet_of(case), nvlink_jobs.packed_rows, case, kind)
-
-
-def test_gaps_of_packed_rows_are_zero() -> None:
-    case = aligned(3).case(seed=1)
-    run_hosted(fleet_of(case), nvlink_jobs.packed_rows, case, "opaque")
-
-
-@LAYOUTS
-@ORDERS
-@FORMATS
-def test_rows_quantized_on_the_way(fmt: BlockFormat, order: str, layout: DispatchLayout) -> None:
-    shape = blocks_of_scales(layout)
-    cases = [
-        shape.case(seed=1),
-        shape.case(seed=2, masked=0.4, weighted=False, content="extreme"),
-        shape.case((33, 40, 0), seed=3, content="extreme", ids_dtype=torch.int32),
-    ]
-    fleet = fleet_of(cases[0], quantization=fmt, scale_order=order)
-    run(fleet, latency_jobs.quantized, cases)
-
-
-@LAYOUTS
-@FORMATS
-def test_other_widths_quantized_on_the_way(fmt: BlockFormat, layout: DispatchLayout) -> None:
-    """float16, a row of one step, parts of several steps, groups with gaps."""
-    shapes = [half(layout), usual(3, layout), special("model", layout)]
-    if layout is DispatchLayout.FLAT:
-        shapes.append(aligned(3))
-    for shape in shapes:
-        case = shape.case(seed=4, content="extreme")
-        run(fleet_of(case, quantization=fmt), latency_jobs.quantized, [case])
-
-
-@LAYOUTS
-@ORDERS
-@FORMATS
-def test_order_of_scales(fmt: BlockFormat, order: str, layout: DispatchLayout) -> None:
-    case = blocks_of_scales(layout).case(seed=5)
-    fleet = fleet_of(case, quantization=fmt, scale_order=order)
-    run(fleet, decode_jobs.scales_in_order, [case])
-
-
-# -- halves ---------------------------------------------------------------------------------------
-
-
-@LAYOUTS
-@pytest.mark.parametrize("ranks", [1, 3, 8])
-def test_halves(ranks: int, layout: DispatchLayout) -> None:
-    cases = routings(usual(ranks, layout))
-    fleet = fleet_of(cases[0])
-    run(fleet, decode_jobs.halves, cases[:3])
-    run(fleet, decode_jobs.in_turns, cases[:3])
-    run(fleet, latency_jobs.forgotten_hooks, cases[:2])
-    run(fleet, latency_jobs.three_in_flight, cases[:2])
-    run(fleet, latency_jobs.dropped_results, cases[:2])
-
-
-@LAYOUTS
-def test_micro_batches(layout: DispatchLayout) -> None:
-    cases = routings(usual(3, layout))
-    fleet = fleet_of(cases[0])
-    run_hosted(fleet, latency_jobs.many_turns, cases)
-    run_hosted(fleet, latency_jobs.halves_and_whole_calls, cases)
-
-
-@EXPANDED
-def test_halves_of_exact_combines(layout: DispatchLayout) -> None:
-    cases = routings(exact(usual(3, layout)))
-    fleet = fleet_of(cases[0])
-    run_hosted(fleet, latency_jobs.many_turns, cases)
-    run_hosted(fleet, latency_jobs.halves_and_whole_calls, cases)
-
-
-@LAYOUTS
-def test_halves_of_quantized_dispatches(layout: DispatchLayout) -> None:
-    case = blocks_of_scales(layout).case(seed=1)
-    fleet = fleet_of(case, quantization="e4m3_ue8m0")
-
-    def job(comm: MoECommunicator) -> None:
-        with torch.no_grad():
-            own = latency_jobs.inputs_of(case, comm.rank)
-            x_TH, ids_TK = own.x_TH.to(DEVICE), own.ids_TK.to(DEVICE)
-            calls = [comm.dispatch(x_TH, ids_TK, return_recv_hook=True) for _ in range(2)]
-            for out, _, hook in calls:
-                hook()
-                latency_jobs.check_quantized(
-                    case, comm.rank, out, BlockFormat.E4M3_UE8M0, order="row_major"
-                )
-
-    run_hosted(fleet, job)
-
-
-@LAYOUTS
-def test_communicators_that_share_memory(layout: DispatchLayout) -> None:
-    """Their calls are one sequence, whole or in halves."""
-    cases = routings(usual(3, layout))
-    fleet = fleet_of(cases[0])
-
-    def job(first: MoECommunicator) -> None:
-        assert isinstance(first, HostedCommunicator)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            second = stack.enter_context(
-                HostedCommunicator(fleet, first.rank, share_with=first, num_sms_dispatch=2)
-            )
-            comms = [first, second]
-            for case in cases[:4]:
-                for comm in comms:
-                    check_contract(comm, case)
-            for case, other in ((cases[0], cases[1]), (cases[1], cases[3])):
-                pairs = list(zip(comms, (case, other), strict=True))
-                sent = [
-                    latency_jobs.dispatch_case(comm, own, return_recv_hook=True)
-                    for comm, own in pairs
-                ]
-                sent[1][2]()  # finishes the other communicator's call, too
-                for (comm, own), (out, handle, _) in zip(pairs, sent, strict=True):
-                    latency_jobs.check_output(own, comm.rank, out, static=True)
-                    latency_jobs.combine_case(comm, own, handle, "combine")
-
-    run_hosted(fleet, job)
-
-
 # -- combines -------------------------------------------------------------------------------------
 
 
@@ -406,52 +225,3 @@ def test_weights_of_the_combine(ranks: int, layout: DispatchLayout) -> None:
     for shape in (usual(ranks, layout), exact(usual(ranks, layout))):
         cases = routings(shape)
         run(fleet_of(cases[0]), decode_jobs.own_weights, cases)
-
-
-# -- buffers, ranges, statistics ------------------------------------------------------------------
-
-
-@LAYOUTS
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_buffers(ranks: int, layout: DispatchLayout) -> None:
-    cases = routings(usual(ranks, layout))
-    fleet = fleet_of(cases[0])
-    run_hosted(fleet, latency_jobs.buffers_of_every_call, cases)
-    run(fleet, decode_jobs.buffers, cases[:3])
-    run(fleet, decode_jobs.stale_handles, cases[:1])
-
-
-@LAYOUTS
-@ORDERS
-def test_buffers_of_packed_rows(order: str, layout: DispatchLayout) -> None:
-    case = blocks_of_scales(layout).case(masked=0.2, weighted=False)
-    fleet = fleet_of(case, quantization="e4m3_pow2", scale_order=order)
-    run(fleet, decode_jobs.buffers_of_packed_rows, [case])
-
-
-@EXPANDED
-@pytest.mark.parametrize("ranks", [1, 3, 8])
-def test_ranges(ranks: int, layout: DispatchLayout) -> None:
-    cases = routings(usual(ranks, layout))
-    run(fleet_of(cases[0]), decode_jobs.ranges, cases)
-    if layout is DispatchLayout.FLAT and ranks > 1:
-        case = aligned(ranks).case(seed=1)
-        run(fleet_of(case), decode_jobs.ranges, [case])
-
-
-@LAYOUTS
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_statistics(ranks: int, layout: DispatchLayout) -> None:
-    shapes = [usual(ranks, layout)]
-    if layout.expanded:
-        shapes.append(exact(shapes[0]))
-    for shape in shapes:
-        for case in routings(shape)[:3]:
-            run(fleet_of(case), decode_jobs.statistics, [case])
-
-
-@LAYOUTS
-def test_statistics_of_packed_rows(layout: DispatchLayout) -> None:
-    case = blocks_of_scales(layout).case(seed=1)
-    fleet = fleet_of(case, quantization="e4m3_ue8m0")
-    run(fleet, latency_jobs.statistics_of_packed_rows, [case])

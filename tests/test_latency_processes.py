@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import async_jobs
 import decode_jobs
+import latency_graph_jobs
+import latency_halves_jobs
 import latency_jobs
 import latency_process_jobs as jobs
 import nvlink_jobs
@@ -63,15 +65,15 @@ def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) ->
         decode_jobs.halves,
         decode_jobs.in_turns,
         decode_jobs.buffers,
-        latency_jobs.forgotten_hooks,
-        latency_jobs.three_in_flight,
-        latency_jobs.dropped_results,
+        latency_halves_jobs.forgotten_hooks,
+        latency_halves_jobs.three_in_flight,
+        latency_halves_jobs.dropped_results,
         latency_jobs.any_bits,
     ):
         assert all(pool.run(jobs.on_a_rank, job, some, timeout_s=100))
     for whole in (
-        latency_jobs.many_turns,
-        latency_jobs.halves_and_whole_calls,
+        latency_halves_jobs.many_turns,
+        latency_halves_jobs.halves_and_whole_calls,
         latency_jobs.buffers_of_every_call,
     ):
         assert all(pool.run(jobs.with_all, whole, drawn, timeout_s=100))
@@ -108,8 +110,8 @@ def test_graphs(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     """Replays with other routings, weights and rows, between them eager calls."""
     pool = rank_pools(ranks, "cuda")
     drawn = steady(ranks, layout)
-    assert all(pool.run(jobs.graphs, drawn, timeout_s=120))
-    assert all(pool.run(jobs.graphs_of_halves, drawn, timeout_s=120))
+    assert all(pool.run(latency_graph_jobs.graphs, drawn, timeout_s=120))
+    assert all(pool.run(latency_graph_jobs.graphs_of_halves, drawn, timeout_s=120))
 
 
 # -- several communicators and streams ------------------------------------------------------------
