@@ -31,6 +31,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     const Masks masks = masks_in(memory + (receives ? arrivals_words(a) : 0), a.num_tokens);
     Sender<kQuantized> sender;
     Choice choice;
+    Told told;
     const auto prepare = [&] {
         if (!sends) return;
         prepare_masks(a, masks);
@@ -39,7 +40,8 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     const auto loads = [&] {
         if (!sends) return;
         choice.load(a, threadIdx.x);
-        sender.load(a);
+        if (warp >= senders) told.load(a, threadIdx.x - senders * 32);
+        sender.load(a, sender.now, sender.part);
     };
     if (!begin_call(a, call, prepare, loads)) return;
 
@@ -49,9 +51,10 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
             if (chunk == 0 && warp == warps - 1 && !peers_have_room(call)) call.stopped = 1;
             fill_masks(a, masks, chunk, choice);
             if (call.stopped) return;
-            if (warp >= senders)
+            if (warp >= senders) {
                 publish_counts(a, call, masks, chunk, warp - senders, warps - senders);
-            send_beside(a, call, masks, chunk, choice);
+                send_beside(a, call, masks, chunk, told, (warps - senders) * 32);
+            }
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
         }
         sender.run(a, call, masks, &next_send);

@@ -15,9 +15,12 @@ from expertlink.jit.kernel import Arguments
 # SMs that a call takes by default: docs/architecture.md, "How many SMs".
 DISPATCH_SMS = 32
 COMBINE_SMS = 64
-# Warps of all blocks that begin with sending: they fill the wire, the others wait for rows.
+# Warps of all blocks that begin with sending where both halves are in one launch: they fill the wire, the others wait for rows.
 _SENDING_WARPS = {False: 128, True: 256}  # quantizing takes its time
 _TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
+# Warps of combine's blocks that begin with returning rows, likewise; those of expanded layouts add
+# up before they send.
+_RETURNING_SHARE = {False: 0.75, True: 1.0}
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
 _BOTH = _SEND | _RECEIVE
@@ -116,17 +119,17 @@ class LatencyLauncher:
                 )
             blocks, warps = min(self._num_sms, num_sms or default or usual), self._warps(name)
             launch = Launch(grid=blocks, block=32 * warps, shared_bytes=4 * words, follows=True)
-            senders = warps if half == "send" else self._senders(name, blocks, warps)
+            senders = self._senders(name, blocks, warps, both=half == "both")
             known = self._launches[key] = (launch, senders)
         return known
 
     def _warps(self, name: str) -> int:
         return latency_warps(name, self._most_warps)
 
-    def _senders(self, name: str, blocks: int, warps: int) -> int:
-        """Warps of a block that begin with sending where both halves are in one launch."""
+    def _senders(self, name: str, blocks: int, warps: int, *, both: bool) -> int:
+        """Warps of a block that begin with sending."""
         if name == "ll_combine":
-            # Those of expanded layouts add up before they send.
-            return warps if self._config.layout.expanded else max(1, 3 * warps // 4)
-        wanted = _SENDING_WARPS[name == "ll_dispatch_quantized"] // blocks
+            share = _RETURNING_SHARE[self._config.layout.expanded] if both else 1.0
+            return max(1, int(share * warps))
+        wanted = _SENDING_WARPS[name == "ll_dispatch_quantized"] // blocks if both else warps
         return max(1, min(warps - _TELLING_WARPS, wanted))

@@ -74,23 +74,48 @@ __device__ __noinline__ uint4 divide_piece(const uint4 low, const uint4 high, fl
     return pack_e4m3(values);
 }
 
-// Sixteen elements of a row to e4m3. Every lane of a block of 128 gets its scale.
-__device__ __forceinline__ uint4 quantize_piece(const uint4& low, const uint4& high, int kind,
-                                                float& scale) {
+// In integers, magnitudes order like numbers, and what is no number is above all others.
+__device__ __forceinline__ unsigned largest_magnitude(const uint4& low, const uint4& high) {
     float values[16];
     widen_pieces(low, high, values);
-    // As integers, magnitudes order like numbers, and what is no number is above all others.
     unsigned amax = __float_as_uint(kSmallestAmax);
 #pragma unroll
     for (int i = 0; i < 16; ++i) amax = max(amax, __float_as_uint(values[i]) & 0x7fffffffu);
+    return amax;
+}
+
+// Sixteen elements of each of some steps to e4m3, in `low`. Every lane of a block of 128 gets its
+// scale. All steps go the same way together: one alone would wait for each of its shuffles.
+template <int kSteps>
+__device__ __forceinline__ void quantize_pieces(uint4 (&low)[kSteps], const uint4 (&high)[kSteps],
+                                                int kind, float (&scale)[kSteps]) {
+    unsigned amax[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) amax[i] = largest_magnitude(low[i], high[i]);
 #pragma unroll
     for (int distance = 1; distance < 8; distance *= 2)
-        amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
-    scale = __fdiv_rn(__uint_as_float(amax), kLargestE4m3);
-    if (kind != kFloatScales) scale = power_of(ceil_exponent(scale));
-    const Divisor divisor(scale);
-    if (!divisor.plain) return divide_piece(low, high, scale);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) values[i] = divisor(values[i]);
-    return pack_e4m3(values);
+        for (int i = 0; i < kSteps; ++i)
+            amax[i] = max(amax[i], __shfl_xor_sync(0xffffffffu, amax[i], distance));
+    bool plain = true;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+        scale[i] = __fdiv_rn(__uint_as_float(amax[i]), kLargestE4m3);
+        if (kind != kFloatScales) scale[i] = power_of(ceil_exponent(scale[i]));
+        plain &= Divisor(scale[i]).plain;
+    }
+    if (!plain) {
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) low[i] = divide_piece(low[i], high[i], scale[i]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+        const Divisor divisor(scale[i]);
+        float values[16];
+        widen_pieces(low[i], high[i], values);
+#pragma unroll
+        for (int j = 0; j < 16; ++j) values[j] = divisor(values[j]);
+        low[i] = pack_e4m3(values);
+    }
 }

@@ -92,13 +92,30 @@ __device__ __forceinline__ void store_scale(const DispatchArguments& a, int slot
             static_cast<char>(value >> 8 * i);
 }
 
+// First look at a row's scales, while its last part is on its way: words of this lane.
+struct ScaleWords {
+    unsigned first, second;
+
+    __device__ __forceinline__ static unsigned load(const DispatchArguments& a, const char* row,
+                                                    int word) {
+        if (word * 4 >= a.scale_bytes) return 0;
+        return static_cast<unsigned>(
+            load_fresh(reinterpret_cast<const int*>(row + kScalesAt) + word));
+    }
+
+    __device__ __forceinline__ void look_at(const DispatchArguments& a, const char* row) {
+        first = load(a, row, threadIdx.x % 32);
+        second = load(a, row, threadIdx.x % 32 + 32);
+    }
+};
+
 // Copies the scales of a row, word by word, to the slots that lanes hold.
 __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, const Call& call,
-                                                int source, int position, int target, bool gone) {
+                                                int source, int position, int target, bool gone,
+                                                const ScaleWords& early) {
     const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
-    unsigned* const words = reinterpret_cast<unsigned*>(
-        staged_row(call.bases[a.rank], call.watch.transfer, staged) + kScalesAt);
+    char* const row = staged_row(call.bases[a.rank], call.watch.transfer, staged);
     const unsigned* const escapes = escape_words(call.bases[a.rank], call.watch.transfer, staged);
     const unsigned targets = __ballot_sync(kAll, target >= 0);
 #pragma unroll 1
@@ -107,30 +124,31 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
         const bool exists = word * 4 < a.scale_bytes;
         unsigned value = 0;
         Found found = kHere;
+        if (first < 64)
+            value = first == 0 ? early.first : early.second;
+        else
+            value = ScaleWords::load(a, row, word);
         if (exists && !gone) {
             // The kernel's own packed scales belong to a step, those of the caller are sent at
             // once.
             const unsigned* const escape =
                 escapes + (a.scale_kind == kNotQuantized ? kMaxSteps : word);
             unsigned long long since = 0;
-            for (unsigned spins = 1;; ++spins) {
-                value =
-                    static_cast<unsigned>(load_fresh(reinterpret_cast<const int*>(words + word)));
-                if (value != kNothing) break;
-                if (spins % 16 != 0) continue;
+            for (unsigned spins = 1; value == kNothing; ++spins) {
+                value = ScaleWords::load(a, row, word);
+                if (spins % 16 != 0 || value != kNothing) continue;
                 if (a.scale_kind != kFloatScales && a.scale_kind != kPowerScales &&
                     load_acquire_system(escape) == call.watch.transfer) {
-                    value = static_cast<unsigned>(
-                        load_fresh(reinterpret_cast<const int*>(words + word)));
+                    value = ScaleWords::load(a, row, word);
                     break;
                 }
                 if (spins % kSpinsBetweenLooks != 0) continue;
                 found = look(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
                 if (found != kHere) break;
             }
-            words[word] = kNothing;
+            reinterpret_cast<unsigned*>(row + kScalesAt)[word] = kNothing;
         }
-        if (found == kGone) value = 0;
+        if (gone || found == kGone) value = 0;
         if (__any_sync(kAll, found == kStop)) return kStop;
 #pragma unroll 1
         for (unsigned left = targets; left; left &= left - 1) {
@@ -148,51 +166,47 @@ template <bool kQuantized>
 __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call,
                                            const Arrivals& in, int source, int position,
                                            Steps range, bool is_first, bool is_last) {
-    const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
     char* const base = call.bases[a.rank];
     char* const row = staged_row(base, call.watch.transfer, staged);
     const unsigned* const escapes = escape_words(base, call.watch.transfer, staged);
     const bool own = takes_own_rows<kQuantized>(a) && source == a.rank;
-    int target = -1, token = 0;
-    unsigned targets = 0;
-    bool gone = false;
+    const char* from = row;
+    Pieces<kPlaceDepth> pieces, ahead;
+    ScaleWords scales{0, 0};
+    int target, token;
+    Span span = span_of(range.first, range.last, a.row_bytes);
+    if (!own) pieces.look_at(from, span);
+    if (is_last) scales.look_at(a, row);
+    // While these are on their way.
+    Found found = receive_beside(a, call, in, source, position, is_first, target, token);
+    if (found == kStop) return false;
+    if (found == kGone && kExpanded) target = -1;
+    const unsigned targets = __ballot_sync(kAll, target >= 0);
+    if (own) {
+        from = a.x + static_cast<long long>(token) * a.input_bytes;
+        pieces.look_at(from, span);
+    }
 #pragma unroll 1
     for (int first = range.first; first < range.last; first += kPlaceDepth) {
-        Pieces<kPlaceDepth> pieces;
-        if (!own) pieces.look_at(row, first, range.last, a.row_bytes);
-        if (first == range.first) {  // while the first pieces are on their way
-            const Found found =
-                receive_beside(a, call, in, source, position, is_first, target, token);
+        const Span then = span_of(first + kPlaceDepth, range.last, a.row_bytes);
+        ahead.look_at(from, then);
+        if (!own && found == kHere) {
+            found = pieces.settle(call, row, escapes, first, source, position);
             if (found == kStop) return false;
-            gone = found == kGone;
-            if (gone && kExpanded) target = -1;
-            targets = __ballot_sync(kAll, target >= 0);
         }
-        if (own) {
-            pieces.look_at(a.x + static_cast<long long>(token) * a.input_bytes, first, range.last,
-                           a.row_bytes);
-        } else if (!gone) {
-            const Found found = pieces.settle(call, row, escapes, first, source, position);
-            if (found == kStop) return false;
-            gone = found == kGone;
-        }
-        if (gone) pieces.clear();
+        if (found == kGone) pieces.clear();
 #pragma unroll 1
         for (unsigned left = targets; left; left &= left - 1) {
             const int slot = __shfl_sync(kAll, target, __ffs(left) - 1);
-            char* const to = a.tokens + static_cast<long long>(slot) * a.row_bytes;
-#pragma unroll
-            for (int i = 0; i < kPlaceDepth; ++i) {
-                const int at = (first + i) * kStepBytes + lane * 16;
-                if (first + i < range.last && at < a.row_bytes)
-                    *reinterpret_cast<uint4*>(to + at) = pieces.piece[i];
-            }
+            write_steps(a.tokens + static_cast<long long>(slot) * a.row_bytes, pieces.piece, span);
         }
-        if (!own) pieces.put_back(row, first, range.last, a.row_bytes);
+        if (!own) pieces.put_back(row, span);
+        pieces = ahead;
+        span = then;
     }
     if (!is_last || a.scale_bytes == 0) return true;
-    return receive_scales(a, call, source, position, target, gone) != kStop;
+    return receive_scales(a, call, source, position, target, found == kGone, scales) != kStop;
 }
 
 // Parts of rows, by whichever warp is free.
@@ -200,7 +214,8 @@ template <bool kQuantized>
 __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Call& call,
                                            const Arrivals& in, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const int parts = parts_of(in.total, steps, blockDim.x / 32 * gridDim.x);
+    const int parts =
+        parts_of(in.total, steps, blockDim.x / 32 * gridDim.x, 2 * kPlaceDepth);
     const int items = in.most * kNumRanks * parts;
     const Divider by_parts(parts);
     for (int item = next_item(next); item < items; item = next_item(next)) {

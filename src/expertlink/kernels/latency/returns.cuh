@@ -6,7 +6,7 @@
 #include "common/pieces.cuh"
 #include "latency/rows.cuh"
 
-constexpr int kSumDepth = 4;  // steps that a warp has under way for each term
+constexpr int kSumDepth = 4;  // steps of a part
 
 struct Sums {
     float value[kSumDepth][kPack];
@@ -25,71 +25,19 @@ struct Sums {
     }
 };
 
-__device__ __forceinline__ void load_steps(uint4 (&piece)[kSumDepth], const char* row, int first,
-                                           int last, int bytes) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < kSumDepth; ++i) {
-        const int at = (first + i) * kStepBytes + lane * 16;
-        piece[i] = first + i < last && at < bytes ? *reinterpret_cast<const uint4*>(row + at)
-                                                  : make_uint4(0, 0, 0, 0);
-    }
-}
-
 // Steps of a row into staging memory of a peer.
 __device__ __forceinline__ void return_steps(const CombineArguments& a, const Call& call, int peer,
                                              int slot, const uint4 (&piece)[kSumDepth], int first,
                                              int last) {
-    const unsigned strange = strange_steps(piece, first, last);
+    const Span span = span_of(first, last, a.row_bytes);
+    const unsigned strange = strange_steps(piece, span);
     char* const base = call.bases[peer];
-    store_steps(staged_row(base, call.sending, slot), piece, first, last, a.row_bytes);
+    store_steps(staged_row(base, call.sending, slot), piece, span);
     if (strange) escape_steps(escape_words(base, call.sending, slot), call.sending, first, strange);
 }
 
 __device__ __forceinline__ const char* row_at(const CombineArguments& a, long long slot) {
     return static_cast<const char*>(a.rows) + slot * a.row_bytes;
-}
-
-// Sum of an arrival's rows in top-k order; lane k has the slot and weight of choice k.
-__device__ __forceinline__ void return_sum(const CombineArguments& a, const Call& call, int peer,
-                                           int slot, int choice, float weight, Steps range) {
-    const unsigned present = __ballot_sync(kAll, choice >= 0);
-#pragma unroll 1
-    for (int first = range.first; first < range.last; first += kSumDepth) {
-        Sums sums;
-        sums.clear();
-        uint4 piece[kSumDepth], second[kSumDepth];
-#pragma unroll 1
-        for (unsigned left = present; left;) {
-            // Two rows are on their way together.
-            const int k = __ffs(left) - 1;
-            left &= left - 1;
-            const int next = left ? __ffs(left) - 1 : k;
-            load_steps(piece, row_at(a, __shfl_sync(kAll, choice, k)), first, range.last,
-                       a.row_bytes);
-            const long long other = __shfl_sync(kAll, choice, next);
-            if (left) load_steps(second, row_at(a, other), first, range.last, a.row_bytes);
-            sums.add<true>(piece, __shfl_sync(kAll, weight, k));
-            const float factor = __shfl_sync(kAll, weight, next);
-            if (left) sums.add<true>(second, factor);
-            left &= left - 1;
-        }
-#pragma unroll
-        for (int i = 0; i < kSumDepth; ++i) piece[i] = round_piece(sums.value[i]);
-        return_steps(a, call, peer, slot, piece, first, range.last);
-    }
-}
-
-__device__ __forceinline__ void return_row(const CombineArguments& a, const Call& call, int peer,
-                                           int slot, long long row, Steps range) {
-#pragma unroll 1
-    for (int first = range.first; first < range.last; first += kSumDepth) {
-        uint4 piece[kSumDepth];
-        // A row for which there was no room is as one of zeros.
-        load_steps(piece, row_at(a, max(row, 0ll)), first, row < 0 ? first : range.last,
-                   a.row_bytes);
-        return_steps(a, call, peer, slot, piece, first, range.last);
-    }
 }
 
 // What is sent once for a row: weights of exact sums, gradients of weights. Lane k, for choice k.
@@ -131,52 +79,156 @@ __device__ __forceinline__ long long dense_row(const CombineArguments& a, const 
     return kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
 }
 
-// One part of what belongs to an arrival. With no bytes, part 0 has the numbers only.
-__device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
-                                            const RowsFrom& in, int source, int position,
-                                            Steps range, bool is_first) {
-    const int lane = threadIdx.x % 32;
-    const int arrival = source * kMaxTokens + position;
-    const long long at = dense_row(a, in, source, position);
-    int choice = -1;
-    float weight = 1.0f;  // a product with one is exact
-    if (lane < kTopk && (kExpanded || a.flags & kGrads)) {
-        choice = a.choices_of_row[static_cast<long long>(arrival) * kTopk + lane];
-        if (a.slot_weights != nullptr && choice >= 0)
-            weight = a.slot_weights[choice];
-        else if (a.weights_of_row != nullptr)
-            weight = a.weights_of_row[static_cast<long long>(arrival) * kTopk + lane];
-    }
-    if (!kExpanded && at >= a.max_slots) choice = kDropped;
-    const int slot = a.rank * kMaxTokens + position;
-    const int token = kExact ? a.tokens_of_row[arrival] : 0;
-    if (kExact && is_first && choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
-        count_row(a, source, a.rows_sent, a.bytes_sent);
-    if (is_first && (kExact || a.flags & kGrads))
-        return_beside(a, call, source, slot, token, at, choice, weight);
-    if (a.row_bytes == 0 || (takes_own_rows(a) && source == a.rank)) return;
-    if (!kExpanded) {
-        return_row(a, call, source, slot, at < a.max_slots ? at : -1, range);
-    } else if (!kExact) {
-        return_sum(a, call, source, slot, choice, weight, range);
-    } else {
-        for (unsigned left = __ballot_sync(kAll, choice != -1); left; left &= left - 1) {
-            const int k = __ffs(left) - 1;
-            return_row(a, call, source, token * kTopk + k, __shfl_sync(kAll, choice, k), range);
+// One part of what belongs to an arrival: what is known of it. With no bytes, part 0 has the numbers
+// only.
+struct Returning {
+    int item, source, position, part, token;
+    int choice;    // lane k: slot (expanded layouts) or local expert of choice k
+    float weight;  // lane k
+    Steps range;
+
+    // The next part that exists, from `first` on; what is known of its choices is on its way.
+    __device__ __forceinline__ void open(const CombineArguments& a, const Call& call,
+                                         const RowsFrom& in, int first, int items, int parts,
+                                         int steps, int* next) {
+        const int lane = threadIdx.x % 32;
+        const Divider by_parts(parts);
+        for (item = first; item < items; item = next_item(next)) {
+            const int turn = by_parts(item);
+            part = item - turn * parts;
+            source = (turn + a.rank) % kNumRanks;
+            position = turn / kNumRanks;
+            if (position < in.rows_from[source] && !is_masked(call, source)) break;
         }
+        if (item >= items) return;
+        range = steps_of(part, by_parts, steps);
+        choice = -1;
+        weight = 1.0f;  // a product with one is exact
+        token = kExact ? a.tokens_of_row[arrival()] : 0;
+        if (lane >= kTopk || !(kExpanded || a.flags & kGrads)) return;
+        const long long at = static_cast<long long>(arrival()) * kTopk + lane;
+        choice = a.choices_of_row[at];
+        if (a.slot_weights == nullptr && a.weights_of_row != nullptr) weight = a.weights_of_row[at];
     }
+
+    __device__ __forceinline__ int arrival() const { return source * kMaxTokens + position; }
+
+    __device__ __forceinline__ bool stays(const CombineArguments& a) const {
+        return takes_own_rows(a) && source == a.rank;
+    }
+
+    // The choices are here; the row, or the first of those to be added up, is on its way after this.
+    __device__ __forceinline__ void begin(const CombineArguments& a, const RowsFrom& in, int items,
+                                          uint4 (&piece)[kSumDepth]) {
+        if (item >= items) return;
+        if (a.slot_weights != nullptr && choice >= 0) weight = a.slot_weights[choice];
+        if (a.row_bytes == 0 || kExact) return;
+        if (kExpanded) {
+            load_choice(a, __ballot_sync(kAll, choice >= 0), piece);
+            return;
+        }
+        const long long row = dense_row(a, in, source, position);
+        const bool exists = row < a.max_slots;
+        if (!exists) choice = kDropped;
+        if (!stays(a)) load_row(a, exists ? row : -1, piece);
+    }
+
+    // The row of the first of some choices, if there are any.
+    __device__ __forceinline__ void load_choice(const CombineArguments& a, unsigned choices,
+                                                uint4 (&piece)[kSumDepth]) const {
+        const long long slot = __shfl_sync(kAll, choice, choices ? __ffs(choices) - 1 : 0);
+        if (choices) load_row(a, slot, piece);
+    }
+
+    // A row for which there was no room is as one of zeros.
+    __device__ __forceinline__ void load_row(const CombineArguments& a, long long row,
+                                             uint4 (&piece)[kSumDepth]) const {
+        read_steps(piece, row_at(a, max(row, 0ll)),
+                   span_of(range.first, row < 0 ? range.first : range.last, a.row_bytes));
+    }
+};
+
+__device__ __forceinline__ void copy_steps(uint4 (&to)[kSumDepth], const uint4 (&from)[kSumDepth]) {
+#pragma unroll
+    for (int i = 0; i < kSumDepth; ++i) to[i] = from[i];
 }
 
+// Returns `part`, whose first row is in `piece`; that of `ahead` is there afterwards.
+__device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
+                                            const RowsFrom& in, const Returning& part,
+                                            Returning& ahead, int items,
+                                            uint4 (&piece)[kSumDepth]) {
+    const int peer = part.source, slot = a.rank * kMaxTokens + part.position;
+    const Steps range = part.range;
+    if (part.part == 0 && (kExact || a.flags & kGrads)) {
+        if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
+            count_row(a, peer, a.rows_sent, a.bytes_sent);
+        return_beside(a, call, peer, slot, part.token,
+                      dense_row(a, in, part.source, part.position), part.choice, part.weight);
+    }
+    if (a.row_bytes == 0 || part.stays(a)) {
+        ahead.begin(a, in, items, piece);
+        return;
+    }
+    if (kExact) {
+        ahead.begin(a, in, items, piece);
+#pragma unroll 1
+        for (unsigned left = __ballot_sync(kAll, part.choice != -1); left; left &= left - 1) {
+            const int k = __ffs(left) - 1;
+            part.load_row(a, __shfl_sync(kAll, part.choice, k), piece);
+            return_steps(a, call, peer, part.token * kTopk + k, piece, range.first, range.last);
+        }
+        return;
+    }
+    uint4 next[kSumDepth];
+    if (!kExpanded) {
+        ahead.begin(a, in, items, next);
+        return_steps(a, call, peer, slot, piece, range.first, range.last);
+        copy_steps(piece, next);
+        return;
+    }
+    Sums sums;
+    sums.clear();
+    unsigned left = __ballot_sync(kAll, part.choice >= 0);
+    if (left == 0) ahead.begin(a, in, items, piece);
+#pragma unroll 1
+    while (left) {
+        const int k = __ffs(left) - 1;
+        left &= left - 1;
+        if (left)
+            part.load_choice(a, left, next);
+        else
+            ahead.begin(a, in, items, next);
+        sums.add<true>(piece, __shfl_sync(kAll, part.weight, k));
+        copy_steps(piece, next);
+    }
+#pragma unroll
+    for (int i = 0; i < kSumDepth; ++i) next[i] = round_piece(sums.value[i]);
+    return_steps(a, call, peer, slot, next, range.first, range.last);
+}
+
+// While one part is returned the next is on its way, where there are more parts than warps.
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, int warps, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const int parts = parts_of(in.total, steps, warps * gridDim.x);
+    const int parts = parts_of(in.total, steps, warps * gridDim.x, kSumDepth);
     const int items = in.most * kNumRanks * parts;
-    const Divider by_parts(parts);
-    for (int item = next_item(next); item < items; item = next_item(next)) {
-        const int turn = by_parts(item), part = item - turn * parts;
-        const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
-        if (position >= in.rows_from[source] || is_masked(call, source)) continue;
-        return_part(a, call, in, source, position, steps_of(part, by_parts, steps), part == 0);
+    const bool plenty = in.total * parts > warps * gridDim.x;
+    Returning part, ahead;
+    uint4 piece[kSumDepth];
+    part.item = items;
+#pragma unroll 1
+    while (true) {
+        const bool busy = part.item < items;
+        ahead.item = items;
+        if (plenty || !busy)
+            ahead.open(a, call, in, next_item(next), items, parts, steps, next);
+        if (busy)
+            return_part(a, call, in, part, ahead, items, piece);
+        else if (ahead.item < items)
+            ahead.begin(a, in, items, piece);
+        else
+            break;
+        part = ahead;
     }
 }

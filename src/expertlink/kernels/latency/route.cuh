@@ -41,31 +41,41 @@ __device__ __forceinline__ bool has_token(const unsigned* mask, int token) {
     return mask[token / 32] >> (token % 32) & 1u;
 }
 
-// Every thread takes choices: one of a token's K, then the one that is as many further as there are
-// threads.
+// One of a token's K choices.
 struct Choice {
     int token, k;
     long long id;
-    unsigned weight;  // bits of a float, where this block tells what belongs to the token
 
     template <typename Arguments>
-    __device__ __forceinline__ bool load(const Arguments& a, int number) {
+    __device__ __forceinline__ void load(const Arguments& a, int number) {
         token = number / kTopk;
         k = number - token * kTopk;
         id = -1;
-        weight = 0;
-        if (token >= a.num_tokens) return false;
+        if (token >= a.num_tokens) return;
         id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[number]
                                 : static_cast<const int*>(a.ids)[number];
-        if (is_told_here() && a.flags & kNewWeights) weight = __float_as_uint(a.weights[number]);
-        return true;
     }
-
-    // Blocks share what has to be told once.
-    __device__ __forceinline__ bool is_told_here() const { return token % gridDim.x == blockIdx.x; }
 
     __device__ __forceinline__ int expert() const {
         return id >= 0 && id < kNumExperts ? static_cast<int>(id) : -1;
+    }
+};
+
+// Every thread of a block looks at choices: one, then the one that is as many further as there are
+// threads. What has to be told once is shared out: each block tells of some tokens, and some of its
+// threads take those tokens' choices likewise.
+struct Told : Choice {
+    int number;       // among the choices that the block tells of
+    unsigned weight;  // bits of a float
+
+    template <typename Arguments>
+    __device__ __forceinline__ void load(const Arguments& a, int which) {
+        number = which;
+        const int nth = number / kTopk;
+        Choice::load(a, (nth * gridDim.x + blockIdx.x) * kTopk + number - nth * kTopk);
+        weight = 0;
+        if (token < a.num_tokens && a.flags & kNewWeights)
+            weight = __float_as_uint(a.weights[static_cast<long long>(token) * kTopk + k]);
     }
 };
 
@@ -174,19 +184,20 @@ __device__ __forceinline__ int target_at(const Call& call, const Masks& masks, i
     return rank < kNumRanks && is_masked(call, rank) ? -1 : position_at(masks, token, first);
 }
 
-// Tells the ranks of this block's tokens, for each choice, its local expert, place and weight; and
-// which token it is. Chunks of experts fill in the choices that they know. The handle's tables
-// likewise.
+// Some threads: tell the ranks of this block's tokens, for each choice, its local expert, place and
+// weight; and which token it is. Chunks of experts fill in the choices that they know. The handle's
+// tables likewise.
 template <typename Arguments>
 __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call,
-                                            const Masks& masks, int chunk, const Choice& first) {
+                                            const Masks& masks, int chunk, Told told,
+                                            int threads) {
     constexpr int kBytes = (kTopk + 1) * 16;
     const long long rows =
         reinterpret_cast<char*>(beside_words(nullptr, call.sending, a.rank * kMaxTokens, 0)) -
         static_cast<char*>(nullptr);
-    for_choices(a, first, [&](const Choice& choice) {
-        if (!choice.is_told_here()) return;
-        const int token = choice.token, k = choice.k, expert = choice.expert();
+#pragma unroll 1
+    for (; told.token < a.num_tokens; told.load(a, told.number + threads)) {
+        const int token = told.token, k = told.k, expert = told.expert();
         const int home = expert >= 0 ? masks.homes[expert] : -1;
         const bool known = expert >= 0 && is_in(chunk, expert);
         const int place =
@@ -206,21 +217,21 @@ __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call
                     store_tagged_pair(
                         words + 2 * k, call.sending,
                         local ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u,
-                        choice.weight);
+                        told.weight);
                 if (k == 0 && chunk == 0)
                     store_tagged_pair(words + 2 * kTopk, call.sending, token, 0u);
             }
             if (k == 0) a.slots_of_token[token * kCopies + found] = peer * kMaxTokens + position;
             ++found;
         }
-        if (chunk != 0) return;
+        if (chunk != 0) continue;
         const long long at = static_cast<long long>(token) * kTopk + k;
         if (k == 0)
             for (; found < kCopies; ++found) a.slots_of_token[token * kCopies + found] = -1;
-        if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(choice.weight);
+        if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(told.weight);
         if (a.flags & kWideIds)
-            static_cast<long long*>(a.ids_copy)[at] = choice.id;
+            static_cast<long long*>(a.ids_copy)[at] = told.id;
         else
-            static_cast<int*>(a.ids_copy)[at] = static_cast<int>(choice.id);
-    });
+            static_cast<int*>(a.ids_copy)[at] = static_cast<int>(told.id);
+    }
 }

@@ -5,31 +5,52 @@
 #include "common/scan.cuh"
 #include "latency/waits.cuh"
 
-// -- rows to peers --------------------------------------------------------------------------------
+// -- steps of a row -------------------------------------------------------------------------------
 
-// Steps of a warp to the row of a peer.
+// What a lane has of some steps of a row: 16 bytes of each, the first at `at`, of `count` steps.
+struct Span {
+    int at, count;
+};
+
+__device__ __forceinline__ Span span_of(int first, int last, int bytes) {
+    const int at = first * kStepBytes + threadIdx.x % 32 * 16;
+    return {at, min(last - first, (bytes - at + kStepBytes - 1) >> 9)};
+}
+static_assert(kStepBytes == 1 << 9);
+
+// Pieces that do not exist become zeros.
 template <int kDepth>
-__device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth], int first,
-                                            int last, int bytes) {
-    const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void read_steps(uint4 (&piece)[kDepth], const char* row, Span span) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
-        if (first + i >= last) break;
-        const int at = (first + i) * kStepBytes + lane * 16;
-        if (at < bytes) store_piece(row + at, piece[i]);
+        piece[i] = make_uint4(0, 0, 0, 0);
+        if (i < span.count)
+            piece[i] = *reinterpret_cast<const uint4*>(row + span.at + i * kStepBytes);
     }
+}
+
+template <int kDepth>
+__device__ __forceinline__ void write_steps(char* row, const uint4 (&piece)[kDepth], Span span) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+        if (i < span.count) *reinterpret_cast<uint4*>(row + span.at + i * kStepBytes) = piece[i];
+}
+
+// To the row of a peer.
+template <int kDepth>
+__device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth], Span span) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+        if (i < span.count) store_piece(row + span.at + i * kStepBytes, piece[i]);
 }
 
 // The same in all lanes: steps whose data look like nothing.
 template <int kDepth>
-__device__ __forceinline__ unsigned strange_steps(const uint4 (&piece)[kDepth], int first,
-                                                  int last) {
+__device__ __forceinline__ unsigned strange_steps(const uint4 (&piece)[kDepth], Span span) {
     unsigned strange = 0;
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-        if (first + i >= last) break;
-        if (holds_nothing(piece[i])) strange |= 1u << i;
-    }
+    for (int i = 0; i < kDepth; ++i)
+        if (i < span.count && holds_nothing(piece[i])) strange |= 1u << i;
     return __reduce_or_sync(kAll, strange);
 }
 
@@ -38,14 +59,12 @@ template <int kDepth>
 struct Pieces {
     uint4 piece[kDepth];
 
-    // First look at the steps from `first` on; those beyond `bytes` do not exist.
-    __device__ __forceinline__ void look_at(const char* row, int first, int last, int bytes) {
-        const int lane = threadIdx.x % 32;
+    // First look; pieces that do not exist are there.
+    __device__ __forceinline__ void look_at(const char* row, Span span) {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
-            const int at = (first + i) * kStepBytes + lane * 16;
             piece[i] = make_uint4(0, 0, 0, 0);
-            if (first + i < last && at < bytes) piece[i] = load_piece(row + at);
+            if (i < span.count) piece[i] = load_piece(row + span.at + i * kStepBytes);
         }
     }
 
@@ -117,13 +136,11 @@ struct Pieces {
     }
 
     // The memory is free again; who may write it next has to be told first.
-    __device__ __forceinline__ void put_back(char* row, int first, int last, int bytes) const {
-        const int lane = threadIdx.x % 32;
+    __device__ __forceinline__ void put_back(char* row, Span span) const {
 #pragma unroll
-        for (int i = 0; i < kDepth; ++i) {
-            const int at = (first + i) * kStepBytes + lane * 16;
-            if (first + i < last && at < bytes) *reinterpret_cast<uint4*>(row + at) = nothing();
-        }
+        for (int i = 0; i < kDepth; ++i)
+            if (i < span.count)
+                *reinterpret_cast<uint4*>(row + span.at + i * kStepBytes) = nothing();
     }
 };
 
@@ -167,7 +184,12 @@ struct RowsFrom {
 // Items of a half are dealt out to the blocks in turn, and inside a block to whoever is free.
 __device__ __forceinline__ int next_item(int* counter) {
     int taken = 0;
-    if (threadIdx.x % 32 == 0) taken = atomicAdd(counter, 1);
+    // One lane asks; an atomicAdd would be compiled for any number of them.
+    if (threadIdx.x % 32 == 0)
+        asm volatile("atom.shared.add.u32 %0, [%1], 1;"
+                     : "=r"(taken)
+                     : "r"(static_cast<unsigned>(__cvta_generic_to_shared(counter)))
+                     : "memory");
     return __shfl_sync(kAll, taken, 0) * gridDim.x + blockIdx.x;
 }
 
@@ -193,10 +215,8 @@ __device__ __forceinline__ Steps steps_of(int part, const Divider& parts, int st
     return {parts(part * steps), parts((part + 1) * steps)};
 }
 
-constexpr int kMostSteps = 8;  // of a part: the last ones to be begun must not take long
-
-// Into how many parts rows are cut, so that there is work for all warps.
-__device__ __forceinline__ int parts_of(int rows, int steps, int warps) {
+// Into how many parts of at most `most` steps rows are cut, so that there is work for all warps.
+__device__ __forceinline__ int parts_of(int rows, int steps, int warps, int most) {
     if (rows == 0 || steps == 0) return 1;
-    return max((steps + kMostSteps - 1) / kMostSteps, min(steps, Divider(rows)(warps)));
+    return max((steps + most - 1) / most, min(steps, Divider(rows)(warps)));
 }

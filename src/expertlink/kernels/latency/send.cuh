@@ -11,62 +11,59 @@ struct Part {
     static constexpr int kDepth = kQuantized ? 3 : 4;
     uint4 piece[kDepth];
     uint4 rest[kQuantized ? kDepth : 1];  // second half of what a piece is made of
-    float scale[kQuantized ? kDepth : 1];
 
-    __device__ __forceinline__ void load(const char* row, int first, int last, int bytes) {
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int i = 0; i < kDepth; ++i) {
-            const int at = (first + i) * kStepBytes + lane * 16;
-            piece[i] = make_uint4(0, 0, 0, 0);
-            if constexpr (kQuantized) rest[i] = make_uint4(0, 0, 0, 0);
-            if (first + i >= last || at >= bytes) continue;
+    __device__ __forceinline__ void load(const char* row, Span span) {
+        if constexpr (!kQuantized) {
+            read_steps(piece, row, span);
+        } else {
             // Sixteen elements are twice as long before they are quantized.
-            const uint4* const from =
-                reinterpret_cast<const uint4*>(row + (kQuantized ? 2 * at : at));
-            piece[i] = from[0];
-            if constexpr (kQuantized) rest[i] = from[1];
-        }
-    }
-
-    // Returns the steps whose data look like nothing, the same in all lanes.
-    __device__ __forceinline__ unsigned make(int first, int last, int kind) {
-        unsigned strange = 0;
-        if constexpr (kQuantized) {
+            const Span low{2 * span.at, span.count};
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {
-                if (first + i >= last) break;
-                piece[i] = quantize_piece(piece[i], rest[i], kind, scale[i]);
-                if (kind != kPackedScales) continue;
-                scale[i] = packed_scales(first + i, scale[i]);
-                if (__float_as_uint(scale[i]) == kNothing) strange |= 1u << i;
+                piece[i] = rest[i] = make_uint4(0, 0, 0, 0);
+                if (i >= span.count) continue;
+                const char* const from = row + low.at + i * 2 * kStepBytes;
+                piece[i] = reinterpret_cast<const uint4*>(from)[0];
+                rest[i] = reinterpret_cast<const uint4*>(from)[1];
             }
         }
-        return strange | strange_steps(piece, first, last);
     }
+};
 
-    // A word with the exponents of a step's four blocks, those of the row only.
-    __device__ __forceinline__ static float packed_scales(int step, float scale) {
-        const int lane = threadIdx.x % 32;
-        const int block = step * (kStepBytes / kScaleBlock) + lane / 8;
-        unsigned exponent = __float_as_uint(scale) >> 23 & 0xffu;
-        if (block >= kNumBlocks || lane % 8 != 0) exponent = 0;
-        return __uint_as_float(__reduce_or_sync(kAll, exponent << lane / 8 * 8));
-    }
+// The scales of a part as they travel: a word of this lane, or none.
+struct PartScales {
+    unsigned word;
+    int index;  // among the row's words, or -1
 
-    __device__ __forceinline__ void store_scales(char* scales, int first, int last,
-                                                 int kind) const {
+    // Every lane has the scale of its block in each of the steps.
+    template <int kDepth>
+    __device__ __forceinline__ void gather(const float (&scale)[kDepth], int first, int steps,
+                                           bool packed) {
+        constexpr int kInStep = kStepBytes / kScaleBlock;
         const int lane = threadIdx.x % 32;
-        unsigned* const words = reinterpret_cast<unsigned*>(scales);
+        word = 0;
+        index = -1;
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
-            if (first + i >= last) break;
-            const int block = (first + i) * (kStepBytes / kScaleBlock) + lane / 8;
-            const bool packed = kind == kPackedScales;
-            if (packed ? lane == 0 : lane % 8 == 0 && block < kNumBlocks)
-                store_relaxed_system(words + (packed ? first + i : block),
-                                     __float_as_uint(scale[i]));
+            if (packed) {
+                // A word with the exponents of a step's blocks, those of the row only.
+                const int block = (first + i) * kInStep + lane / 8;
+                unsigned exponent = __float_as_uint(scale[i]) >> 23 & 0xffu;
+                if (block >= kNumBlocks || lane % 8 != 0) exponent = 0;
+                const unsigned four = __reduce_or_sync(kAll, exponent << lane / 8 * 8);
+                if (lane == i) word = four;
+            } else {
+                const float own = __shfl_sync(kAll, scale[i], lane % kInStep * 8);
+                if (lane / kInStep == i) word = __float_as_uint(own);
+            }
         }
+        const int here = packed ? lane : lane / kInStep, at = packed ? first : first * kInStep;
+        if (here < min(steps, kDepth) && (packed || at + lane < kNumBlocks)) index = at + lane;
+    }
+
+    // Packed scales may look like nothing: bit i for step i, in all lanes.
+    __device__ __forceinline__ unsigned strange() const {
+        return __ballot_sync(kAll, index >= 0 && word == kNothing);
     }
 };
 
@@ -99,51 +96,69 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
     if (__any_sync(kAll, strange)) escape_steps(escape, transfer, 0, 1u);
 }
 
+// Where a warp is on its way through the rows that its rank sends.
+struct Stretch {
+    int item, token, share, split;
+    int first, last;  // steps of the item that are still to be sent
+};
+
 // One warp's way through the rows that its rank sends: in parts, and with few tokens each part to
 // some of its ranks only, so that there is work for all warps.
 template <bool kQuantized>
 struct Sender {
     static constexpr int kDepth = Part<kQuantized>::kDepth;
     int steps, parts, splits, items;
-    int item, token, share, split, first;
-    Steps range;
+    Stretch now;
     Part<kQuantized> part;
 
     // The first `warps` warps of every block take part.
     __device__ __forceinline__ void prepare(const DispatchArguments& a, int warps) {
         const int all = warps * gridDim.x;
         steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-        parts = parts_of(a.num_tokens, steps, all);
+        parts = parts_of(a.num_tokens, steps, all, 2 * kDepth);
         splits = a.num_tokens ? max(1, min(kCopies, all / (a.num_tokens * parts))) : 1;
         items = threadIdx.x / 32 < warps ? a.num_tokens * parts * splits : 0;
-        item = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-        open();
+        now = open(threadIdx.x / 32 * gridDim.x + blockIdx.x);
     }
 
-    __device__ __forceinline__ void open() {
+    __device__ __forceinline__ Stretch open(int item) const {
         const Divider by_splits(splits), by_parts(parts);
-        const int piece = by_splits(item);
-        split = item - piece * splits;
-        token = by_parts(piece);
-        share = piece - token * parts;
-        range = steps_of(share, by_parts, steps);
-        first = range.first;
+        const int piece = by_splits(item), token = by_parts(piece), share = piece - token * parts;
+        const Steps range = steps_of(share, by_parts, steps);
+        return {item, token, share, item - piece * splits, range.first, range.last};
     }
 
-    __device__ __forceinline__ void load(const DispatchArguments& a) {
-        if (item < items)
-            part.load(a.x + static_cast<long long>(token) * a.input_bytes, first, range.last,
-                      a.row_bytes);
+    __device__ __forceinline__ bool ends(const Stretch& at) const {
+        return at.first + kDepth >= at.last;
+    }
+
+    __device__ __forceinline__ void load(const DispatchArguments& a, const Stretch& at,
+                                         Part<kQuantized>& into) const {
+        if (at.item < items)
+            into.load(a.x + static_cast<long long>(at.token) * a.input_bytes,
+                      span_of(at.first, at.last, a.row_bytes));
     }
 
     // What has been loaded, to the ranks of this split. Every token begins with another rank.
     __device__ __forceinline__ void store(const DispatchArguments& a, const Call& call,
-                                          const Masks& masks, bool with_scales) {
-        const unsigned strange = part.make(first, range.last, a.scale_kind);
+                                          const Masks& masks) {
+        const int token = now.token, first = now.first, last = now.last;
+        const bool with_scales = ends(now) && now.share == parts - 1 && a.scales != nullptr;
+        const Span span = span_of(first, last, a.row_bytes);
+        PartScales scales;
+        unsigned strange = 0;
+        if constexpr (kQuantized) {
+            float scale[kDepth];
+            quantize_pieces(part.piece, part.rest, a.scale_kind, scale);
+            const bool packed = a.scale_kind == kPackedScales;
+            scales.gather(scale, first, last - first, packed);
+            if (packed) strange = scales.strange();
+        }
+        strange |= strange_steps(part.piece, span);
         const int turn = (a.rank + token) % kNumRanks;
         const long long offset =
             staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
-        int number = 0;  // of the rank among the token's
+        int skip = now.split;  // ranks of the token that are another warp's
 #pragma unroll 1
         for (int part_of = 0; part_of < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1);
              ++part_of) {
@@ -161,8 +176,9 @@ struct Sender {
                 there = (there >> turn | there << (kNumRanks - turn)) & (kAll >> (32 - kNumRanks));
             }
 #pragma unroll 1
-            for (; there; there &= there - 1, ++number) {
-                if (splits > 1 && number % splits != split) continue;
+            for (; there; there &= there - 1) {
+                if (skip-- > 0) continue;
+                skip = splits - 1;
                 int lane_of = __ffs(there) - 1 + shift;
                 if (kNumRanks <= 32 && lane_of >= kNumRanks) lane_of -= kNumRanks;
                 const int slot = __shfl_sync(kAll, position, lane_of);
@@ -170,9 +186,10 @@ struct Sender {
                 char* const base = call.bases[peer];
                 char* const row = base + offset + static_cast<long long>(slot) * kRowStride;
                 const bool stays = takes_own_rows<kQuantized>(a) && peer == a.rank;
-                if (!stays) store_steps(row, part.piece, first, range.last, a.row_bytes);
-                if constexpr (kQuantized)
-                    part.store_scales(row + kScalesAt, first, range.last, a.scale_kind);
+                if (!stays) store_steps(row, part.piece, span);
+                if (kQuantized && scales.index >= 0)
+                    store_relaxed_system(
+                        reinterpret_cast<unsigned*>(row + kScalesAt) + scales.index, scales.word);
                 if (strange && !stays)
                     escape_steps(escape_words(base, call.sending, a.rank * kMaxTokens + slot),
                                  call.sending, first, strange);
@@ -185,19 +202,19 @@ struct Sender {
         }
     }
 
-    // All items, once the block has counted.
+    // All items, once the block has counted. While some steps are sent the next are on their way.
     __device__ __forceinline__ void run(const DispatchArguments& a, const Call& call,
                                         const Masks& masks, int* next) {
-        while (item < items) {
-            const bool ends = first + kDepth >= range.last;
-            store(a, call, masks, ends && share == parts - 1 && a.scales != nullptr);
-            if (ends) {
-                item = next_item(next);
-                open();
-            } else {
-                first += kDepth;
-            }
-            load(a);
+#pragma unroll 1
+        while (now.item < items) {
+            Stretch then = now;
+            then.first += kDepth;
+            if (ends(now)) then = open(next_item(next));
+            Part<kQuantized> ahead;
+            load(a, then, ahead);
+            store(a, call, masks);
+            part = ahead;
+            now = then;
         }
     }
 };

@@ -61,62 +61,97 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
     return __all_sync(kAll, fine);
 }
 
-// One part of one token. False: give up.
+// One part of one token: its terms.
+struct Adding {
+    int item, token, part;
+    Steps range;
+    Term term;
+
+    // The next part; its terms are on their way.
+    __device__ __forceinline__ void open(const CombineArguments& a, int number, int items, int parts,
+                                         int steps) {
+        item = number;
+        if (item >= items) return;
+        const Divider by_parts(parts);
+        token = by_parts(item);
+        part = item - token * parts;
+        range = steps_of(part, by_parts, steps);
+        term = term_of(a, token);
+    }
+
+    // The terms are here; the first of them is looked at.
+    __device__ __forceinline__ void begin(const CombineArguments& a, const Call& call,
+                                          const RowsFrom& in, int items,
+                                          Pieces<kSumDepth>& pieces) {
+        if (item >= items) return;
+        if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
+        look_at(a, call, in, __ballot_sync(kAll, term.slot >= 0), pieces);
+    }
+
+    __device__ __forceinline__ bool is_own(const CombineArguments& a, int slot) const {
+        return takes_own_rows(a) && slot / kMaxTokens == a.rank;
+    }
+
+    // The first of some terms, if there are any.
+    __device__ __forceinline__ void look_at(const CombineArguments& a, const Call& call,
+                                            const RowsFrom& in, unsigned terms,
+                                            Pieces<kSumDepth>& pieces) const {
+        const int slot = __shfl_sync(kAll, term.slot, terms ? __ffs(terms) - 1 : 0);
+        if (!terms || a.row_bytes == 0) return;
+        const char* row = staged_row(call.bases[a.rank], call.watch.transfer, slot);
+        int last = range.last;
+        if (is_own(a, slot)) {
+            const long long own = dense_row(a, in, a.rank, slot % kMaxTokens);
+            row = row_at(a, own);
+            if (own >= a.max_slots) last = range.first;  // there was no room for it
+        }
+        pieces.look_at(row, span_of(range.first, last, a.row_bytes));
+    }
+};
+
+// Adds up `part`, whose first term is in `pieces`; that of `ahead` is there afterwards. False: give up.
 __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
-                                         const RowsFrom& in, int token, Steps range,
-                                         bool is_first) {
+                                         const RowsFrom& in, const Adding& part, Adding& ahead,
+                                         int items, Pieces<kSumDepth>& pieces) {
     const int lane = threadIdx.x % 32;
-    Term term = term_of(a, token);
-    if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
+    const Steps range = part.range;
+    const Span span = span_of(range.first, range.last, a.row_bytes);
+    const unsigned terms = __ballot_sync(kAll, part.term.slot >= 0);
+    Term term = part.term;
     float weight = 1.0f, grad = 0.0f;
     if (kExact && !receive_beside(a, call, term, weight, grad)) return false;
-    if (kExact && is_first && term.slot >= 0 && a.rows_sent != nullptr && a.row_bytes != 0)
+    const unsigned gone = terms & ~__ballot_sync(kAll, term.slot >= 0);
+    if (kExact && part.part == 0 && term.slot >= 0 && a.rows_sent != nullptr && a.row_bytes != 0)
         count_row(a, term.peer, a.rows_received, a.bytes_received);
-    if (is_first && a.flags & kGrads) {
-        if (!kExact && !receive_grads(a, call, term, token)) return false;
+    if (part.part == 0 && a.flags & kGrads) {
+        if (!kExact && !receive_grads(a, call, term, part.token)) return false;
         if (kExact && lane < kTopk)
-            a.grads_out[static_cast<long long>(token) * kTopk + lane] =
+            a.grads_out[static_cast<long long>(part.token) * kTopk + lane] =
                 term.slot >= 0 ? grad : 0.0f;
     }
-    if (a.row_bytes == 0) return true;
-    char* const base = call.bases[a.rank];
-    char* const out = static_cast<char*>(a.out) + static_cast<long long>(token) * a.row_bytes;
-    const unsigned present = __ballot_sync(kAll, term.slot >= 0);
+    Sums sums;
+    sums.clear();
+    unsigned left = terms;
+    if (left == 0) ahead.begin(a, call, in, items, pieces);
 #pragma unroll 1
-    for (int first = range.first; first < range.last; first += kSumDepth) {
-        Sums sums;
-        sums.clear();
-        Pieces<kSumDepth> pieces, ahead;
-        unsigned left = present;
-        const auto is_own = [&](int slot) {
-            return takes_own_rows(a) && slot / kMaxTokens == a.rank;
-        };
-        const auto look_at_next = [&](Pieces<kSumDepth>& into) {
-            const int slot = __shfl_sync(kAll, term.slot, left ? __ffs(left) - 1 : 0);
-            if (!left) return;
-            const char* row = staged_row(base, call.watch.transfer, slot);
-            int last = range.last;
-            if (is_own(slot)) {
-                const long long own = dense_row(a, in, a.rank, slot % kMaxTokens);
-                row = row_at(a, own);
-                if (own >= a.max_slots) last = first;  // there was no room for it
-            }
-            into.look_at(row, first, last, a.row_bytes);
-        };
-        look_at_next(pieces);
-#pragma unroll 1
-        while (left) {
-            const int i = __ffs(left) - 1;
-            left &= left - 1;
-            look_at_next(ahead);
-            const int slot = __shfl_sync(kAll, term.slot, i),
-                      peer = __shfl_sync(kAll, term.peer, i);
-            char* const row = staged_row(base, call.watch.transfer, slot);
-            const bool own = is_own(slot);
-            const Found found =
-                own ? kHere
-                    : pieces.settle(call, row, escape_words(base, call.watch.transfer, slot), first,
-                                    peer, slot % kMaxTokens);
+    while (left) {
+        const int i = __ffs(left) - 1;
+        left &= left - 1;
+        Pieces<kSumDepth> next;
+        if (left)
+            part.look_at(a, call, in, left, next);
+        else
+            ahead.begin(a, call, in, items, next);
+        const int slot = __shfl_sync(kAll, part.term.slot, i);
+        const int peer = __shfl_sync(kAll, part.term.peer, i);
+        if (a.row_bytes != 0) {
+            char* const row = staged_row(call.bases[a.rank], call.watch.transfer, slot);
+            const bool own = part.is_own(a, slot);
+            Found found = gone >> i & 1u ? kGone : kHere;
+            if (!own && found == kHere)
+                found = pieces.settle(
+                    call, row, escape_words(call.bases[a.rank], call.watch.transfer, slot),
+                    range.first, peer, slot % kMaxTokens);
             if (found == kStop) return false;
             if (found == kHere) {
                 if (kExact)
@@ -124,27 +159,43 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
                 else
                     sums.add<false>(pieces.piece, 0.0f);
             }
-            if (!own) pieces.put_back(row, first, range.last, a.row_bytes);
-            pieces = ahead;
+            if (!own) pieces.put_back(row, span);
         }
-#pragma unroll
-        for (int i = 0; i < kSumDepth; ++i) {
-            const int at = (first + i) * kStepBytes + lane * 16;
-            if (first + i < range.last && at < a.row_bytes)
-                *reinterpret_cast<uint4*>(out + at) = round_piece(sums.value[i]);
-        }
+        pieces = next;
     }
+    if (a.row_bytes == 0) return true;
+    uint4 sum[kSumDepth];
+#pragma unroll
+    for (int i = 0; i < kSumDepth; ++i) sum[i] = round_piece(sums.value[i]);
+    write_steps(static_cast<char*>(a.out) + static_cast<long long>(part.token) * a.row_bytes, sum,
+                span);
     return true;
 }
 
+// While one part is added up the next is on its way, where there are more parts than warps.
 __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& call,
                                        const RowsFrom& in, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const int parts = parts_of(a.num_tokens, steps, blockDim.x / 32 * gridDim.x);
-    const Divider by_parts(parts);
-    for (int item = next_item(next); item < a.num_tokens * parts; item = next_item(next)) {
-        const int token = by_parts(item), part = item - token * parts;
-        if (!add_part(a, call, in, token, steps_of(part, by_parts, steps), part == 0)) return false;
+    const int warps = blockDim.x / 32 * gridDim.x;
+    const int parts = parts_of(a.num_tokens, steps, warps, kSumDepth);
+    const int items = a.num_tokens * parts;
+    const bool plenty = items > warps;
+    Adding part, ahead;
+    Pieces<kSumDepth> pieces;
+    part.item = items;
+#pragma unroll 1
+    while (true) {
+        const bool busy = part.item < items;
+        ahead.item = items;
+        if (plenty || !busy) ahead.open(a, next_item(next), items, parts, steps);
+        if (busy) {
+            if (!add_part(a, call, in, part, ahead, items, pieces)) return false;
+        } else if (ahead.item < items) {
+            ahead.begin(a, call, in, items, pieces);
+        } else {
+            break;
+        }
+        part = ahead;
     }
     return true;
 }
