@@ -159,7 +159,7 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
     return kHere;
 }
 
-constexpr int kPlaceDepth = 4;
+constexpr int kPlaceDepth = 3;
 
 // One part of an arrival to all its slots. False: give up.
 template <bool kQuantized>
@@ -213,12 +213,13 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
 template <bool kQuantized>
 __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Call& call,
                                            const Arrivals& in, int* next) {
+    const Share share = receiving_share(a);
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
     const int parts =
-        parts_of(in.total, steps, blockDim.x / 32 * gridDim.x, 2 * kPlaceDepth);
+        parts_of(in.total, steps, blockDim.x / 32 * share.count, 2 * kPlaceDepth);
     const int items = in.most * kNumRanks * parts;
     const Divider by_parts(parts);
-    for (int item = next_item(next); item < items; item = next_item(next)) {
+    for (int item = next_item(next, share); item < items; item = next_item(next, share)) {
         const int turn = by_parts(item), part = item - turn * parts;
         const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
         if (position >= in.rows_from[source]) continue;

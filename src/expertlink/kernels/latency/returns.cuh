@@ -90,10 +90,10 @@ struct Returning {
     // The next part that exists, from `first` on; what is known of its choices is on its way.
     __device__ __forceinline__ void open(const CombineArguments& a, const Call& call,
                                          const RowsFrom& in, int first, int items, int parts,
-                                         int steps, int* next) {
+                                         int steps, Share share, int* next) {
         const int lane = threadIdx.x % 32;
         const Divider by_parts(parts);
-        for (item = first; item < items; item = next_item(next)) {
+        for (item = first; item < items; item = next_item(next, share)) {
             const int turn = by_parts(item);
             part = item - turn * parts;
             source = (turn + a.rank) % kNumRanks;
@@ -211,9 +211,10 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, int warps, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const int parts = parts_of(in.total, steps, warps * gridDim.x, kSumDepth);
+    const Share share = sending_share(a);
+    const int parts = parts_of(in.total, steps, warps * share.count, kSumDepth);
     const int items = in.most * kNumRanks * parts;
-    const bool plenty = in.total * parts > warps * gridDim.x;
+    const bool plenty = in.total * parts > warps * share.count;
     Returning part, ahead;
     uint4 piece[kSumDepth];
     part.item = items;
@@ -222,7 +223,7 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
         const bool busy = part.item < items;
         ahead.item = items;
         if (plenty || !busy)
-            ahead.open(a, call, in, next_item(next), items, parts, steps, next);
+            ahead.open(a, call, in, next_item(next, share), items, parts, steps, share, next);
         if (busy)
             return_part(a, call, in, part, ahead, items, piece);
         else if (ahead.item < items)

@@ -181,8 +181,33 @@ struct RowsFrom {
 
 // -- shares of the work ---------------------------------------------------------------------------
 
-// Items of a half are dealt out to the blocks in turn, and inside a block to whoever is free.
-__device__ __forceinline__ int next_item(int* counter) {
+// Blocks that share a half of the work: some or all of those of the launch.
+struct Share {
+    int index, count;  // this block among them, or outside of 0 ... count
+};
+
+template <typename Arguments>
+__device__ __forceinline__ Share sending_share(const Arguments& a) {
+    return {static_cast<int>(blockIdx.x), a.send_blocks};
+}
+
+// These also tell what is told once.
+template <typename Arguments>
+__device__ __forceinline__ Share receiving_share(const Arguments& a) {
+    return {static_cast<int>(blockIdx.x) - a.receive_from,
+            static_cast<int>(gridDim.x) - a.receive_from};
+}
+
+// Warps of this block that begin with sending: some if it receives too, or all, or none.
+template <typename Arguments>
+__device__ __forceinline__ int sending_warps(const Arguments& a, int most) {
+    if (!(a.flags & kSend) || static_cast<int>(blockIdx.x) >= a.send_blocks) return 0;
+    return static_cast<int>(blockIdx.x) >= a.receive_from ? min(a.send_warps, most)
+                                                          : blockDim.x / 32;
+}
+
+// Items of a half are dealt out to its blocks in turn, and inside a block to whoever is free.
+__device__ __forceinline__ int next_item(int* counter, Share share) {
     int taken = 0;
     // One lane asks; an atomicAdd would be compiled for any number of them.
     if (threadIdx.x % 32 == 0)
@@ -190,7 +215,7 @@ __device__ __forceinline__ int next_item(int* counter) {
                      : "=r"(taken)
                      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(counter)))
                      : "memory");
-    return __shfl_sync(kAll, taken, 0) * gridDim.x + blockIdx.x;
+    return __shfl_sync(kAll, taken, 0) * share.count + share.index;
 }
 
 // Quotients of small numbers by one divisor: an ordinary division takes as long as a row's checks.

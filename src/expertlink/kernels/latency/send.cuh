@@ -98,7 +98,7 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
 
 // Where a warp is on its way through the rows that its rank sends.
 struct Stretch {
-    int item, token, share, split;
+    int item, token, part, split;
     int first, last;  // steps of the item that are still to be sent
 };
 
@@ -107,25 +107,27 @@ struct Stretch {
 template <bool kQuantized>
 struct Sender {
     static constexpr int kDepth = Part<kQuantized>::kDepth;
+    Share share;
     int steps, parts, splits, items;
     Stretch now;
     Part<kQuantized> part;
 
-    // The first `warps` warps of every block take part.
+    // The first `warps` warps of every block that sends take part.
     __device__ __forceinline__ void prepare(const DispatchArguments& a, int warps) {
-        const int all = warps * gridDim.x;
+        share = sending_share(a);
+        const int all = warps * share.count;
         steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-        parts = parts_of(a.num_tokens, steps, all, 2 * kDepth);
+        parts = parts_of(a.num_tokens, steps, all, kDepth);
         splits = a.num_tokens ? max(1, min(kCopies, all / (a.num_tokens * parts))) : 1;
         items = threadIdx.x / 32 < warps ? a.num_tokens * parts * splits : 0;
-        now = open(threadIdx.x / 32 * gridDim.x + blockIdx.x);
+        now = open(threadIdx.x / 32 * share.count + share.index);
     }
 
     __device__ __forceinline__ Stretch open(int item) const {
         const Divider by_splits(splits), by_parts(parts);
-        const int piece = by_splits(item), token = by_parts(piece), share = piece - token * parts;
-        const Steps range = steps_of(share, by_parts, steps);
-        return {item, token, share, item - piece * splits, range.first, range.last};
+        const int piece = by_splits(item), token = by_parts(piece), number = piece - token * parts;
+        const Steps range = steps_of(number, by_parts, steps);
+        return {item, token, number, item - piece * splits, range.first, range.last};
     }
 
     __device__ __forceinline__ bool ends(const Stretch& at) const {
@@ -143,7 +145,7 @@ struct Sender {
     __device__ __forceinline__ void store(const DispatchArguments& a, const Call& call,
                                           const Masks& masks) {
         const int token = now.token, first = now.first, last = now.last;
-        const bool with_scales = ends(now) && now.share == parts - 1 && a.scales != nullptr;
+        const bool with_scales = ends(now) && now.part == parts - 1 && a.scales != nullptr;
         const Span span = span_of(first, last, a.row_bytes);
         PartScales scales;
         unsigned strange = 0;
@@ -209,7 +211,7 @@ struct Sender {
         while (now.item < items) {
             Stretch then = now;
             then.first += kDepth;
-            if (ends(now)) then = open(next_item(next));
+            if (ends(now)) then = open(next_item(next, share));
             Part<kQuantized> ahead;
             load(a, then, ahead);
             store(a, call, masks);

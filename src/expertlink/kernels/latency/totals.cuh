@@ -176,7 +176,8 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
 __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& call,
                                        const RowsFrom& in, int* next) {
     const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const int warps = blockDim.x / 32 * gridDim.x;
+    const Share share = receiving_share(a);
+    const int warps = blockDim.x / 32 * share.count;
     const int parts = parts_of(a.num_tokens, steps, warps, kSumDepth);
     const int items = a.num_tokens * parts;
     const bool plenty = items > warps;
@@ -187,7 +188,7 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& ca
     while (true) {
         const bool busy = part.item < items;
         ahead.item = items;
-        if (plenty || !busy) ahead.open(a, next_item(next), items, parts, steps);
+        if (plenty || !busy) ahead.open(a, next_item(next, share), items, parts, steps);
         if (busy) {
             if (!add_part(a, call, in, part, ahead, items, pieces)) return false;
         } else if (ahead.item < items) {
