@@ -38,7 +38,7 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
-    const int senders = sending_warps(a, warps);  // the others add up from the start
+    const int senders = min(a.send_warps, warps);  // the others add up from the start
     if (threadIdx.x == 0) next_send = next_add = 0;
     if (!begin_call(a, call, [] {}, [] {})) return;
     if (sends) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
         if (warp < senders) return_rows(a, call, in, senders, &next_send);
     }
     if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
-    if (!receives || receiving_share(a).index < 0 || !add_up(a, call, in, &next_add)) return;
+    if (!receives || !add_up(a, call, in, &next_add)) return;
     if (!sends) say_where(a, call);
 }
 

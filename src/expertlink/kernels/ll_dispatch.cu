@@ -15,14 +15,12 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     extern __shared__ __align__(128) int memory[];
     __shared__ Call call;
     __shared__ Arrivals in;
-    __shared__ int next_send, next_place;
+    __shared__ int next_place;
     __shared__ volatile int known;  // the counts of all ranks are
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
-    const Share receiving = receiving_share(a);
-    const int senders = sending_warps(a, warps - 1);
+    const int senders = sends ? min(a.send_warps, warps - 1) : 0;
     if (threadIdx.x == 0) {
-        next_send = senders;  // every sending warp has its first item
         next_place = 0;
         known = 0;
         in.first_slot = memory;
@@ -41,10 +39,12 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     const auto loads = [&] {
         if (!sends) return;
         choice.load(a, threadIdx.x);
-        if (warp >= senders) told.load(a, receiving, threadIdx.x - senders * 32);
+        if (warp >= senders) told.load(a, threadIdx.x - senders * 32);
         sender.load(a, sender.now, sender.part);
     };
     if (!begin_call(a, call, prepare, loads)) return;
+    Draws draws;
+    if (sends) draws.begin(call, senders, sender.items);
 
     if (sends) {
 #pragma unroll 1
@@ -53,15 +53,15 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
             fill_masks(a, masks, chunk, choice);
             if (call.stopped) return;
             if (warp >= senders) {
-                publish_counts(a, call, masks, chunk, receiving, warp - senders, warps - senders);
-                send_beside(a, call, masks, chunk, receiving, told, (warps - senders) * 32);
+                publish_counts(a, call, masks, chunk, warp - senders, warps - senders);
+                send_beside(a, call, masks, chunk, told, (warps - senders) * 32);
             }
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
         }
-        sender.run(a, call, masks, &next_send);
+        sender.run(a, call, masks, draws);
     }
     if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
-    if (!receives || receiving.index < 0) return;
+    if (!receives) return;
     if (warp >= senders) {
         const bool fine = receive_counts(a, call, in, senders);
         if (threadIdx.x == senders * 32) {
@@ -79,8 +79,8 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     // Those who sent keep books first: they come here before the rows do.
     if (warp < senders || senders == 0) {
         const int keepers = senders == 0 ? warps : senders;
-        if (receiving.index == 0) keep_counts(a, in, call.watch.transfer, threadIdx.x, keepers * 32);
-        clear_rest(a, in, warp * receiving.count + receiving.index, keepers * receiving.count);
+        if (blockIdx.x == 0) keep_counts(a, in, call.watch.transfer, threadIdx.x, keepers * 32);
+        clear_rest(a, in, warp * gridDim.x + blockIdx.x, keepers * gridDim.x);
     }
     if (!place_rows<kQuantized>(a, call, in, &next_place)) return;
     if (!sends) say_where(a, call);

@@ -29,8 +29,8 @@ class LatencyArena(Arena):
     def __init__(self, plan: LatencyPlan, *, buffer: Buffer, device: torch.device) -> None:
         super().__init__(plan, buffer=buffer, device=device)
         ranks = self.num_ranks
-        self.counters = torch.zeros(2 + 3 * ranks, dtype=torch.int64, device=device)
-        self.masks = self.counters[2 + 2 * ranks :].view(torch.int32)[ranks:]
+        self.counters = torch.zeros(2 + 3 * ranks + 2, dtype=torch.int64, device=device)
+        self.masks = self.counters[2 + 2 * ranks :].view(torch.int32)[ranks : 2 * ranks]
         self.pending: collections.deque[Callable[[], None]] = collections.deque()
         self._current = raw_stream(device)
         self._last_raw: int | None = None

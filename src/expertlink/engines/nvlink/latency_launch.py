@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from expertlink.config import MoECommunicatorConfig
@@ -16,37 +15,15 @@ from expertlink.jit.kernel import Arguments
 # SMs that a call takes by default: docs/architecture.md, "How many SMs".
 DISPATCH_SMS = 32
 COMBINE_SMS = 64
-# With so many tokens sending fills the wire, and what a block sends holds up what it receives: then
-# its blocks do one or the other. With fewer, all blocks do both.
-SPLIT_TOKENS = 48
-# Share of the blocks that send, where they do one or the other. Those that quantize or add up
-# before they send are more.
-_SENDING_BLOCKS = {
-    ("ll_dispatch", False): 0.31,
-    ("ll_dispatch", True): 0.25,  # expanded layouts
-    ("ll_dispatch_quantized", False): 0.38,
-    ("ll_dispatch_quantized", True): 0.34,
-    ("ll_combine", False): 0.25,
-    ("ll_combine", True): 0.5,
-}
-# Where they do both: warps of all blocks that begin with sending; the others wait for rows.
-_SENDING_WARPS = {"ll_dispatch": 128, "ll_dispatch_quantized": 256}  # quantizing takes its time
+# Warps of all blocks that begin with sending, where both halves are in one launch: they fill the
+# wire, the others wait for rows. Quantizing takes its time.
+_SENDING_WARPS = {"ll_dispatch": 96, "ll_dispatch_quantized": 160}
 _TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
-# Share of a block's warps, likewise; in expanded layouts they add up before they send.
-_RETURNING_WARPS = {False: 0.75, True: 1.0}
+# Share of the warps of combine's blocks, likewise. In expanded layouts they add up first.
+_RETURNING_WARPS = {False: 0.75, True: 0.8}
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
 _BOTH = _SEND | _RECEIVE
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A launch, and which of its blocks and warps send: arguments of the kernels."""
-
-    launch: Launch
-    send_blocks: int
-    receive_from: int
-    send_warps: int
 
 
 class LatencyLauncher:
@@ -76,7 +53,7 @@ class LatencyLauncher:
         self._config, self._arena, self._run = config, arena, run
         self._num_ranks, self._num_local = num_ranks, num_local
         self._num_sms, self._most_warps = num_sms, warps
-        self._plans: dict[tuple[str, int | None, str, bool], _Plan] = {}
+        self._plans: dict[tuple[str, int | None, str], tuple[Launch, int]] = {}
 
     def __call__(
         self,
@@ -98,19 +75,19 @@ class LatencyLauncher:
         if not halves:
             if arena.pending:
                 arena.finish_pending()
-            launch = self._plan(name, a, num_sms, "both")
+            launch, a.send_warps = self._plan(name, num_sms, "both")
             a.flags = flags | _BOTH
             self._run(name, a, launch)
             if after is not None:
                 after()
             return None
         arena.finish_pending(IN_FLIGHT - 1)
-        launch = self._plan(name, a, num_sms, "send")
+        launch, a.send_warps = self._plan(name, num_sms, "send")
         a.flags = flags | _SEND
         self._run(name, a, launch)
         rest: Arguments = a.copy()  # the next call changes them
         rest.flags = flags | _RECEIVE
-        rest_launch = self._plan(name, rest, num_sms, "receive")
+        rest_launch, _ = self._plan(name, num_sms, "receive")
 
         def receive(needs: tuple[object, ...] = needs) -> None:
             del needs
@@ -127,18 +104,16 @@ class LatencyLauncher:
         arena.pending.append(receive)
         return receive
 
-    def _plan(self, name: str, a: Any, num_sms: int | None, half: str) -> Launch:
-        """Grid and block of a launch; the arguments learn who sends."""
-        key = (name, num_sms, half, a.num_tokens >= SPLIT_TOKENS)
+    def _plan(self, name: str, num_sms: int | None, half: str) -> tuple[Launch, int]:
+        """Grid and block of a launch, and how many warps of a block begin with sending."""
+        key = (name, num_sms, half)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._new_plan(*key)
-        a.send_blocks, a.receive_from = plan.send_blocks, plan.receive_from
-        a.send_warps = plan.send_warps
-        return plan.launch
+        return plan
 
-    def _new_plan(self, name: str, num_sms: int | None, half: str, many: bool) -> _Plan:
-        config, dispatches = self._config, name != "ll_combine"
+    def _new_plan(self, name: str, num_sms: int | None, half: str) -> tuple[Launch, int]:
+        config, dispatches, both = self._config, name != "ll_combine", half == "both"
         default = config.num_sms_dispatch if dispatches else config.num_sms_combine
         usual = DISPATCH_SMS if dispatches else COMBINE_SMS
         words = 0
@@ -149,15 +124,10 @@ class LatencyLauncher:
         blocks = min(self._num_sms, num_sms or default or usual)
         warps = latency_warps(name, self._most_warps)
         launch = Launch(grid=blocks, block=32 * warps, shared_bytes=4 * words, follows=True)
-        if half == "receive":
-            return _Plan(launch, 0, 0, 0)
-        expanded, both = config.layout.expanded, half == "both"
-        send_blocks = max(1, round(blocks * _SENDING_BLOCKS[name, expanded]))
-        if both and many and send_blocks < blocks:
-            return _Plan(launch, send_blocks, send_blocks, 0)
         if dispatches:
             wanted = _SENDING_WARPS[name] // blocks if both else warps
             senders = min(warps - _TELLING_WARPS, wanted)
         else:
-            senders = int(_RETURNING_WARPS[expanded] * warps) if both else warps
-        return _Plan(launch, blocks, 0, max(1, senders))
+            share = _RETURNING_WARPS[config.layout.expanded] if both else 1.0
+            senders = int(share * warps)
+        return launch, max(1, senders)

@@ -43,11 +43,18 @@ struct Divisor {
 
     __device__ __forceinline__ float operator()(float x) const {
         const float first = __fmul_rn(x, reciprocal);
-        const float exact = __fmaf_rn(__fmaf_rn(-first, scale, x), reciprocal, first);
-        // The correction makes +0 of -0.
-        return __uint_as_float(__float_as_uint(exact) | (__float_as_uint(x) & 0x80000000u));
+        // The remainder with the sign turned: the other way round the correction makes +0 of -0.
+        return __fmaf_rn(__fmaf_rn(first, scale, -x), -reciprocal, first);
     }
 };
+
+// amax / 448, correctly rounded: the correction holds for all that is finite.
+__device__ __forceinline__ float scale_of(float amax) {
+    constexpr float kReciprocal = 1.0f / kLargestE4m3;
+    const float first = __fmul_rn(amax, kReciprocal);
+    const float exact = __fmaf_rn(__fmaf_rn(first, kLargestE4m3, -amax), -kReciprocal, first);
+    return amax <= 3.402823466e38f ? exact : first;
+}
 
 __device__ __forceinline__ uint4 pack_e4m3(const float (&q)[16]) {
     unsigned packed[4];
@@ -76,12 +83,15 @@ __device__ __noinline__ uint4 divide_piece(const uint4 low, const uint4 high, fl
 
 // In integers, magnitudes order like numbers, and what is no number is above all others.
 __device__ __forceinline__ unsigned largest_magnitude(const uint4& low, const uint4& high) {
-    float values[16];
-    widen_pieces(low, high, values);
-    unsigned amax = __float_as_uint(kSmallestAmax);
+    const unsigned words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    unsigned pair = words[0] & 0x7fff7fffu;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) amax = max(amax, __float_as_uint(values[i]) & 0x7fffffffu);
-    return amax;
+    for (int i = 1; i < 8; ++i)
+        asm("max.u16x2 %0, %0, %1;" : "+r"(pair) : "r"(words[i] & 0x7fff7fffu));
+    float first, second;
+    widen_pair(pair, first, second);
+    return max(__float_as_uint(kSmallestAmax),
+               max(__float_as_uint(first), __float_as_uint(second)));
 }
 
 // Sixteen elements of each of some steps to e4m3, in `low`. Every lane of a block of 128 gets its
@@ -100,7 +110,7 @@ __device__ __forceinline__ void quantize_pieces(uint4 (&low)[kSteps], const uint
     bool plain = true;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-        scale[i] = __fdiv_rn(__uint_as_float(amax[i]), kLargestE4m3);
+        scale[i] = scale_of(__uint_as_float(amax[i]));
         if (kind != kFloatScales) scale[i] = power_of(ceil_exponent(scale[i]));
         plain &= Divisor(scale[i]).plain;
     }

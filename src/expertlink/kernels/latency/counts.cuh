@@ -74,7 +74,7 @@ __device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& 
             if (found == kHere) found = wait_tagged(call, row + kHeadColumn, r, kPhaseReady, head);
             lost = found == kGone;
             fine &= found != kStop;
-            if (fine && began && receiving_share(a).index == 0)
+            if (fine && began && blockIdx.x == 0)
                 atomicMax(&a.longest_wait_ns[r], static_cast<long long>(nanoseconds() - began));
         }
         if (lost) atomicOr(&call.masked[r / 32], 1u << r % 32);
@@ -129,7 +129,7 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
     return fine;
 }
 
-// One warp of the first block that receives: which ranks count as lost in this transfer.
+// One warp of block 0: which ranks count as lost in this transfer.
 __device__ __forceinline__ void tell_lost(const DispatchArguments& a, const Call& call) {
 #pragma unroll 1
     for (int r = threadIdx.x % 32; r < kNumRanks; r += 32)
@@ -137,7 +137,7 @@ __device__ __forceinline__ void tell_lost(const DispatchArguments& a, const Call
                    static_cast<unsigned long long>(call.watch.transfer) * 2 + is_masked(call, r));
 }
 
-// One warp of another block: waits for that. The first one ends its own waits.
+// One warp of another block: waits for that. Block 0 ends its own waits.
 __device__ __forceinline__ bool learn_lost(const DispatchArguments& a, Call& call) {
     bool fine = true;
 #pragma unroll 1
@@ -151,7 +151,7 @@ __device__ __forceinline__ bool learn_lost(const DispatchArguments& a, Call& cal
         else
             atomicAnd(&call.masked[r / 32], ~bit);
     }
-    __threadfence();  // the counts that it has seen are seen here
+    __threadfence();  // the counts that block 0 has seen are seen here
     return __all_sync(kAll, fine);
 }
 
@@ -159,14 +159,13 @@ __device__ __forceinline__ bool learn_lost(const DispatchArguments& a, Call& cal
 __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call& call, Arrivals& in,
                                                int first_warp) {
     const int thread = threadIdx.x - first_warp * 32, threads = blockDim.x - first_warp * 32;
-    const bool decides = receiving_share(a).index == 0;
     // Slots depend on the counts of all ranks. So where a rank may be lost, one block decides for
     // all which are, once everything that the others have to say is here; then nobody waits any
     // more.
 #pragma unroll 1
     for (int pass = a.flags & kMaskLost ? 0 : 1; pass < 2; ++pass) {
         bool fine = true;
-        if (pass == 0 && !decides) {
+        if (pass == 0 && blockIdx.x != 0) {
             fine = thread >= 32 || learn_lost(a, call);
         } else {
             if (thread < 32) fine = receive_heads(a, call, in);
@@ -178,7 +177,7 @@ __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call&
         }
         if (!fine) call.stopped = 1;
         meet(threads);
-        if (pass == 0 && decides && thread < 32) tell_lost(a, call);
+        if (pass == 0 && blockIdx.x == 0 && thread < 32) tell_lost(a, call);
     }
     if (call.stopped) return false;
     if (kExpanded && !kPadded) {

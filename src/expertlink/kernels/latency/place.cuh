@@ -159,7 +159,8 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
     return kHere;
 }
 
-constexpr int kPlaceDepth = 3;
+constexpr int kPlaceDepth = 3;  // steps that a warp looks at together
+constexpr int kPlaceMost = 6;   // of a part
 
 // One part of an arrival to all its slots. False: give up.
 template <bool kQuantized>
@@ -213,18 +214,15 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
 template <bool kQuantized>
 __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Call& call,
                                            const Arrivals& in, int* next) {
-    const Share share = receiving_share(a);
-    const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const int parts =
-        parts_of(in.total, steps, blockDim.x / 32 * share.count, 2 * kPlaceDepth);
-    const int items = in.most * kNumRanks * parts;
-    const Divider by_parts(parts);
-    for (int item = next_item(next, share); item < items; item = next_item(next, share)) {
-        const int turn = by_parts(item), part = item - turn * parts;
+    const Cut cut(in.total, a.row_bytes, blockDim.x / 32 * gridDim.x, kPlaceMost);
+    const int items = in.most * kNumRanks * cut.parts;
+    const Divider by_parts(cut.parts);
+    for (int item = next_item(next); item < items; item = next_item(next)) {
+        const int turn = by_parts(item), part = item - turn * cut.parts;
         const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
         if (position >= in.rows_from[source]) continue;
-        if (!place_part<kQuantized>(a, call, in, source, position, steps_of(part, by_parts, steps),
-                                    part == 0, part == parts - 1))
+        if (!place_part<kQuantized>(a, call, in, source, position, cut.part(part),
+                                    part == 0, part == cut.parts - 1))
             return false;
     }
     return true;

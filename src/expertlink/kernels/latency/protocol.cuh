@@ -26,6 +26,7 @@ struct Counters {
     unsigned long long heard_at[kNumRanks];  // when the rank was last seen to be alive
     unsigned heard[kNumRanks];               // what it said then
     unsigned masked[kNumRanks];              // not 0: neither sent to nor waited for
+    unsigned drawn[kSets];  // work of the transfer's sending half that warps have drawn
 };
 
 constexpr int kUnitBits = 16;
@@ -194,7 +195,10 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
         call.patience = {a.counters, a.longest_wait_ns, (a.flags & kMaskLost) != 0};
         // After the loads, so that no block of this launch can read the next number.
         const unsigned long long part = blockIdx.x == 0 ? kUnits - (gridDim.x - 1) : 1;
-        if (a.flags & kSend) atomicAdd(&a.counters->sent, part);
+        if (a.flags & kSend) {
+            atomicAdd(&a.counters->sent, part);
+            if (blockIdx.x == 0) a.counters->drawn[set_of(call.sending + 1)] = 0;
+        }
         if (a.flags & kReceive) atomicAdd(&a.counters->received, part);
     }
     __syncthreads();

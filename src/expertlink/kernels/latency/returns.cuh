@@ -87,21 +87,21 @@ struct Returning {
     float weight;  // lane k
     Steps range;
 
-    // The next part that exists, from `first` on; what is known of its choices is on its way.
+    // The next part that exists, from item `first` on; what is known of its choices is on its way.
     __device__ __forceinline__ void open(const CombineArguments& a, const Call& call,
-                                         const RowsFrom& in, int first, int items, int parts,
-                                         int steps, Share share, int* next) {
+                                         const RowsFrom& in, int first, int items, const Cut& cut,
+                                         int* next) {
         const int lane = threadIdx.x % 32;
-        const Divider by_parts(parts);
-        for (item = first; item < items; item = next_item(next, share)) {
+        const Divider by_parts(cut.parts);
+        for (item = first; item < items; item = next_item(next)) {
             const int turn = by_parts(item);
-            part = item - turn * parts;
+            part = item - turn * cut.parts;
             source = (turn + a.rank) % kNumRanks;
             position = turn / kNumRanks;
             if (position < in.rows_from[source] && !is_masked(call, source)) break;
         }
         if (item >= items) return;
-        range = steps_of(part, by_parts, steps);
+        range = cut.part(part);
         choice = -1;
         weight = 1.0f;  // a product with one is exact
         token = kExact ? a.tokens_of_row[arrival()] : 0;
@@ -210,11 +210,10 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
 // While one part is returned the next is on its way, where there are more parts than warps.
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, int warps, int* next) {
-    const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const Share share = sending_share(a);
-    const int parts = parts_of(in.total, steps, warps * share.count, kSumDepth);
-    const int items = in.most * kNumRanks * parts;
-    const bool plenty = in.total * parts > warps * share.count;
+    const int all = warps * gridDim.x;
+    const Cut cut(in.total, a.row_bytes, all, kSumDepth);
+    const int items = in.most * kNumRanks * cut.parts;
+    const bool plenty = in.total * cut.parts > all;
     Returning part, ahead;
     uint4 piece[kSumDepth];
     part.item = items;
@@ -223,7 +222,7 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
         const bool busy = part.item < items;
         ahead.item = items;
         if (plenty || !busy)
-            ahead.open(a, call, in, next_item(next, share), items, parts, steps, share, next);
+            ahead.open(a, call, in, next_item(next), items, cut, next);
         if (busy)
             return_part(a, call, in, part, ahead, items, piece);
         else if (ahead.item < items)

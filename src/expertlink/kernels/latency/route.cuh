@@ -69,10 +69,10 @@ struct Told : Choice {
     unsigned weight;  // bits of a float
 
     template <typename Arguments>
-    __device__ __forceinline__ void load(const Arguments& a, Share share, int which) {
+    __device__ __forceinline__ void load(const Arguments& a, int which) {
         number = which;
         const int nth = number / kTopk;
-        Choice::load(a, (nth * share.count + share.index) * kTopk + number - nth * kTopk);
+        Choice::load(a, (nth * gridDim.x + blockIdx.x) * kTopk + number - nth * kTopk);
         weight = 0;
         if (token < a.num_tokens && a.flags & kNewWeights)
             weight = __float_as_uint(a.weights[static_cast<long long>(token) * kTopk + k]);
@@ -136,11 +136,10 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
 // this.
 template <typename Arguments>
 __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& call,
-                                               const Masks& masks, int chunk, Share share, int warp,
-                                               int warps) {
+                                               const Masks& masks, int chunk, int warp, int warps) {
     const int lane = threadIdx.x % 32;
-    for (int first = (warp * share.count + share.index) * 32; first < kExpertChunk;
-         first += warps * share.count * 32) {
+    for (int first = (warp * gridDim.x + blockIdx.x) * 32; first < kExpertChunk;
+         first += warps * gridDim.x * 32) {
         const int expert = chunk + first + lane;
         if (first + lane >= kExpertChunk || expert >= kNumExperts) continue;
         const int home = masks.homes[expert], peer = rank_of(home);
@@ -152,8 +151,8 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
     }
     if (chunk != 0) return;
     // Another block than the one with the first experts, where there are several.
-    for (int first = (warp * share.count + share.count - 1 - share.index) * 32; first < kNumRanks;
-         first += warps * share.count * 32) {
+    for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32; first < kNumRanks;
+         first += warps * gridDim.x * 32) {
         const int peer = first + lane;
         if (peer >= kNumRanks) continue;
         const bool masked = is_masked(call, peer);
@@ -190,14 +189,14 @@ __device__ __forceinline__ int target_at(const Call& call, const Masks& masks, i
 // tables likewise.
 template <typename Arguments>
 __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call,
-                                            const Masks& masks, int chunk, Share share, Told told,
+                                            const Masks& masks, int chunk, Told told,
                                             int threads) {
     constexpr int kBytes = (kTopk + 1) * 16;
     const long long rows =
         reinterpret_cast<char*>(beside_words(nullptr, call.sending, a.rank * kMaxTokens, 0)) -
         static_cast<char*>(nullptr);
 #pragma unroll 1
-    for (; told.token < a.num_tokens; told.load(a, share, told.number + threads)) {
+    for (; told.token < a.num_tokens; told.load(a, told.number + threads)) {
         const int token = told.token, k = told.k, expert = told.expert();
         const int home = expert >= 0 ? masks.homes[expert] : -1;
         const bool known = expert >= 0 && is_in(chunk, expert);

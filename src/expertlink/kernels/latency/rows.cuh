@@ -181,33 +181,13 @@ struct RowsFrom {
 
 // -- shares of the work ---------------------------------------------------------------------------
 
-// Blocks that share a half of the work: some or all of those of the launch.
-struct Share {
-    int index, count;  // this block among them, or outside of 0 ... count
-};
-
-template <typename Arguments>
-__device__ __forceinline__ Share sending_share(const Arguments& a) {
-    return {static_cast<int>(blockIdx.x), a.send_blocks};
+// The item of the sending half that a warp begins with.
+__device__ __forceinline__ int first_item() {
+    return threadIdx.x / 32 * gridDim.x + blockIdx.x;
 }
 
-// These also tell what is told once.
-template <typename Arguments>
-__device__ __forceinline__ Share receiving_share(const Arguments& a) {
-    return {static_cast<int>(blockIdx.x) - a.receive_from,
-            static_cast<int>(gridDim.x) - a.receive_from};
-}
-
-// Warps of this block that begin with sending: some if it receives too, or all, or none.
-template <typename Arguments>
-__device__ __forceinline__ int sending_warps(const Arguments& a, int most) {
-    if (!(a.flags & kSend) || static_cast<int>(blockIdx.x) >= a.send_blocks) return 0;
-    return static_cast<int>(blockIdx.x) >= a.receive_from ? min(a.send_warps, most)
-                                                          : blockDim.x / 32;
-}
-
-// Items of a half are dealt out to its blocks in turn, and inside a block to whoever is free.
-__device__ __forceinline__ int next_item(int* counter, Share share) {
+// Items are dealt out to the blocks in turn, and inside a block to whoever is free.
+__device__ __forceinline__ int next_item(int* counter) {
     int taken = 0;
     // One lane asks; an atomicAdd would be compiled for any number of them.
     if (threadIdx.x % 32 == 0)
@@ -215,8 +195,40 @@ __device__ __forceinline__ int next_item(int* counter, Share share) {
                      : "=r"(taken)
                      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(counter)))
                      : "memory");
-    return __shfl_sync(kAll, taken, 0) * share.count + share.index;
+    return __shfl_sync(kAll, taken, 0) * gridDim.x + blockIdx.x;
 }
+
+// Items that all blocks draw from one counter: for what a dispatch sends, since some SMs reach the
+// wire much faster than others. Each draw is on its way while the item before is sent.
+struct Draws {
+    unsigned* drawn;
+    int first;        // of the items that are drawn
+    unsigned ticket;  // lane 0
+    bool any;         // there are so many items
+
+    __device__ __forceinline__ void begin(const Call& call, int warps, int items) {
+        drawn = &call.patience.counters->drawn[set_of(call.sending)];
+        first = warps * gridDim.x;
+        any = first < items;
+        draw();
+    }
+
+    __device__ __forceinline__ void draw() {
+        ticket = 0;
+        if (any && threadIdx.x % 32 == 0)
+            asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;"
+                         : "=r"(ticket)
+                         : "l"(drawn)
+                         : "memory");
+    }
+
+    // Past the last item if there are no more.
+    __device__ __forceinline__ int next() {
+        const int item = first + static_cast<int>(__shfl_sync(kAll, ticket, 0));
+        draw();
+        return item;
+    }
+};
 
 // Quotients of small numbers by one divisor: an ordinary division takes as long as a row's checks.
 struct Divider {
@@ -236,12 +248,20 @@ struct Steps {
     int first, last;
 };
 
-__device__ __forceinline__ Steps steps_of(int part, const Divider& parts, int steps) {
-    return {parts(part * steps), parts((part + 1) * steps)};
-}
+// How rows are cut, so that there is work for all warps and no part is longer than `most` steps.
+struct Cut {
+    int parts, length, steps;  // of a row; of a part, in steps; of a row
 
-// Into how many parts of at most `most` steps rows are cut, so that there is work for all warps.
-__device__ __forceinline__ int parts_of(int rows, int steps, int warps, int most) {
-    if (rows == 0 || steps == 0) return 1;
-    return max((steps + most - 1) / most, min(steps, Divider(rows)(warps)));
-}
+    Cut() = default;
+
+    __device__ __forceinline__ Cut(int rows, int row_bytes, int warps, int most)
+        : steps((row_bytes + kStepBytes - 1) / kStepBytes) {
+        const int wanted = rows == 0 ? 1 : max(1, Divider(rows)(warps));
+        length = max(1, min(most, Divider(wanted)(steps + wanted - 1)));
+        parts = max(1, Divider(length)(steps + length - 1));
+    }
+
+    __device__ __forceinline__ Steps part(int index) const {
+        return {index * length, min((index + 1) * length, steps)};
+    }
+};

@@ -99,7 +99,7 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
 // Where a warp is on its way through the rows that its rank sends.
 struct Stretch {
     int item, token, part, split;
-    int first, last;  // steps of the item that are still to be sent
+    Steps steps;
 };
 
 // One warp's way through the rows that its rank sends: in parts, and with few tokens each part to
@@ -107,45 +107,40 @@ struct Stretch {
 template <bool kQuantized>
 struct Sender {
     static constexpr int kDepth = Part<kQuantized>::kDepth;
-    Share share;
-    int steps, parts, splits, items;
+    Cut cut;
+    int splits, items;
     Stretch now;
     Part<kQuantized> part;
 
     // The first `warps` warps of every block that sends take part.
     __device__ __forceinline__ void prepare(const DispatchArguments& a, int warps) {
-        share = sending_share(a);
-        const int all = warps * share.count;
-        steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-        parts = parts_of(a.num_tokens, steps, all, kDepth);
-        splits = a.num_tokens ? max(1, min(kCopies, all / (a.num_tokens * parts))) : 1;
-        items = threadIdx.x / 32 < warps ? a.num_tokens * parts * splits : 0;
-        now = open(threadIdx.x / 32 * share.count + share.index);
+        const int all = warps * gridDim.x;
+        cut = {a.num_tokens, a.row_bytes, all, kDepth};
+        const int pieces = a.num_tokens * cut.parts;
+        splits = pieces ? max(1, min(kCopies, all / pieces)) : 1;
+        items = threadIdx.x / 32 < warps ? pieces * splits : 0;
+        now = open(first_item());
     }
 
     __device__ __forceinline__ Stretch open(int item) const {
-        const Divider by_splits(splits), by_parts(parts);
-        const int piece = by_splits(item), token = by_parts(piece), number = piece - token * parts;
-        const Steps range = steps_of(number, by_parts, steps);
-        return {item, token, number, item - piece * splits, range.first, range.last};
-    }
-
-    __device__ __forceinline__ bool ends(const Stretch& at) const {
-        return at.first + kDepth >= at.last;
+        const Divider by_splits(splits), by_parts(cut.parts);
+        const int piece = by_splits(item), token = by_parts(piece);
+        const int number = piece - token * cut.parts;
+        return {item, token, number, item - piece * splits, cut.part(number)};
     }
 
     __device__ __forceinline__ void load(const DispatchArguments& a, const Stretch& at,
                                          Part<kQuantized>& into) const {
         if (at.item < items)
             into.load(a.x + static_cast<long long>(at.token) * a.input_bytes,
-                      span_of(at.first, at.last, a.row_bytes));
+                      span_of(at.steps.first, at.steps.last, a.row_bytes));
     }
 
     // What has been loaded, to the ranks of this split. Every token begins with another rank.
     __device__ __forceinline__ void store(const DispatchArguments& a, const Call& call,
                                           const Masks& masks) {
-        const int token = now.token, first = now.first, last = now.last;
-        const bool with_scales = ends(now) && now.part == parts - 1 && a.scales != nullptr;
+        const int token = now.token, first = now.steps.first, last = now.steps.last;
+        const bool with_scales = now.part == cut.parts - 1 && a.scales != nullptr;
         const Span span = span_of(first, last, a.row_bytes);
         PartScales scales;
         unsigned strange = 0;
@@ -204,14 +199,12 @@ struct Sender {
         }
     }
 
-    // All items, once the block has counted. While some steps are sent the next are on their way.
+    // All items, once the block has counted. While one part is sent the next is on its way.
     __device__ __forceinline__ void run(const DispatchArguments& a, const Call& call,
-                                        const Masks& masks, int* next) {
+                                        const Masks& masks, Draws& draws) {
 #pragma unroll 1
         while (now.item < items) {
-            Stretch then = now;
-            then.first += kDepth;
-            if (ends(now)) then = open(next_item(next, share));
+            const Stretch then = open(draws.next());
             Part<kQuantized> ahead;
             load(a, then, ahead);
             store(a, call, masks);

@@ -68,14 +68,14 @@ struct Adding {
     Term term;
 
     // The next part; its terms are on their way.
-    __device__ __forceinline__ void open(const CombineArguments& a, int number, int items, int parts,
-                                         int steps) {
+    __device__ __forceinline__ void open(const CombineArguments& a, int number, int items,
+                                         const Cut& cut) {
         item = number;
         if (item >= items) return;
-        const Divider by_parts(parts);
+        const Divider by_parts(cut.parts);
         token = by_parts(item);
-        part = item - token * parts;
-        range = steps_of(part, by_parts, steps);
+        part = item - token * cut.parts;
+        range = cut.part(part);
         term = term_of(a, token);
     }
 
@@ -175,11 +175,9 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
 // While one part is added up the next is on its way, where there are more parts than warps.
 __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& call,
                                        const RowsFrom& in, int* next) {
-    const int steps = (a.row_bytes + kStepBytes - 1) / kStepBytes;
-    const Share share = receiving_share(a);
-    const int warps = blockDim.x / 32 * share.count;
-    const int parts = parts_of(a.num_tokens, steps, warps, kSumDepth);
-    const int items = a.num_tokens * parts;
+    const int warps = blockDim.x / 32 * gridDim.x;
+    const Cut cut(a.num_tokens, a.row_bytes, warps, kSumDepth);
+    const int items = a.num_tokens * cut.parts;
     const bool plenty = items > warps;
     Adding part, ahead;
     Pieces<kSumDepth> pieces;
@@ -188,7 +186,7 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& ca
     while (true) {
         const bool busy = part.item < items;
         ahead.item = items;
-        if (plenty || !busy) ahead.open(a, next_item(next, share), items, parts, steps);
+        if (plenty || !busy) ahead.open(a, next_item(next), items, cut);
         if (busy) {
             if (!add_part(a, call, in, part, ahead, items, pieces)) return false;
         } else if (ahead.item < items) {
