@@ -6,7 +6,8 @@
 #include "common/pieces.cuh"
 #include "latency/rows.cuh"
 
-constexpr int kSumDepth = 4;  // steps of a part
+// Steps that a warp has under way for each term.
+constexpr int kSumDepth = kExpanded ? 3 : 4;
 
 struct Sums {
     float value[kSumDepth][kPack];

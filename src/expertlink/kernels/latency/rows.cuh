@@ -256,9 +256,14 @@ struct Cut {
 
     __device__ __forceinline__ Cut(int rows, int row_bytes, int warps, int most)
         : steps((row_bytes + kStepBytes - 1) / kStepBytes) {
-        const int wanted = rows == 0 ? 1 : max(1, Divider(rows)(warps));
-        length = max(1, min(most, Divider(wanted)(steps + wanted - 1)));
-        parts = max(1, Divider(length)(steps + length - 1));
+        if (rows * steps <= warps) {  // few rows: a warp for every step
+            length = 1;
+            parts = max(1, steps);
+            return;
+        }
+        const int wanted = max(1, Divider(rows)(warps));
+        length = min(most, Divider(wanted)(steps + wanted - 1));
+        parts = Divider(length)(steps + length - 1);
     }
 
     __device__ __forceinline__ Steps part(int index) const {
