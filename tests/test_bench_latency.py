@@ -285,7 +285,9 @@ def test_two_gpus_end_to_end(tmp_path: Path, quantization: str) -> None:
         assert record.engine == "nvlink"
         assert record.aligned == "device"
         assert record.calls_per_graph == {"graph": 3, "eager": None}.get(record.variant, 1)
-        assert (record.idle_us is not None) == (record.variant in ("eager", "graph_single"))
+        single = record.variant in ("eager", "graph_single")
+        assert (record.idle_us is not None) == single
+        assert (record.idle_loop_us is not None) == (single and record.phase == "pair")
         assert (record.host_hot_us is not None) == (record.variant == "eager")
         assert (record.put_us is not None) == (record.variant != "recv")
         assert (record.floor_us is not None) == (record.variant not in ("send", "recv"))

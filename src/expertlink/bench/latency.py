@@ -134,6 +134,10 @@ class _Bench:
                     sample = self.clock.sample_idle(step.run)
                     times[step.variant].put(step.phase, "idle", sample.time_us)
                     times[step.variant].put(step.phase, "idle host", sample.host_us)
+            for step in steps[0]:
+                if step.phase == "pair":
+                    host_barrier(self.control)
+                    _time_idle_loop(step, times[step.variant], count=plan.iters)
         if not (case.calls.graph or case.calls.halves):
             host_barrier(self.control)
             _time_hot_calls(steps[0], times[case.variant], count=plan.iters)
@@ -201,6 +205,17 @@ class _Others:
         time_us = self.clock.sample(call).time_us / calls
         for times in self.times.values():
             times.put(phase, kind, time_us)
+
+
+def _time_idle_loop(step: Step, times: Times, *, count: int) -> None:
+    """Calls one after the other, each from an idle device; the one before has aligned the ranks."""
+    for number in range(-_HOT_WARMUP, count):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step.run()
+        torch.cuda.synchronize()
+        if number >= 0:
+            times.put(step.phase, "idle loop", (time.perf_counter() - begin) * 1e6)
 
 
 def _time_hot_calls(steps: Sequence[Step], times: Times, *, count: int) -> None:

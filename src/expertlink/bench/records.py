@@ -25,7 +25,7 @@ _KEY = (
     *("num_sms_dispatch", "num_sms_combine", "max_tokens_per_rank"),
 )
 _SUMMARIES = (
-    *("time_us", "time_us_mean_rank", "host_us", "raw_us", "idle_us"),
+    *("time_us", "time_us_mean_rank", "host_us", "raw_us", "idle_us", "idle_loop_us"),
     *("ceiling_us", "put_us", "get_us", "host_hot_us"),
 )
 
@@ -149,6 +149,9 @@ class Record:
     num_sms_combine: int | None = None
     idle_us: Summary | None = None
     """CUDA: like `time_us`, but started from an idle device: launch time of all ranks included."""
+    idle_loop_us: Summary | None = None
+    """Pair: from an idle device until the host sees it idle again, one after the other with nothing
+    in between: the host's code and data are warm. The pair before aligns the ranks."""
     host_hot_us: Summary | None = None
     """Until the call returned, one call after the other: the host's code and data are warm."""
     aligned: str

@@ -109,6 +109,7 @@ _LEGEND = (
 )
 _OPTIONAL: dict[str, Callable[[Record], object]] = {
     "idle": lambda record: record.idle_us,
+    "loop": lambda record: record.idle_loop_us,
     "hot": lambda record: record.host_hot_us,
     "put ratio": lambda record: record.ceiling,
     "get ratio": lambda record: record.ceiling,
@@ -117,6 +118,7 @@ _OPTIONAL: dict[str, Callable[[Record], object]] = {
 """Columns that only some records have."""
 _EXTRA_LEGENDS = {
     "idle": "; idle: started from an idle device",
+    "loop": "; loop: the same one after the other, the host warm",
     "hot": "; hot: host, one call after the other",
     "floor": "; floor: bytes at the bandwidth of large copies, and two flags a call",
     "put ratio": "; put ratio, get ratio: time of plain bulk copies of the same bytes over med, "
@@ -128,6 +130,9 @@ _NUMBERS: dict[str, Callable[[Record], str]] = {
     "p99": lambda record: _number(record.time_us.p99),
     "rank": lambda record: _number(record.time_us_mean_rank.median),
     "idle": lambda record: "" if record.idle_us is None else _number(record.idle_us.median),
+    "loop": lambda record: (
+        "" if record.idle_loop_us is None else _number(record.idle_loop_us.median)
+    ),
     "host": lambda record: _number(record.host_us.median),
     "hot": lambda record: "" if record.host_hot_us is None else _number(record.host_hot_us.median),
     "MB": lambda record: _number(record.wire_bytes / _MB),

@@ -30,8 +30,9 @@ class Measured:
         aligned: how ranks were aligned before a call.
         num_inputs: inputs that took turns.
         times: `[R, rounds]` by phase and kind: "time", "host", "raw", "put", "get", "idle",
-            "idle host", "hot host" in microseconds, "memory" in bytes; a pair has no "raw", "put"
-            and "get", CPUs have no "idle", only prepared calls have "hot host".
+            "idle host", "idle loop", "hot host" in microseconds, "memory" in bytes; a pair has no
+            "raw", "put" and "get", CPUs have no "idle", only prepared calls have "hot host", only
+            prepared pairs on GPUs "idle loop".
         traffic: `[R, phases, 3]`, see `gather_traffic`.
         ceiling_note: why there are no "put" and "get"; None where there are.
         variant: what the record calls the variant; None: as the case does.
@@ -71,7 +72,8 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
     times = measured.times
     time_us = _summary(times[phase, "time"])
     raw_us = _compared(times, dict.fromkeys(_parts(phase), "raw"))
-    idle, hot = times.get((phase, "idle")), times.get((phase, "hot host"))
+    idle, loop = times.get((phase, "idle")), times.get((phase, "idle loop"))
+    hot = times.get((phase, "hot host"))
     budgets = {
         "dispatch": (case.num_sms_dispatch,),
         "combine": (case.num_sms_combine,),
@@ -117,6 +119,7 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
         raw_gbps=_gbps(sent.mean(), raw_us),
         raw_ratio=round(_ratio(time_us, raw_us), 3),
         idle_us=None if idle is None else _summary(idle),
+        idle_loop_us=None if loop is None else _summary(loop),
         host_hot_us=None if hot is None else _summary(hot),
         calls_per_graph=measured.calls_per_graph,
         aligned=measured.aligned,
