@@ -41,7 +41,8 @@ __device__ __forceinline__ bool has_token(const unsigned* mask, int token) {
     return mask[token / 32] >> (token % 32) & 1u;
 }
 
-// One of a token's K choices.
+// One of a token's K choices. Every thread of a block looks at one, then at the one that is as many
+// further as there are threads.
 struct Choice {
     int token, k;
     long long id;
@@ -61,9 +62,8 @@ struct Choice {
     }
 };
 
-// Every thread of a block looks at choices: one, then the one that is as many further as there are
-// threads. What has to be told once is shared out: each block tells of some tokens, and some of its
-// threads take those tokens' choices likewise.
+// What has to be told once is shared out: each block tells of some tokens, and those of its threads
+// that do not send take these tokens' choices likewise.
 struct Told : Choice {
     int number;       // among the choices that the block tells of
     unsigned weight;  // bits of a float
@@ -184,7 +184,7 @@ __device__ __forceinline__ int target_at(const Call& call, const Masks& masks, i
     return rank < kNumRanks && is_masked(call, rank) ? -1 : position_at(masks, token, first);
 }
 
-// Some threads: tell the ranks of this block's tokens, for each choice, its local expert, place and
+// These threads: tell the ranks of this block's tokens, for each choice, its local expert, place and
 // weight; and which token it is. Chunks of experts fill in the choices that they know. The handle's
 // tables likewise.
 template <typename Arguments>

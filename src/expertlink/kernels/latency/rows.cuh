@@ -7,7 +7,7 @@
 
 // -- steps of a row -------------------------------------------------------------------------------
 
-// What a lane has of some steps of a row: 16 bytes of each, the first at `at`, of `count` steps.
+// What a lane has of some steps of a row: 16 bytes of each of `count` steps, the first at `at`.
 struct Span {
     int at, count;
 };

@@ -16,13 +16,12 @@ struct Part {
         if constexpr (!kQuantized) {
             read_steps(piece, row, span);
         } else {
-            // Sixteen elements are twice as long before they are quantized.
-            const Span low{2 * span.at, span.count};
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {
                 piece[i] = rest[i] = make_uint4(0, 0, 0, 0);
                 if (i >= span.count) continue;
-                const char* const from = row + low.at + i * 2 * kStepBytes;
+                // Sixteen elements are twice as long before they are quantized.
+                const char* const from = row + 2 * span.at + 2 * i * kStepBytes;
                 piece[i] = reinterpret_cast<const uint4*>(from)[0];
                 rest[i] = reinterpret_cast<const uint4*>(from)[1];
             }
@@ -30,7 +29,7 @@ struct Part {
     }
 };
 
-// The scales of a part as they travel: a word of this lane, or none.
+// The scales that a part was made with, as they travel: a word of this lane, or none.
 struct PartScales {
     unsigned word;
     int index;  // among the row's words, or -1
@@ -96,7 +95,7 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
     if (__any_sync(kAll, strange)) escape_steps(escape, transfer, 0, 1u);
 }
 
-// Where a warp is on its way through the rows that its rank sends.
+// One part of a token's row, for the ranks of one split.
 struct Stretch {
     int item, token, part, split;
     Steps steps;
