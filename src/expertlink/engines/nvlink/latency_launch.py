@@ -19,8 +19,7 @@ COMBINE_SMS = 64
 # wire, the others wait for rows. Quantizing takes its time.
 _SENDING_WARPS = {"ll_dispatch": 96, "ll_dispatch_quantized": 160}
 _TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
-# Share of the warps of combine's blocks, likewise. In expanded layouts they add up first.
-_RETURNING_WARPS = {False: 0.75, True: 0.8}
+_RETURNING_SHARE = 0.75  # of the warps of combine's blocks, likewise
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
 _BOTH = _SEND | _RECEIVE
@@ -129,6 +128,5 @@ class LatencyLauncher:
             wanted = _SENDING_WARPS[name] // blocks if both else warps
             senders = min(warps - _TELLING_WARPS, wanted)
         else:
-            share = _RETURNING_WARPS[config.layout.expanded] if both else 1.0
-            senders = int(share * warps)
+            senders = int(_RETURNING_SHARE * warps) if both else warps
         return launch, max(1, senders)

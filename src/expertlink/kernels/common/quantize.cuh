@@ -48,7 +48,7 @@ struct Divisor {
     }
 };
 
-// amax / 448, correctly rounded: the correction holds for all that is finite.
+// amax / 448, correctly rounded: from kSmallestAmax up the correction holds for all that is finite.
 __device__ __forceinline__ float scale_of(float amax) {
     constexpr float kReciprocal = 1.0f / kLargestE4m3;
     const float first = __fmul_rn(amax, kReciprocal);

@@ -80,8 +80,8 @@ __device__ __forceinline__ long long dense_row(const CombineArguments& a, const 
     return kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
 }
 
-// One part of what belongs to an arrival: what is known of it. With no bytes, part 0 has the numbers
-// only.
+// One part of what belongs to an arrival: what is known of it. With no bytes, part 0 has the
+// numbers only.
 struct Returning {
     int item, source, position, part, token;
     int choice;    // lane k: slot (expanded layouts) or local expert of choice k
@@ -118,7 +118,8 @@ struct Returning {
         return takes_own_rows(a) && source == a.rank;
     }
 
-    // The choices are here; the row, or the first of those to be added up, is on its way after this.
+    // The choices are here. After this the row, or the first of those to be added up, is on its
+    // way.
     __device__ __forceinline__ void begin(const CombineArguments& a, const RowsFrom& in, int items,
                                           uint4 (&piece)[kSumDepth]) {
         if (item >= items) return;

@@ -184,9 +184,9 @@ __device__ __forceinline__ int target_at(const Call& call, const Masks& masks, i
     return rank < kNumRanks && is_masked(call, rank) ? -1 : position_at(masks, token, first);
 }
 
-// These threads: tell the ranks of this block's tokens, for each choice, its local expert, place and
-// weight; and which token it is. Chunks of experts fill in the choices that they know. The handle's
-// tables likewise.
+// These threads tell the ranks of this block's tokens, for each choice, its local expert, place
+// and weight; and which token it is. Chunks of experts fill in the choices that they know. The
+// handle's tables likewise.
 template <typename Arguments>
 __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call,
                                             const Masks& masks, int chunk, Told told,

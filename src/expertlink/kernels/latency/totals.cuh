@@ -109,7 +109,7 @@ struct Adding {
     }
 };
 
-// Adds up `part`, whose first term is in `pieces`; that of `ahead` is there afterwards. False: give up.
+// Adds up `part`, whose first term is in `pieces`; afterwards that of `ahead` is. False: give up.
 __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
                                          const RowsFrom& in, const Adding& part, Adding& ahead,
                                          int items, Pieces<kSumDepth>& pieces) {
