@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -153,7 +153,8 @@ class Kernel:
         self._function = function
         self._name = name
         self._launch = driver.cuLaunchKernel
-        self._launch_following = driver.cuLaunchKernelEx
+        self._handle = int(function)
+        self._launch_following = launch_by_address()
         self._stream = cache(driver.CUstream)
         self._following = lru_cache(_CONFIGURATIONS)(self._following_configuration)
         self._accepted: type[Arguments] | None = None
@@ -191,10 +192,10 @@ class Kernel:
             self._accept(arguments)
         x, y = (grid, 1) if isinstance(grid, int) else grid
         if follows:
-            config = self._following(x, y, block, shared_bytes, stream)
-            result = self._launch_following(config, self._function, arguments.parameters, 0)
+            _, address = self._following(x, y, block, shared_bytes, stream)
+            status = self._launch_following(address, self._handle, arguments.parameters, None)
         else:
-            result = self._launch(
+            [status] = self._launch(
                 self._function,
                 *(x, y, 1, block, 1, 1),
                 shared_bytes,
@@ -202,9 +203,10 @@ class Kernel:
                 arguments.parameters,
                 0,
             )
-        if result[0]:
+        if status:
+            name = self._driver.CUresult(status).name
             raise CudaError(
-                f"launch of {self._name} failed: {result[0].name} (grid {x} x {y}, block {block}, "
+                f"launch of {self._name} failed: {name} (grid {x} x {y}, block {block}, "
                 f"{shared_bytes} bytes of shared memory)"
             )
 
@@ -220,8 +222,8 @@ class Kernel:
 
     def _following_configuration(
         self, x: int, y: int, block: int, shared_bytes: int, stream: int
-    ) -> Any:
-        # Never changed once made, so that threads can share it.
+    ) -> tuple[Any, int]:
+        # Never changed once made, so that threads can share it. The object owns the address.
         driver = self._driver
         attribute = driver.CUlaunchAttribute()
         attribute.id = (
@@ -235,7 +237,7 @@ class Kernel:
         config.hStream = driver.CUstream(stream)
         config.attrs = [attribute]
         config.numAttrs = 1
-        return config
+        return config, config.getPtr()
 
 
 @cache
@@ -272,6 +274,15 @@ def load_kernel(
         # Otherwise the first launch would load it, which waits for kernels that may wait for us.
         _checked("cuFuncLoad", driver.cuFuncLoad(function))
         return Kernel(driver, function, compiled.instance)
+
+
+@cache
+def launch_by_address() -> Callable[..., int]:
+    """`cuLaunchKernelEx` as the driver has it: the bindings look at every argument again."""
+    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    launch.argtypes = [ctypes.c_void_p] * 4
+    launch.restype = ctypes.c_int
+    return launch
 
 
 def _driver() -> Any:

@@ -6,16 +6,14 @@
 
 #include "latency/totals.cuh"
 
-// Whole block: how many rows came from each rank; kept by the dispatch.
+// One warp, before the block meets: how many rows came from each rank; kept by the dispatch.
 __device__ __forceinline__ void load_arrivals(const CombineArguments& a, RowsFrom& in) {
-    if (threadIdx.x < 32) {
+    if (threadIdx.x >= 32) return;
 #pragma unroll 1
-        for (int rank = threadIdx.x; rank < kNumRanks; rank += 32)
-            in.rows_from[rank] = a.rows_from[rank];
-        __syncwarp();
-        in.add_up();
-    }
-    __syncthreads();
+    for (int rank = threadIdx.x; rank < kNumRanks; rank += 32)
+        in.rows_from[rank] = a.rows_from[rank];
+    __syncwarp();
+    in.add_up();
 }
 
 // Rows that travel, for the statistics; one thread for each rank.
@@ -40,10 +38,13 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
     const int senders = min(a.send_warps, warps);  // the others add up from the start
     if (threadIdx.x == 0) next_send = next_add = 0;
-    if (!begin_call(a, call, [] {}, [] {})) return;
+    const auto loads = [&] {
+        if (sends) load_arrivals(a, in);
+    };
+    if (!begin_call(a, call, [] {}, loads)) return;
     if (sends) {
         if (warp == warps - 1 && !peers_have_room(call)) call.stopped = 1;
-        load_arrivals(a, in);
+        __syncthreads();
         if (call.stopped) return;
         keep_statistics(a, in);
         if (warp < senders) return_rows(a, call, in, senders, &next_send);

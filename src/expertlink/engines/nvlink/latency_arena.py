@@ -82,6 +82,7 @@ class Tables:
         dispatch: arguments of dispatches into it.
         combine: arguments of its combine.
         routes: what was made of it, by T and whether there are weights.
+        named: what the arguments of dispatches say of the rows, where the caller made no scales.
     """
 
     block: Tensor
@@ -89,3 +90,4 @@ class Tables:
     dispatch: Any
     combine: Any
     routes: dict[tuple[int, bool, bool], Route]
+    named: tuple[object, ...] | None = None

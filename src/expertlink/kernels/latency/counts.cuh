@@ -169,9 +169,11 @@ __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call&
             fine = thread >= 32 || learn_lost(a, call);
         } else {
             if (thread < 32) fine = receive_heads(a, call, in);
+            // Where rows are not expanded, the counts of experts are for one block to keep.
+            const int columns = kExpanded || blockIdx.x == 0 ? a.num_local : 0;
             const int waiting = threads == 32 ? 0 : 32;
 #pragma unroll 1
-            for (int e = thread < waiting ? a.num_local : thread - waiting; e < a.num_local;
+            for (int e = thread < waiting ? columns : thread - waiting; e < columns;
                  e += threads - waiting)
                 fine &= receive_column(a, call, in, e);
         }

@@ -4,8 +4,8 @@
 #include "latency/counts.cuh"
 #include "latency/send.cuh"
 
-// What came beside a row: lane k learns where its choice goes (expanded layouts: the slot, others:
-// the local expert), or -1; all lanes learn the token. Once for a row, with `keeps`, it is kept.
+// What came beside a row: in expanded layouts lane k learns the slot of its choice, or -1; all lanes
+// learn the token. Once for a row, with `keeps`, it is kept.
 __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, const Call& call,
                                                 const Arrivals& in, int source, int position,
                                                 bool keeps, int& target, int& token) {
@@ -59,12 +59,16 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
     if (keeps && lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(number);
     token = __shfl_sync(kAll, static_cast<int>(number), kTopk % 32);
     if (kTopk >= 32) found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
-    target = choice;
-    if (!kExpanded) {
-        const int at = kLayoutIsRankMajor ? staged : in.first_row[source] + position;
-        target = lane == 0 && at < a.max_slots ? at : -1;
-    }
+    if (kExpanded) target = choice;
     return found;
+}
+
+// Deduplicated layouts: lane 0 has the slot of a row, or -1.
+__device__ __forceinline__ int dense_target(const DispatchArguments& a, const Arrivals& in,
+                                            int source, int position) {
+    const int at =
+        kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
+    return threadIdx.x % 32 == 0 && at < a.max_slots ? at : -1;
 }
 
 // Four bytes of a row's scales to their place; the last may be fewer.
@@ -175,12 +179,14 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     const char* from = row;
     Pieces<kPlaceDepth> pieces, ahead;
     ScaleWords scales{0, 0};
-    int target, token;
+    int target = dense_target(a, in, source, position), token = 0;
     Span span = span_of(range.first, range.last, a.row_bytes);
     if (!own) pieces.look_at(from, span);
     if (is_last) scales.look_at(a, row);
     // While these are on their way.
-    Found found = receive_beside(a, call, in, source, position, is_first, target, token);
+    Found found = kHere;
+    if (kExpanded || is_first || own)
+        found = receive_beside(a, call, in, source, position, is_first, target, token);
     if (found == kStop) return false;
     if (found == kGone && kExpanded) target = -1;
     const unsigned targets = __ballot_sync(kAll, target >= 0);
@@ -233,9 +239,14 @@ __device__ __forceinline__ void clear_rest(const DispatchArguments& a, const Arr
                                            int warps) {
     const int lane = threadIdx.x % 32;
     if (kLayoutIsRankMajor) {
+        // Most slots are empty, so every lane has a choice, not every warp a slot.
 #pragma unroll 1
-        for (int slot = warp; slot < kNumRanks * kMaxTokens; slot += warps)
-            if (slot % kMaxTokens >= in.rows_from[slot / kMaxTokens]) clear_choices(a, slot);
+        for (int at = warp * 32 + lane; at < kNumRanks * kMaxTokens * kTopk; at += warps * 32) {
+            const int slot = at / kTopk;
+            if (slot % kMaxTokens < in.rows_from[slot / kMaxTokens]) continue;
+            a.topk_ids[at] = -1;
+            if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
+        }
     } else if (!kExpanded) {
 #pragma unroll 1
         for (int slot = in.total + warp; slot < a.max_slots; slot += warps) clear_choices(a, slot);

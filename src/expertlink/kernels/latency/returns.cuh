@@ -19,10 +19,18 @@ struct Sums {
             for (int j = 0; j < kPack; ++j) value[i][j] = 0.0f;
     }
 
+    // With few tokens parts have one step, the same in all lanes.
     template <bool kWeighted>
-    __device__ __forceinline__ void add(const uint4 (&piece)[kSumDepth], float weight) {
+    __device__ __forceinline__ void add(const uint4 (&piece)[kSumDepth], float weight, Steps range) {
+        add_piece<kWeighted>(value[0], piece[0], weight);
+        if (range.last - range.first == 1) return;
 #pragma unroll
-        for (int i = 0; i < kSumDepth; ++i) add_piece<kWeighted>(value[i], piece[i], weight);
+        for (int i = 1; i < kSumDepth; ++i) add_piece<kWeighted>(value[i], piece[i], weight);
+    }
+
+    __device__ __forceinline__ void round(uint4 (&piece)[kSumDepth]) const {
+#pragma unroll
+        for (int i = 0; i < kSumDepth; ++i) piece[i] = round_piece(value[i]);
     }
 };
 
@@ -201,11 +209,10 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
             part.load_choice(a, left, next);
         else
             ahead.begin(a, in, items, next);
-        sums.add<true>(piece, __shfl_sync(kAll, part.weight, k));
+        sums.add<true>(piece, __shfl_sync(kAll, part.weight, k), range);
         copy_steps(piece, next);
     }
-#pragma unroll
-    for (int i = 0; i < kSumDepth; ++i) next[i] = round_piece(sums.value[i]);
+    sums.round(next);
     return_steps(a, call, peer, slot, next, range.first, range.last);
 }
 

@@ -145,7 +145,16 @@ struct Sender {
         unsigned strange = 0;
         if constexpr (kQuantized) {
             float scale[kDepth];
-            quantize_pieces(part.piece, part.rest, a.scale_kind, scale);
+            if (last - first == 1) {  // with few tokens
+                uint4 low[1] = {part.piece[0]}, high[1] = {part.rest[0]};
+                float own[1];
+                quantize_pieces(low, high, a.scale_kind, own);
+                part.piece[0] = low[0];
+                scale[0] = own[0];
+                for (int i = 1; i < kDepth; ++i) scale[i] = 0.0f;
+            } else {
+                quantize_pieces(part.piece, part.rest, a.scale_kind, scale);
+            }
             const bool packed = a.scale_kind == kPackedScales;
             scales.gather(scale, first, last - first, packed);
             if (packed) strange = scales.strange();

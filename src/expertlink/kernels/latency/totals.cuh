@@ -155,9 +155,9 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
             if (found == kStop) return false;
             if (found == kHere) {
                 if (kExact)
-                    sums.add<true>(pieces.piece, __shfl_sync(kAll, weight, i));
+                    sums.add<true>(pieces.piece, __shfl_sync(kAll, weight, i), range);
                 else
-                    sums.add<false>(pieces.piece, 0.0f);
+                    sums.add<false>(pieces.piece, 0.0f, range);
             }
             if (!own) pieces.put_back(row, span);
         }
@@ -165,8 +165,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     }
     if (a.row_bytes == 0) return true;
     uint4 sum[kSumDepth];
-#pragma unroll
-    for (int i = 0; i < kSumDepth; ++i) sum[i] = round_piece(sums.value[i]);
+    sums.round(sum);
     write_steps(static_cast<char*>(a.out) + static_cast<long long>(part.token) * a.row_bytes, sum,
                 span);
     return true;
