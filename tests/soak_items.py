@@ -111,3 +111,7 @@ class Item:
         if shape not in self._padded:
             self._padded[shape] = filled_up(self._rows, shape[:-1], self.x_TH.device)
         return self._padded[shape]
+
+    def forget(self) -> None:
+        """Lets the expert outputs be made again."""
+        self._padded.clear()

@@ -25,6 +25,12 @@ class Line:
         self.items = [self._item(number, case) for number, case in enumerate(cases)]
         self._view: tuple[Item, DispatchOutput] | None = None
 
+    def forget(self) -> None:
+        """Lets go of what is made again when it is needed."""
+        self._view = None
+        for item in self.items:
+            item.forget()
+
     def _item(self, number: int, case: Case) -> Item:
         comm = self.comm
         return Item.of(number, case, comm.rank, comm.device, comm.config.block_format)
@@ -114,6 +120,12 @@ class SwiftLine(Line):
             [self._item(number, lost(case, gone)) for gone in range(comm.num_ranks)]
             for number, case in enumerate(cases[:2])
         ]
+
+    def forget(self) -> None:
+        super().forget()
+        for fewer in self._without:
+            for item in fewer:
+                item.forget()
 
     def buffered(self, item: Item, what: str, *, which: int) -> None:
         """A pair whose outputs are ours."""

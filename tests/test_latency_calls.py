@@ -7,6 +7,7 @@ import contextlib
 import decode_jobs
 import latency_halves_jobs
 import latency_jobs
+import nvlink_jobs
 import pytest
 import torch
 from hosted import DEVICE, HostedCommunicator, run_hosted
@@ -15,8 +16,37 @@ from nvlink_cases import aligned, blocks_of_scales, exact, routings, usual
 from rank_jobs import check_contract
 
 from expertlink import BlockFormat, DispatchLayout, MoECommunicator
+from expertlink.engines.nvlink.latency_plan import LAST_NUMBER
 
 pytestmark = pytest.mark.gpu(1)
+
+
+# -- numbers of transfers -------------------------------------------------------------------------
+
+
+def begin_after(comm: HostedCommunicator, transfers: int) -> None:
+    """As if so many transfers had been: counted by 2^16, and granted by all peers."""
+    arena = comm._engine.arena  # type: ignore[union-attr]
+    arena.counters[:2] = transfers << 16
+    offset = arena.plan.offsets(comm.num_ranks)["kCreditsAt"]
+    number = (transfers - 1) % LAST_NUMBER + 1
+    words = arena.local[offset : offset + 4 * comm.num_ranks].view(torch.int32)
+    words.fill_(number - (number >> 31 << 32))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("turns", [1, 2])
+def test_numbers_begin_again(layout: DispatchLayout, turns: int) -> None:
+    """Calls and halves before and after the last number, for the first time and later."""
+    cases = routings(usual(3, layout))
+
+    def job(comm: HostedCommunicator) -> None:
+        comm.initialize()
+        begin_after(comm, turns * LAST_NUMBER - 5)
+        nvlink_jobs.contracts(comm, cases)
+        latency_halves_jobs.many_turns(comm, cases)
+
+    run_hosted(fleet_of(cases[0]), job)
 
 
 # -- halves ---------------------------------------------------------------------------------------

@@ -6,16 +6,6 @@
 
 #include "latency/totals.cuh"
 
-// One warp, before the block meets: how many rows came from each rank; kept by the dispatch.
-__device__ __forceinline__ void load_arrivals(const CombineArguments& a, RowsFrom& in) {
-    if (threadIdx.x >= 32) return;
-#pragma unroll 1
-    for (int rank = threadIdx.x; rank < kNumRanks; rank += 32)
-        in.rows_from[rank] = a.rows_from[rank];
-    __syncwarp();
-    in.add_up();
-}
-
 // Rows that travel, for the statistics; one thread for each rank.
 __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const RowsFrom& in) {
     if (a.rows_sent == nullptr || blockIdx.x != 0 || a.row_bytes == 0 || kExact) return;
@@ -31,27 +21,30 @@ __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const
 }
 
 __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
-    __shared__ Call call;
-    __shared__ RowsFrom in;
+    __shared__ Call shared_call;
+    __shared__ RowsFrom shared_rows;
+    Call& call = at_hand(shared_call);
+    RowsFrom& in = at_hand(shared_rows);
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
     const int senders = min(a.send_warps, warps);  // the others add up from the start
-    if (threadIdx.x == 0) next_send = next_add = 0;
+    if (threadIdx.x == 0) {
+        next_send = senders;
+        next_add = 0;
+    }
     const auto loads = [&] {
-        if (sends) load_arrivals(a, in);
+        if (sends && warp == 0)
+            in.fill([&](int rank) { return rank < kNumRanks ? a.rows_from[rank] : 0; });
     };
     if (!begin_call(a, call, [] {}, loads)) return;
+    // One that does not send, if there is one.
+    if (blockIdx.x == 0 && warp == min(sends ? senders : 0, warps - 1)) say_where(a, call);
     if (sends) {
-        if (warp == warps - 1 && !peers_have_room(call)) call.stopped = 1;
-        __syncthreads();
-        if (call.stopped) return;
         keep_statistics(a, in);
         if (warp < senders) return_rows(a, call, in, senders, &next_send);
     }
-    if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
-    if (!receives || !add_up(a, call, in, &next_add)) return;
-    if (!sends) say_where(a, call);
+    if (receives) add_up(a, call, in, &next_add);
 }
 
 extern "C" __global__ void __launch_bounds__(kCombineWarps * 32, 1)

@@ -1,10 +1,11 @@
 // ll_dispatch: a dispatch of few tokens in one launch, or its halves in two.
 //
 // Every block counts its rank's tokens. Some warps load rows, wait for that and store the rows at
-// their ranks; the others tell and receive the counts; then all place what comes. All that a block
-// tells and sends it does before it waits for others.
+// their ranks; the others tell and receive the counts; then all place what comes. What a warp tells
+// and sends it does before it waits for others.
 
 #include "latency/place.cuh"
+#include "latency/roles.cuh"
 
 __device__ __forceinline__ int arrivals_words(const DispatchArguments& a) {
     return (kNumRanks + 2) * a.num_local + 2;
@@ -13,77 +14,68 @@ __device__ __forceinline__ int arrivals_words(const DispatchArguments& a) {
 template <bool kQuantized>
 __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     extern __shared__ __align__(128) int memory[];
-    __shared__ Call call;
-    __shared__ Arrivals in;
+    __shared__ Call shared_call;
+    __shared__ Arrivals shared_arrivals;
+    Call& call = at_hand(shared_call);
+    Arrivals& in = at_hand(shared_arrivals);
     __shared__ int next_place;
-    __shared__ volatile int known;  // the counts of all ranks are
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
-    const int senders = sends ? min(a.send_warps, warps - 1) : 0;
+    const Roles roles(a, kQuantized);
     if (threadIdx.x == 0) {
-        next_place = 0;
-        known = 0;
+        next_place = roles.others();
         in.first_slot = memory;
         in.totals = in.first_slot + kNumRanks * a.num_local;
         in.starts = in.totals + a.num_local;
     }
     const Masks masks = masks_in(memory + (receives ? arrivals_words(a) : 0), a.num_tokens);
     Sender<kQuantized> sender;
-    Choice choice;
+    BlockChoices choices;
     Told told;
     const auto prepare = [&] {
         if (!sends) return;
         prepare_masks(a, masks);
-        sender.prepare(a, senders);
+        sender.prepare(a, roles.senders);
+        choices.find();
+        told.find(threadIdx.x - roles.senders * 32);
     };
     const auto loads = [&] {
         if (!sends) return;
-        choice.load(a, threadIdx.x);
-        if (warp >= senders) told.load(a, threadIdx.x - senders * 32);
+        choices.load(a);
+        if (!roles.sends()) told.load(a);
         sender.load(a, sender.now, sender.part);
     };
     if (!begin_call(a, call, prepare, loads)) return;
-    Draws draws;
-    if (sends) draws.begin(call, senders, sender.items);
+    if (roles.says_where()) say_where(a, call);
 
     if (sends) {
+        Draws draws;
+        draws.begin(call, roles.senders, sender.items);
 #pragma unroll 1
         for (int chunk = 0; chunk < kNumExperts; chunk += kExpertChunk) {
-            if (chunk == 0 && warp == warps - 1 && !peers_have_room(call)) call.stopped = 1;
-            fill_masks(a, masks, chunk, choice);
-            if (call.stopped) return;
-            if (warp >= senders) {
-                publish_counts(a, call, masks, chunk, warp - senders, warps - senders);
-                send_beside(a, call, masks, chunk, told, (warps - senders) * 32);
+            fill_masks(a, masks, chunk, choices);
+            if (!roles.sends()) {
+                // The last ones tell the counts, so that the first ones tell the rest meanwhile.
+                publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others());
+                send_beside(a, call, masks, chunk, told, roles.others() * 32);
             }
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
         }
         sender.run(a, call, masks, draws);
     }
-    if (sends) say_where(a, call);  // takes a fence, for which nothing else should wait
     if (!receives) return;
-    if (warp >= senders) {
-        const bool fine = receive_counts(a, call, in, senders);
-        if (threadIdx.x == senders * 32) {
-            __threadfence_block();
-            known = 1;
-        }
-        if (!fine) return;
-    } else {
-        while (!known) {
-        }
-        __threadfence_block();
-        __syncwarp();
-        if (call.stopped) return;
-    }
-    // Those who sent keep books first: they come here before the rows do.
-    if (warp < senders || senders == 0) {
-        const int keepers = senders == 0 ? warps : senders;
-        if (blockIdx.x == 0) keep_counts(a, in, call.watch.transfer, threadIdx.x, keepers * 32);
-        clear_rest(a, in, warp * gridDim.x + blockIdx.x, keepers * gridDim.x);
-    }
-    if (!place_rows<kQuantized>(a, call, in, &next_place)) return;
-    if (!sends) say_where(a, call);
+    if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters);
+    roles.meet_others();
+    if (call.stopped) return;
+    if (blockIdx.x == 0 && roles.keeps())
+        keep_counts(a, in, call.watch.transfer,
+                    threadIdx.x - (roles.first_idle() - roles.keepers()) * 32,
+                    roles.keepers() * 32);
+    // Those who sent come here before the rows do.
+    const int clearing = roles.senders ? roles.senders : roles.warps;
+    if (roles.warp < clearing)
+        clear_rest(a, in, roles.warp * gridDim.x + blockIdx.x, clearing * gridDim.x);
+    const int first = roles.sends() ? next_item(&next_place) : roles.first_item();
+    place_rows<kQuantized>(a, call, in, first, &next_place);
 }
 
 // kQuantized: the kernel makes e4m3 rows of the input.

@@ -12,6 +12,7 @@ from expertlink.engines.nvlink.arena import RowShape, round_up
 from expertlink.quantization import num_blocks
 
 SETS = 3  # staging sets that transfers take in turn
+LAST_NUMBER = SETS << 30  # of a transfer; the next one is 1 again
 STEP_BYTES = 512  # of a row that a warp moves at once
 _ALIGNMENT = 1024
 _NOTHING = 0xFF  # every byte of staging memory that nobody has written
@@ -120,6 +121,7 @@ def constants_of(
     """What the plan fixes for the kernels; the same on all ranks."""
     return {
         "kSets": SETS,
+        "kLastNumber": LAST_NUMBER,
         "kSlots": plan.slots,
         "kRowStride": plan.stride,
         "kScalesAt": RowShape.of(config).row,

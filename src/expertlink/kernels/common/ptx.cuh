@@ -10,6 +10,14 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// The address stays in a register; the compiler would find it anew at every use.
+template <typename T>
+__device__ __forceinline__ T& at_hand(T& shared) {
+    unsigned address = shared_address(&shared);
+    asm volatile("" : "+r"(address));
+    return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 // -- bulk copies ----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(unsigned long long* barrier) {

@@ -2,6 +2,7 @@
 // everything that will come. Every block works them out for itself.
 #pragma once
 
+#include "common/scan.cuh"
 #include "latency/route.cuh"
 
 // Shared memory of the receiving half.
@@ -11,9 +12,16 @@ struct Arrivals : RowsFrom {
     int* starts;      // [E_loc + 1] FLAT: first slot of each expert's group
 };
 
-// All warps of `threads` threads, which meet at barrier 1. False: give up.
-__device__ __forceinline__ void meet(int threads) {
-    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+// Barriers of a block for some of its warps. What a warp wrote before it met the others or arrived
+// there, they see after.
+enum Meeting { kWaitersMeet = 1, kCountsAreKnown = 2, kOthersMayPlace = 3 };
+
+__device__ __forceinline__ void meet(Meeting where, int warps) {
+    asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32) : "memory");
+}
+
+__device__ __forceinline__ void arrive(Meeting where, int warps) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32) : "memory");
 }
 
 // Reports rows for which there is no room; the host looks at it later. One thread.
@@ -57,76 +65,96 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
     if (thread == 0 && !kPadded && rows > a.max_slots) report_overflow(a, transfer, rows);
 }
 
-// How many rows come from a rank. Threads of one warp, each for ranks of its own.
+// How many rows come from each rank; one warp. What a rank says first: that it means the same kind
+// of call, and how many rows it sends. Lanes wait together, each for a rank.
 __device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call,
                                               Arrivals& in) {
-    char* const base = call.bases[a.rank];
     const unsigned long long began = a.longest_wait_ns != nullptr ? nanoseconds() : 0;
     bool fine = true;
-#pragma unroll 1
-    for (int r = threadIdx.x % 32; r < kNumRanks; r += 32) {
-        unsigned long long* const row = count_word(base, call.watch.transfer, r, 0);
+    in.fill([&](int rank) {
+        const unsigned long long* const words =
+            count_word(call.bases[a.rank], call.watch.transfer, min(rank, kNumRanks - 1), 0);
         unsigned head = a.signature, rows = 0;
-        bool lost = is_masked(call, r);
-        if (!lost) {
+        bool here = rank >= kNumRanks || is_masked(call, rank);
+        const bool waits = !here;
+        unsigned long long since = 0;
+        for (unsigned spins = 1; !__all_sync(kAll, here); ++spins) {
+            if (here) continue;
             // The pair is stored at once, but only single words are sure to be read so.
-            Found found = wait_tagged(call, row + kRowsColumn, r, kPhaseReady, rows);
-            if (found == kHere) found = wait_tagged(call, row + kHeadColumn, r, kPhaseReady, head);
-            lost = found == kGone;
-            fine &= found != kStop;
-            if (fine && began && blockIdx.x == 0)
-                atomicMax(&a.longest_wait_ns[r], static_cast<long long>(nanoseconds() - began));
+            const ulonglong2 pair = load_tagged_pair(words);
+            here = is_of(call, pair.x) && is_of(call, pair.y);
+            if (here) {
+                head = static_cast<unsigned>(pair.x);
+                rows = static_cast<unsigned>(pair.y);
+            } else if (spins % kSpinsBetweenLooks == 0) {
+                const Found found = look(call, kPhaseReady, rank, call.watch.transfer,
+                                         static_cast<unsigned>(pair.y >> 32), 0, since);
+                here = found != kHere;
+                fine &= found != kStop;
+                if (found == kGone) atomicOr(&call.masked[rank / 32], 1u << rank % 32);
+            }
         }
-        if (lost) atomicOr(&call.masked[r / 32], 1u << r % 32);
-        if (fine && !lost && head != a.signature) {
-            report(call.watch, kPhaseAgreement, r, a.signature, head, 0, 0);
+        if (waits && began && blockIdx.x == 0)
+            atomicMax(&a.longest_wait_ns[rank], static_cast<long long>(nanoseconds() - began));
+        if (head != a.signature) {
+            report(call.watch, kPhaseAgreement, rank, a.signature, head, 0, 0);
             fine = false;
         }
-        in.rows_from[r] = lost ? 0 : rows;
-    }
-    if (!__all_sync(kAll, fine)) return false;
-    __syncwarp();
-    in.add_up();
-    return true;
+        return static_cast<int>(rows);
+    });
+    return __all_sync(kAll, fine);
 }
 
-// First slots of one local expert's rows, by source; one thread.
+// First slots of one local expert's rows, by source; one thread. All words that are awaited are
+// looked at together.
 __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call& call, Arrivals& in,
                                                int expert) {
-    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;  // loads under way together
+    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;
     char* const base = call.bases[a.rank];
     int slot = kPadded ? expert * kNumRanks * kMaxTokens : 0;
     const int begin = slot;
-    bool fine = true;
+#pragma unroll 1
     for (int first = 0; first < kNumRanks; first += kAtOnce) {
         unsigned long long word[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-            word[i] = first + i < kNumRanks
-                          ? load_tagged(count_word(base, call.watch.transfer, first + i,
-                                                   kFirstCountColumn + expert))
-                          : 0;
+        unsigned missing = 0;
+        unsigned long long since = 0;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            const int source = first + i;
-            if (source >= kNumRanks) break;
-            unsigned count = static_cast<unsigned>(word[i]);
-            if (is_masked(call, source)) {
-                count = 0;
-            } else if (static_cast<unsigned>(word[i] >> 32) != call.watch.transfer) {
-                const Found found = wait_tagged(
-                    call, count_word(base, call.watch.transfer, source, kFirstCountColumn + expert),
-                    source, kPhaseReady, count);
-                fine &= found != kStop;
-                if (found == kGone) atomicOr(&call.masked[source / 32], 1u << source % 32);
-                if (found != kHere) count = 0;
-            }
-            in.first_slot[source * a.num_local + expert] = slot;
-            slot += count;
+            word[i] = 0;
+            if (first + i < kNumRanks && !is_masked(call, first + i)) missing |= 1u << i;
+        }
+        for (unsigned spins = 1; missing; ++spins) {
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                if (missing >> i & 1u)
+                    word[i] = load_tagged(count_word(base, call.watch.transfer, first + i,
+                                                     kFirstCountColumn + expert));
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                if (is_of(call, word[i])) missing &= ~(1u << i);
+            if (missing == 0 || spins % kSpinsBetweenLooks != 0) continue;
+            const int source = first + __ffs(missing) - 1;
+            unsigned seen = 0;
+#pragma unroll
+            for (int i = kAtOnce - 1; i >= 0; --i)
+                if (missing >> i & 1u) seen = static_cast<unsigned>(word[i] >> 32);
+            const Found found =
+                look(call, kPhaseReady, source, call.watch.transfer, seen, 0, since);
+            if (found == kStop) return false;
+            if (found == kHere) continue;
+            atomicOr(&call.masked[source / 32], 1u << source % 32);
+            missing &= missing - 1;
+            since = 0;  // the next one is waited for as long
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i >= kNumRanks) break;
+            in.first_slot[(first + i) * a.num_local + expert] = slot;
+            if (is_of(call, word[i])) slot += static_cast<unsigned>(word[i]);
         }
     }
     in.totals[expert] = slot - begin;
-    return fine;
+    return true;
 }
 
 // One warp of block 0: which ranks count as lost in this transfer.
@@ -155,10 +183,18 @@ __device__ __forceinline__ bool learn_lost(const DispatchArguments& a, Call& cal
     return __all_sync(kAll, fine);
 }
 
-// The warps from `first_warp` on: slots of everything that will come. False: give up.
-__device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call& call, Arrivals& in,
-                                               int first_warp) {
-    const int thread = threadIdx.x - first_warp * 32, threads = blockDim.x - first_warp * 32;
+// How many of the warps that do not send wait for counts: one for those of rows, and some for those
+// of experts. Where rows are not expanded the latter are for block 0 to keep, and no row waits for
+// them.
+__device__ __forceinline__ int waiting_warps(const DispatchArguments& a, int warps) {
+    return kExpanded || blockIdx.x == 0 ? min(warps, 1 + (a.num_local + 31) / 32) : 1;
+}
+
+// `warps` warps from `first_warp` on: slots of everything that will come, known when all of them
+// are done. The first has the counts of rows. May stop the call.
+__device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call& call, Arrivals& in,
+                                               int first_warp, int warps) {
+    const int thread = threadIdx.x - first_warp * 32, threads = warps * 32;
     // Slots depend on the counts of all ranks. So where a rank may be lost, one block decides for
     // all which are, once everything that the others have to say is here; then nobody waits any
     // more.
@@ -169,7 +205,6 @@ __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call&
             fine = thread >= 32 || learn_lost(a, call);
         } else {
             if (thread < 32) fine = receive_heads(a, call, in);
-            // Where rows are not expanded, the counts of experts are for one block to keep.
             const int columns = kExpanded || blockIdx.x == 0 ? a.num_local : 0;
             const int waiting = threads == 32 ? 0 : 32;
 #pragma unroll 1
@@ -178,23 +213,23 @@ __device__ __forceinline__ bool receive_counts(const DispatchArguments& a, Call&
                 fine &= receive_column(a, call, in, e);
         }
         if (!fine) call.stopped = 1;
-        meet(threads);
-        if (pass == 0 && blockIdx.x == 0 && thread < 32) tell_lost(a, call);
+        if (pass == 0) {
+            meet(kWaitersMeet, warps);
+            if (blockIdx.x == 0 && thread < 32) tell_lost(a, call);
+        }
     }
-    if (call.stopped) return false;
     if (kExpanded && !kPadded) {
+        meet(kWaitersMeet, warps);
 #pragma unroll 1
         for (int e = thread; e < a.num_local; e += threads) in.starts[e] = align_up(in.totals[e]);
-        meet(threads);
+        meet(kWaitersMeet, warps);
         if (thread < 32) {
             const int end = scan_exclusive(in.starts, a.num_local);
             if (thread == 0) in.starts[a.num_local] = end;
         }
-        meet(threads);
+        meet(kWaitersMeet, warps);
 #pragma unroll 1
         for (int i = thread; i < kNumRanks * a.num_local; i += threads)
             in.first_slot[i] += in.starts[i % a.num_local];
-        meet(threads);
     }
-    return true;
 }

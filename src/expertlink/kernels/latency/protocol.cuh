@@ -29,6 +29,16 @@ struct Counters {
     unsigned drawn[kSets];  // work of the transfer's sending half that warps have drawn
 };
 
+// Transfers are numbered 1 ... kLastNumber, then from 1 again. None is 0, which memory holds before
+// anyone has written it, and neighbours never share a set. Differences modulo 2^32 still say which
+// of two numbers is the later one, unless 2^30 transfers lie between them.
+static_assert(kLastNumber % kSets == 0);
+
+__device__ __forceinline__ unsigned number_of(unsigned long long count) {
+    return count <= kLastNumber ? static_cast<unsigned>(count)
+                                : static_cast<unsigned>((count - 1) % kLastNumber) + 1;
+}
+
 constexpr int kUnitBits = 16;
 constexpr unsigned long long kUnits = 1ull << kUnitBits;
 
@@ -143,81 +153,10 @@ struct Call {
     char* bases[kNumRanks];
     unsigned masked[kRankWords];  // bit r: rank r is masked
     unsigned sending, receiving;  // transfers of this launch's halves
+    unsigned received;            // the last one whose rows this rank has put back
     int stopped;                  // not 0: give up
 };
 
 __device__ __forceinline__ bool is_masked(const Call& call, int rank) {
     return call.masked[rank / 32] >> (rank % 32) & 1u;
-}
-
-// Every thread: reads what this launch is. `prepare` needs nothing that an earlier launch has
-// written, so it may run beside that one's end; `loads` start right after it. False: an earlier
-// wait has expired.
-template <typename Arguments, typename Prepare, typename Loads>
-__device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const Prepare& prepare,
-                                           const Loads& loads) {
-    const bool is_last = threadIdx.x == blockDim.x - 1;
-    char* const base = is_last ? a.bases[a.rank] : nullptr;
-#pragma unroll 1
-    for (int rank = threadIdx.x; rank < kNumRanks; rank += blockDim.x)
-        call.bases[rank] = a.bases[rank];
-    prepare();
-    wait_for_predecessor();
-    unsigned long long sent = 0, received = 0;
-    if (is_last) {
-        sent = load_tagged(&a.counters->sent);
-        received = load_tagged(&a.counters->received);
-        call.stopped = load_fresh(reinterpret_cast<const int*>(&a.state->failed)) != 0;
-    }
-    loads();
-    const int lane = threadIdx.x % 32;
-    if (threadIdx.x < 32) {
-#pragma unroll 1
-        for (int word = 0; word < kRankWords; ++word) {
-            const int rank = word * 32 + lane;
-            const bool masked =
-                rank < kNumRanks &&
-                load_fresh(reinterpret_cast<const int*>(&a.counters->masked[rank])) != 0;
-            const unsigned bits = __ballot_sync(kAll, masked);
-            if (lane == 0) call.masked[word] = bits;
-        }
-    }
-    if (is_last) {
-        call.sending = static_cast<unsigned>(sent >> kUnitBits) + 1;
-        call.receiving = static_cast<unsigned>(received >> kUnitBits) + 1;
-        call.watch = {a.state,
-                      a.control,
-                      a.flags & kSend ? call.sending : call.receiving,
-                      static_cast<unsigned>(a.operation),
-                      ready_word(base, 0),
-                      a.rank,
-                      a.counters->masked};
-        call.patience = {a.counters, a.longest_wait_ns, (a.flags & kMaskLost) != 0};
-        // After the loads, so that no block of this launch can read the next number.
-        const unsigned long long part = blockIdx.x == 0 ? kUnits - (gridDim.x - 1) : 1;
-        if (a.flags & kSend) {
-            atomicAdd(&a.counters->sent, part);
-            if (blockIdx.x == 0) a.counters->drawn[set_of(call.sending + 1)] = 0;
-        }
-        if (a.flags & kReceive) atomicAdd(&a.counters->received, part);
-    }
-    __syncthreads();
-    // The next launch may take its place on the GPU; it waits for the end of this one.
-    let_follower_start();
-    return !call.stopped;
-}
-
-// Block 0, one warp: tells all peers where this rank is. The launches before are over, so the rows
-// of all transfers before `receiving` have been read and their memory put back.
-template <typename Arguments>
-__device__ __forceinline__ void say_where(const Arguments& a, const Call& call) {
-    if (blockIdx.x != 0 || threadIdx.x >= 32) return;
-#pragma unroll 1
-    for (int step = threadIdx.x; step < kNumRanks; step += 32) {
-        const int peer = (a.rank + step) % kNumRanks;
-        if (is_masked(call, peer)) continue;
-        store_release_system(credit_word(call.bases[peer], a.rank), call.receiving - 1);
-        if (a.flags & kSend)
-            store_relaxed_system(ready_word(call.bases[peer], a.rank), call.sending);
-    }
 }

@@ -19,13 +19,10 @@ struct Sums {
             for (int j = 0; j < kPack; ++j) value[i][j] = 0.0f;
     }
 
-    // With few tokens parts have one step, the same in all lanes.
     template <bool kWeighted>
-    __device__ __forceinline__ void add(const uint4 (&piece)[kSumDepth], float weight, Steps range) {
-        add_piece<kWeighted>(value[0], piece[0], weight);
-        if (range.last - range.first == 1) return;
+    __device__ __forceinline__ void add(const uint4 (&piece)[kSumDepth], float weight) {
 #pragma unroll
-        for (int i = 1; i < kSumDepth; ++i) add_piece<kWeighted>(value[i], piece[i], weight);
+        for (int i = 0; i < kSumDepth; ++i) add_piece<kWeighted>(value[i], piece[i], weight);
     }
 
     __device__ __forceinline__ void round(uint4 (&piece)[kSumDepth]) const {
@@ -128,13 +125,16 @@ struct Returning {
 
     // The choices are here. After this the row, or the first of those to be added up, is on its
     // way.
-    __device__ __forceinline__ void begin(const CombineArguments& a, const RowsFrom& in, int items,
+    __device__ __forceinline__ void begin(const CombineArguments& a, const RowsFrom& in,
                                           uint4 (&piece)[kSumDepth]) {
-        if (item >= items) return;
         if (a.slot_weights != nullptr && choice >= 0) weight = a.slot_weights[choice];
         if (a.row_bytes == 0 || kExact) return;
         if (kExpanded) {
-            load_choice(a, __ballot_sync(kAll, choice >= 0), piece);
+            const unsigned choices = __ballot_sync(kAll, choice >= 0);
+            if (range.is_one())
+                load_choices(a, choices, piece);
+            else
+                load_choice(a, choices, piece);
             return;
         }
         const long long row = dense_row(a, in, source, position);
@@ -148,6 +148,19 @@ struct Returning {
                                                 uint4 (&piece)[kSumDepth]) const {
         const long long slot = __shfl_sync(kAll, choice, choices ? __ffs(choices) - 1 : 0);
         if (choices) load_row(a, slot, piece);
+    }
+
+    // A part of one step: pieces are of rows of several choices, from the first of some on.
+    __device__ __forceinline__ void load_choices(const CombineArguments& a, unsigned choices,
+                                                 uint4 (&piece)[kSumDepth]) const {
+#pragma unroll
+        for (int i = 0; i < kSumDepth; ++i, choices &= choices - 1) {
+            const long long slot = __shfl_sync(kAll, choice, choices ? __ffs(choices) - 1 : 0);
+            uint4 one[1];
+            read_steps(one, row_at(a, max(slot, 0ll)),
+                       span_of(range.first, choices ? range.last : range.first, a.row_bytes));
+            piece[i] = one[0];
+        }
     }
 
     // A row for which there was no room is as one of zeros.
@@ -170,6 +183,7 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
                                             uint4 (&piece)[kSumDepth]) {
     const int peer = part.source, slot = a.rank * kMaxTokens + part.position;
     const Steps range = part.range;
+    const bool more = ahead.item < items;
     if (part.part == 0 && (kExact || a.flags & kGrads)) {
         if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
             count_row(a, peer, a.rows_sent, a.bytes_sent);
@@ -177,11 +191,11 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
                       dense_row(a, in, part.source, part.position), part.choice, part.weight);
     }
     if (a.row_bytes == 0 || part.stays(a)) {
-        ahead.begin(a, in, items, piece);
+        if (more) ahead.begin(a, in, piece);
         return;
     }
     if (kExact) {
-        ahead.begin(a, in, items, piece);
+        if (more) ahead.begin(a, in, piece);
 #pragma unroll 1
         for (unsigned left = __ballot_sync(kAll, part.choice != -1); left; left &= left - 1) {
             const int k = __ffs(left) - 1;
@@ -192,7 +206,7 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
     }
     uint4 next[kSumDepth];
     if (!kExpanded) {
-        ahead.begin(a, in, items, next);
+        if (more) ahead.begin(a, in, next);
         return_steps(a, call, peer, slot, piece, range.first, range.last);
         copy_steps(piece, next);
         return;
@@ -200,16 +214,33 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
     Sums sums;
     sums.clear();
     unsigned left = __ballot_sync(kAll, part.choice >= 0);
-    if (left == 0) ahead.begin(a, in, items, piece);
+    if (range.is_one()) {
+#pragma unroll 1
+        while (left) {
+#pragma unroll
+            for (int i = 0; i < kSumDepth; ++i) {
+                if (!left) break;
+                const float weight = __shfl_sync(kAll, part.weight, __ffs(left) - 1);
+                add_piece<true>(sums.value[0], piece[i], weight);
+                left &= left - 1;
+            }
+            part.load_choices(a, left, piece);
+        }
+        if (more) ahead.begin(a, in, piece);
+        sums.round(next);
+        return_steps(a, call, peer, slot, next, range.first, range.last);
+        return;
+    }
+    if (left == 0 && more) ahead.begin(a, in, piece);
 #pragma unroll 1
     while (left) {
         const int k = __ffs(left) - 1;
         left &= left - 1;
         if (left)
             part.load_choice(a, left, next);
-        else
-            ahead.begin(a, in, items, next);
-        sums.add<true>(piece, __shfl_sync(kAll, part.weight, k), range);
+        else if (more)
+            ahead.begin(a, in, next);
+        sums.add<true>(piece, __shfl_sync(kAll, part.weight, k));
         copy_steps(piece, next);
     }
     sums.round(next);
@@ -225,19 +256,16 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
     const bool plenty = in.total * cut.parts > all;
     Returning part, ahead;
     uint4 piece[kSumDepth];
-    part.item = items;
+    part.open(a, call, in, first_item(), items, cut, next);
+    if (part.item < items) part.begin(a, in, piece);
 #pragma unroll 1
-    while (true) {
-        const bool busy = part.item < items;
+    while (part.item < items) {
         ahead.item = items;
-        if (plenty || !busy)
-            ahead.open(a, call, in, next_item(next), items, cut, next);
-        if (busy)
-            return_part(a, call, in, part, ahead, items, piece);
-        else if (ahead.item < items)
-            ahead.begin(a, in, items, piece);
-        else
-            break;
+        if (plenty) ahead.open(a, call, in, next_item(next), items, cut, next);
+        return_part(a, call, in, part, ahead, items, piece);
         part = ahead;
+        if (plenty) continue;
+        part.open(a, call, in, next_item(next), items, cut, next);
+        if (part.item < items) part.begin(a, in, piece);
     }
 }

@@ -41,16 +41,19 @@ __device__ __forceinline__ bool has_token(const unsigned* mask, int token) {
     return mask[token / 32] >> (token % 32) & 1u;
 }
 
-// One of a token's K choices. Every thread of a block looks at one, then at the one that is as many
-// further as there are threads.
+// One of a token's K choices.
 struct Choice {
     int token, k;
     long long id;
 
-    template <typename Arguments>
-    __device__ __forceinline__ void load(const Arguments& a, int number) {
+    __device__ __forceinline__ void find(int number) {
         token = number / kTopk;
         k = number - token * kTopk;
+    }
+
+    template <typename Arguments>
+    __device__ __forceinline__ void load(const Arguments& a) {
+        const int number = token * kTopk + k;
         id = -1;
         if (token >= a.num_tokens) return;
         id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[number]
@@ -62,36 +65,63 @@ struct Choice {
     }
 };
 
-// What has to be told once is shared out: each block tells of some tokens, and those of its threads
-// that do not send take these tokens' choices likewise.
-struct Told : Choice {
-    int number;       // among the choices that the block tells of
-    unsigned weight;  // bits of a float
+// The choices that a thread looks at: with many tokens more, as many further as there are threads.
+struct BlockChoices {
+    Choice first, second;
+
+    __device__ __forceinline__ void find() {
+        first.find(threadIdx.x);
+        second.find(threadIdx.x + blockDim.x);
+    }
 
     template <typename Arguments>
-    __device__ __forceinline__ void load(const Arguments& a, int which) {
+    __device__ __forceinline__ void load(const Arguments& a) {
+        first.load(a);
+        second.load(a);
+    }
+
+    template <typename Arguments, typename Act>
+    __device__ __forceinline__ void for_all(const Arguments& a, const Act& act) const {
+        if (first.token >= a.num_tokens) return;
+        act(first);
+        if (second.token >= a.num_tokens) return;
+        act(second);
+        Choice choice = second;
+        int number = threadIdx.x + blockDim.x;
+#pragma unroll 1
+        while (true) {
+            number += blockDim.x;
+            choice.find(number);
+            if (choice.token >= a.num_tokens) return;
+            choice.load(a);
+            act(choice);
+        }
+    }
+};
+
+// What has to be told once is shared out: each block tells of some tokens, and those of its threads
+// that do not send take these tokens' choices, each for one rank.
+struct Told : Choice {
+    int number;       // among what the block tells
+    int peer;         // whom
+    unsigned weight;  // bits of a float
+
+    __device__ __forceinline__ void find(int which) {
+        constexpr int kEach = kTopk * kNumRanks;  // of a token
         number = which;
-        const int nth = number / kTopk;
-        Choice::load(a, (nth * gridDim.x + blockIdx.x) * kTopk + number - nth * kTopk);
+        const int nth = number / kEach, rest = number - nth * kEach;
+        peer = rest / kTopk;
+        Choice::find((nth * gridDim.x + blockIdx.x) * kTopk + rest - peer * kTopk);
+    }
+
+    template <typename Arguments>
+    __device__ __forceinline__ void load(const Arguments& a) {
+        Choice::load(a);
         weight = 0;
         if (token < a.num_tokens && a.flags & kNewWeights)
             weight = __float_as_uint(a.weights[static_cast<long long>(token) * kTopk + k]);
     }
 };
-
-// Calls `act` for all choices of this thread.
-template <typename Arguments, typename Act>
-__device__ __forceinline__ void for_choices(const Arguments& a, const Choice& first,
-                                            const Act& act) {
-    Choice choice = first;
-    int number = threadIdx.x;
-#pragma unroll 1
-    while (choice.token < a.num_tokens) {
-        act(choice);
-        number += blockDim.x;
-        choice.load(a, number);
-    }
-}
 
 __device__ __forceinline__ void clear_masks(const Masks& masks) {
     const int experts = kExpertChunk * masks.words;
@@ -114,12 +144,12 @@ __device__ __forceinline__ void prepare_masks(const Arguments& a, const Masks& m
 // chunk.
 template <typename Arguments>
 __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& masks, int chunk,
-                                           const Choice& first) {
+                                           const BlockChoices& choices) {
     if (chunk != 0) {
         clear_masks(masks);
         __syncthreads();
     }
-    for_choices(a, first, [&](const Choice& choice) {
+    choices.for_all(a, [&](const Choice& choice) {
         const int expert = choice.expert();
         if (expert < 0) return;
         const int word = choice.token / 32;
@@ -138,21 +168,9 @@ template <typename Arguments>
 __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& call,
                                                const Masks& masks, int chunk, int warp, int warps) {
     const int lane = threadIdx.x % 32;
-    for (int first = (warp * gridDim.x + blockIdx.x) * 32; first < kExpertChunk;
-         first += warps * gridDim.x * 32) {
-        const int expert = chunk + first + lane;
-        if (first + lane >= kExpertChunk || expert >= kNumExperts) continue;
-        const int home = masks.homes[expert], peer = rank_of(home);
-        if (is_masked(call, peer)) continue;
-        const int count = bits_in(masks.experts + (first + lane) * masks.words, masks.words);
-        store_tagged(
-            count_word(call.bases[peer], call.sending, a.rank, kFirstCountColumn + local_of(home)),
-            call.sending, count);
-    }
-    if (chunk != 0) return;
     // Another block than the one with the first experts, where there are several.
-    for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32; first < kNumRanks;
-         first += warps * gridDim.x * 32) {
+    for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32;
+         chunk == 0 && first < kNumRanks; first += warps * gridDim.x * 32) {
         const int peer = first + lane;
         if (peer >= kNumRanks) continue;
         const bool masked = is_masked(call, peer);
@@ -166,6 +184,17 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
             if (peer != a.rank)
                 a.bytes_sent[peer] += static_cast<long long>(count) * (a.row_bytes + a.scale_bytes);
         }
+    }
+    for (int first = (warp * gridDim.x + blockIdx.x) * 32; first < kExpertChunk;
+         first += warps * gridDim.x * 32) {
+        const int expert = chunk + first + lane;
+        if (first + lane >= kExpertChunk || expert >= kNumExperts) continue;
+        const int home = masks.homes[expert], peer = rank_of(home);
+        if (is_masked(call, peer)) continue;
+        const int count = bits_in(masks.experts + (first + lane) * masks.words, masks.words);
+        store_tagged(
+            count_word(call.bases[peer], call.sending, a.rank, kFirstCountColumn + local_of(home)),
+            call.sending, count);
     }
 }
 
@@ -184,54 +213,69 @@ __device__ __forceinline__ int target_at(const Call& call, const Masks& masks, i
     return rank < kNumRanks && is_masked(call, rank) ? -1 : position_at(masks, token, first);
 }
 
-// These threads tell the ranks of this block's tokens, for each choice, its local expert, place
-// and weight; and which token it is. Chunks of experts fill in the choices that they know. The
-// handle's tables likewise.
+// How many of the ranks before `peer` a token goes to.
+__device__ __forceinline__ int ranks_before(const Masks& masks, int token, int peer) {
+    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;  // loads under way together
+    int ranks = 0;
+#pragma unroll 1
+    for (int first = 0; first < peer; first += kAtOnce)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int rank = first + i;
+            const unsigned* const mask = masks.ranks + min(rank, kNumRanks - 1) * masks.words;
+            ranks += has_token(mask, token) && rank < peer;
+        }
+    return ranks;
+}
+
+// One thread for each choice and rank. Tells a rank to which a token goes the local expert, place
+// and weight of the choice, or that it is another rank's; and which token it is. Chunks of experts
+// fill in the choices that they know. What the handle keeps of it likewise.
+template <typename Arguments>
+__device__ __forceinline__ void tell(const Arguments& a, const Call& call, const Masks& masks,
+                                     int chunk, const Told& told) {
+    const int token = told.token, k = told.k, peer = told.peer, expert = told.expert();
+    const int home = expert >= 0 ? masks.homes[expert] : -1;
+    const unsigned* const mask = masks.ranks + peer * masks.words;
+    const bool goes = has_token(mask, token), sent = goes && !is_masked(call, peer);
+    const bool local = home >= 0 && rank_of(home) == peer;
+    const bool known = local && is_in(chunk, expert);
+    const int position = goes ? place_in(mask, token) : 0;
+    const int place = known ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
+    unsigned long long* const words =
+        beside_words(call.bases[peer], call.sending, a.rank * kMaxTokens + position, 0);
+    // Absence, and which token it is, is said once.
+    if (sent && (known || (!local && chunk == 0)))
+        store_tagged_pair(words + 2 * k, call.sending,
+                          known ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u,
+                          told.weight);
+    if (chunk != 0) return;
+    if (sent && k == 0) store_tagged_pair(words + 2 * kTopk, call.sending, token, 0u);
+    if (k == 0) {
+        int* const slots = a.slots_of_token + token * kCopies;
+        int before = ranks_before(masks, token, peer);
+        if (goes) slots[before++] = peer * kMaxTokens + position;
+        if (peer == kNumRanks - 1)
+            for (; before < kCopies; ++before) slots[before] = -1;
+    }
+    if (peer != 0) return;
+    const long long at = static_cast<long long>(token) * kTopk + k;
+    if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(told.weight);
+    if (a.flags & kWideIds)
+        static_cast<long long*>(a.ids_copy)[at] = told.id;
+    else
+        static_cast<int*>(a.ids_copy)[at] = static_cast<int>(told.id);
+}
+
+// All that this block tells, by these threads.
 template <typename Arguments>
 __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call,
                                             const Masks& masks, int chunk, Told told,
                                             int threads) {
-    constexpr int kBytes = (kTopk + 1) * 16;
-    const long long rows =
-        reinterpret_cast<char*>(beside_words(nullptr, call.sending, a.rank * kMaxTokens, 0)) -
-        static_cast<char*>(nullptr);
 #pragma unroll 1
-    for (; told.token < a.num_tokens; told.load(a, told.number + threads)) {
-        const int token = told.token, k = told.k, expert = told.expert();
-        const int home = expert >= 0 ? masks.homes[expert] : -1;
-        const bool known = expert >= 0 && is_in(chunk, expert);
-        const int place =
-            known ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
-        int found = 0;
-#pragma unroll 1
-        for (int peer = 0; peer < kNumRanks; ++peer) {
-            const unsigned* const mask = masks.ranks + peer * masks.words;
-            if (!has_token(mask, token)) continue;
-            const int position = place_in(mask, token);
-            const bool local = home >= 0 && rank_of(home) == peer;
-            auto* const words =
-                reinterpret_cast<unsigned long long*>(call.bases[peer] + rows + position * kBytes);
-            if (!is_masked(call, peer)) {
-                // Other ranks' choices are absent there; that, and which token it is, is said once.
-                if (local ? known : chunk == 0)
-                    store_tagged_pair(
-                        words + 2 * k, call.sending,
-                        local ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u,
-                        told.weight);
-                if (k == 0 && chunk == 0)
-                    store_tagged_pair(words + 2 * kTopk, call.sending, token, 0u);
-            }
-            if (k == 0) a.slots_of_token[token * kCopies + found] = peer * kMaxTokens + position;
-            ++found;
-        }
-        if (chunk != 0) continue;
-        const long long at = static_cast<long long>(token) * kTopk + k;
-        if (k == 0)
-            for (; found < kCopies; ++found) a.slots_of_token[token * kCopies + found] = -1;
-        if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(told.weight);
-        if (a.flags & kWideIds)
-            static_cast<long long*>(a.ids_copy)[at] = told.id;
-        else
-            static_cast<int*>(a.ids_copy)[at] = static_cast<int>(told.id);
+    while (told.token < a.num_tokens) {
+        tell(a, call, masks, chunk, told);
+        told.find(told.number + threads);
+        told.load(a);
     }
 }

@@ -5,6 +5,8 @@
 #include "common/quantize.cuh"
 #include "latency/route.cuh"
 
+constexpr int kInStep = kStepBytes / kScaleBlock;  // scales of a step
+
 // Some steps of a token's row: loaded, then made what travels.
 template <bool kQuantized>
 struct Part {
@@ -38,7 +40,6 @@ struct PartScales {
     template <int kDepth>
     __device__ __forceinline__ void gather(const float (&scale)[kDepth], int first, int steps,
                                            bool packed) {
-        constexpr int kInStep = kStepBytes / kScaleBlock;
         const int lane = threadIdx.x % 32;
         word = 0;
         index = -1;

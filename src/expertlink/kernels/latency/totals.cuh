@@ -1,113 +1,99 @@
 // Low latency, receiving half of a combine: what belongs to a token is added up as it comes in.
 #pragma once
 
-#include "latency/returns.cuh"
+#include "latency/terms.cuh"
 
-// Lane i: where the i-th term of a token is staged (slot) and whose it is, or -1.
-struct Term {
-    int slot, peer;
-};
-
-__device__ __forceinline__ Term term_of(const CombineArguments& a, int token) {
-    const int lane = threadIdx.x % 32;
-    Term term{-1, -1};
-    if (kExact) {
-        if (lane < kTopk) {
-            const int expert = expert_of(a, token, lane);
-            if (expert >= 0) term = {token * kTopk + lane, rank_of(a.home_of[expert])};
-        }
-    } else if (lane < kCopies) {
-        const int code = a.slots_of_token[token * kCopies + lane];
-        if (code >= 0) term = {code, code / kMaxTokens};
-    }
-    return term;
-}
-
-// Exact sums: the weight of a term, and the gradient that came with it; lane k waits for its own.
-__device__ __forceinline__ bool receive_beside(const CombineArguments& a, const Call& call,
-                                               Term& term, float& weight, float& grad) {
-    Found found = kHere;
-    unsigned first = 0, second = 0;
-    if (term.slot >= 0) {
-        unsigned long long* const words =
-            beside_words(call.bases[a.rank], call.watch.transfer, term.slot, 0);
-        found = wait_tagged(call, words, term.peer, kPhaseRow, first);
-        if (found == kHere) found = wait_tagged(call, words + 1, term.peer, kPhaseRow, second);
-        if (found == kGone) term.slot = -1;
-    }
-    weight = __uint_as_float(first);
-    grad = __uint_as_float(second);
-    return !__any_sync(kAll, found == kStop);
-}
-
-// Gradients of a token's choices: each lies beside the term from the choice's rank.
-__device__ __forceinline__ bool receive_grads(const CombineArguments& a, const Call& call,
-                                              const Term& term, int token) {
-    const int lane = threadIdx.x % 32;
-    const int expert = lane < kTopk ? expert_of(a, token, lane) : -1;
-    const int rank = expert >= 0 ? rank_of(a.home_of[expert]) : -1;
-    float grad = 0.0f;
-    bool fine = true;
-    for (unsigned left = __ballot_sync(kAll, term.slot >= 0); left; left &= left - 1) {
-        const int i = __ffs(left) - 1;
-        const int slot = __shfl_sync(kAll, term.slot, i), peer = __shfl_sync(kAll, term.peer, i);
-        if (peer != rank) continue;
-        unsigned bits = 0;
-        fine &= wait_tagged(call, beside_words(call.bases[a.rank], call.watch.transfer, slot, lane),
-                            peer, kPhaseRow, bits) != kStop;
-        grad = __uint_as_float(bits);
-    }
-    if (lane < kTopk) a.grads_out[static_cast<long long>(token) * kTopk + lane] = grad;
-    return __all_sync(kAll, fine);
-}
-
-// One part of one token: its terms.
-struct Adding {
-    int item, token, part;
-    Steps range;
+// Where pieces of one step of several terms are looked for. Lanes have the terms.
+struct PlacesOfTerms {
     Term term;
+    int step;
+    char* row[kSumDepth];
+    int lane[kSumDepth];  // that has the term of a piece
 
-    // The next part; its terms are on their way.
-    __device__ __forceinline__ void open(const CombineArguments& a, int number, int items,
-                                         const Cut& cut) {
-        item = number;
-        if (item >= items) return;
-        const Divider by_parts(cut.parts);
-        token = by_parts(item);
-        part = item - token * cut.parts;
-        range = cut.part(part);
-        term = term_of(a, token);
+    __device__ __forceinline__ char* at(int i) const {
+        return row[i] + step * kStepBytes + threadIdx.x % 32 * 16;
     }
 
-    // The terms are here; the first of them is looked at.
-    __device__ __forceinline__ void begin(const CombineArguments& a, const Call& call,
-                                          const RowsFrom& in, int items,
-                                          Pieces<kSumDepth>& pieces) {
-        if (item >= items) return;
-        if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
-        look_at(a, call, in, __ballot_sync(kAll, term.slot >= 0), pieces);
+    __device__ __forceinline__ unsigned escaped(const Call& call) const {
+        const unsigned* const words =
+            escape_words(call.bases[call.watch.rank], call.watch.transfer, max(term.slot, 0));
+        const unsigned found =
+            __ballot_sync(kAll, term.slot >= 0 && load_acquire_system(words + step) ==
+                                                      call.watch.transfer);
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < kSumDepth; ++i) bits |= (found >> lane[i] & 1u) << i;
+        return bits;
     }
 
-    __device__ __forceinline__ bool is_own(const CombineArguments& a, int slot) const {
-        return takes_own_rows(a) && slot / kMaxTokens == a.rank;
+    __device__ __forceinline__ int lane_of(int piece) const {
+        int found = lane[0];
+#pragma unroll
+        for (int i = 1; i < kSumDepth; ++i)
+            if (i == piece) found = lane[i];
+        return found;
     }
 
-    // The first of some terms, if there are any.
-    __device__ __forceinline__ void look_at(const CombineArguments& a, const Call& call,
-                                            const RowsFrom& in, unsigned terms,
-                                            Pieces<kSumDepth>& pieces) const {
-        const int slot = __shfl_sync(kAll, term.slot, terms ? __ffs(terms) - 1 : 0);
-        if (!terms || a.row_bytes == 0) return;
-        const char* row = staged_row(call.bases[a.rank], call.watch.transfer, slot);
-        int last = range.last;
-        if (is_own(a, slot)) {
-            const long long own = dense_row(a, in, a.rank, slot % kMaxTokens);
-            row = row_at(a, own);
-            if (own >= a.max_slots) last = range.first;  // there was no room for it
-        }
-        pieces.look_at(row, span_of(range.first, last, a.row_bytes));
+    __device__ __forceinline__ bool are_few() const { return true; }
+
+    // All lanes ask.
+    __device__ __forceinline__ int peer(int i) const {
+        return __shfl_sync(kAll, term.peer, lane_of(i));
+    }
+
+    __device__ __forceinline__ int index(int i) const {
+        return __shfl_sync(kAll, term.slot, lane_of(i)) % kMaxTokens;
     }
 };
+
+// One step of all terms, of which some are awaited together; those of the lanes `gone` do not
+// count. False: give up.
+__device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call& call,
+                                          const RowsFrom& in, const Adding& part, unsigned gone,
+                                          float weight, float (&sum)[kPack]) {
+    const bool exists = span_of(part.range.first, part.range.last, a.row_bytes).count > 0;
+    unsigned left = __ballot_sync(kAll, part.term.slot >= 0);
+#pragma unroll 1
+    while (left) {
+        Pieces<kSumDepth> pieces;
+        PlacesOfTerms places;
+        places.term = part.term;
+        places.step = part.range.first;
+        unsigned there = 0, staged = 0, lost = 0;  // bit i: piece i
+        pieces.clear();
+#pragma unroll
+        for (int i = 0; i < kSumDepth; ++i) {
+            places.row[i] = nullptr;
+            places.lane[i] = 0;
+            if (!left) continue;
+            const int lane = __ffs(left) - 1, slot = __shfl_sync(kAll, part.term.slot, lane);
+            left &= left - 1;
+            bool has_room = true;
+            places.lane[i] = lane;
+            places.row[i] = part.row_of(a, call, in, slot, has_room);
+            there |= 1u << i;
+            staged |= part.is_own(a, slot) ? 0u : 1u << i;
+            lost |= (gone >> lane & 1u) << i;
+            if (exists && has_room) pieces.piece[i] = load_piece(places.at(i));
+        }
+        while (true) {
+            int awaited = 0;
+            const Found found = pieces.settle(call, places, staged & ~lost, awaited);
+            if (found == kStop) return false;
+            if (found == kHere) break;
+            lost |= 1u << awaited;
+        }
+#pragma unroll
+        for (int i = 0; i < kSumDepth; ++i) {
+            if (!(there >> i & 1u)) break;
+            if (!(lost >> i & 1u))
+                add_piece<kExact>(sum, pieces.piece[i],
+                                  kExact ? __shfl_sync(kAll, weight, places.lane[i]) : 0.0f);
+            if (exists && staged >> i & 1u) *reinterpret_cast<uint4*>(places.at(i)) = nothing();
+        }
+    }
+    return true;
+}
 
 // Adds up `part`, whose first term is in `pieces`; afterwards that of `ahead` is. False: give up.
 __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
@@ -131,7 +117,9 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     }
     Sums sums;
     sums.clear();
-    unsigned left = terms;
+    const bool at_once = range.is_one() && a.row_bytes != 0;
+    if (at_once && !add_terms(a, call, in, part, gone, weight, sums.value[0])) return false;
+    unsigned left = at_once ? 0 : terms;
     if (left == 0) ahead.begin(a, call, in, items, pieces);
 #pragma unroll 1
     while (left) {
@@ -148,16 +136,21 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
             char* const row = staged_row(call.bases[a.rank], call.watch.transfer, slot);
             const bool own = part.is_own(a, slot);
             Found found = gone >> i & 1u ? kGone : kHere;
+            const unsigned* const escapes =
+                escape_words(call.bases[a.rank], call.watch.transfer, slot);
+            int awaited = 0;
             if (!own && found == kHere)
                 found = pieces.settle(
-                    call, row, escape_words(call.bases[a.rank], call.watch.transfer, slot),
-                    range.first, peer, slot % kMaxTokens);
+                    call,
+                    StepsOfRow{row, escapes, range.first, range.last - range.first, peer,
+                               slot % kMaxTokens},
+                    kAll, awaited);
             if (found == kStop) return false;
             if (found == kHere) {
                 if (kExact)
-                    sums.add<true>(pieces.piece, __shfl_sync(kAll, weight, i), range);
+                    sums.add<true>(pieces.piece, __shfl_sync(kAll, weight, i));
                 else
-                    sums.add<false>(pieces.piece, 0.0f, range);
+                    sums.add<false>(pieces.piece, 0.0f);
             }
             if (!own) pieces.put_back(row, span);
         }
@@ -171,8 +164,9 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     return true;
 }
 
-// While one part is added up the next is on its way, where there are more parts than warps.
-__device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& call,
+// While one part is added up the next is on its way, where there are more parts than warps. Ends
+// early where a wait has expired.
+__device__ __forceinline__ void add_up(const CombineArguments& a, const Call& call,
                                        const RowsFrom& in, int* next) {
     const int warps = blockDim.x / 32 * gridDim.x;
     const Cut cut(a.num_tokens, a.row_bytes, warps, kSumDepth);
@@ -187,7 +181,7 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& ca
         ahead.item = items;
         if (plenty || !busy) ahead.open(a, next_item(next), items, cut);
         if (busy) {
-            if (!add_part(a, call, in, part, ahead, items, pieces)) return false;
+            if (!add_part(a, call, in, part, ahead, items, pieces)) return;
         } else if (ahead.item < items) {
             ahead.begin(a, call, in, items, pieces);
         } else {
@@ -195,5 +189,4 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Call& ca
         }
         part = ahead;
     }
-    return true;
 }

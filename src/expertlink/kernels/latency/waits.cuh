@@ -56,6 +56,11 @@ __device__ __forceinline__ Found look(const Call& call, Phase phase, int peer, u
     return since == kLookedGone ? kGone : since == kLookedStop ? kStop : kHere;
 }
 
+// A tagged word is of the awaited transfer.
+__device__ __forceinline__ bool is_of(const Call& call, unsigned long long word) {
+    return static_cast<unsigned>(word >> 32) == call.watch.transfer;
+}
+
 // Waits for a word that carries its transfer: what it carries, with what was found above it.
 __device__ __noinline__ unsigned long long wait_slowly(const Call* call,
                                                        const unsigned long long* word, int peer,
@@ -88,7 +93,7 @@ __device__ __forceinline__ Found wait_tagged(const Call& call, const unsigned lo
                                              int peer, Phase phase, unsigned& value) {
     unsigned long long now = load_tagged(word);
     Found found = kHere;
-    if (static_cast<unsigned>(now >> 32) != call.watch.transfer) {
+    if (!is_of(call, now)) {
         now = wait_slowly(&call, word, peer, phase);
         found = static_cast<Found>(now >> 32);
     }
@@ -96,21 +101,21 @@ __device__ __forceinline__ Found wait_tagged(const Call& call, const unsigned lo
     return found;
 }
 
-// Peers have read what this rank sent kSets transfers ago. One warp; false: give up.
-__device__ __forceinline__ bool peers_have_room(const Call& call) {
-    const int rank = call.watch.rank;
-    const unsigned wanted = call.watch.transfer - kSets;
+// Peers have read what this rank sent kSets transfers ago, up to number `needed`. One warp; false:
+// give up.
+__device__ __noinline__ bool peers_have_room(const Call& call, unsigned needed) {
     bool fine = true;
+    __syncwarp();  // what this warp has written of `call` is all that is needed
 #pragma unroll 1
     for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32) {
-        if (is_masked(call, peer)) continue;
-        const unsigned* const word = credit_word(call.bases[rank], peer);
+        const unsigned* const word = credit_word(call.bases[call.watch.rank], peer);
         unsigned long long since = 0;
-        for (unsigned spins = 1;; ++spins) {
+        for (unsigned spins = 0;; ++spins) {
             const unsigned now = load_acquire_system(word);
-            if (reached(now, wanted)) break;
+            if (reached(now, needed)) break;
+            // At once first: the peer may be masked.
             if (spins % kSpinsBetweenLooks != 0) continue;
-            const Found found = look(call, kPhaseCredit, peer, wanted, now, 0, since);
+            const Found found = look(call, kPhaseCredit, peer, needed, now, 0, since);
             if (found == kStop) fine = false;
             if (found != kHere) break;
         }
