@@ -35,14 +35,14 @@ def begin_after(comm: HostedCommunicator, transfers: int) -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("turns", [1, 2])
-def test_numbers_begin_again(layout: DispatchLayout, turns: int) -> None:
-    """Calls and halves before and after the last number, for the first time and later."""
+@pytest.mark.parametrize("transfers", [LAST_NUMBER, 2 * LAST_NUMBER, 1 << 32])
+def test_numbers_begin_again(layout: DispatchLayout, transfers: int) -> None:
+    """Calls and halves before and after the last number, and where words of four bytes wrap."""
     cases = routings(usual(3, layout))
 
     def job(comm: HostedCommunicator) -> None:
         comm.initialize()
-        begin_after(comm, turns * LAST_NUMBER - 5)
+        begin_after(comm, transfers - 5)
         nvlink_jobs.contracts(comm, cases)
         latency_halves_jobs.many_turns(comm, cases)
 

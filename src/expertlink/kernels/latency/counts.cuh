@@ -73,7 +73,8 @@ __device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& 
     bool fine = true;
     in.fill([&](int rank) {
         const unsigned long long* const words =
-            count_word(call.bases[a.rank], call.watch.transfer, min(rank, kNumRanks - 1), 0);
+            count_word(call.bases[a.rank], call.watch.transfer, min(rank, kNumRanks - 1),
+                       kHeadColumn);
         unsigned head = a.signature, rows = 0;
         bool here = rank >= kNumRanks || is_masked(call, rank);
         const bool waits = !here;

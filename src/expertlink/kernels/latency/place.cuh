@@ -94,8 +94,7 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     // While these are on their way.
     Found found = kHere;
     if (kExpanded || is_first || own)
-        found =
-            receive_beside(a, call, at, in, source, position, is_first, target, token);
+        found = receive_beside(a, call, at, in, source, position, is_first, target, token);
     if (found == kStop) return false;
     if (found == kGone && kExpanded) target = -1;
     const unsigned targets = __ballot_sync(kAll, target >= 0);

@@ -177,8 +177,8 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
         const int count = masked ? 0 : bits_in(masks.ranks + peer * masks.words, masks.words);
         a.rows_to[peer] = count;
         if (masked) continue;
-        store_tagged_pair(count_word(call.bases[peer], call.sending, a.rank, 0), call.sending,
-                          a.signature, count);
+        store_tagged_pair(count_word(call.bases[peer], call.sending, a.rank, kHeadColumn),
+                          call.sending, a.signature, count);
         if (a.rows_sent != nullptr) {
             a.rows_sent[peer] += count;
             if (peer != a.rank)

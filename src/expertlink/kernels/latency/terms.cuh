@@ -106,8 +106,7 @@ struct Adding {
 
     // Where a term is; an own row, which is only read, may have found no room.
     __device__ __forceinline__ char* row_of(const CombineArguments& a, const Call& call,
-                                                  const RowsFrom& in, int slot,
-                                                  bool& exists) const {
+                                            const RowsFrom& in, int slot, bool& exists) const {
         if (!is_own(a, slot)) return staged_row(call.bases[a.rank], call.watch.transfer, slot);
         const long long own = dense_row(a, in, a.rank, slot % kMaxTokens);
         exists = own < a.max_slots;
