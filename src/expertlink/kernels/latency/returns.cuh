@@ -8,6 +8,7 @@
 
 // Steps that a warp has under way for each term.
 constexpr int kSumDepth = kExpanded ? 3 : 4;
+constexpr int kTogether = 4;  // terms under way for a part of one step
 
 struct Sums {
     float value[kSumDepth][kPack];
@@ -32,8 +33,9 @@ struct Sums {
 };
 
 // Steps of a row into staging memory of a peer.
+template <int kDepth>
 __device__ __forceinline__ void return_steps(const CombineArguments& a, const Call& call, int peer,
-                                             int slot, const uint4 (&piece)[kSumDepth], int first,
+                                             int slot, const uint4 (&piece)[kDepth], int first,
                                              int last) {
     const Span span = span_of(first, last, a.row_bytes);
     const unsigned strange = strange_steps(piece, span);
@@ -130,11 +132,7 @@ struct Returning {
         if (a.slot_weights != nullptr && choice >= 0) weight = a.slot_weights[choice];
         if (a.row_bytes == 0 || kExact) return;
         if (kExpanded) {
-            const unsigned choices = __ballot_sync(kAll, choice >= 0);
-            if (range.is_one())
-                load_choices(a, choices, piece);
-            else
-                load_choice(a, choices, piece);
+            load_choice(a, __ballot_sync(kAll, choice >= 0), piece);
             return;
         }
         const long long row = dense_row(a, in, source, position);
@@ -150,19 +148,6 @@ struct Returning {
         if (choices) load_row(a, slot, piece);
     }
 
-    // A part of one step: pieces are of rows of several choices, from the first of some on.
-    __device__ __forceinline__ void load_choices(const CombineArguments& a, unsigned choices,
-                                                 uint4 (&piece)[kSumDepth]) const {
-#pragma unroll
-        for (int i = 0; i < kSumDepth; ++i, choices &= choices - 1) {
-            const long long slot = __shfl_sync(kAll, choice, choices ? __ffs(choices) - 1 : 0);
-            uint4 one[1];
-            read_steps(one, row_at(a, max(slot, 0ll)),
-                       span_of(range.first, choices ? range.last : range.first, a.row_bytes));
-            piece[i] = one[0];
-        }
-    }
-
     // A row for which there was no room is as one of zeros.
     __device__ __forceinline__ void load_row(const CombineArguments& a, long long row,
                                              uint4 (&piece)[kSumDepth]) const {
@@ -176,6 +161,16 @@ __device__ __forceinline__ void copy_steps(uint4 (&to)[kSumDepth], const uint4 (
     for (int i = 0; i < kSumDepth; ++i) to[i] = from[i];
 }
 
+// What belongs to a part and is no row.
+__device__ __forceinline__ void return_notes(const CombineArguments& a, const Call& call,
+                                             const RowsFrom& in, const Returning& part) {
+    if (part.part != 0 || !(kExact || a.flags & kGrads)) return;
+    if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
+        count_row(a, part.source, a.rows_sent, a.bytes_sent);
+    return_beside(a, call, part.source, a.rank * kMaxTokens + part.position, part.token,
+                  dense_row(a, in, part.source, part.position), part.choice, part.weight);
+}
+
 // Returns `part`, whose first row is in `piece`; that of `ahead` is there afterwards.
 __device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, const Returning& part,
@@ -184,12 +179,7 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
     const int peer = part.source, slot = a.rank * kMaxTokens + part.position;
     const Steps range = part.range;
     const bool more = ahead.item < items;
-    if (part.part == 0 && (kExact || a.flags & kGrads)) {
-        if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
-            count_row(a, peer, a.rows_sent, a.bytes_sent);
-        return_beside(a, call, peer, slot, part.token,
-                      dense_row(a, in, part.source, part.position), part.choice, part.weight);
-    }
+    return_notes(a, call, in, part);
     if (a.row_bytes == 0 || part.stays(a)) {
         if (more) ahead.begin(a, in, piece);
         return;
@@ -214,23 +204,6 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
     Sums sums;
     sums.clear();
     unsigned left = __ballot_sync(kAll, part.choice >= 0);
-    if (range.is_one()) {
-#pragma unroll 1
-        while (left) {
-#pragma unroll
-            for (int i = 0; i < kSumDepth; ++i) {
-                if (!left) break;
-                const float weight = __shfl_sync(kAll, part.weight, __ffs(left) - 1);
-                add_piece<true>(sums.value[0], piece[i], weight);
-                left &= left - 1;
-            }
-            part.load_choices(a, left, piece);
-        }
-        if (more) ahead.begin(a, in, piece);
-        sums.round(next);
-        return_steps(a, call, peer, slot, next, range.first, range.last);
-        return;
-    }
     if (left == 0 && more) ahead.begin(a, in, piece);
 #pragma unroll 1
     while (left) {
@@ -247,6 +220,42 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
     return_steps(a, call, peer, slot, next, range.first, range.last);
 }
 
+// Partial sums of parts of one step: the rows of some choices are on their way together.
+__device__ __forceinline__ void return_few(const CombineArguments& a, const Call& call,
+                                           const RowsFrom& in, const Cut& cut, int items,
+                                           int* next) {
+    Returning part;
+#pragma unroll 1
+    for (part.open(a, call, in, first_item(), items, cut, next); part.item < items;
+         part.open(a, call, in, next_item(next), items, cut, next)) {
+        if (a.slot_weights != nullptr && part.choice >= 0)
+            part.weight = a.slot_weights[part.choice];
+        return_notes(a, call, in, part);
+        if (a.row_bytes == 0) continue;
+        const Span span = span_of(part.range.first, part.range.last, a.row_bytes);
+        float sum[kPack] = {};
+#pragma unroll 1
+        for (unsigned left = __ballot_sync(kAll, part.choice >= 0); left;) {
+            uint4 piece[kTogether][1];
+            unsigned rest = left;
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i, rest &= rest - 1) {
+                const long long slot = __shfl_sync(kAll, part.choice, rest ? __ffs(rest) - 1 : 0);
+                read_steps(piece[i], row_at(a, max(slot, 0ll)), {span.at, rest ? span.count : 0});
+            }
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                if (!left) break;
+                add_piece<true>(sum, piece[i][0], __shfl_sync(kAll, part.weight, __ffs(left) - 1));
+                left &= left - 1;
+            }
+        }
+        const uint4 one[1] = {round_piece(sum)};
+        return_steps(a, call, part.source, a.rank * kMaxTokens + part.position, one,
+                     part.range.first, part.range.last);
+    }
+}
+
 // While one part is returned the next is on its way, where there are more parts than warps.
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, int warps, int* next) {
@@ -254,6 +263,10 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
     const Cut cut(in.total, a.row_bytes, all, kSumDepth);
     const int items = in.most * kNumRanks * cut.parts;
     const bool plenty = in.total * cut.parts > all;
+    if (kExpanded && !kExact && cut.length == 1) {
+        return_few(a, call, in, cut, items, next);
+        return;
+    }
     Returning part, ahead;
     uint4 piece[kSumDepth];
     part.open(a, call, in, first_item(), items, cut, next);

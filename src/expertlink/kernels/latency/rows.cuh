@@ -85,8 +85,9 @@ struct Pieces {
     template <typename Places>
     __device__ __forceinline__ Found settle(const Call& call, const Places& places, unsigned which,
                                             int& awaited) {
-        const unsigned bits = missing() & which;
-        if (!__any_sync(kAll, bits)) return kHere;
+        const unsigned bits = missing() & which, left = __reduce_or_sync(kAll, bits);
+        if (left == 0) return kHere;
+        awaited = __ffs(left) - 1;
         return poll(call, places, bits, awaited);
     }
 
@@ -100,7 +101,6 @@ struct Pieces {
     template <typename Places>
     __device__ __forceinline__ Found poll(const Call& call, const Places& places, unsigned bits,
                                           int& awaited) {
-        awaited = 0;
         unsigned long long since = 0;
         long long* const longest = call.patience.longest_wait_ns;
         const unsigned long long began = longest != nullptr ? nanoseconds() : 0;

@@ -107,8 +107,6 @@ struct Divider {
 
 struct Steps {
     int first, last;
-
-    __device__ __forceinline__ bool is_one() const { return last - first == 1; }
 };
 
 // How rows are cut, so that there is work for all warps and no part is longer than `most` steps.

@@ -79,13 +79,17 @@ struct Adding {
         term = term_of(a, token);
     }
 
+    __device__ __forceinline__ void leave_out_masked(const Call& call) {
+        if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
+    }
+
     // The terms are here; the first of them is looked at.
     __device__ __forceinline__ void begin(const CombineArguments& a, const Call& call,
                                           const RowsFrom& in, int items,
                                           Pieces<kSumDepth>& pieces) {
         if (item >= items) return;
-        if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
-        if (!range.is_one()) look_at(a, call, in, __ballot_sync(kAll, term.slot >= 0), pieces);
+        leave_out_masked(call);
+        look_at(a, call, in, __ballot_sync(kAll, term.slot >= 0), pieces);
     }
 
     __device__ __forceinline__ bool is_own(const CombineArguments& a, int slot) const {

@@ -7,8 +7,8 @@
 struct PlacesOfTerms {
     Term term;
     int step;
-    char* row[kSumDepth];
-    int lane[kSumDepth];  // that has the term of a piece
+    char* row[kTogether];
+    int lane[kTogether];  // that has the term of a piece
 
     __device__ __forceinline__ char* at(int i) const {
         return row[i] + step * kStepBytes + threadIdx.x % 32 * 16;
@@ -22,14 +22,14 @@ struct PlacesOfTerms {
                                                       call.watch.transfer);
         unsigned bits = 0;
 #pragma unroll
-        for (int i = 0; i < kSumDepth; ++i) bits |= (found >> lane[i] & 1u) << i;
+        for (int i = 0; i < kTogether; ++i) bits |= (found >> lane[i] & 1u) << i;
         return bits;
     }
 
     __device__ __forceinline__ int lane_of(int piece) const {
         int found = lane[0];
 #pragma unroll
-        for (int i = 1; i < kSumDepth; ++i)
+        for (int i = 1; i < kTogether; ++i)
             if (i == piece) found = lane[i];
         return found;
     }
@@ -55,14 +55,14 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
     unsigned left = __ballot_sync(kAll, part.term.slot >= 0);
 #pragma unroll 1
     while (left) {
-        Pieces<kSumDepth> pieces;
+        Pieces<kTogether> pieces;
         PlacesOfTerms places;
         places.term = part.term;
         places.step = part.range.first;
         unsigned there = 0, staged = 0, lost = 0;  // bit i: piece i
         pieces.clear();
 #pragma unroll
-        for (int i = 0; i < kSumDepth; ++i) {
+        for (int i = 0; i < kTogether; ++i) {
             places.row[i] = nullptr;
             places.lane[i] = 0;
             if (!left) continue;
@@ -84,7 +84,7 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
             lost |= 1u << awaited;
         }
 #pragma unroll
-        for (int i = 0; i < kSumDepth; ++i) {
+        for (int i = 0; i < kTogether; ++i) {
             if (!(there >> i & 1u)) break;
             if (!(lost >> i & 1u))
                 add_piece<kExact>(sum, pieces.piece[i],
@@ -95,31 +95,39 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
     return true;
 }
 
+// What belongs to a part and is no row: lane k learns the weight of its term with exact sums; which
+// lanes' terms are gone since. False: give up.
+__device__ __forceinline__ bool receive_notes(const CombineArguments& a, const Call& call,
+                                              const Adding& part, unsigned& gone, float& weight) {
+    const int lane = threadIdx.x % 32;
+    Term term = part.term;
+    float grad = 0.0f;
+    if (kExact && !receive_beside(a, call, term, weight, grad)) return false;
+    gone = __ballot_sync(kAll, part.term.slot >= 0 && term.slot < 0);
+    if (part.part != 0) return true;
+    if (kExact && term.slot >= 0 && a.rows_sent != nullptr && a.row_bytes != 0)
+        count_row(a, term.peer, a.rows_received, a.bytes_received);
+    if (!(a.flags & kGrads)) return true;
+    if (!kExact) return receive_grads(a, call, term, part.token);
+    if (lane < kTopk)
+        a.grads_out[static_cast<long long>(part.token) * kTopk + lane] =
+            term.slot >= 0 ? grad : 0.0f;
+    return true;
+}
+
 // Adds up `part`, whose first term is in `pieces`; afterwards that of `ahead` is. False: give up.
 __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
                                          const RowsFrom& in, const Adding& part, Adding& ahead,
                                          int items, Pieces<kSumDepth>& pieces) {
-    const int lane = threadIdx.x % 32;
     const Steps range = part.range;
     const Span span = span_of(range.first, range.last, a.row_bytes);
     const unsigned terms = __ballot_sync(kAll, part.term.slot >= 0);
-    Term term = part.term;
-    float weight = 1.0f, grad = 0.0f;
-    if (kExact && !receive_beside(a, call, term, weight, grad)) return false;
-    const unsigned gone = terms & ~__ballot_sync(kAll, term.slot >= 0);
-    if (kExact && part.part == 0 && term.slot >= 0 && a.rows_sent != nullptr && a.row_bytes != 0)
-        count_row(a, term.peer, a.rows_received, a.bytes_received);
-    if (part.part == 0 && a.flags & kGrads) {
-        if (!kExact && !receive_grads(a, call, term, part.token)) return false;
-        if (kExact && lane < kTopk)
-            a.grads_out[static_cast<long long>(part.token) * kTopk + lane] =
-                term.slot >= 0 ? grad : 0.0f;
-    }
+    unsigned gone = 0;
+    float weight = 1.0f;
+    if (!receive_notes(a, call, part, gone, weight)) return false;
     Sums sums;
     sums.clear();
-    const bool at_once = range.is_one() && a.row_bytes != 0;
-    if (at_once && !add_terms(a, call, in, part, gone, weight, sums.value[0])) return false;
-    unsigned left = at_once ? 0 : terms;
+    unsigned left = terms;
     if (left == 0) ahead.begin(a, call, in, items, pieces);
 #pragma unroll 1
     while (left) {
@@ -164,6 +172,25 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     return true;
 }
 
+// Parts of one step, one after the other.
+__device__ __forceinline__ void add_up_few(const CombineArguments& a, const Call& call,
+                                           const RowsFrom& in, const Cut& cut, int items,
+                                           int* next) {
+    Adding part;
+#pragma unroll 1
+    for (int item = next_item(next); item < items; item = next_item(next)) {
+        part.open(a, item, items, cut);
+        part.leave_out_masked(call);
+        unsigned gone = 0;
+        float weight = 1.0f, sum[kPack] = {};
+        if (!receive_notes(a, call, part, gone, weight)) return;
+        if (!add_terms(a, call, in, part, gone, weight, sum)) return;
+        const uint4 one[1] = {round_piece(sum)};
+        write_steps(static_cast<char*>(a.out) + static_cast<long long>(part.token) * a.row_bytes,
+                    one, span_of(part.range.first, part.range.last, a.row_bytes));
+    }
+}
+
 // While one part is added up the next is on its way, where there are more parts than warps. Ends
 // early where a wait has expired.
 __device__ __forceinline__ void add_up(const CombineArguments& a, const Call& call,
@@ -172,6 +199,10 @@ __device__ __forceinline__ void add_up(const CombineArguments& a, const Call& ca
     const Cut cut(a.num_tokens, a.row_bytes, warps, kSumDepth);
     const int items = a.num_tokens * cut.parts;
     const bool plenty = items > warps;
+    if (cut.length == 1 && a.row_bytes != 0) {
+        add_up_few(a, call, in, cut, items, next);
+        return;
+    }
     Adding part, ahead;
     Pieces<kSumDepth> pieces;
     part.item = items;
