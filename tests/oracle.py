@@ -74,12 +74,13 @@ class Case:
         return torch.float64 if self.dtype is torch.float64 else torch.float32
 
     def rank_of_expert(self) -> list[int]:
-        """Placement: "even" blocks, or "scattered" anywhere, ranks without experts included."""
+        """Placement: "even" blocks, "bare" with none on the last rank, or "scattered" anywhere."""
         if self.placement == "scattered":
             rng = random.Random(self.seed)
             return [rng.randrange(self.ranks) for _ in range(self.experts)]
-        base, extra = divmod(self.experts, self.ranks)
-        return [r for r in range(self.ranks) for _ in range(base + (r < extra))]
+        ranks = max(1, self.ranks - (self.placement == "bare"))
+        base, extra = divmod(self.experts, ranks)
+        return [r for r in range(ranks) for _ in range(base + (r < extra))]
 
     def local_experts(self, rank: int) -> list[int]:
         return [e for e, owner in enumerate(self.rank_of_expert()) if owner == rank]

@@ -29,7 +29,7 @@ def cases(draw: st.DrawFn, ranks: int, layout: DispatchLayout) -> Case:
         alignment=draw(st.sampled_from([1, 1, 4, 16])) if layout is DispatchLayout.FLAT else 1,
         weighted=draw(st.booleans()),
         ids_dtype=draw(st.sampled_from([torch.int64, torch.int32])),
-        placement=draw(st.sampled_from(["even", "scattered"])),
+        placement=draw(st.sampled_from(["even", "scattered", "bare"])),
         precision=draw(st.sampled_from(["wire", "exact"])) if layout.expanded else "wire",
         seed=draw(st.integers(0, 10_000)),
     )

@@ -55,13 +55,20 @@ def test_edges_of_what_the_kernels_take(name: str, layout: DispatchLayout) -> No
 
 
 @LAYOUTS
-@pytest.mark.parametrize("ranks", [3, 72])
-def test_any_placement(ranks: int, layout: DispatchLayout) -> None:
-    """Uneven blocks, and at 72 ranks some without any expert."""
+@pytest.mark.parametrize(
+    ("ranks", "placement", "bare"),
+    [(3, "scattered", False), (3, "bare", True), (72, "scattered", True)],
+)
+def test_any_placement(ranks: int, placement: str, bare: bool, layout: DispatchLayout) -> None:
+    """Uneven blocks, and ranks without any expert."""
     tokens = tuple(min(count, 7) for count in usual(ranks, layout).case().tokens)
-    case = usual(ranks, layout).case(tokens, placement="scattered", seed=8)
-    assert ranks < 72 or any(not case.local_experts(rank) for rank in range(ranks))
-    run_hosted(fleet_of(case), nvlink_jobs.contracts, [case])
+    case = usual(ranks, layout).case(tokens, placement=placement, seed=8)
+    assert bare == any(not case.local_experts(rank) for rank in range(ranks))
+    cases = [case, dataclasses.replace(case, masked=0.4)]
+    fleet = fleet_of(case)
+    run_hosted(fleet, nvlink_jobs.contracts, cases)
+    if placement == "bare":
+        run_hosted(fleet, latency_halves_jobs.many_turns, cases)
 
 
 @pytest.mark.parametrize("ranks", [3, 8])

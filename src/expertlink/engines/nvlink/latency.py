@@ -246,8 +246,8 @@ class LowLatency:
         counts, per_rank = output.num_tokens_per_expert, output.num_tokens_per_rank
         assert per_rank is not None
         a.counts_out, a.rows_from_out = counts.data_ptr(), per_rank.data_ptr()
-        # Behind the counts, in every layout.
-        a.offsets_out = a.counts_out + 4 * self._num_local
+        # Between the two, in every layout; without local experts the counts have no address.
+        a.offsets_out = a.rows_from_out - 4 * (self._num_local + 1)
         a.tokens, a.max_slots = output.tokens.data_ptr(), math.prod(output.tokens.shape[:-1])
         a.topk_ids = None if output.topk_ids is None else output.topk_ids.data_ptr()
         a.scales_out, a.scale_stride = None, 0
