@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -226,39 +227,47 @@ def late_beyond_the_timeout(ctx: RankContext, cases: Sequence[Case], gone: int) 
 
     What it does then is not theirs to answer; only `clear_mask` brings it back.
     """
-    others = [rank for rank in range(ctx.num_ranks) if rank != gone]
-    group: Any = dist.new_group(others, backend="gloo")
+    first, *others = [rank for rank in range(ctx.num_ranks) if rank != gone]
     word = torch.zeros(1)
     with torch.no_grad(), make(ctx, cases[0], mask_lost_peers=True, timeout_s=1.0) as comm:
         for case in cases:
             latency_jobs.calls_with_all(comm, case)
         dist.barrier()
         if ctx.rank == gone:
-            dist.recv(word, src=others[0])  # the others have given it up
+            dist.recv(word, src=first)  # the others have given it up
             for _ in range(latency_jobs.ROUNDS):
                 for case in cases:
                     _late_pair(comm, case)
-            dist.send(word, dst=others[0])
+            dist.send(word, dst=first)
         else:
             latency_lost_jobs.calls_without(comm, cases[0], gone, "while it is awaited")
             torch.cuda.synchronize(ctx.device)
-            done: Any = None
-            if ctx.rank == others[0]:
+            done = threading.Event()
+            if ctx.rank == first:
                 dist.send(word, dst=gone)
-                done = dist.irecv(word, src=gone)
+                threading.Thread(target=_receive, args=(word, gone, done)).start()
             goes_on = torch.ones(1)
             while goes_on.item():
                 for case in cases:
                     latency_lost_jobs.calls_without(comm, case, gone, "beside the late one")
-                if done is not None and done.is_completed():
-                    goes_on.zero_()
-                dist.broadcast(goes_on, src=others[0], group=group)
+                if ctx.rank != first:
+                    dist.recv(goes_on, src=first)
+                    continue
+                goes_on.fill_(not done.is_set())
+                for other in others:
+                    dist.send(goes_on, dst=other)
             torch.cuda.synchronize(ctx.device)
             comm.check_health()
         comm.clear_mask()
         for case in cases:
             check_contract(comm, case)
     return True
+
+
+def _receive(word: torch.Tensor, source: int, done: threading.Event) -> None:
+    """Gloo's own requests know that they are complete only once somebody has waited for them."""
+    dist.recv(word, src=source)
+    done.set()
 
 
 def _late_pair(comm: MoECommunicator, case: Case) -> None:
@@ -268,6 +277,26 @@ def _late_pair(comm: MoECommunicator, case: Case) -> None:
         rows = torch.ones(handle.rows_shape, dtype=case.dtype, device=comm.device)
         comm.combine(rows, handle)
         torch.cuda.synchronize(comm.device)
+
+
+def different_calls(ctx: RankContext, case: Case, timeout_s: float) -> nvlink_jobs.Lost:
+    """Rank 0 combines, rank 1, which has no tokens, dispatches: each waits for the other one."""
+    with torch.no_grad():
+        comm = make(ctx, case, mask_lost_peers=True, timeout_s=timeout_s)
+        latency_jobs.calls_with_all(comm, case)
+        _, handle = dispatch_case(comm, case)
+        torch.cuda.synchronize(ctx.device)
+        dist.barrier()
+
+        def call() -> None:
+            if ctx.rank == 0:
+                comm.combine(rows_for(case, ctx.rank, handle), handle)
+            else:
+                dispatch_case(comm, case)
+            torch.cuda.synchronize(ctx.device)
+            comm.check_health()
+
+        return nvlink_jobs.lost_in(call, comm, case)
 
 
 def missing_beside_ones(ctx: RankContext) -> list[tuple[int, ...]]:

@@ -212,10 +212,17 @@ def lose_a_rank(
         torch.cuda.synchronize(comm.device)
         comm.check_health()
 
+    return lost_in(call, comm, case, ends=comm.rank == culprit)
+
+
+def lost_in(
+    call: Callable[[], object], comm: MoECommunicator, case: Case, *, ends: bool = False
+) -> Lost:
+    """What a rank sees of `call` and, unless it `ends` there, of later ones."""
     error = error_of(call)
     ones = torch.ones((64, 64), device=comm.device)
     works = bool(((ones @ ones) == 64).all())
-    if comm.rank == culprit:
+    if ends:
         return Lost(error, (), works)
     later = (error_of(comm.check_health), error_of(lambda: dispatch_case(comm, case)))
     return Lost(error, tuple(type(item).__name__ for item in later), works)

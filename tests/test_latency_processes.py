@@ -197,10 +197,26 @@ def test_a_rank_killed_at_any_moment(layout: DispatchLayout) -> None:
         assert results[rank] == 400, results[rank]
 
 
-@pytest.mark.gpu(4)
+@pytest.mark.gpu(2)
 @LAYOUTS
-def test_a_rank_that_was_given_up_comes_back(rank_pools, layout: DispatchLayout) -> None:
-    shape = usual(4, layout)
-    cases = [shape.case((9, 4, 7, 5), seed=1), shape.case((40, 40, 40, 40), seed=2)]
-    done = rank_pools(4, "cuda").run(jobs.late_beyond_the_timeout, cases, 1, timeout_s=200)
-    assert done == [True] * 4
+def test_ranks_that_wait_for_each_other_end(rank_pools, layout: DispatchLayout) -> None:
+    """Both are alive, so neither masks the other one; no wait is without an end for all that."""
+    case, timeout_s = usual(2, layout).case((40, 0), seed=1), 0.5
+    seen = rank_pools(2, "cuda").run(jobs.different_calls, case, timeout_s, timeout_s=60)
+    for rank, lost in enumerate(seen):
+        assert isinstance(lost.error, PeerTimeoutError), lost.error
+        assert lost.error.missing == (1 - rank,), lost.error
+        assert lost.error.waited_s >= 2 * timeout_s
+        assert lost.later == ("ClosedError", "ClosedError")
+        assert lost.gpu_works
+
+
+@MANY
+@LAYOUTS
+def test_a_rank_that_was_given_up_comes_back(
+    rank_pools, ranks: int, layout: DispatchLayout
+) -> None:
+    shape = usual(ranks, layout)
+    cases = [shape.case((9, 4, 7, 5)[:ranks], seed=1), shape.case((40,) * ranks, seed=2)]
+    done = rank_pools(ranks, "cuda").run(jobs.late_beyond_the_timeout, cases, 1, timeout_s=60)
+    assert done == [True] * ranks

@@ -108,7 +108,7 @@ class Watchdog:
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds; waits under way see it too."""
         self.timeout_s = timeout_s
-        self._words.timeout_ns = min(int(timeout_s * 1e9), 1 << 62)
+        self._words.timeout_ns = min(int(timeout_s * 1e9), 1 << 54)  # kernels multiply it
 
     def revive(self) -> None:
         """Forgets earlier failures: all ranks begin anew."""

@@ -9,14 +9,16 @@ enum Found { kHere, kGone, kStop };  // came; its rank is masked; give up
 // reference would cost a stack.
 constexpr unsigned long long kLookedGone = 1, kLookedStop = 2;
 
-// A rank that is only waiting itself must not be taken for lost: tells all peers that this one is
-// there, and returns when the awaited one was last heard of.
+// A rank that is only waiting itself must not be taken for lost: tells peers that this one is there,
+// and returns when the awaited one was last heard of. Masked ones are told nothing: one that comes
+// back would wait for ever for what nobody sends it any more.
 __device__ __noinline__ unsigned long long listen(const Call* call, int peer,
                                                   unsigned long long now) {
     const int rank = call->watch.rank;
     Counters* const counters = call->patience.counters;
     for (int r = 0; r < kNumRanks; ++r)
-        store_relaxed_system(alive_word(call->bases[r], rank), static_cast<unsigned>(now));
+        if (load_relaxed_system(&counters->masked[r]) == 0)
+            store_relaxed_system(alive_word(call->bases[r], rank), static_cast<unsigned>(now));
     const unsigned said = load_relaxed_system(alive_word(call->bases[rank], peer));
     // Several warps may do this at once, with the same outcome.
     if (said != load_relaxed_system(&counters->heard[peer])) {
@@ -40,8 +42,11 @@ __device__ __noinline__ unsigned long long look_slowly(const Call* call, Phase p
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
     unsigned long long quiet_since = since;
     if (patience.masks_lost) quiet_since = max(since, listen(call, peer, now));
-    if (now - min(now, quiet_since) < limit) return since;
-    if (patience.masks_lost && peer != watch.rank) {
+    const bool quiet = now - min(now, quiet_since) >= limit;
+    // Each peer may have waited in vain for all others, one after the other. After that they wait
+    // for each other, as in different calls.
+    if (!quiet && now - since < kNumRanks * limit) return since;
+    if (quiet && patience.masks_lost && peer != watch.rank) {
         // Whoever waits for this rank learns it at the next look.
         atomicExch(&patience.counters->masked[peer], 1u);
         return kLookedGone;
