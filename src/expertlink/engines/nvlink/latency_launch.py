@@ -19,7 +19,8 @@ COMBINE_SMS = 64
 # wire, the others wait for rows. Quantizing takes its time.
 _SENDING_WARPS = {"ll_dispatch": 96, "ll_dispatch_quantized": 160}
 _TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
-_RETURNING_SHARE = 0.75  # of the warps of combine's blocks, likewise
+# Of the warps of combine's blocks, likewise: what is added up takes more of them than single rows.
+_RETURNING_SHARE = {"sums": 0.84, "rows": 0.35}
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
 _BOTH = _SEND | _RECEIVE
@@ -128,5 +129,6 @@ class LatencyLauncher:
             wanted = _SENDING_WARPS[name] // blocks if both else warps
             senders = min(warps - _TELLING_WARPS, wanted)
         else:
-            senders = int(_RETURNING_SHARE * warps) if both else warps
+            share = _RETURNING_SHARE["sums" if config.layout.expanded else "rows"]
+            senders = int(share * warps) if both else warps
         return launch, max(1, senders)

@@ -9,6 +9,7 @@
 // Steps that a warp has under way for each term.
 constexpr int kSumDepth = kExpanded ? 3 : 4;
 constexpr int kTogether = 4;  // terms under way for a part of one step
+constexpr int kDrawnFrom = 5;  // parts for each warp; fewer are dealt out, which takes no time
 
 struct Sums {
     float value[kSumDepth][kPack];
@@ -96,12 +97,13 @@ struct Returning {
     Steps range;
 
     // The next part that exists, from item `first` on; what is known of its choices is on its way.
+    template <typename Next>
     __device__ __forceinline__ void open(const CombineArguments& a, const Call& call,
                                          const RowsFrom& in, int first, int items, const Cut& cut,
-                                         int* next) {
+                                         const Next& next) {
         const int lane = threadIdx.x % 32;
         const Divider by_parts(cut.parts);
-        for (item = first; item < items; item = next_item(next)) {
+        for (item = first; item < items; item = next()) {
             const int turn = by_parts(item);
             part = item - turn * cut.parts;
             source = (turn + a.rank) % kNumRanks;
@@ -223,11 +225,12 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
 // Partial sums of parts of one step: the rows of some choices are on their way together.
 __device__ __forceinline__ void return_few(const CombineArguments& a, const Call& call,
                                            const RowsFrom& in, const Cut& cut, int items,
-                                           int* next) {
+                                           int* counter) {
+    const auto next = [&] { return next_item(counter); };
     Returning part;
 #pragma unroll 1
     for (part.open(a, call, in, first_item(), items, cut, next); part.item < items;
-         part.open(a, call, in, next_item(next), items, cut, next)) {
+         part.open(a, call, in, next(), items, cut, next)) {
         if (a.slot_weights != nullptr && part.choice >= 0)
             part.weight = a.slot_weights[part.choice];
         return_notes(a, call, in, part);
@@ -258,15 +261,19 @@ __device__ __forceinline__ void return_few(const CombineArguments& a, const Call
 
 // While one part is returned the next is on its way, where there are more parts than warps.
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
-                                            const RowsFrom& in, int warps, int* next) {
+                                            const RowsFrom& in, int warps, int* counter) {
     const int all = warps * gridDim.x;
     const Cut cut(in.total, a.row_bytes, all, kSumDepth);
     const int items = in.most * kNumRanks * cut.parts;
-    const bool plenty = in.total * cut.parts > all;
+    const int parts = in.total * cut.parts;
+    const bool plenty = parts > all, drawn = parts >= kDrawnFrom * all;
     if (kExpanded && !kExact && cut.length == 1) {
-        return_few(a, call, in, cut, items, next);
+        return_few(a, call, in, cut, items, counter);
         return;
     }
+    Draws draws;
+    if (drawn) draws.begin(call, warps, items);
+    const auto next = [&] { return drawn ? draws.next() : next_item(counter); };
     Returning part, ahead;
     uint4 piece[kSumDepth];
     part.open(a, call, in, first_item(), items, cut, next);
@@ -274,11 +281,11 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
 #pragma unroll 1
     while (part.item < items) {
         ahead.item = items;
-        if (plenty) ahead.open(a, call, in, next_item(next), items, cut, next);
+        if (plenty) ahead.open(a, call, in, next(), items, cut, next);
         return_part(a, call, in, part, ahead, items, piece);
         part = ahead;
         if (plenty) continue;
-        part.open(a, call, in, next_item(next), items, cut, next);
+        part.open(a, call, in, next(), items, cut, next);
         if (part.item < items) part.begin(a, in, piece);
     }
 }

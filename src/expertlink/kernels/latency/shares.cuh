@@ -56,8 +56,8 @@ __device__ __forceinline__ int next_item(int* counter) {
     return __shfl_sync(kAll, taken, 0) * gridDim.x + blockIdx.x;
 }
 
-// Items that all blocks draw from one counter: for what a dispatch sends, since some SMs reach the
-// wire much faster than others. Each draw is on its way while the item before is sent.
+// Items that all blocks draw from one counter: for what is sent, since some SMs reach the wire much
+// faster than others. Each draw is on its way while the item before is sent.
 struct Draws {
     unsigned* drawn;
     int first;        // of the items that are drawn
