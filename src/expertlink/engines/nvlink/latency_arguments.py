@@ -35,7 +35,7 @@ _COMMON = (
     Field("int", "operation", "header.Operation"),
     Field("int", "flags", "LatencyFlag"),
     Field("int", "num_tokens", "T"),
-    Field("int", "send_warps", "warps of a block that send rows first; more for few rows"),
+    Field("int", "send_warps", "warps of a block that send rows first, unless there are few rows"),
     Field("int", "row_bytes", "bytes of a row on the wire"),
     Field("int", "max_slots", "rows that the output has room for"),
     Field("const void*", "ids", "[T, K] global expert ids"),

@@ -15,9 +15,10 @@ from expertlink.jit.kernel import Arguments
 # SMs that a call takes by default: docs/architecture.md, "How many SMs".
 DISPATCH_SMS = 32
 COMBINE_SMS = 64
-# Warps of all blocks that begin with sending, where both halves are in one launch: they fill the
-# wire, the others wait for rows. Quantizing takes its time.
-_SENDING_WARPS = {"ll_dispatch": 96, "ll_dispatch_quantized": 160}
+# Warps of all blocks that begin with sending, where both halves are in one launch and a row goes to
+# c peers: a / (b + c). So many fill the wire; more get into the way of those that wait for rows.
+# Quantizing a row takes as long as b copies of it.
+_SENDING_WARPS = {"ll_dispatch": (260.0, 0.0), "ll_dispatch_quantized": (950.0, 3.2)}
 _TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
 # Of the warps of combine's blocks, likewise: what is added up takes more of them than single rows.
 _RETURNING_SHARE = {"sums": 0.84, "rows": 0.35}
@@ -126,9 +127,17 @@ class LatencyLauncher:
         warps = latency_warps(name, self._most_warps)
         launch = Launch(grid=blocks, block=32 * warps, shared_bytes=4 * words, follows=True)
         if dispatches:
-            wanted = _SENDING_WARPS[name] // blocks if both else warps
-            senders = min(warps - _TELLING_WARPS, wanted)
+            senders = warps - _TELLING_WARPS
+            if both:
+                work, once = _SENDING_WARPS[name]
+                wanted = work / (once + max(1.0, _copies_to_peers(config, self._num_ranks)))
+                senders = min(senders, round(wanted / blocks))
         else:
             share = _RETURNING_SHARE["sums" if config.layout.expanded else "rows"]
             senders = int(share * warps) if both else warps
         return launch, max(1, senders)
+
+
+def _copies_to_peers(config: MoECommunicatorConfig, num_ranks: int) -> float:
+    """Peers that a token goes to, on average, if its experts are drawn evenly from all ranks."""
+    return (num_ranks - 1) * (1.0 - (1.0 - 1.0 / num_ranks) ** config.topk)

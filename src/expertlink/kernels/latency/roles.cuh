@@ -4,6 +4,7 @@
 #include "latency/counts.cuh"
 
 constexpr int kTellingWarps = 4;  // of a block, at least, where there are so many
+constexpr int kFewSenders = 192;  // of all blocks, with a step of a row or less for each warp
 
 // The first warps send rows, the others tell what belongs to them. When that is done some of these
 // wait for counts, and as soon as the counts of rows are known all place rows. With few tokens the
@@ -19,9 +20,11 @@ struct Roles {
         const int all = warps * static_cast<int>(gridDim.x);
         const bool few = a.num_tokens * a.row_bytes <= all * kStepBytes;
         if (a.flags & kSend) {
-            // Few rows need more warps to fill the wire.
-            const int twice = min(2 * a.send_warps, warps - kTellingWarps);
-            senders = few && !quantizes ? max(a.send_warps, twice) : a.send_warps;
+            senders = a.send_warps;
+            if (few && !quantizes && a.flags & kReceive) {
+                const int blocks = gridDim.x;
+                senders = max(1, min((kFewSenders + blocks - 1) / blocks, warps - kTellingWarps));
+            }
             senders = min(senders, warps - 1);
         }
         waiters = waiting_warps(a, others());
