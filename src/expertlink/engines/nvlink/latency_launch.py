@@ -20,8 +20,9 @@ COMBINE_SMS = 64
 # Quantizing a row takes as long as b copies of it.
 _SENDING_WARPS = {"ll_dispatch": (260.0, 0.0), "ll_dispatch_quantized": (950.0, 3.2)}
 _TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
-# Of the warps of combine's blocks, likewise: what is added up takes more of them than single rows.
-_RETURNING_SHARE = {"sums": 0.84, "rows": 0.35}
+_RETURNING_SHARE = {"sums": 0.84, "rows": 0.75}  # of the warps of combine's blocks, at most
+# Copying rows takes few warps: so many in all blocks, and in each at least the latter.
+_RETURNING_ROWS = (256, 4)
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
 _SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
 _BOTH = _SEND | _RECEIVE
@@ -133,8 +134,12 @@ class LatencyLauncher:
                 wanted = work / (once + max(1.0, _copies_to_peers(config, self._num_ranks)))
                 senders = min(senders, round(wanted / blocks))
         else:
-            share = _RETURNING_SHARE["sums" if config.layout.expanded else "rows"]
-            senders = int(share * warps) if both else warps
+            senders = warps
+            if both and config.layout.expanded:
+                senders = int(_RETURNING_SHARE["sums"] * warps)
+            elif both:
+                wanted, least = _RETURNING_ROWS
+                senders = min(int(_RETURNING_SHARE["rows"] * warps), max(least, wanted // blocks))
         return launch, max(1, senders)
 
 
