@@ -69,7 +69,7 @@ def test_environment_variables_are_all_there() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (README, README.parent / "docs" / "architecture.md"):
+    for page in (README, *(README.parent / "docs").glob("*.md")):
         for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", page.read_text()):
             goal = page.parent / target if target else page
             assert goal.exists(), f"{page.name}: {target}"
