@@ -7,6 +7,7 @@ expert outputs back. Start at `MoECommunicator`.
 from expertlink.communicator import MoECommunicator
 from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import (
+    AbortError,
     CapacityError,
     ClosedError,
     ConfigurationError,
@@ -33,6 +34,7 @@ from expertlink.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AbortError",
     "BlockFormat",
     "CallStatistics",
     "CapacityError",

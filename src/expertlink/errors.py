@@ -75,6 +75,25 @@ class PeerError(ExpertlinkError, RuntimeError):
         return _rebuild, (type(self), str(self), {"ranks": self.ranks})
 
 
+class AbortError(ExpertlinkError, RuntimeError):
+    """A rank called `abort()`, or left a `with` block by an exception: nobody waits for it.
+
+    The communicator is unusable afterwards.
+
+    Attributes:
+        rank: the rank that aborted.
+        reason: what it said.
+    """
+
+    def __init__(self, message: str, *, rank: int, reason: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), str(self), {"rank": self.rank, "reason": self.reason})
+
+
 class PeerTimeoutError(ExpertlinkError, TimeoutError):
     """A bounded wait for other ranks ended without them. The communicator is unusable afterwards.
 

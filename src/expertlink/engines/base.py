@@ -169,7 +169,17 @@ class Engine(Protocol):
         ...
 
     def check_health(self) -> None:
-        """Raises failures of earlier calls that nobody has been told about yet."""
+        """Raises failures of earlier calls that nobody has been told about yet.
+
+        ClosedError on a communicator that an earlier failure has made unusable.
+        """
+        ...
+
+    def abort(self, reason: str) -> None:
+        """Marks this communicator unusable here and tells the ranks that wait, or will.
+
+        They raise AbortError instead of waiting. Local; never raises; safe to repeat.
+        """
         ...
 
     def wire_rows(self, state: object) -> tuple[list[int], list[int]]:
