@@ -220,3 +220,44 @@ def one_call_ahead(ctx: RankContext, culprit: int) -> Any:
         if ctx.rank == culprit:
             comm._engine._wire.call += 1  # type: ignore[union-attr]
         return outcome(lambda: comm.dispatch(**good(comm))), works(comm)
+
+
+def mixed_up(ctx: RankContext, culprit: int, kind: str, fields: dict[str, Any]) -> Any:
+    """Two dispatches of different routing are open; one rank's calls go on with the other one."""
+    with make(ctx, **fields) as comm:
+        first, second = good(comm), good(comm)
+        second["topk_ids"] = second["topk_ids"].flip(0) if ctx.rank else second["topk_ids"] * 0 - 1
+        opened = [comm.dispatch(**mine) for mine in (first, second)]
+        wrong = int(ctx.rank == culprit)
+
+        def call() -> object:
+            out, handle = opened[wrong]
+            if kind == "combine":
+                return comm.combine(out.tokens, handle)
+            return comm.dispatch(first["input"], None, previous_handle=handle)
+
+        seen = outcome(call)
+        sums = [comm.combine(out.tokens, handle) for out, handle in opened]
+        right = torch.equal(sums[0], K * first["input"])
+        return seen, right and works(comm)
+
+
+def mixed_up_backward(ctx: RankContext, culprit: int, fields: dict[str, Any]) -> Any:
+    """One rank unwinds two micro-batches in another order than the rest."""
+    with make(ctx, **fields) as comm:
+        losses, inputs = [], []
+        for _ in range(2):
+            mine = good(comm)
+            inputs.append(mine["input"].requires_grad_())
+            out, handle = comm.dispatch(**mine)
+            losses.append(comm.combine(out.tokens, handle).sum())
+        order = (1, 0) if ctx.rank == culprit else (0, 1)
+        return outcome(lambda: losses[order[0]].backward()), works(comm)
+
+
+def other_experts(ctx: RankContext, culprit: int) -> Any:
+    """One rank uses a communicator of the group that has more experts."""
+    with make(ctx) as a, make(ctx, num_experts=3 * E) as b:
+        mine = b if ctx.rank == culprit else a
+        seen = outcome(lambda: mine.dispatch(**good(mine)))
+        return seen, works(a) and works(b)

@@ -73,7 +73,7 @@ def test_ranks_in_different_calls(rank_pools) -> None:
     results = rank_pools(RANKS).run(peer_jobs.different_calls, CULPRIT, timeout_s=60)
     for seen, recovered in results:
         assert seen[0] == "PeerError"
-        assert "rank 0 is in combine #2; rank 1 is in dispatch #2" in seen[1]
+        assert "rank 0 is in combine #2 of dispatch #1; rank 1 is in dispatch #2" in seen[1]
         assert recovered
 
 
@@ -154,6 +154,44 @@ def test_communicators_are_told_apart(rank_pools) -> None:
         assert kind == "PeerError", message
         odd = "rank 1" if rank != CULPRIT else "rank 0"
         assert f"{odd} is in dispatch #1 of another communicator" in message
+
+
+CHECKS = pytest.mark.parametrize("fields", [{}, {"check_inputs": False}])
+
+
+@CHECKS
+@pytest.mark.parametrize("kind", ["combine", "cached"])
+def test_ranks_go_on_with_different_dispatches(
+    rank_pools, kind: str, fields: dict[str, Any]
+) -> None:
+    results = rank_pools(RANKS).run(peer_jobs.mixed_up, CULPRIT, kind, fields, timeout_s=60)
+    title = {"combine": "combine", "cached": "cached dispatch"}[kind]
+    expected = (
+        f"the ranks are not in the same call: rank 0 is in {title} #3 of dispatch #1; "
+        f"rank 1 is in {title} #3 of dispatch #2; rank 2 is in {title} #3 of dispatch #1. "
+    )
+    for (error, message), recovered in results:
+        assert error == "PeerError", message
+        assert message.startswith(expected), message
+        assert recovered
+
+
+@CHECKS
+def test_ranks_unwind_different_dispatches(rank_pools, fields: dict[str, Any]) -> None:
+    results = rank_pools(RANKS).run(peer_jobs.mixed_up_backward, CULPRIT, fields, timeout_s=60)
+    assert len({seen for seen, _ in results}) == 1, "all ranks raise the same"
+    for (error, message), recovered in results:
+        assert error == "PeerError", message
+        assert "rank 0 is in cached dispatch #5 of dispatch #1; rank 1 is in cached" in message
+        assert recovered
+
+
+def test_communicators_of_different_size_are_told_apart(rank_pools) -> None:
+    results = rank_pools(RANKS).run(peer_jobs.other_experts, CULPRIT, timeout_s=60)
+    for (error, message), recovered in results:
+        assert error == "PeerError", message
+        assert "of another communicator" in message
+        assert recovered
 
 
 def test_a_missed_meeting_can_be_repeated() -> None:

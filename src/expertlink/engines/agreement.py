@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from expertlink.engines.header import (
@@ -17,9 +18,12 @@ from expertlink.engines.header import (
     Operation,
     Word,
     build_header,
+    title_of,
 )
 from expertlink.engines.wire import Wire
 from expertlink.errors import InputError, PeerError
+
+_CHUNK = 1024  # words
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,12 @@ class Agreement:
         self._wire = wire
         self._operation = operation
         self._refused = refused
-        self._received = header.new_empty((wire.num_ranks, header.numel()))
-        self._transfer = wire.gather(header, self._received)
+        words = header.numel()
+        if wire.device.type == "cpu":
+            header = _padded(header)
+        received = header.new_empty((wire.num_ranks, header.numel()))
+        self._received = received[:, :words]
+        self._transfer = wire.gather(header, received)
 
     def conclude(self, explain: Callable[[], Exception] | None = None) -> Table:
         """Waits for all headers and raises the same verdict on every rank, or returns the table.
@@ -83,6 +91,14 @@ class Agreement:
         )
 
 
+def _padded(header: Tensor) -> Tensor:
+    """A header of at least 1024 words, so that those of a group's communicators have one size.
+
+    gloo ends the process where a rank sends more than the other one awaits.
+    """
+    return torch.nn.functional.pad(header, (0, -header.numel() % _CHUNK))
+
+
 def without_counts(
     wire: Wire,
     operation: Operation,
@@ -91,6 +107,7 @@ def without_counts(
     refused: Exception | None = None,
     row_bytes: int = 0,
     extra_bytes: int = 0,
+    subject: int = 0,
 ) -> Agreement:
     """Starts to exchange headers of a call that counts nothing.
 
@@ -101,6 +118,8 @@ def without_counts(
         refused: why this rank takes no part.
         row_bytes: bytes of a row.
         extra_bytes: bytes that travel beside a row.
+        subject: number of the dispatch whose routing the call uses; without meaning in a call that
+            this rank refuses.
     """
     fields = HeaderFields(
         operation=operation,
@@ -109,6 +128,7 @@ def without_counts(
         status=refused is not None,
         row_bytes=row_bytes,
         extra_bytes=extra_bytes,
+        subject=subject & 0x7FFFFFFF,
     )
     header = build_header(
         fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=wire.device
@@ -123,6 +143,7 @@ def judge(
     *,
     refused: Exception | None = None,
     explain: Callable[[], Exception] | None = None,
+    resynchronise: bool = True,
 ) -> None:
     """Raises the verdict that every rank reaches on the same fields, or returns.
 
@@ -132,36 +153,78 @@ def judge(
         fields: `[R][NUM_FIELDS]` what every rank said of its call.
         refused: why this rank takes no part, where its status says so.
         explain: makes that error where the device found it out.
+        resynchronise: where the ranks are in different calls, they count on from one number.
 
     Raises:
         PeerError: the ranks are in different calls, or another rank refused.
         InputError: the ranks' rows differ in width.
     """
-    _check_same_call(wire, fields)
+    if not _in_one_call(fields):
+        own = _call_of(fields[wire.rank])
+        odd = [rank for rank, words in enumerate(fields) if _call_of(words) != own]
+        if resynchronise:
+            _resynchronise(wire, fields)
+        text = difference(fields, communicator=wire.number)
+        assert text is not None
+        raise PeerError(text, ranks=odd) from refused
     _check_status(wire, operation, [words[Word.STATUS] for words in fields], refused, explain)
     _check_widths(fields)
 
 
-def _check_same_call(wire: Wire, fields: list[list[int]]) -> None:
-    names = (Word.OPERATION, Word.COMMUNICATOR, Word.CALL)
-    calls = [tuple(words[name] for name in names) for words in fields]
-    if all(call == calls[0] for call in calls):
-        return
-    own = wire.number
-    seen = "; ".join(
-        f"rank {rank} is in {Operation(operation).title} #{call}"
-        + ("" if communicator == own else " of another communicator")
-        for rank, (operation, communicator, call) in enumerate(calls)
+def difference(fields: Sequence[Sequence[int]], *, communicator: int) -> str | None:
+    """What every rank said of its call, in words; None where all make the same call.
+
+    Local, and the same on every rank of a communicator.
+
+    Args:
+        fields: `[R][NUM_FIELDS]` words of the headers; those of widths and capacity are not read.
+        communicator: this rank's own, `Wire.number`.
+    """
+    refusing = [rank for rank, words in enumerate(fields) if words[Word.STATUS]]
+    if not _in_one_call(fields):
+        seen = "; ".join(
+            f"rank {rank} is in {_name_of(words, communicator)}"
+            + (", which it refused" if rank in refusing else "")
+            for rank, words in enumerate(fields)
+        )
+        return (
+            f"the ranks are not in the same call: {seen}. All ranks of a group make the same "
+            "dispatch and combine calls in the same order"
+        )
+    if refusing:
+        names = ", ".join(f"rank {rank}" for rank in refusing)
+        best = max(fields, key=lambda words: words[Word.SUBJECT])
+        return f"{names} refused {_name_of(best, communicator)}"
+    return None
+
+
+def _call_of(words: Sequence[int]) -> tuple[int, ...]:
+    return tuple(words[i] for i in (Word.OPERATION, Word.COMMUNICATOR, Word.CALL, Word.SUBJECT))
+
+
+def _in_one_call(fields: Sequence[Sequence[int]]) -> bool:
+    """A rank that refused its call may not know which dispatch the call belongs to."""
+    calls = {_call_of(words)[:-1] for words in fields}
+    subjects = {words[Word.SUBJECT] for words in fields if not words[Word.STATUS]}
+    return len(calls) == 1 and len(subjects) <= 1
+
+
+def _name_of(words: Sequence[int], communicator: int) -> str:
+    subject = words[Word.SUBJECT]
+    return (
+        f"{title_of(words[Word.OPERATION])} #{words[Word.CALL]}"
+        + (f" of dispatch #{subject}" if subject else "")
+        + ("" if words[Word.COMMUNICATOR] == communicator else " of another communicator")
     )
-    odd = [rank for rank, call in enumerate(calls) if call != calls[wire.rank]]
-    if all(communicator == own for _, communicator, _ in calls):
+
+
+def _resynchronise(wire: Wire, fields: Sequence[Sequence[int]]) -> None:
+    """Brings all ranks back in step: nobody has made the call that they disagree about."""
+    if all(words[Word.COMMUNICATOR] == wire.number for words in fields):
         # A rank that missed a call is back in step with the next one.
-        wire.call = max(call for _, _, call in calls)
-    raise PeerError(
-        f"the ranks are not in the same call: {seen}. All ranks of a group make the same "
-        "dispatch and combine calls in the same order",
-        ranks=odd,
-    )
+        wire.call = max(words[Word.CALL] for words in fields)
+    else:
+        wire.call -= 1  # the ranks that are elsewhere have not counted it
 
 
 def _check_status(

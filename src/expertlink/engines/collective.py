@@ -58,6 +58,8 @@ class CollectiveEngine(Unmasked):
         self._device = wire.device
         self._placement = placement
         self._check = check_inputs
+        # gloo ends the process when sizes do not match, so there the ranks agree on every call.
+        self._agrees = check_inputs or (wire.device.type == "cpu" and wire.num_ranks > 1)
         self._wire = wire
         experts = placement.experts_of_rank[wire.rank]
         self._num_local = len(experts)
@@ -156,7 +158,7 @@ class CollectiveEngine(Unmasked):
     def refuse(self, operation: str, error: Exception) -> NoReturn:
         """Raises `error` here and `PeerError` on the ranks that exchange headers in this call."""
         kind = Operation[operation.upper()]
-        if self._check or kind is Operation.DISPATCH:
+        if self._agrees or kind is Operation.DISPATCH:
             self._enter(kind)
             self._agree(kind, refused=error).conclude()
         raise error
@@ -194,6 +196,7 @@ class CollectiveEngine(Unmasked):
         # Everything from here on is queued while rows travel.
         paths = sending.paths()
         route = Route(
+            call=self._wire.call,
             num_tokens=call.x_TW.shape[0],
             splits=splits,
             token_of_row=packed.token_of_row,
@@ -208,11 +211,13 @@ class CollectiveEngine(Unmasked):
     def _cached_dispatch(self, call: DispatchCall) -> Dispatched:
         """Same routing as before: nothing is counted, ids do not travel again."""
         self._enter(Operation.CACHED_DISPATCH)
-        route = dataclasses.replace(finished(call.previous))
+        cached = finished(call.previous)
+        route = dataclasses.replace(cached, call=self._wire.call)
         agreement = None
-        if self._check:
+        if self._agrees:
             agreement = self._agree(
                 Operation.CACHED_DISPATCH,
+                subject=cached.call,
                 row_bytes=extras.row_bytes(call.x_TW),
                 extra_bytes=extras.width(call),
             )
@@ -313,9 +318,9 @@ class CollectiveEngine(Unmasked):
         self._enter(Operation.COMBINE)
         route = finished(call.state)
         agreement = None
-        if self._check:
+        if self._agrees:
             beside = self._way_back.bytes_beside(call)
-            agreement = self._agree(Operation.COMBINE, extra_bytes=beside)
+            agreement = self._agree(Operation.COMBINE, subject=route.call, extra_bytes=beside)
         outgoing = self._way_back.pack(call, route)
         if agreement is not None:
             agreement.conclude()
@@ -337,8 +342,8 @@ class CollectiveEngine(Unmasked):
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
         self._enter(Operation.WEIGHT_GRADS)
         route = finished(state)
-        if self._check:
-            self._agree(Operation.WEIGHT_GRADS).conclude()
+        if self._agrees:
+            self._agree(Operation.WEIGHT_GRADS, subject=route.call).conclude()
         grads_TK, finish = self._way_back.return_grads(route, weight_grads)
         finish()
         return grads_TK
@@ -367,6 +372,7 @@ class CollectiveEngine(Unmasked):
         refused: Exception | None = None,
         row_bytes: int = 0,
         extra_bytes: int = 0,
+        subject: int = 0,
     ) -> Agreement:
         """Exchanges headers without counts."""
         return without_counts(
@@ -376,6 +382,7 @@ class CollectiveEngine(Unmasked):
             refused=refused,
             row_bytes=row_bytes,
             extra_bytes=extra_bytes,
+            subject=subject,
         )
 
     def _pack(self, call: DispatchCall, sending: Sending, count: int) -> Packed:

@@ -29,6 +29,14 @@ class Operation(enum.IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+def title_of(operation: int) -> str:
+    """The title of an operation that came from elsewhere, known or not."""
+    try:
+        return Operation(operation).title
+    except ValueError:
+        return f"an unknown operation ({operation})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeaderFields:
     """What a rank says of its call; the words of a header in this order.
@@ -41,6 +49,8 @@ class HeaderFields:
         capacity: rows this rank has room for, or UNBOUNDED.
         row_bytes: bytes of a row; all ranks must agree.
         extra_bytes: bytes that travel beside a row; all ranks must agree.
+        subject: number of the dispatch whose routing the call uses: the call number of the
+            dispatch, cached or not, that made the handle; 0 for a new routing.
     """
 
     operation: int
@@ -50,6 +60,7 @@ class HeaderFields:
     capacity: int = UNBOUNDED
     row_bytes: int = 0
     extra_bytes: int = 0
+    subject: int = 0
 
 
 class Word(enum.IntEnum):
@@ -62,6 +73,7 @@ class Word(enum.IntEnum):
     CAPACITY = 4
     ROW_BYTES = 5
     EXTRA_BYTES = 6
+    SUBJECT = 7
 
 
 NUM_FIELDS = len(Word)
@@ -85,8 +97,8 @@ def build_header(
         choices: `[E]` counts on the device; None: zeros.
         suspect: bool scalar on the device that raises the status.
     """
-    header = torch.zeros(NUM_FIELDS + num_ranks + num_experts, dtype=torch.int32)
-    header[:NUM_FIELDS] = torch.tensor(astuple(fields))
+    header = torch.zeros(NUM_FIELDS + num_ranks + num_experts, dtype=torch.int32, device="cpu")
+    header[:NUM_FIELDS] = torch.tensor(astuple(fields), device="cpu")
     header = header.to(device, non_blocking=True)
     if rows_per_rank is not None:
         header[NUM_FIELDS : NUM_FIELDS + num_ranks] = rows_per_rank

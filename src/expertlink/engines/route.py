@@ -68,6 +68,7 @@ class Route:
     finishes.
 
     Attributes:
+        call: number of the dispatch that made it, the same on all ranks.
         num_tokens: T.
         splits: rows exchanged with each rank.
         token_of_row: `[n]` source token of every row sent.
@@ -81,6 +82,7 @@ class Route:
         plan: slots of the arrivals.
     """
 
+    call: int
     num_tokens: int
     splits: Splits
     token_of_row: Tensor

@@ -12,7 +12,17 @@ constexpr int kMaxTopk = 32;
 constexpr int kSharedExperts = 2048;  // more experts than this are counted in global memory
 
 // Words of a header, as in engines/header.py.
-enum { kOperation, kCommunicator, kCall, kStatus, kCapacity, kRowBytes, kExtraBytes, kNumFields };
+enum {
+    kOperation,
+    kCommunicator,
+    kCall,
+    kStatus,
+    kCapacity,
+    kRowBytes,
+    kExtraBytes,
+    kSubject,
+    kNumFields
+};
 
 struct Shape {
     long long tokens, topk, ranks, experts;
@@ -85,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int e = threadIdx.x; e < shape.experts; e += kThreads)
             if (choices[e]) atomicAdd(&total_choices[e], choices[e]);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-        // kStatus belongs to the checks of all blocks.
+        // kStatus belongs to the checks of all blocks; kSubject of a new routing is 0.
         header[kOperation] = static_cast<int>(operation);
         header[kCommunicator] = static_cast<int>(communicator);
         header[kCall] = static_cast<int>(call);
