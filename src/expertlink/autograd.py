@@ -4,11 +4,18 @@ Backward of dispatch is an unweighted combine of the rows' gradients; backward o
 cached dispatch of the tokens' gradients, scaled by the routing weights where combine applied them.
 Gradients of the weights travel back as `[T, K]` numbers. Rounding on the wire passes gradients
 unchanged.
+
+Both are collective, so which calls autograd follows must not depend on what a rank received: a rank
+without rows has experts' outputs that lead nowhere. A dispatch is followed where its own tensors
+require grad, a combine wherever gradients are enabled. An empty tensor, the anchor, leads from
+combine to its dispatch, so that their backward calls come in one order on every rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +24,19 @@ from torch.autograd.function import once_differentiable
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
 from expertlink.reduction import accumulator_dtype
+from expertlink.requests import without_gradients
+from expertlink.types import DispatchHandle
+
+
+@dataclass(eq=False)
+class FollowedDispatch(Dispatched):
+    """A dispatch that autograd follows.
+
+    Attributes:
+        anchor: `[0]` float32; an input of the combine, whose backward then precedes this one's.
+    """
+
+    anchor: Tensor | None = None
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -24,22 +44,77 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def dispatch(engine: Engine, call: DispatchCall) -> Dispatched:
-    """`engine.dispatch` whose tokens and weights carry gradients back to the call's tensors."""
-    started: list[Dispatched] = []
-    tokens, weights = _Dispatch.apply(call.x_TW, call.weights_TK, engine, call, started)
-    output = dataclasses.replace(started[0].output, tokens=tokens, topk_weights=weights)
-    return dataclasses.replace(started[0], output=output)
+def follows_combine(call: CombineCall, handle: DispatchHandle, out: Tensor | None) -> bool:
+    """Whether autograd follows a combine; called where gradients are enabled.
 
-
-def combine(engine: Engine, call: CombineCall, weights_TK: Tensor | None) -> Combined:
-    """`engine.combine` whose result carries gradients back to the rows and to `weights_TK`.
-
-    `weights_TK` are the routing weights that the dispatch was given, if combine applies them.
+    Args:
+        call: the combine.
+        handle: of its dispatch.
+        out: the caller's tensor for the result. With it, as with other arguments that exclude
+            gradients, a combine is followed only if something here requires grad.
     """
+    weights_TK = handle.topk_weights if call.weighted else None
+    if handle._anchor is not None or needs_grad(call.rows, weights_TK):
+        return True
+    return (
+        call.out_TH is not out
+        and call.slot_weights is None
+        and call.weight_grads is None
+        and not call.halves
+        and not handle.leases
+        and not torch.is_inference_mode_enabled()
+    )
+
+
+def dispatch(engine: Engine, call: DispatchCall, weights_TK: Tensor | None) -> Dispatched:
+    """`engine.dispatch` whose tokens and weights carry gradients back to the call's tensors.
+
+    `weights_TK` are the routing weights: the call's, or those that a cached dispatch keeps.
+    """
+    started: list[Dispatched] = []
+    tokens, weights, anchor = _completed(
+        lambda: _Dispatch.apply(call.x_TW, weights_TK, engine, call, started), started
+    )
+    plain = started[0]
+    return FollowedDispatch(
+        output=dataclasses.replace(plain.output, tokens=tokens, topk_weights=weights),
+        state=plain.state,
+        finish=plain.finish,
+        call=plain.call,
+        topk_ids_TK=plain.topk_ids_TK,
+        anchor=anchor,
+    )
+
+
+def combine(engine: Engine, call: CombineCall, handle: DispatchHandle) -> Combined:
+    """`engine.combine` whose result carries gradients back to the rows and the routing weights."""
+    weights_TK = handle.topk_weights if call.weighted else None
+    anchor = handle._anchor
+    if anchor is None:
+        anchor = _new_anchor(call.rows).requires_grad_()
     started: list[Combined] = []
-    out_TH = _Combine.apply(call.rows, weights_TK, engine, call, started)
+    out_TH = _completed(
+        lambda: _Combine.apply(call.rows, weights_TK, anchor, engine, call, started), started
+    )
+    handle._anchor = None  # a handle that is kept for cached dispatches keeps no graph
     return dataclasses.replace(started[0], out_TH=out_TH)
+
+
+def _completed(apply: Callable[[], Any], started: list[Any]) -> Any:
+    """The results of a call, which is completed if they are not wanted any more.
+
+    The recomputation of a checkpoint ends, by an exception, with the last tensor that is saved.
+    """
+    try:
+        return apply()
+    except Exception:
+        for operation in started:
+            without_gradients(operation.finish)
+        raise
+
+
+def _new_anchor(like: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=like.device)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -51,7 +126,7 @@ class _Dispatch(torch.autograd.Function):
         engine: Engine,
         call: DispatchCall,
         started: list[Dispatched],
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         del weights_TK  # an argument so that its gradient has somewhere to go
         started.append(engine.dispatch(call))
         ctx.engine, ctx.state, ctx.shape = engine, started[0].state, x_TW.shape
@@ -59,12 +134,16 @@ class _Dispatch(torch.autograd.Function):
         ctx.quantized = call.scales is not None or call.quantize_to is not None
         if ctx.quantized:
             ctx.mark_non_differentiable(output.tokens)
-        return output.tokens, output.topk_weights
+        anchor = _new_anchor(x_TW)
+        # A checkpoint is recomputed where a saved tensor is asked for: on all ranks.
+        ctx.save_for_backward(anchor)
+        return output.tokens, output.topk_weights, anchor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_tokens, grad_weights = grads
+        grad_tokens, grad_weights, _ = grads
+        _ = ctx.saved_tensors
         if ctx.quantized:  # only the weights carry gradients
             grads_TK = ctx.engine.weight_grads(ctx.state, grad_weights.contiguous())
             return None, grads_TK, None, None, None
@@ -88,6 +167,7 @@ class _Combine(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         weights_TK: Tensor | None,
+        anchor: Tensor,
         engine: Engine,
         call: CombineCall,
         started: list[Combined],
@@ -96,14 +176,14 @@ class _Combine(torch.autograd.Function):
         ctx.engine, ctx.state, ctx.weighted = engine, call.state, call.weighted
         # Only the weights' gradient reads the rows again.
         keep = weights_TK is not None and weights_TK.requires_grad
-        ctx.save_for_backward(rows if keep else None)
+        ctx.save_for_backward(rows if keep else None, anchor)
         return call.out_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_TH,) = grads
-        (rows,) = ctx.saved_tensors
+        rows, _ = ctx.saved_tensors
         arrived = ctx.engine.dispatch(
             DispatchCall(x_TW=grad_TH.contiguous(), previous=ctx.state, zero_padding=True)
         )
@@ -117,4 +197,4 @@ class _Combine(torch.autograd.Function):
         slot_weights = ctx.engine.slot_weights(ctx.state) if ctx.weighted else None
         if slot_weights is not None:
             grad_rows = (grad_rows * slot_weights.unsqueeze(-1)).to(grad_rows.dtype)
-        return grad_rows, grad_weights, None, None, None
+        return grad_rows, grad_weights, None, None, None, None

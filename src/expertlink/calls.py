@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertlink import quantization
-from expertlink.autograd import needs_grad
+from expertlink.autograd import FollowedDispatch, needs_grad
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, DispatchCall, Dispatched
 from expertlink.errors import InputError
@@ -144,7 +144,9 @@ class CallBuilder:
         if previous is not None:
             check_handle(previous, self._identity).wait()
             check_same_routing(previous, topk_ids, ids_TK, rows.shape[0])
-        tracked = needs_grad(rows, weights_TK)
+        tracked = needs_grad(rows, weights_TK) or self.tracked(
+            rows, None if previous is None else previous.topk_weights
+        )
         kind, quantize_to = self._kind, None
         if quant is not None:
             kind = kind_of(rows, quant)
@@ -199,9 +201,12 @@ class CallBuilder:
             halves=halves,
         )
 
-    def tracked(self, call: DispatchCall) -> bool:
-        """Whether autograd follows a dispatch: its rows, or the weights that come out with them."""
-        return needs_grad(call.x_TW, None if self._expanded else call.weights_TK)
+    def tracked(self, rows: Tensor, weights_TK: Tensor | None) -> bool:
+        """Whether autograd follows a dispatch: its rows, or the weights that come out with them.
+
+        `weights_TK` are those of the routing, which a cached dispatch may have kept.
+        """
+        return needs_grad(rows, None if self._expanded else weights_TK)
 
     def handle(
         self,
@@ -227,7 +232,7 @@ class CallBuilder:
         shape: tuple[int, ...] = started.output.tokens.shape
         if shape[-1] != self._hidden:
             shape = (*shape[:-1], self._hidden)
-        return DispatchHandle(
+        handle = DispatchHandle(
             self._identity,
             started.call,
             call.x_TW.shape[0],
@@ -240,6 +245,9 @@ class CallBuilder:
             seen,
             leases,
         )
+        if isinstance(started, FollowedDispatch):
+            handle._anchor = started.anchor
+        return handle
 
     def _check_buffer(self, buffer: Tensor, kind: RowKind, previous: DispatchHandle | None) -> None:
         check_output_buffer(
@@ -355,7 +363,7 @@ class CallBuilder:
             weights = check_tensor(
                 "weights", weights, device=device, dtypes=numbers, shape=shape[:-1]
             ).contiguous()
-        tracked = needs_grad(rows, handle.topk_weights, weights)
+        tracked = needs_grad(rows, handle.topk_weights, weights, handle._anchor)
         if weights is not None and tracked:
             raise InputError("weights cannot be used where gradients are tracked")
         self._check_halves(halves, later=later, tracked=tracked)

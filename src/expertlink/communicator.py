@@ -134,10 +134,10 @@ class MoECommunicator(Session):
         except ExpertlinkError as error:
             _refuse_dispatch(engine, previous_handle, error)
         if async_finish:
-            begin = partial(self._begin_dispatch, engine, call)
+            begin = partial(self._begin_dispatch, engine, call, previous_handle)
             started, finish = self._launch(begin, call)
         else:
-            started = self._begin_dispatch(engine, call)
+            started = self._begin_dispatch(engine, call, previous_handle)
             finish = started.finish
         handle = self._calls.handle(call, started, previous_handle, topk_ids)
         if return_recv_hook:
@@ -173,15 +173,21 @@ class MoECommunicator(Session):
             )
         except ExpertlinkError as error:
             _refuse_dispatch(engine, previous_handle, error)
-        begin = partial(self._begin_dispatch, engine, call)
+        begin = partial(self._begin_dispatch, engine, call, previous_handle)
         started, wait = self._launch(begin, call, overlap)
         handle = self._calls.handle(call, started, previous_handle, topk_ids)
         handle._finish = wait
         return DispatchRequest((started.output, handle), handle.wait)
 
-    def _begin_dispatch(self, engine: Engine, call: DispatchCall) -> Dispatched:
-        if torch.is_grad_enabled() and self._calls.tracked(call):
-            return autograd.dispatch(engine, call)
+    def _begin_dispatch(
+        self, engine: Engine, call: DispatchCall, previous: DispatchHandle | None
+    ) -> Dispatched:
+        if torch.is_grad_enabled():
+            weights_TK = call.weights_TK
+            if weights_TK is None and previous is not None:
+                weights_TK = previous.topk_weights
+            if self._calls.tracked(call.x_TW, weights_TK):
+                return autograd.dispatch(engine, call, weights_TK)
         return engine.dispatch(call)
 
     def create_buffers(
@@ -299,10 +305,10 @@ class MoECommunicator(Session):
         except ExpertlinkError as error:
             engine.refuse("combine", error)
         if async_finish:
-            begin = partial(self._begin_combine, engine, call, handle)
+            begin = partial(self._begin_combine, engine, call, handle, out)
             started, finish = self._launch(begin, call)
         else:
-            started = self._begin_combine(engine, call, handle)
+            started = self._begin_combine(engine, call, handle, out)
             finish = started.finish
         handle.consumed = True
         result = _result_of(started)
@@ -336,16 +342,16 @@ class MoECommunicator(Session):
             call = self._calls.combine(expert_output, handle, out, weight_grads, weights, num_sms)
         except ExpertlinkError as error:
             engine.refuse("combine", error)
-        begin = partial(self._begin_combine, engine, call, handle)
+        begin = partial(self._begin_combine, engine, call, handle, out)
         started, wait = self._launch(begin, call, overlap)
         handle.consumed = True
         return CombineRequest(_result_of(started), wait)
 
-    def _begin_combine(self, engine: Engine, call: CombineCall, handle: DispatchHandle) -> Combined:
-        if torch.is_grad_enabled():
-            weights_TK = handle.topk_weights if call.weighted else None
-            if autograd.needs_grad(call.rows, weights_TK):
-                return autograd.combine(engine, call, weights_TK)
+    def _begin_combine(
+        self, engine: Engine, call: CombineCall, handle: DispatchHandle, out: Tensor | None
+    ) -> Combined:
+        if torch.is_grad_enabled() and autograd.follows_combine(call, handle, out):
+            return autograd.combine(engine, call, handle)
         return engine.combine(call)
 
     # -- overlap ----------------------------------------------------------------------------------

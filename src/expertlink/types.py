@@ -218,6 +218,8 @@ class DispatchHandle:
     # Buffers that `state` lies in, each with the generation that the handle is good for.
     leases: tuple[tuple[DispatchBuffers, int], ...] = ()
     _finish: Callable[[], object] | None = field(default=None, repr=False)
+    # Leads autograd from combine to a dispatch that it follows.
+    _anchor: Tensor | None = field(default=None, repr=False)
 
     def wait(self) -> None:
         """Orders the current stream after a dispatch or combine issued with `async_finish=True`.
