@@ -59,3 +59,19 @@ def test_backward_again_and_in_part(rank_pools, layout: DispatchLayout) -> None:
 def test_weights_beside_quantized_rows(rank_pools, layout: DispatchLayout) -> None:
     case = Case((5, 4), 8, experts=4, topk=2, layout=layout, dtype=torch.float32, masked=0.2)
     assert all(rank_pools(2).run(train_jobs.quantized_weights, case, timeout_s=60))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("leaves", [("rows",), ("weights",), ("rows", "weights")])
+def test_gradients_of_kept_weights(rank_pools, layout: DispatchLayout, leaves) -> None:
+    case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float64, masked=0.2)
+    for worst in rank_pools(2).run(train_jobs.kept_weights, case, leaves, timeout_s=60):
+        assert worst < 1e-12
+
+
+@LAYOUTS
+def test_combines_that_autograd_follows(rank_pools, layout: DispatchLayout) -> None:
+    """All where gradients are enabled, but those whose form excludes gradients."""
+    case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float32)
+    for seen in rank_pools(2).run(train_jobs.followed, case, timeout_s=60):
+        assert [name for name, followed in seen.items() if followed] == ["plain", "later"]

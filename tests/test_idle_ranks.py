@@ -37,7 +37,7 @@ def test_with_asynchronous_calls(rank_pools, layout, form) -> None:
 @LAYOUTS
 @pytest.mark.parametrize("leaves", [("rows",), ("weights",), ("experts",), ("experts", "weights")])
 def test_whatever_requires_grad(rank_pools, layout, leaves) -> None:
-    """Experts alone: nothing that a rank without rows can look at says that others have gradients."""
+    """Experts alone: a rank without rows has nothing that says that others have gradients."""
     check(rank_pools, Setup(case_of(layout), ("first", "drawn", "first"), leaves))
 
 

@@ -179,6 +179,69 @@ def repeated_backward(ctx: RankContext, case: Case) -> Any:
         return same, only_weights, plain.requires_grad, torch.equal(plain, result)
 
 
+def kept_weights(ctx: RankContext, case: Case, leaves: tuple[str, ...]) -> float:
+    """A cached dispatch that keeps the weights: largest difference to a dense layer's gradients."""
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    ids_TK, device = own.ids_TK.to(ctx.device), ctx.device
+    tracked, expected = (
+        [
+            own.x_TH.to(device, copy=True).requires_grad_("rows" in leaves),
+            own.weights_TK.to(device, copy=True).requires_grad_("weights" in leaves),
+        ]
+        for _ in range(2)
+    )
+    full = expert_weights(case).to(device)
+    with MoECommunicator(config_of(case, device)) as comm:
+        x_TH, weights_TK = tracked
+        mine = full[comm.local_experts]
+        out, first = comm.dispatch(x_TH, ids_TK, weights_TK)
+        once = comm.combine(experts_of(out, mine), first)
+        out, again = comm.dispatch(2 * x_TH, None, previous_handle=first)
+        twice = comm.combine(experts_of(out, mine), again)
+        (once.square().sum() + twice.square().sum()).backward()
+    x_TH, weights_TK = expected
+    once, twice = (dense(rows, ids_TK.long(), weights_TK, full) for rows in (x_TH, 2 * x_TH))
+    (once.square().sum() + twice.square().sum()).backward()
+    pairs = zip(tracked, expected, strict=True)
+    return max(gap(a.grad, b.grad) for a, b in pairs if b.requires_grad)
+
+
+def followed(ctx: RankContext, case: Case) -> dict[str, bool]:
+    """Whether a combine's result requires grad where nothing else does, by the form of the call."""
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    x_TH, ids_TK, weights_TK = (
+        part.to(ctx.device) for part in (own.x_TH, own.ids_TK, own.weights_TK)
+    )
+    seen = {}
+    with MoECommunicator(config_of(case, ctx.device)) as comm:
+
+        def combine(name: str, output_buffer: Any = None, **options: Any) -> None:
+            out, handle = comm.dispatch(x_TH, ids_TK, weights_TK, output_buffer=output_buffer)
+            assert not out.tokens.requires_grad
+            result = comm.combine(out.tokens, handle, **options)
+            handle.wait()
+            result = result[0] if isinstance(result, tuple) else result
+            seen[name] = result.requires_grad
+
+        combine("plain")
+        combine("later", async_finish=True)
+        with torch.no_grad():
+            combine("no_grad")
+        with torch.inference_mode():
+            combine("inference")
+            with torch.enable_grad():
+                combine("inference, gradients enabled")
+        combine("out", out=torch.empty_like(x_TH))
+        combine("buffers", comm.create_buffers())
+        combine("hook", return_recv_hook=True)
+        if case.layout.expanded:
+            out, _ = comm.dispatch(x_TH, ids_TK, weights_TK)
+            combine("weights", weights=torch.ones(out.tokens.shape[:-1], device=ctx.device))
+    return seen
+
+
 def quantized_weights(ctx: RankContext, case: Case) -> bool:
     """Quantized rows carry no gradients, the routing weights beside them do."""
     own = inputs_of(case, ctx.rank)
