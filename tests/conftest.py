@@ -5,19 +5,24 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from depth import deep
 from hypothesis import settings
 
 from expertlink.launch import DeviceType, RankPool
 
 # The first example of a test may start processes, so examples have no deadline of their own. On CI
 # the examples are the same in every run: a red run is then about the change at hand.
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+_examples = deep(100)  # of tests that name no number themselves
+settings.register_profile("local", deadline=None, max_examples=_examples)
+settings.register_profile(
+    "ci", deadline=None, max_examples=_examples, derandomize=True, print_blob=True
+)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -26,6 +31,24 @@ if "EXPERTLINK_CACHE_DIR" not in os.environ:
     _cache = tempfile.mkdtemp(prefix="expertlink-tests-")
     os.environ["EXPERTLINK_CACHE_DIR"] = _cache
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+
+_HEED_CTRL_C = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+def interruptible(command: Sequence[str]) -> list[str]:
+    """A command that heeds ctrl-C also where these tests were started to ignore it.
+
+    A background job of a script ignores SIGINT, its children inherit that, and a Python that starts
+    so never raises KeyboardInterrupt.
+
+    Args:
+        command: path of an executable, then its arguments.
+    """
+    return [sys.executable, "-c", _HEED_CTRL_C, *command]
 
 
 class RankPools:
@@ -56,6 +79,15 @@ def rank_pools() -> Iterator[RankPools]:
     pools = RankPools()
     yield pools
     pools.close()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # More cases take longer: the net under a test that hangs is hung lower.
+    if deep(1) > 1:
+        seconds = deep(int(float(config.getini("timeout") or 0)))
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(seconds))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

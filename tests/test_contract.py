@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case
@@ -40,7 +41,7 @@ def cases(draw: st.DrawFn, ranks: int, layout: DispatchLayout) -> Case:
 def test_bits_equal_the_oracle(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     pool = rank_pools(ranks)
 
-    @settings(max_examples=8)
+    @settings(max_examples=deep(8))
     @given(st.lists(cases(ranks, layout), min_size=1, max_size=4))
     def check(drawn: list[Case]) -> None:
         assert pool.run(contract, drawn, timeout_s=120) == [len(drawn)] * ranks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RankPools
+from conftest import RankPools, interruptible
 
 from expertlink import MoECommunicator, __main__
 from expertlink.bench.trace import RoutingTrace
@@ -213,7 +213,7 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interrupt_ends_the_demo_and_its_ranks(tmp_path: Path) -> None:
     options = ["--device", "cpu", "--ranks", "2", "--out", str(tmp_path)]
     running = subprocess.Popen(
-        [sys.executable, "-m", "expertlink", "demo", *options],
+        interruptible([sys.executable, "-m", "expertlink", "demo", *options]),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,

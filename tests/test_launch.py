@@ -8,12 +8,14 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import RankPools
+from conftest import RankPools, interruptible
 
 from expertlink.errors import ExpertlinkError
 from expertlink.launch import (
@@ -25,6 +27,7 @@ from expertlink.launch import (
     run_ranks,
     torchrun_context,
 )
+from expertlink.launch_folder import RankFolder
 
 NUM_RANKS = 3
 FOREVER_S = 3600.0
@@ -108,6 +111,16 @@ def hold_ranks() -> None:
 
     with RankPool(num_ranks=2) as held:
         held.run(announce_and_hang, on_message=announce, timeout_s=FOREVER_S)
+
+
+def call_ranks_twice() -> None:
+    """Run in a process of its own: a second call when a line has come in."""
+    with RankPool(num_ranks=2) as held:
+        held.run(fail_on, ())
+        sys.stdout.write(".")
+        sys.stdout.flush()
+        sys.stdin.readline()
+        held.run(fail_on, ())
 
 
 def announce_and_hang(context: RankContext) -> None:
@@ -227,6 +240,7 @@ def test_a_rank_that_died_between_calls_is_reported() -> None:
 
 def test_hung_ranks_are_killed_and_every_stack_is_shown() -> None:
     with RankPool(num_ranks=NUM_RANKS) as own:
+        own.run(fail_on, ())  # this module is imported
         with pytest.raises(RanksHungError) as caught:
             own.run(return_or_hang, timeout_s=1.0, return_exceptions=True)
         assert not own.alive
@@ -254,30 +268,92 @@ def test_a_closed_pool_leaves_no_process() -> None:
         own.run(fail_on, ())
 
 
-@pytest.mark.parametrize("ctrl_c", [True, False], ids=["ctrl-c", "killed"])
-def test_ranks_end_with_their_parent(ctrl_c: bool) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", "import test_launch; test_launch.hold_ranks()"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+def start_holder(
+    folder: Path, *, job: str = "hold_ranks", heed: bool = True
+) -> subprocess.Popen[bytes]:
+    """A process that runs a function of this module, with its own place for temporary files."""
+    command = [sys.executable, "-c", f"import test_launch; test_launch.{job}()"]
+    return subprocess.Popen(
+        interruptible(command) if heed else command,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "SIGTERM", "SIGKILL"])
+def test_ranks_and_their_folder_end_with_their_parent(how: str, tmp_path: Path) -> None:
+    parent = start_holder(tmp_path)
     try:
         assert parent.stdout is not None
         assert parent.stdout.read(1) == b"."
-        if ctrl_c:
+        assert len(list(tmp_path.glob("expertlink-ranks-*"))) == 1
+        if how == "ctrl-c":
             os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to the whole group
         else:
-            parent.kill()
+            parent.send_signal(signal.Signals[how])
         # The ranks hold the other ends of the pipes: this returns once the last one is gone.
         _, errors = parent.communicate(timeout=60)
     except BaseException:
         os.killpg(parent.pid, signal.SIGKILL)
         raise
-    if ctrl_c:
+    assert list(tmp_path.glob("*expertlink-*")) == []
+    if how == "ctrl-c":
         assert errors.count(b"Traceback") == 1  # of the parent, none of the ranks
         assert b"KeyboardInterrupt" in errors
+    else:
+        assert errors == b""
+
+
+def test_who_ignores_ctrl_c_goes_on_with_all_ranks(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a script
+    try:
+        parent = start_holder(tmp_path, job="call_ranks_twice", heed=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.read(1) == b"."
+        os.killpg(parent.pid, signal.SIGINT)
+        output, errors = parent.communicate(b"go on\n", timeout=60)
+    except BaseException:
+        os.killpg(parent.pid, signal.SIGKILL)
+        raise
+    assert (parent.returncode, output) == (0, b""), errors
+
+
+def test_children_of_the_tests_can_heed_ctrl_c() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+        done = subprocess.run(
+            interruptible([sys.executable, "-c", code]), capture_output=True, timeout=60
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert b"KeyboardInterrupt" in done.stderr
+
+
+def test_a_launch_removes_the_folder_of_a_launcher_that_is_gone_with_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    parent = start_holder(tmp_path)
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.read(1) == b"."
+        [left] = tmp_path.glob("expertlink-ranks-*")
+        RankFolder().remove()
+        assert left.exists()  # its launcher lives
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)  # the ranks as well: nobody can tidy up
+    parent.communicate(timeout=60)
+    assert left.exists()
+    with RankPool(num_ranks=1):
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_that_cannot_start_are_refused() -> None:

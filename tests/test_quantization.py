@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_jobs import opaque_rows, quantized_dispatch
@@ -38,7 +39,7 @@ def rows(draw: st.DrawFn) -> torch.Tensor:
 
 @FORMATS
 def test_scales_and_values_follow_the_definition(block_format: BlockFormat) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=deep(60))
     @given(rows())
     def check(x: torch.Tensor) -> None:
         x = x.clamp(-6e4, 6e4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -56,7 +57,7 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 def test_plain_torch_equals_the_definition(chunk_bytes: int, monkeypatch) -> None:
     monkeypatch.setattr(reduction, "_CHUNK_BYTES", chunk_bytes)
 
-    @settings(max_examples=60)
+    @settings(max_examples=deep(60))
     @given(sums())
     def check(drawn: tuple[Tensor, Tensor, Tensor | None]) -> None:
         rows, slots, weights = drawn
@@ -89,7 +90,7 @@ def test_kernel_equals_the_definition() -> None:
     launcher = Launcher(device)
     kernels = {dtype: OrderedSum(launcher, dtype=dtype) for dtype in DTYPES}
 
-    @settings(max_examples=150)
+    @settings(max_examples=deep(150))
     @given(sums(), st.booleans())
     def check(drawn: tuple[Tensor, Tensor, Tensor | None], odd: bool) -> None:
         rows, slots, weights = drawn

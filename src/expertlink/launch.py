@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from expertlink.errors import ExpertlinkError
+from expertlink.launch_folder import RankFolder
 from expertlink.launch_worker import (
     STACK_SIGNAL,
     STOP,
@@ -126,7 +126,7 @@ class RankPool:
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
         self._finalizer = weakref.finalize(self, _kill, self._processes)
-        self._folder = tempfile.TemporaryDirectory(prefix="expertlink-ranks-")
+        self._folder = RankFolder()
         # The parent hosts the store, so that no rank's death takes it away from the others.
         self._store = dist.TCPStore(STORE_HOST, 0, is_master=True, wait_for_workers=False)
         with self._killed_on_error():
@@ -246,7 +246,7 @@ class RankPool:
         self._finalizer()
         for connection in self._connections:
             connection.close()
-        self._folder.cleanup()
+        self._folder.remove()
 
     def __enter__(self) -> RankPool:
         return self
@@ -263,7 +263,7 @@ class RankPool:
             raise
 
     def _stack_file(self, rank: int) -> Path:
-        return Path(self._folder.name) / f"rank{rank}.txt"
+        return self._folder.path / f"rank{rank}.txt"
 
     def _start(self, spec: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")

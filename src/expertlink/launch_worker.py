@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import threading
@@ -153,22 +154,35 @@ def worker_main(spec: WorkerSpec, connection: Connection) -> None:
     """Entry point of a worker process."""
     # Ctrl-C reaches the whole terminal group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with spec.stack_file.open("w") as stacks:
+    folder = spec.stack_file.parent
+    try:
+        stacks = spec.stack_file.open("w")
+    except FileNotFoundError:  # the parent is gone already, and another rank has tidied up
+        return
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    with stacks:
         # From C, so that it works while the main thread is blocked outside of Python.
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         faulthandler.enable(file=stacks)
-        with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone: nothing to do
+        try:
             _serve(spec, connection)
+        except (EOFError, ConnectionError):  # the parent is gone
+            _tidy_up(folder)
         faulthandler.disable()
         faulthandler.unregister(STACK_SIGNAL)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
+    _tidy_up(folder)
     os._exit(1)
+
+
+def _tidy_up(folder: Path) -> None:
+    # In place of a parent that was killed; ranks that do it at the same time are no harm.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(spec: WorkerSpec, connection: Connection) -> None:
