@@ -205,7 +205,8 @@ def test_output_folder_that_is_a_file_is_found_before_training(
 
 
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(__main__, "_NEEDED", ("numpy", "no_such_package"))
+    monkeypatch.setattr(__main__, "NEEDED", ("numpy", "no_such_package"))
+    monkeypatch.setattr(sys, "argv", ["expertlink", "demo"])
     with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'expertlink\[bench]"):
         __main__.main()
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from expertlink import doctor
+from expertlink import __version__, doctor
+from expertlink.__main__ import NEEDED
 from expertlink.cli import app
 from expertlink.doctor import Check, exit_code, run_checks
 from expertlink.settings import TIMEOUT, VARIABLES
@@ -83,7 +88,58 @@ def test_ranks_that_cannot_meet_in_time_are_a_failure() -> None:
 
 
 def test_missing_packages_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_COMMAND_LINE", ("rich", "expertlink_no_such_package"))
+    monkeypatch.setattr(doctor, "NEEDED", ("rich", "expertlink_no_such_package"))
     [check] = doctor._command_line()
     assert check.status == "warn"
     assert "expertlink_no_such_package" in check.sentence
+    assert "rich" not in check.sentence
+    assert "pip install 'expertlink[bench]'" in check.sentence
+
+
+def run_bare(code: str, *, lacking: tuple[str, ...] = NEEDED) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process that cannot find these packages."""
+    hide = f"""
+import sys
+
+class Hider:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {lacking}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hider())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name in {lacking} else find_spec(name, *more)
+"""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", hide + code],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["doctor", "--json"], ["doctor", "--timeout", "0.001"]])
+def test_doctor_runs_where_only_torch_is_installed(arguments: list[str]) -> None:
+    done = run_bare(f"sys.argv[1:] = {arguments}; from expertlink.__main__ import main; main()")
+    assert "Traceback" not in done.stderr
+    if "--json" in arguments:
+        assert done.returncode == 0, done.stderr
+        checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+        assert checks["round trip cpu"]["status"] == "ok"
+        assert checks["command line"]["status"] == "warn"
+        for name in (*NEEDED, "pip install 'expertlink[bench]'"):
+            assert name in checks["command line"]["sentence"]
+    else:
+        assert done.returncode == 1, done.stderr
+        assert re.search("^warn +command line +", done.stdout, flags=re.MULTILINE)
+        assert re.search("^fail +round trip cpu +2 ranks: ", done.stdout, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("lacking", [(), NEEDED], ids=["complete", "bare"])
+def test_version(lacking: tuple[str, ...]) -> None:
+    code = "sys.argv[1:] = ['--version']; from expertlink.__main__ import main; main()"
+    done = run_bare(code, lacking=lacking)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"expertlink {__version__}, torch {torch.__version__}, Python 3.")
+    assert done.stdout.count("\n") == 1

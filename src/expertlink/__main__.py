@@ -7,23 +7,54 @@ import sys
 
 from expertlink.errors import ExpertlinkError
 
-_NEEDED = ("matplotlib", "numpy", "rich", "typer")
+NEEDED = ("matplotlib", "numpy", "rich", "typer")
+"""What the command line imports beyond torch; `doctor` and `--version` need none of it."""
 
 
 def main() -> None:
     """Runs the command line. Mistakes of the caller end in one sentence, not in a traceback."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        sys.exit(f"The command line needs {', '.join(missing)}: pip install 'expertlink[bench]'")
-    from expertlink.cli import app
-
     try:
-        app()
+        if missing():
+            _run_bare(sys.argv[1:])
+        else:
+            from expertlink.cli import app
+
+            app()
     except ExpertlinkError as error:
         sys.stderr.write(f"expertlink: {error}\n")
         sys.exit(2 if isinstance(error, ValueError) else 1)  # 2: the command line is at fault
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def missing() -> list[str]:
+    """Names in `NEEDED` that are not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def version() -> str:
+    """One line for `--version` and for reports of defects."""
+    import platform
+
+    import torch
+
+    from expertlink import __version__
+
+    python = platform.python_version()
+    return f"expertlink {__version__}, torch {torch.__version__}, Python {python}"
+
+
+def _run_bare(arguments: list[str]) -> None:
+    """What the standard library is enough for."""
+    if arguments == ["--version"]:
+        sys.stdout.write(f"{version()}\n")
+    elif arguments[:1] == ["doctor"]:
+        from expertlink import doctor
+
+        sys.exit(doctor.main(arguments[1:]))
+    else:
+        needs = f"needs {', '.join(missing())}: pip install 'expertlink[bench]'"
+        sys.exit(f"The command line {needs} (doctor and --version need nothing)")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,24 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from expertlink.__main__ import version
+
+        typer.echo(version())
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Keeps sub-commands apart even while there is only one."""
+def _root(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Say the version, and end."
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -250,8 +265,6 @@ def doctor(
     timeout: Annotated[float, typer.Option(help="Seconds that a round trip may take.")] = 60.0,
 ) -> None:
     """Say what this machine and installation can do. Exits with 1 if something needed is broken."""
-    from rich.console import Console
-
     from expertlink.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(Console(), as_json=as_json, timeout_s=timeout))
+    raise typer.Exit(run_doctor(as_json=as_json, timeout_s=timeout))

@@ -1,13 +1,16 @@
 """What this machine and installation can do, one sentence per check, for people and for scripts.
 
-Nothing here raises: a check that breaks is a check that failed, and says so.
+Nothing here raises: a check that breaks is a check that failed, and says so. Nor is anything needed
+beyond torch: this is for installations that lack something.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -17,11 +20,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from expertlink.__main__ import NEEDED
 from expertlink.settings import VARIABLES
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from expertlink.launch import RankContext
 
 Status = Literal["ok", "warn", "fail"]
@@ -31,9 +33,8 @@ _OLDEST_TORCH = (2, 11)
 _NVLINK_CAPABILITY = (9, 0)
 _FEW_FILES = 1024
 _LITTLE_SHARED_MEMORY = 1 << 30
-_COMMAND_LINE = ("matplotlib", "numpy", "rich", "typer")
 _NVLINK_PACKAGES = {"cuda.core": "cuda-core", "cuda.bindings.nvrtc": "cuda-bindings"}
-_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+_COLORS = {"ok": 32, "warn": 33, "fail": 31}  # green, yellow, red; of every terminal
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,37 @@ def exit_code(checks: list[Check]) -> int:
     return int(any(check.status == "fail" for check in checks))
 
 
-def run_doctor(console: Console, *, as_json: bool, timeout_s: float) -> int:
+def run_doctor(*, as_json: bool, timeout_s: float) -> int:
     """`expertlink doctor`: one line per check, or one JSON object. Returns the exit code."""
     checks = run_checks(timeout_s=timeout_s)
+    code = exit_code(checks)
     if as_json:
-        console.print_json(
-            data={"usable": exit_code(checks) == 0, "checks": [asdict(check) for check in checks]}
-        )
-        return exit_code(checks)
+        answer = {"usable": code == 0, "checks": [asdict(check) for check in checks]}
+        sys.stdout.write(json.dumps(answer, indent=2) + "\n")
+        return code
+    colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = max(len(check.name) for check in checks)
     for check in checks:
-        console.print(f"{check.status:<4}", style=_STYLES[check.status], end="  ")
-        line = f"{check.name:<{width}}  {check.sentence}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return exit_code(checks)
+        status = f"{check.status:<4}"
+        if colored:
+            status = f"\033[{_COLORS[check.status]}m{status}\033[0m"
+        sys.stdout.write(f"{status}  {check.name:<{width}}  {check.sentence}\n")
+    return code
+
+
+def main(arguments: list[str]) -> int:
+    """The command with the standard library alone, for where the command line's packages are not.
+
+    Args:
+        arguments: what follows `expertlink doctor`.
+    """
+    parser = argparse.ArgumentParser(prog="expertlink doctor", description="What works here.")
+    parser.add_argument("--json", action="store_true", help="Answer in JSON.")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="Seconds that a round trip may take."
+    )
+    options = parser.parse_args(arguments)
+    return run_doctor(as_json=options.json, timeout_s=options.timeout)
 
 
 def _python() -> list[Check]:
@@ -173,20 +191,15 @@ def _gpus() -> list[Check]:
 
 
 def _nvrtc() -> list[Check]:
-    missing = []
-    for module, package in _NVLINK_PACKAGES.items():
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a broken package is as good as none
-            missing.append(f"{package} ({type(error).__name__})")
-    if not missing:
+    unusable = _unusable(_NVLINK_PACKAGES)
+    if not unusable:
         versions = [f"{name} {_version(name)}" for name in _NVLINK_PACKAGES.values()]
         return [
             Check("nvrtc", "ok", f"kernels can be compiled at run time: {', '.join(versions)}.")
         ]
     if not _has_gpu():
         return [Check("nvrtc", "ok", "not installed; only engines for GPUs compile kernels.")]
-    sentence = f"cannot import {' and '.join(missing)}: pip install 'expertlink[cuda]'."
+    sentence = f"{unusable}: pip install 'expertlink[cuda]'."
     return [Check("nvrtc", "warn", sentence)]
 
 
@@ -241,11 +254,11 @@ def _environment() -> list[Check]:
 
 
 def _command_line() -> list[Check]:
-    missing = [name for name in _COMMAND_LINE if importlib.util.find_spec(name) is None]
-    if missing:
-        sentence = f"{', '.join(missing)} not found: pip install 'expertlink[bench]'."
+    unusable = _unusable({name: name for name in NEEDED})
+    if unusable:
+        sentence = f"only doctor and --version work, {unusable}: pip install 'expertlink[bench]'."
         return [Check("command line", "warn", sentence)]
-    return [Check("command line", "ok", f"{', '.join(_COMMAND_LINE)} are installed.")]
+    return [Check("command line", "ok", f"{', '.join(NEEDED)} are installed.")]
 
 
 def _engine() -> list[Check]:
@@ -331,6 +344,17 @@ def _exchange(context: RankContext, timeout_s: float) -> str | None:
         if problem is not None:
             return f"{layout.value}: {problem}"
     return None
+
+
+def _unusable(packages: dict[str, str]) -> str:
+    """Which modules cannot be imported, and why, by the names of their packages; or nothing."""
+    reasons = []
+    for module, package in packages.items():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken package is as good as none
+            reasons.append(f"{package} ({_first_line(error)})")
+    return f"cannot import {' and '.join(reasons)}" if reasons else ""
 
 
 def _has_gpu() -> bool:
