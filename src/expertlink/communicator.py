@@ -8,8 +8,10 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from expertlink import autograd
+from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
 from expertlink.errors import ExpertlinkError
 from expertlink.overlap import check_operation, check_overlap, launch
@@ -41,6 +43,11 @@ class MoECommunicator(Session):
         ConfigurationError: device and group do not fit each other.
         EngineUnavailableError: the requested engine cannot run here.
     """
+
+    def __init__(
+        self, config: MoECommunicatorConfig, *, share_with: MoECommunicator | None = None
+    ) -> None:
+        super().__init__(config, share_with=share_with)
 
     # -- dispatch ---------------------------------------------------------------------------------
 
@@ -116,6 +123,20 @@ class MoECommunicator(Session):
             HandleError, ClosedError: `previous_handle` or this communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
+        if is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            return uncompiled(
+                self.dispatch,
+                input,
+                topk_ids,
+                weights,
+                scales,
+                output_buffer=output_buffer,
+                previous_handle=previous_handle,
+                async_finish=async_finish,
+                return_recv_hook=return_recv_hook,
+            )
         engine = self._engine
         if engine is None:
             engine = self._ready()
@@ -141,7 +162,7 @@ class MoECommunicator(Session):
             finish = started.finish
         handle = self._calls.handle(call, started, previous_handle, topk_ids)
         if return_recv_hook:
-            handle._finish = hook = ReceiveHook(finish)
+            handle._finish = hook = ReceiveHook(finish, self._life)
             return started.output, handle, hook
         if async_finish:
             handle._finish = finish
@@ -164,6 +185,19 @@ class MoECommunicator(Session):
 
         Inputs must not be written to before `wait()`.
         """
+        if is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            return uncompiled(
+                self.dispatch_async,
+                input,
+                topk_ids,
+                weights,
+                scales,
+                output_buffer=output_buffer,
+                previous_handle=previous_handle,
+                overlap=overlap,
+            )
         check_operation(overlap, "dispatch")
         engine = self._ready()
         num_sms = None if overlap is None else overlap.num_sms
@@ -215,7 +249,9 @@ class MoECommunicator(Session):
             InputError: the examples do not fit, or `zero_copy=True`, where rows have their place.
         """
         engine = self._ready()
-        buffers = engine.make_buffers(self._calls.kind(input, scales, weighted=weighted))
+        kind = self._calls.kind(input, scales, weighted=weighted)
+        with torch.inference_mode(False):  # else dispatches could write to them only in it
+            buffers = engine.make_buffers(kind)
         buffers.owner = self._identity
         return buffers
 
@@ -288,6 +324,19 @@ class MoECommunicator(Session):
                 communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
+        if is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            return uncompiled(
+                self.combine,
+                expert_output,
+                handle,
+                out=out,
+                weights=weights,
+                weight_grads=weight_grads,
+                async_finish=async_finish,
+                return_recv_hook=return_recv_hook,
+            )
         engine = self._engine
         if engine is None:
             engine = self._ready()
@@ -313,7 +362,7 @@ class MoECommunicator(Session):
         handle.consumed = True
         result = _result_of(started)
         if return_recv_hook:
-            handle._finish = hook = ReceiveHook(finish)
+            handle._finish = hook = ReceiveHook(finish, self._life)
             return result, hook
         if async_finish:
             handle._finish = finish
@@ -335,6 +384,18 @@ class MoECommunicator(Session):
 
         `expert_output` must not be written to before `wait()`.
         """
+        if is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            return uncompiled(
+                self.combine_async,
+                expert_output,
+                handle,
+                out=out,
+                weights=weights,
+                weight_grads=weight_grads,
+                overlap=overlap,
+            )
         check_operation(overlap, "combine")
         engine = self._ready()
         num_sms = None if overlap is None else overlap.num_sms
@@ -390,6 +451,7 @@ class MoECommunicator(Session):
             stream=self._stream if overlap is None else overlap.stream,
             wait_events=() if overlap is None else overlap.wait_events,
             call=call,
+            life=self._life,
         )
 
 

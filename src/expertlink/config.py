@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
-from expertlink.errors import ConfigurationError
-from expertlink.settings import STARTUP_TIMEOUT, TIMEOUT
+from expertlink.errors import ConfigurationError, NotPicklableError
+from expertlink.settings import STARTUP_TIMEOUT, TIMEOUT, positive_seconds
 from expertlink.types import BlockFormat, DispatchLayout
 
 if TYPE_CHECKING:
     import torch.distributed
+    from torch.distributed.device_mesh import DeviceMesh
 
 MAX_TOPK = 32
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -31,6 +33,9 @@ class MoECommunicatorConfig:
     All ranks of the group pass equal values, except for `device`, `num_local_experts`,
     `local_expert_start`, the two time-outs and the SM budgets.
 
+    Nothing in it changes, so copies, deep ones included, are the object itself. With a group it
+    cannot be pickled: a group belongs to its process.
+
     Raises:
         ConfigurationError: a field cannot work; the message names it, its value and what would.
     """
@@ -44,9 +49,9 @@ class MoECommunicatorConfig:
     max_tokens_per_rank: int
     """Most tokens any rank dispatches in one call; padded layouts are sized by it."""
 
-    group: torch.distributed.ProcessGroup | None = None
-    """Expert-parallel group. None: the default group, or a single rank where
-    torch.distributed is not initialised."""
+    group: torch.distributed.ProcessGroup | DeviceMesh | None = None
+    """Expert-parallel group, or a device mesh of one dimension, which stands for its group. None:
+    the default group, or a single rank where torch.distributed is not initialised."""
     device: torch.device | str | None = None
     """Where tensors live. None: CUDA's current device for groups that can use it, else CPU."""
 
@@ -139,6 +144,7 @@ class MoECommunicatorConfig:
         for name in ("enable_overlap", "zero_copy", "static_shapes", "mask_lost_peers"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
+        _put(self, "group", _group_of(self.group))
         if self.check_inputs not in (None, True, False):
             _refuse("check_inputs", self.check_inputs, "True, False or None")
         self._normalise()
@@ -180,8 +186,11 @@ class MoECommunicatorConfig:
             value = getattr(self, name)
             if value is None:
                 _put(self, name, variable.read())
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                _refuse(name, value, "a positive number of seconds, or None")
+                continue
+            try:
+                positive_seconds(value)
+            except ValueError as error:
+                _refuse(name, value, f"{error}, or None")
         if self.device is not None:
             try:
                 device = torch.device(self.device)
@@ -198,18 +207,39 @@ class MoECommunicatorConfig:
                 _refuse("local_expert_start", self.local_expert_start, "num_local_experts as well")
             return
         if self.num_local_experts is not None or self.local_expert_start is not None:
-            _refuse("expert_map", "given", "no num_local_experts / local_expert_start beside it")
+            raise ConfigurationError(
+                "expert_map excludes num_local_experts and local_expert_start: give either"
+            )
         try:
             ranks = tuple(int(rank) for rank in self.expert_map)
         except (TypeError, ValueError):
             _refuse("expert_map", self.expert_map, "one rank number per expert")
         if len(ranks) != self.num_experts:
-            _refuse(
-                "expert_map", f"{len(ranks)} entries", f"num_experts={self.num_experts} entries"
+            raise ConfigurationError(
+                f"expert_map has {len(ranks)} entries; needed are num_experts={self.num_experts} "
+                "entries"
             )
         if min(ranks) < 0:
-            _refuse("expert_map", f"rank {min(ranks)}", "ranks from 0 to the group's size - 1")
+            raise ConfigurationError(
+                f"expert_map has rank {min(ranks)} for expert {ranks.index(min(ranks))}; accepted: "
+                "ranks from 0 to the group's size - 1"
+            )
         _put(self, "expert_map", ranks)
+
+    def __copy__(self) -> MoECommunicatorConfig:
+        return self
+
+    def __deepcopy__(self, memo: object) -> MoECommunicatorConfig:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise NotPicklableError(
+                "a MoECommunicatorConfig with a process group cannot be pickled: the group belongs "
+                "to this process; pickle dataclasses.replace(config, group=None) and set the group "
+                "where it is loaded"
+            )
+        return dict(vars(self))
 
     @property
     def layout(self) -> DispatchLayout:
@@ -229,6 +259,24 @@ class MoECommunicatorConfig:
 
 def _refuse(field: str, value: object, accepted: str) -> NoReturn:
     raise ConfigurationError(f"{field}={value!r} is not possible; accepted: {accepted}")
+
+
+def _group_of(group: Any) -> Any:
+    """The process group that was given, or that a mesh stands for."""
+    if group is None:
+        return None
+    meshes = sys.modules.get("torch.distributed.device_mesh")  # never loaded: there is no mesh
+    if meshes is not None and isinstance(group, meshes.DeviceMesh):
+        if group.ndim != 1:
+            _refuse("group", group, 'a mesh of one dimension, such as mesh["ep"]')
+        if group.get_coordinate() is None:
+            _refuse("group", group, "a mesh that this rank is in")
+        return group.get_group()
+    if isinstance(group, int):  # what new_group gives to ranks outside of the group
+        _refuse("group", group, "a group that this rank is in; build no communicator on the others")
+    if not all(callable(getattr(group, name, None)) for name in ("rank", "size")):
+        _refuse("group", group, "a torch.distributed.ProcessGroup, a 1-D DeviceMesh, or None")
+    return group
 
 
 def _put(config: MoECommunicatorConfig, field: str, value: object) -> None:

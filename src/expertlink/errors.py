@@ -34,7 +34,11 @@ class HandleError(ExpertlinkError, RuntimeError):
 
 
 class ClosedError(ExpertlinkError, RuntimeError):
-    """The communicator is closed, or unusable after an earlier time-out."""
+    """The communicator is closed or aborted, or unusable after an earlier failure."""
+
+
+class NotPicklableError(ExpertlinkError, TypeError):
+    """Something that belongs to this process, such as a communicator, was to be pickled."""
 
 
 class CapacityError(ExpertlinkError, RuntimeError):

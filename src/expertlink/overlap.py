@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.errors import InputError
-from expertlink.requests import without_gradients
+from expertlink.requests import Life, in_present_mode, without_gradients
 from expertlink.types import CommOverlapConfig
 
 Started = TypeVar("Started", Dispatched, Combined)
@@ -23,32 +23,42 @@ def launch(
     stream: torch.cuda.Stream | None,
     wait_events: Sequence[torch.cuda.Event],
     call: DispatchCall | CombineCall,
+    life: Life,
 ) -> tuple[Started, Callable[[], None]]:
     """Starts an operation and returns it with the function that makes its results readable.
 
     Without a stream, waiting does the remaining work on the caller's stream (on CPU: in the
     caller's thread, while the transfer runs in the process group's). With one, all work is queued
-    there now and waiting only orders the then current stream after it.
+    there now and waiting only orders the then current stream after it. Waiting raises ClosedError
+    once `life` is over.
     """
     if stream is None:
         for event in wait_events:
             event.wait()
         started = begin()
+        finish = in_present_mode(started.finish)
 
-        return started, lambda: without_gradients(started.finish)
+        def complete() -> None:
+            life.check()
+            without_gradients(finish)
+
+        return started, complete
 
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     for event in wait_events:
         stream.wait_event(event)
     with torch.cuda.stream(stream):
-        started = begin()
-        without_gradients(started.finish)
-        done = torch.cuda.Event()
-        done.record(stream)
-    for tensor in tensors_in(call):
-        tensor.record_stream(stream)  # its memory must outlive the work queued here
+        try:
+            started = begin()
+            without_gradients(started.finish)
+            done = torch.cuda.Event()
+            done.record(stream)
+        finally:  # what fails may have queued work before
+            for tensor in tensors_in(call):
+                tensor.record_stream(stream)  # its memory must outlive the work queued here
 
     def join() -> None:
+        life.check()
         current = torch.cuda.current_stream(stream.device)
         current.wait_event(done)
         for tensor in tensors_in(started):  # allocated for the side stream, read on this one

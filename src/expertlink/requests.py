@@ -7,10 +7,30 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from expertlink.errors import ClosedError
 from expertlink.types import DispatchHandle, DispatchOutput
 
 Result = TypeVar("Result")
+
+
+class Life:
+    """Whether a communicator can be used. What outlives it refers to this, not to it.
+
+    Attributes:
+        over: why it cannot be used any more, or None.
+    """
+
+    __slots__ = ("over",)
+
+    def __init__(self) -> None:
+        self.over: str | None = None
+
+    def check(self) -> None:
+        """Raises ClosedError once it is over."""
+        if self.over is not None:
+            raise ClosedError(self.over)
 
 
 class Request(Generic[Result]):
@@ -28,7 +48,12 @@ class Request(Generic[Result]):
 
         Raises:
             PeerTimeoutError: a peer did not take part within the time-out.
+            ClosedError: the communicator was closed or aborted before.
         """
+        if is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            return uncompiled(self.wait)
         if self._wait is not None:
             self._wait()
             self._wait = None  # a failed wait stays failed
@@ -42,15 +67,25 @@ class ReceiveHook:
 
     Args:
         finish: `finish` of the started operation.
+        life: of its communicator.
     """
 
-    __slots__ = ("_finish",)
+    __slots__ = ("_finish", "_life")
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish: Callable[[], None] | None = finish
+    def __init__(self, finish: Callable[[], None], life: Life) -> None:
+        self._finish: Callable[[], None] | None = in_present_mode(finish)
+        self._life = life
 
     def __call__(self) -> None:
+        """Raises ClosedError where the communicator was closed or aborted before."""
+        if is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            uncompiled(self)
+            return
         if self._finish is not None:
+            if self._life.over is not None:
+                self._life.check()
             without_gradients(self._finish)
             self._finish = None  # a failed one stays failed
 
@@ -62,6 +97,18 @@ def without_gradients(finish: Callable[[], None]) -> None:
             finish()
     else:  # entering no_grad takes longer than many a `finish`
         finish()
+
+
+def in_present_mode(finish: Callable[[], None]) -> Callable[[], None]:
+    """`finish` for later: tensors made in inference mode can be written to nowhere else."""
+    if not torch.is_inference_mode_enabled():
+        return finish
+
+    def finish_in_inference_mode() -> None:
+        with torch.inference_mode():
+            finish()
+
+    return finish_in_inference_mode
 
 
 DispatchRequest = Request[tuple[DispatchOutput, DispatchHandle]]

@@ -6,11 +6,12 @@ import dataclasses
 import itertools
 import logging
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from expertlink.calls import CallBuilder
 from expertlink.config import MoECommunicatorConfig
@@ -18,8 +19,10 @@ from expertlink.engines.base import Engine
 from expertlink.engines.meeting import meet, resolve_device
 from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.engines.wire import Wire
-from expertlink.errors import ClosedError, ConfigurationError, InputError
+from expertlink.errors import ConfigurationError, InputError, NotPicklableError
+from expertlink.requests import Life
 from expertlink.routing import Placement
+from expertlink.settings import LONGEST_S, positive_seconds
 from expertlink.types import CallStatistics, DispatchHandle
 
 logger = logging.getLogger("expertlink")
@@ -46,10 +49,12 @@ class Session:
             self._check = config.check_inputs
         assert config.timeout_s is not None
         assert config.startup_timeout_s is not None
-        self._timeout_s, self._startup_timeout_s = config.timeout_s, config.startup_timeout_s
+        self._timeout_s = min(config.timeout_s, LONGEST_S)
+        self._startup_timeout_s = min(config.startup_timeout_s, LONGEST_S)
         self.rank: int = 0 if self._group is None else self._group.rank()
         self.num_ranks: int = 1 if self._group is None else self._group.size()
         self._engine: Engine | None = None
+        self._aborted_engine: Engine | None = None
         self._placement: Placement | None = None
         self._stream: torch.cuda.Stream | None = None
         # What outlives close(), such as graphs of old results, must not hold on to the group.
@@ -57,7 +62,7 @@ class Session:
         self._calls = CallBuilder(
             self._groupless, device=self.device, num_ranks=self.num_ranks, identity=self._identity
         )
-        self._closed = False
+        self._life = Life()
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -69,12 +74,19 @@ class Session:
         Raises:
             ConfigurationError: on every rank, naming the fields on which the ranks disagree.
             PeerTimeoutError: a rank did not come within `startup_timeout_s`.
-            ClosedError: the communicator is closed.
+            ClosedError: the communicator is closed or aborted.
         """
-        if self._closed:
-            raise ClosedError("this communicator is closed")
-        if self._engine is not None:
+        if is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            uncompiled(self.initialize)
             return
+        self._life.check()
+        if self._engine is None:
+            with torch.inference_mode(False):  # tensors that calls in any mode may write to
+                self._meet()
+
+    def _meet(self) -> None:
         wire = Wire(self._group, device=self.device, timeout_s=self._startup_timeout_s)
         asked = self.config.engine + ("" if self._share_with is None else ", memory shared")
         self._placement = meet(wire, self.config, engine=asked, check_inputs=self._check)
@@ -94,12 +106,31 @@ class Session:
             self._stream = torch.cuda.Stream(self.device)
         logger.info("rank %d: %s engine: %s", self.rank, self._choice.name, self._choice.reason)
 
+    def abort(self, reason: str) -> None:
+        """Gives this communicator up on all ranks. Local; safe to repeat; never raises.
+
+        For a rank that cannot go on, as when its experts raised: ranks that wait for it, or will,
+        raise AbortError with the reason instead of waiting until the time-out. A `with` block that
+        an exception leaves does this. Later calls here raise ClosedError; `close()` is still to be
+        called. Before `initialize()` there is nobody to tell: others wait for their time-out.
+
+        Args:
+            reason: for messages.
+        """
+        if self._life.over is not None:
+            return
+        self._life.over = f"this communicator was aborted on this rank: {reason}"
+        self._aborted_engine, self._engine = self._engine, None
+        if self._aborted_engine is not None:
+            self._aborted_engine.abort(reason)
+
     def close(self) -> None:
         """Releases everything; handles become unusable. Not collective; safe to repeat."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = self._group = None
-        self._closed = True
+        engine = self._engine or self._aborted_engine
+        if engine is not None:
+            engine.close()
+        self._engine = self._aborted_engine = self._group = None
+        self._life.over = self._life.over or "this communicator is closed"
 
     def __enter__(self: _Self) -> _Self:
         self.initialize()
@@ -111,21 +142,44 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and not isinstance(error, GeneratorExit):
+            self.abort(f"{type(error).__name__}: {error}")
         self.close()
+
+    def __copy__(self: _Self) -> _Self:
+        """A communicator exists once; copies of a module, deep ones included, share it."""
+        return self
+
+    def __deepcopy__(self: _Self, memo: object) -> _Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise NotPicklableError(
+            f"a {type(self).__name__} cannot be pickled: it is connected to the other ranks; save "
+            "the model's state_dict() and make a communicator where it is loaded"
+        )
 
     def set_timeouts(
         self, *, timeout_s: float | None = None, startup_timeout_s: float | None = None
     ) -> None:
-        """Changes how long later waits may take, in seconds; None leaves a bound as it is."""
+        """Changes how long later waits may take, in seconds; None leaves a bound as it is.
+
+        Raises:
+            InputError: not a finite, positive number.
+        """
+        seconds = []
         for name, value in (("timeout_s", timeout_s), ("startup_timeout_s", startup_timeout_s)):
-            if value is not None and not value > 0:
-                raise InputError(f"{name}={value!r}: a positive number of seconds is expected")
-        self._timeout_s = timeout_s or self._timeout_s
-        self._startup_timeout_s = startup_timeout_s or self._startup_timeout_s
+            try:
+                seconds.append(None if value is None else min(positive_seconds(value), LONGEST_S))
+            except ValueError as error:
+                raise InputError(f"{name}={value!r}: {error} is expected") from None
+        self._timeout_s = seconds[0] or self._timeout_s
+        self._startup_timeout_s = seconds[1] or self._startup_timeout_s
         if self._engine is not None:
             self._engine.set_timeout(self._timeout_s)
 
     def _ready(self) -> Engine:
+        self._life.check()
         self.initialize()
         assert self._engine is not None
         return self._engine
@@ -198,8 +252,14 @@ class Session:
 
         PeerTimeoutError or, with static shapes, CapacityError. Every call does this first; replays
         of CUDA graphs do not: look after the stream has been synchronized.
+
+        Raises:
+            ClosedError: the communicator is closed or aborted, or an earlier failure has made it
+                unusable.
         """
-        self._ready().check_health()
+        self._life.check()
+        if self._engine is not None:
+            self._engine.check_health()
 
     def enable_statistics(self) -> CallStatistics:
         """Counts this rank's calls from now on. Local; safe to repeat.
@@ -210,7 +270,9 @@ class Session:
         Raises:
             ConfigurationError: the engine does not count in this mode.
         """
-        return self._ready().enable_statistics()
+        engine = self._ready()
+        with torch.inference_mode(False):  # calls in any mode add to them
+            return engine.enable_statistics()
 
     def query_mask(self) -> Tensor:
         """Ranks that calls leave out, `[R]` bool on the device, a copy. Local.

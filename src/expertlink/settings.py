@@ -6,6 +6,8 @@ read when a communicator is built, never at import.
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ from typing import Any, Generic, TypeVar
 from expertlink.errors import ConfigurationError
 
 Value = TypeVar("Value")
+
+LONGEST_S = 1e8
+"""No wait is longer, whatever is configured, about three years: engines count nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,28 @@ class Variable(Generic[Value]):
             raise ConfigurationError(f"{self.name}={text!r}: {error} is expected") from None
 
 
-def _positive_number(text: str) -> float:
+def positive_seconds(value: object) -> float:
+    """`value` as a time-out.
+
+    Raises:
+        ValueError: it is not a finite number above 0; the message says what is expected.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            seconds = float(value)
+        except OverflowError:
+            seconds = math.inf
+        if math.isfinite(seconds) and seconds > 0:
+            return seconds
+    raise ValueError("a finite, positive number of seconds")
+
+
+def _seconds_in(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = float("nan")
-    if not value > 0:
-        raise ValueError("a positive number")
-    return value
+        value = math.nan
+    return positive_seconds(value)
 
 
 def _absolute_path(text: str) -> Path | None:
@@ -68,13 +87,13 @@ TIMEOUT = Variable(
     "EXPERTLINK_TIMEOUT",
     100.0,
     "seconds a dispatch or combine waits for its peers (config field timeout_s)",
-    _positive_number,
+    _seconds_in,
 )
 STARTUP_TIMEOUT = Variable(
     "EXPERTLINK_STARTUP_TIMEOUT",
     300.0,
     "seconds initialize() waits for its peers (config field startup_timeout_s)",
-    _positive_number,
+    _seconds_in,
 )
 CACHE_DIR: Variable[Path | None] = Variable(
     "EXPERTLINK_CACHE_DIR",

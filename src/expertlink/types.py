@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 
 class DispatchLayout(str, enum.Enum):
@@ -184,7 +185,7 @@ class CallStatistics:
         return CallStatistics(*memory.split_with_sizes([num_local, *[num_ranks] * 5]))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class DispatchHandle:
     """Ties a dispatch to its combine. Opaque to the model: pass it on, look at nothing inside.
 
@@ -217,9 +218,9 @@ class DispatchHandle:
     ids_seen: tuple[Tensor, int] | None = None
     # Buffers that `state` lies in, each with the generation that the handle is good for.
     leases: tuple[tuple[DispatchBuffers, int], ...] = ()
-    _finish: Callable[[], object] | None = field(default=None, repr=False)
+    _finish: Callable[[], object] | None = None
     # Leads autograd from combine to a dispatch that it follows.
-    _anchor: Tensor | None = field(default=None, repr=False)
+    _anchor: Tensor | None = None
 
     def wait(self) -> None:
         """Orders the current stream after a dispatch or combine issued with `async_finish=True`.
@@ -227,9 +228,21 @@ class DispatchHandle:
         One issued with `return_recv_hook=True` gets its receiving half launched. Until then the
         tensors that the call returned must not be read. Safe to call repeatedly.
         """
+        if is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            uncompiled(self.wait)
+            return
         if self._finish is not None:
             self._finish()
             self._finish = None  # a failed wait stays failed
+
+    def __repr__(self) -> str:
+        used = ", combined" if self.consumed else ""
+        return (
+            f"DispatchHandle(dispatch #{self.call}, {self.num_tokens} tokens, "
+            f"{self.layout.value} rows {list(self.rows_shape)}{used})"
+        )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,13 @@ def check_tensor(
         raise InputError(f"{name} is on {value.device}; this communicator works on {device}")
     if dtypes and value.dtype not in dtypes:
         accepted = " or ".join(map(str, dtypes))
-        raise InputError(f"{name} has dtype {value.dtype}; accepted: {accepted}")
+        message = f"{name} has dtype {value.dtype}; accepted: {accepted}"
+        if torch.is_autocast_enabled(device.type) and value.dtype.is_floating_point:
+            message += (
+                f". torch.autocast is on here and changes what operations return: pass "
+                f"{name}.to({dtypes[0]})"
+            )
+        raise InputError(message)
     if shape is not None:
         fits = value.dim() == len(shape) and all(
             want is None or have == want for have, want in zip(value.shape, shape, strict=True)
