@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from bench_records import make_record
 from typer.testing import CliRunner
 
+from expertlink.bench import command
 from expertlink.bench.overlap import hidden_part
 from expertlink.bench.records import PHASES, read_records, write_records
 from expertlink.bench.trace import RoutingTrace
@@ -218,6 +220,71 @@ def test_bad_arguments_end_in_a_sentence(arguments: tuple[str, ...], message: st
     assert message in result.output
     assert "Traceback" not in result.output
     assert isinstance(result.exception, SystemExit)
+
+
+def bench_that_must_not_start(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
+) -> tuple[int, str]:
+    def started(*_: object) -> None:
+        raise AssertionError("measuring has begun")
+
+    monkeypatch.setattr(command, "_measure", started)
+    result = CliRunner().invoke(app, ["bench", *QUICK, *map(str, arguments)])
+    assert isinstance(result.exception, SystemExit), result.output
+    return result.exit_code, result.output
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench_that_must_not_start(monkeypatch, "--out", "/proc/x") == (
+        2,
+        "error: --out /proc/x: cannot be written to: No such file or directory\n",
+    )
+    os.mkfifo(tmp_path / "pipe")
+    code, output = bench_that_must_not_start(monkeypatch, "--out", tmp_path / "pipe")
+    assert (code, "is no ordinary file" in output) == (2, True)
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(command, "try_folder", full)
+    code, output = bench_that_must_not_start(monkeypatch, "--out", tmp_path / "r.jsonl")
+    assert (code, "cannot be written to: No space left on device" in output) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_folder_is_tried_with_more_than_a_few_bytes(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; "
+        "from expertlink.bench.files import try_folder; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); try_folder(Path(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert "File too large" in done.stderr  # stands for a full disk
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.jsonl"
+    write = Path.write_text
+
+    def fill(self: Path, text: str, *more: object) -> int:
+        write(self, text[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    result = CliRunner().invoke(app, ["bench", *QUICK, "--out", str(path)])
+    assert result.exit_code == 2
+    assert f"error: --out {path}: cannot be written to: No space left" in result.output
+    assert "pair" in result.output  # what was measured until then
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_takes_several_files(tmp_path: Path) -> None:

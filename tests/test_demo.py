@@ -204,6 +204,35 @@ def test_output_folder_that_is_a_file_is_found_before_training(
     assert "cannot be written to" in capsys.readouterr().err
 
 
+def test_a_bad_text_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    arguments = ["--text", "no/such/file", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["expertlink", "demo", *arguments])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert not out.exists()
+
+
+def test_a_disk_that_fills_up_ends_the_demo_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loss.png").symlink_to("/dev/full")
+    text = tmp_path / "text"
+    text.write_bytes(b"to be, or not to be, that is the question; " * 200)
+    options = ["--ranks", "1", "--steps", "1", "--device", "cpu", "--text", str(text)]
+    monkeypatch.setattr(sys, "argv", ["expertlink", "demo", *options, "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            __main__.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--out {tmp_path}: cannot be written to: No space left on device" in error
+    assert error.count("\n") == 1
+
+
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(__main__, "NEEDED", ("numpy", "no_such_package"))
     monkeypatch.setattr(sys, "argv", ["expertlink", "demo"])

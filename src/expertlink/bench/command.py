@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from expertlink.bench.cases import Case, Plan
+from expertlink.bench.files import reason, try_folder
 from expertlink.bench.options import (
     BenchOptions,
     build_cases,
@@ -39,7 +40,11 @@ from expertlink.errors import ConfigurationError, ExpertlinkError
 from expertlink.launch import RankContext, torchrun_context
 
 OK, FAILED, USAGE = 0, 1, 2
-"""Exit codes: all cases measured, a case failed, the options make no sense."""
+"""Exit codes: all cases measured, a case failed, the options make no sense or cannot be obeyed."""
+
+
+class _UnwritableError(Exception):
+    """The file of the records did not take one of them."""
 
 
 def run_bench(options: BenchOptions, console: Console) -> int:
@@ -53,18 +58,26 @@ def run_bench(options: BenchOptions, console: Console) -> int:
         plan = make_plan(options, device)
         if plan.gemm is not None:
             check_overlap(cases)
-        _check_out(options.out)
+        _check_out(options, context)
     except ExpertlinkError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         _leave(context)
         return USAGE
-    results = _measure(options, cases, plan, device, context, console)
+    results: list[CaseResult] = []
+    unwritable: _UnwritableError | None = None
+    try:
+        _measure(options, cases, plan, device, context, console, results)
+    except _UnwritableError as error:  # what was measured until then is shown
+        unwritable = error
     _leave(context)
     records = [record for result in results for record in result.records]
     if records:
         _print(records, console)
-        if options.out is not None:
-            console.print(f"{len(records)} records in {escape(str(options.out))}", soft_wrap=True)
+    if unwritable is not None:
+        console.print(f"[red]error:[/red] {escape(str(unwritable))}", soft_wrap=True)
+        return USAGE
+    if records and options.out is not None:
+        console.print(f"{len(records)} records in {escape(str(options.out))}", soft_wrap=True)
     failed = [result for result in results if result.error is not None]
     for result in failed:
         text = f"[red]failed:[/red] {escape(result.case.label())}: {escape(result.error or '')}"
@@ -107,14 +120,21 @@ def _measure(
     device: Literal["cpu", "cuda"],
     context: RankContext | None,
     console: Console,
-) -> list[CaseResult]:
+    results: list[CaseResult],
+) -> None:
+    """Measures all cases; `results` gets what became of each as soon as it is known."""
     measure = measure_any if plan.gemm is None else measure_overlaps
     written = options.append
 
     def keep(result: CaseResult) -> None:
         nonlocal written
+        results.append(result)
         if result.records and options.out is not None:
-            write_records(options.out, result.records, append=written)
+            try:
+                write_records(options.out, result.records, append=written)
+            except OSError as error:
+                text = f"--out {options.out}: cannot be written to: {reason(error)}"
+                raise _UnwritableError(text) from error
             written = True
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -132,7 +152,7 @@ def _measure(
             progress.update(task, completed=number * plan.iters + done, description=label)
 
         if context is None:
-            return run_on_own_ranks(
+            run_on_own_ranks(
                 cases,
                 plan,
                 device=device,
@@ -142,12 +162,11 @@ def _measure(
                 on_result=keep,
                 on_progress=show,
             )
+            return
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         context = replace(context, device=torch.device("cpu")) if device == "cpu" else context
-        return run_under_torchrun(
-            context, cases, plan, measure=measure, on_result=keep, on_progress=show
-        )
+        run_under_torchrun(context, cases, plan, measure=measure, on_result=keep, on_progress=show)
 
 
 def _leave(context: RankContext | None) -> None:
@@ -155,8 +174,34 @@ def _leave(context: RankContext | None) -> None:
         dist.destroy_process_group()
 
 
-def _check_out(out: Path | None) -> None:
-    if out is not None and not out.parent.is_dir():
-        raise ConfigurationError(f"out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
-    if out is not None and out.is_dir():
-        raise ConfigurationError(f"out={str(out)!r} is a folder, a file is needed")
+def _check_out(options: BenchOptions, context: RankContext | None) -> None:
+    """Finds out before measuring whether rank 0, which alone writes, will be able to. Collective.
+
+    Raises:
+        ConfigurationError: it will not; on every rank.
+    """
+    if options.out is None:
+        return
+    problem = [None if context is not None and context.rank else _out_problem(options)]
+    if context is not None:
+        dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise ConfigurationError(problem[0])
+
+
+def _out_problem(options: BenchOptions) -> str | None:
+    out = options.out
+    assert out is not None
+    if not out.parent.is_dir():
+        return f"out={str(out)!r}: the folder {str(out.parent)!r} does not exist"
+    if out.is_dir():
+        return f"out={str(out)!r} is a folder, a file is needed"
+    if out.exists() and not out.is_file():
+        return f"out={str(out)!r} is no ordinary file"
+    try:
+        try_folder(out.parent)
+        if options.append:
+            out.open("ab").close()
+    except OSError as error:
+        return f"--out {out}: cannot be written to: {reason(error)}"
+    return None

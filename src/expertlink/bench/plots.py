@@ -129,12 +129,14 @@ def _bar_figure(
                 textcoords="offset points",
                 va="center",
                 fontsize=7,
+                bbox={"boxstyle": "square,pad=0.1", "color": "#FFFFFF"},  # above lines, not in them
             )
     if reference is not None:
         legend[reference[1]] = panel.axvline(reference[0], color="#000000", lw=1, ls="--")
     panel.set_yticks(range(len(groups)), list(groups), fontsize=8)
     panel.set_ylim(len(groups) - 0.4, -0.6)
-    panel.set_xlabel(label if not left_out else f"{label}; {left_out} further cases not drawn")
+    label += f"; {left_out} further cases not drawn" if left_out else ""
+    panel.set_xlabel(label, loc="right")  # longer than the panel is wide beside long names
     panel.set_xlim(0, 1.2 * widest or 1.0)  # room for the numbers
     panel.grid(visible=True, axis="x", color=GRID_COLOR, linewidth=0.6)
     panel.set_axisbelow(True)

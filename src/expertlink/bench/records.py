@@ -241,8 +241,12 @@ def write_records(path: str | Path, records: Iterable[Line], *, append: bool = F
             file.write(text.encode())
         return path
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    return partial.replace(path)
+    try:
+        partial.write_text(text)
+        return partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from expertlink.demo.train import StepRecord
 
@@ -25,21 +26,31 @@ def plot_loss(records: Sequence[StepRecord], path: Path, *, title: str) -> None:
     axes = figure.subplots()
     losses = np.array([record.loss for record in records])
     steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color=_BLUE, alpha=0.35, linewidth=1, label="training, every step")
-    window = min(_SMOOTHED, len(losses))
-    average = np.ones(window) / window
+    few = len(losses) <= _SMOOTHED  # a single one makes no line, and there is no mean to draw
     axes.plot(
-        np.convolve(steps, average, mode="valid"),
-        np.convolve(losses, average, mode="valid"),
+        steps,
+        losses,
         color=_BLUE,
-        linewidth=2,
-        label=f"training, mean of {window}",
+        alpha=0.35,
+        linewidth=1,
+        marker="." if few else "",
+        label="training, every step",
     )
+    if not few:
+        average = np.ones(_SMOOTHED) / _SMOOTHED
+        axes.plot(
+            np.convolve(steps, average, mode="valid"),
+            np.convolve(losses, average, mode="valid"),
+            color=_BLUE,
+            linewidth=2,
+            label=f"training, mean of {_SMOOTHED}",
+        )
     held_out = [(r.step + 1, r.validation_loss) for r in records if r.validation_loss is not None]
     axes.plot(
         *zip(*held_out, strict=True), color=_ORANGE, marker="o", linestyle="--", label="held-out"
     )
     axes.set(xlabel="step", ylabel="cross entropy (nats per byte)", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     to_bits, to_nats = partial(np.multiply, 1 / math.log(2)), partial(np.multiply, math.log(2))
     bits = axes.secondary_yaxis("right", functions=(to_bits, to_nats))
     bits.set_ylabel("bits per byte")
@@ -82,6 +93,7 @@ def plot_expert_load(
         axes.set_yticklabels(order[:: max(1, len(order) // 8)])
         _mark_ranks(axes, [len(experts) for experts in experts_of_rank])
     panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     assert image is not None
     bar = figure.colorbar(image, ax=panels, extend="both", shrink=0.6, pad=0.02, aspect=30)
     bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["⅛", "¼", "½", "1", "2", "4", "8"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from expertlink.bench.files import reason, try_folder
 from expertlink.demo.model import ModelConfig
 from expertlink.demo.report import Check, Report, write_report
 from expertlink.demo.text import Corpus
@@ -57,12 +57,12 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     device = _device(options.device)
     config = _config(options, device)
     num_ranks = _num_ranks(options.ranks, device, config)
-    out = _writable(options.out)
     sample_bytes = config.model.sequence + 1
     if options.text is None:
         corpus = Corpus.from_standard_library(sample_bytes=sample_bytes)
     else:
         corpus = Corpus.from_file(options.text, sample_bytes=sample_bytes)
+    out = _writable(options.out)
     console.print(
         f"Training on [bold]{corpus.name}[/] "
         f"({len(corpus.train) / 1e6:.1f} MB) with {num_ranks} ranks on {device}",
@@ -83,7 +83,10 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
         torch.set_num_threads(threads)
         check = _check(config, corpus, ranks[0], device, progress)
     report = Report(config=config, corpus=corpus.name, device=device, ranks=ranks, check=check)
-    write_report(report, out, console)
+    try:
+        write_report(report, out, console)
+    except OSError as error:
+        raise _unwritable(out, error) from None
     return check.passed
 
 
@@ -151,11 +154,14 @@ def _writable(folder: Path) -> Path:
     """Makes the folder, and finds out now rather than after training that it is of no use."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        try_folder(folder)
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--out {folder}: cannot be written to: {reason}") from None
+        raise _unwritable(folder, error) from None
+    return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"--out {folder}: cannot be written to: {reason(error)}")
 
 
 def _cores() -> int:
