@@ -19,9 +19,8 @@ from torch import Tensor
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink.calls import CallBuilder
-from expertlink.engines.nvlink.arena import Arena, ArenaPlan
-from expertlink.engines.nvlink.build import serves_latency
-from expertlink.engines.nvlink.engine import NvlinkEngine
+from expertlink.engines.nvlink.arena import ArenaPlan
+from expertlink.engines.nvlink.build import assemble, make_arena, serves_latency
 from expertlink.engines.nvlink.kernels import (
     LATENCY_WARPS,
     SHARED_BYTES,
@@ -31,11 +30,7 @@ from expertlink.engines.nvlink.kernels import (
     architecture,
     compile_for,
 )
-from expertlink.engines.nvlink.latency import LowLatency
-from expertlink.engines.nvlink.latency_arena import LatencyArena
-from expertlink.engines.nvlink.latency_engine import LatencyEngine
 from expertlink.engines.nvlink.latency_plan import LatencyPlan
-from expertlink.engines.nvlink.throughput import HighThroughput
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.wire import Transfer, Wire
 from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
@@ -59,6 +54,8 @@ class Meeting:
         self._values: list[Any] = [None] * num_ranks
         self._everyone: list[Any] = []
         self._act = act
+        self.reasons: dict[int, str] = {}  # of ranks that have called abort
+        self._numbers = [0] * num_ranks
         self._barrier = threading.Barrier(num_ranks, self._close)
 
     def _close(self) -> None:
@@ -72,6 +69,11 @@ class Meeting:
         self._barrier.wait(_PATIENCE_S)
         return self._everyone
 
+    def next_number(self, rank: int) -> int:
+        """Tells the communicators of a rank apart, alike on all ranks."""
+        self._numbers[rank] += 1
+        return self._numbers[rank]
+
     def break_up(self) -> None:
         """Lets everybody who waits fail: a rank has failed."""
         self._barrier.abort()
@@ -83,9 +85,16 @@ class HostedWire(Wire):
     def __init__(self, rank: int, meeting: Meeting) -> None:
         super().__init__(None, device=DEVICE, timeout_s=30.0)
         self.rank, self.num_ranks, self._meeting = rank, meeting.num_ranks, meeting
+        self.number = meeting.next_number(rank)
 
     def gather_text(self, text: str) -> list[str]:
         return self._meeting.swap(self.rank, text)
+
+    def post_abort(self, reason: str) -> None:
+        self._meeting.reasons[self.rank] = reason
+
+    def abort_reason(self, rank: int) -> str:
+        return self._meeting.reasons.get(rank, "")
 
     def gather(self, row: Tensor, rows: Tensor) -> Transfer:
         everyone = self._meeting.swap(self.rank, row)
@@ -102,6 +111,10 @@ class Memory:
 
     local: Tensor
     addresses: list[int]
+    buffers: list[Tensor]
+
+    def word(self, rank: int, offset: int) -> Tensor:
+        return self.buffers[rank][offset : offset + 4].view(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -174,7 +187,7 @@ class Fleet:
         self._launches = Meeting(self.num_ranks, self._start)
 
     def memory(self, rank: int) -> Memory:
-        return Memory(self._buffers[rank], self.addresses)
+        return Memory(self._buffers[rank], self.addresses, self._buffers)
 
     def run(self, rank: int, name: str, arguments: Arguments, launch: Launch) -> None:
         """One rank's share of a launch; the last rank to come starts it for all."""
@@ -272,38 +285,28 @@ class HostedCommunicator(MoECommunicator):
         def run(name: str, arguments: Arguments, launch: Launch) -> None:
             fleet.run(self.rank, name, arguments, launch)
 
-        common: dict[str, Any] = {"placement": fleet.placement, "watchdog": watchdog}
-        sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-        if isinstance(fleet.plan, LatencyPlan):
-            if self._memory_of is None:
-                common["arena"] = LatencyArena(fleet.plan, buffer=buffer, device=DEVICE)
-            else:
-                common["arena"] = self._memory_of._engine.arena  # type: ignore[union-attr]
-            low = LowLatency(
-                config, rank=self.rank, run=run, num_sms=sms, warps=fleet.latency_warps, **common
-            )
-            engine = LatencyEngine(config, wire=wire, calls=low, check=self._check, **common)
+        if self._memory_of is None:
+            arena = make_arena(fleet.plan, rank=self.rank, buffer=buffer, device=DEVICE)
         else:
-            common["arena"] = Arena(fleet.plan, buffer=buffer, device=DEVICE)
-            calls = HighThroughput(
+            arena = self._memory_of._engine.arena  # type: ignore[union-attr]
+        engine = assemble(
+            config,
+            wire=wire,
+            placement=fleet.placement,
+            arena=arena,
+            watchdog=watchdog,
+            run=run,
+            check_inputs=self._check,
+            blocks=BlockShape(
                 config,
-                rank=self.rank,
-                run=run,
-                num_sms=sms,
-                communicator=0,
-                check=self._check,
-                blocks=BlockShape(
-                    config,
-                    num_ranks=fleet.num_ranks,
-                    num_local=num_local,
-                    max_warps=fleet.max_warps,
-                ),
-                **common,
-            )
-            engine = NvlinkEngine(config, wire=wire, calls=calls, check=self._check, **common)
+                num_ranks=fleet.num_ranks,
+                num_local=num_local,
+                max_warps=fleet.max_warps,
+            ),
+            latency_warps=fleet.latency_warps,
+        )
         self._engine = engine
         self._calls.num_local_experts = num_local
-        self._calls.engine_quantizes = engine.quantizes
         self._calls.engine_quantizes = engine.quantizes
 
 

@@ -124,7 +124,8 @@ __device__ __forceinline__ void collect_grads(const CombineArguments& a, int tok
 __device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& watch,
                                        char* shared) {
     const int lane = threadIdx.x % 32;
-    if (threadIdx.x / 32 == blockDim.x / 32 - 1) return true;  // the last warp has no slot
+    if (threadIdx.x / 32 == blockDim.x / 32 - 1)  // the last warp has no slot
+        return blockIdx.x != gridDim.x - 1 || check_heads(a, watch);
     char* const slot = shared + static_cast<long long>(threadIdx.x / 32) * a.slot_bytes;
     char* const base = a.bases[a.rank];
     const auto code_of = [&](int token) {

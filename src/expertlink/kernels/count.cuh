@@ -104,7 +104,7 @@ __device__ __forceinline__ bool publish_counts(const DispatchArguments& a, const
         int* const row = count_row(a.bases[peer], a.rank);
         for (int i = threadIdx.x; i < kColumns; i += blockDim.x) row[kHeadWords + i] = totals[i];
         if (threadIdx.x < kHeadWords) {
-            int word = head_word(a, threadIdx.x);
+            int word = head_word(a, watch, threadIdx.x);
             // Every block has added its findings before the blocks met.
             if (threadIdx.x == kStatus) word |= load_fresh(a.faulty);
             row[threadIdx.x] = word;

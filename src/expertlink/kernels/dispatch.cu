@@ -20,7 +20,8 @@ __device__ __forceinline__ bool wait_for_plan(const DispatchArguments& a, const 
     return known;
 }
 
-// The rows need more memory than the host had guessed: it will launch the placing half again.
+// The rows need more memory than the host had guessed: it will launch the placing half again. Or the
+// ranks do not agree.
 __device__ __forceinline__ bool is_deferred(const DispatchArguments& a) {
     return a.flags & kCount && load_acquire_device(&a.state->deferred) != 0;
 }
@@ -36,6 +37,7 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
             return false;
     } else if (a.flags & kSend) {
         say_ready(a, watch);
+        if (block == 0 && threadIdx.x == 0) *a.origin = static_cast<int>(watch.transfer);
     }
     __syncthreads();
     if (a.flags & kSend && block < a.num_senders) {

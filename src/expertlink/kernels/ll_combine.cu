@@ -28,7 +28,8 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
-    const int senders = min(a.send_warps, warps);  // the others add up from the start
+    // The others add up from the start.
+    const int senders = min(a.send_warps, receives ? warps - 1 : warps);
     if (threadIdx.x == 0) {
         next_send = senders;
         next_add = 0;
@@ -38,8 +39,16 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
             in.fill([&](int rank) { return rank < kNumRanks ? a.rows_from[rank] : 0; });
     };
     if (!begin_call(a, call, [] {}, loads)) return;
-    // One that does not send, if there is one.
-    if (blockIdx.x == 0 && warp == min(sends ? senders : 0, warps - 1)) say_where(a, call);
+    // One warp of all says where this rank is. Where calls are received it does not send, and hears
+    // where the others are while its block adds up.
+    if (blockIdx.x == 0 && warp == min(sends ? senders : 0, warps - 1)) {
+        say_where(a, call);
+        if (sends) say_heads(a, call);
+        if (receives) {
+            hear_heads(a, call);
+            return;
+        }
+    }
     if (sends) {
         keep_statistics(a, in);
         if (warp < senders) return_rows(a, call, in, senders, &next_send);

@@ -31,6 +31,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     Sender<kQuantized> sender;
     BlockChoices choices;
     Told told;
+    unsigned subject = 0;
     const auto prepare = [&] {
         if (!sends) return;
         prepare_masks(a, masks);
@@ -39,6 +40,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         told.find(threadIdx.x - roles.senders * 32);
     };
     const auto loads = [&] {
+        if (!roles.sends()) subject = load_subject(a);
         if (!sends) return;
         choices.load(a);
         if (!roles.sends()) told.load(a);
@@ -55,7 +57,8 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
             fill_masks(a, masks, chunk, choices);
             if (!roles.sends()) {
                 // The last ones tell the counts, so that the first ones tell the rest meanwhile.
-                publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others());
+                publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others(),
+                               subject);
                 send_beside(a, call, masks, chunk, told, roles.others() * 32);
             }
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
@@ -63,7 +66,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         sender.run(a, call, masks, draws);
     }
     if (!receives) return;
-    if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters);
+    if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters, subject);
     roles.meet_others();
     if (call.stopped) return;
     if (blockIdx.x == 0 && roles.keeps())

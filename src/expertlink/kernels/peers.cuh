@@ -8,30 +8,43 @@
 #include "words.cuh"
 
 constexpr int kColumns = kNumRanks + kNumExperts;  // ranks first
-constexpr int kHeadWords = 8;                      // words of a count row before the counts
-constexpr int kCountWords = kHeadWords + kColumns;
-
-// Words of a count row's head, as engines/header.py names them.
-enum Head { kOperation, kCommunicator, kCall, kStatus, kCapacity, kRowBytes, kExtraBytes, kWeighted };
+constexpr int kCountWords = kHeadWords + kColumns;  // of this communicator's count rows
+static_assert(kCountWords <= kCountStride, "the arena has room for fewer experts");
 
 // What this rank says of its call to every peer.
 template <typename Arguments>
-__device__ __forceinline__ int head_word(const Arguments& a, int word) {
+__device__ __forceinline__ int head_word(const Arguments& a, const Watch& watch, int word) {
     switch (word) {
         case kOperation: return a.operation;
         case kCommunicator: return a.communicator;
-        case kCall: return a.call;
+        case kCall: return static_cast<int>(watch.transfer);
         case kStatus: return a.status;
         case kCapacity: return a.capacity;
         case kRowBytes: return a.row_bytes;
         case kExtraBytes: return a.extra_bytes;
-        case kWeighted: return (a.flags & kNewWeights) != 0;
+        case kSubject: return a.subject == nullptr ? 0 : load_fresh(a.subject);
+        case kForm:
+            return ((a.flags & kNewWeights) != 0) | ((a.flags & kWantsMail) != 0) << 1;
+        case kPool: return a.pool;
         default: return 0;
     }
 }
 
+// Row `rank` is written by that rank alone, whatever communicator it is in: so the stride is that of
+// the arena, and communicators that share it write to the same row.
 __device__ __forceinline__ int* count_row(char* base, int rank) {
-    return reinterpret_cast<int*>(base + kCountsAt) + rank * kCountWords;
+    return reinterpret_cast<int*>(base + kCountsAt) + rank * kCountStride;
+}
+
+// Whether a rank's head, as `word(index)` gives it, says that it is in the call of this rank and
+// takes part in it.
+template <typename Arguments, typename Word>
+__device__ __forceinline__ bool is_same_call(const Arguments& a, const Watch& watch,
+                                             const Word& word) {
+    bool same = word(kStatus) == 0;
+    for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kExtraBytes, kSubject, kForm})
+        same &= word(i) == head_word(a, watch, i);
+    return same;
 }
 
 // Calls that count nothing tell the peers only that this rank is here, and in which call. One warp.
@@ -45,9 +58,32 @@ __device__ __forceinline__ void say_ready(const Arguments& a, const Watch& watch
                         kPhaseCredit, peer))
             return;
         for (int word = 0; word < kHeadWords; ++word)
-            count_row(a.bases[peer], a.rank)[word] = head_word(a, word);
+            count_row(a.bases[peer], a.rank)[word] = head_word(a, watch, word);
         store_release_system(ready_word(a.bases[peer], a.rank), watch.transfer);
     }
+}
+
+// Calls that count nothing: all ranks are in this very call. One warp of the grid, which has nothing
+// else to do; the kernel does not end before it is done, so heads stay until they have been read.
+template <typename Arguments>
+__device__ __forceinline__ bool check_heads(const Arguments& a, const Watch& watch) {
+    const int lane = threadIdx.x % 32;
+    char* const base = a.bases[a.rank];
+    bool here = true;
+    int odd = kNumRanks;
+    for (int r = lane; r < kNumRanks && here; r += 32) {
+        here = wait_until(ready_word(base, r), watch.transfer, watch, kPhaseReady, r);
+        const int* const head = count_row(base, r);
+        if (here && !is_same_call(a, watch, [&](int word) { return load_fresh(&head[word]); }))
+            odd = min(odd, r);
+    }
+    if (!__all_sync(0xffffffffu, here)) return false;
+    odd = __reduce_min_sync(0xffffffffu, odd);
+    if (odd == kNumRanks) return true;
+    if (lane == 0)
+        report_heads(watch, odd,
+                     [&](int rank, int word) { return load_fresh(&count_row(base, rank)[word]); });
+    return false;
 }
 
 // Tells the peers that this rank has consumed the transfer and they may send the next.

@@ -91,10 +91,12 @@ __device__ __forceinline__ int read_beside(const DispatchArguments& a, const Gro
             home = load_fresh(beside + k);
             if (kExpanded) place = load_fresh(beside + kPlacesAt / 4 + k);
         }
-        choice = home >= 0 && rank_of(home) == a.rank ? local_of(home) : -1;
+        const bool here = home >= 0 && rank_of(home) == a.rank && local_of(home) < a.num_local;
+        choice = here ? local_of(home) : -1;
         if (kExpanded && choice >= 0) {
             choice = load_slot(groups, arrival.source * a.num_local + choice) + place;
-            if (choice >= a.max_slots) choice = -1;  // static shapes: reported, and dropped
+            // Static shapes: reported, and dropped.
+            if (choice < 0 || choice >= a.max_slots) choice = -1;
         }
         a.choices_of_row[at] = choice;
     }
@@ -265,6 +267,10 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Wat
         if (fine && kExpanded && !kPadded && kAlignment > 1) zero_gaps(a, warp, num_warps);
         bulk_wait_written();
     }
+    // The last warp of the grid has no slot.
+    if (!(a.flags & kCount) && a.flags & kSend && blockIdx.x == gridDim.x - 1 &&
+        threadIdx.x / 32 == movers)
+        fine = check_heads(a, watch);
     close_slot(ring);
     return fine;
 }

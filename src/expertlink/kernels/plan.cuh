@@ -7,7 +7,8 @@
 
 // The mail: these words, then the heads of all ranks' count rows, the rows from each rank, and the
 // choices of each local expert.
-enum Mail { kMailVerdict, kMailRank, kMailRows, kMailCapacity, kMailArrivals, kMailSlots, kMailWords };
+enum Mail { kMailVerdict, kMailRank, kMailRows, kMailCapacity, kMailArrivals, kMailSlots, kMailEnd };
+static_assert(kMailEnd == kMailWords);
 enum Verdict { kFine = 0, kDisagree = 1, kOverflow = 2 };
 
 // Count rows of all ranks are read once into shared memory where they fit there.
@@ -31,13 +32,17 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     int* const table = needed + kNumRanks;
     __shared__ int num_arrivals, num_slots, disagree, verdict, worst, room;
     if (kTableIsShared)
-        for (int i = threadIdx.x; i < kTableWords; i += blockDim.x) table[i] = load_fresh(&arrived[i]);
+        for (int i = threadIdx.x; i < kTableWords; i += blockDim.x)
+            table[i] = load_fresh(&arrived[i / kCountWords * kCountStride + i % kCountWords]);
     __syncthreads();
     const auto word = [&](int source, int index) {
-        const int at = source * kCountWords + index;
-        return kTableIsShared ? table[at] : load_fresh(&arrived[at]);
+        return kTableIsShared ? table[source * kCountWords + index]
+                              : load_fresh(&arrived[source * kCountStride + index]);
     };
-    const auto count = [&](int source, int column) { return word(source, kHeadWords + column); };
+    // Counts become addresses, so no peer's word is taken for more than there can be.
+    const auto count = [&](int source, int column) {
+        return min(max(word(source, kHeadWords + column), 0), kMaxTokens);
+    };
     if (threadIdx.x == 0) disagree = worst = room = 0;
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
         arrivals[r] = count(r, a.rank);
@@ -65,10 +70,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
             atomicAdd(&needed[rank_of(a.home_of[e])], align_up(sum));
         }
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
-        bool same = word(r, kStatus) == 0;
-        for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kExtraBytes, kWeighted})
-            same &= word(r, i) == head_word(a, i);
-        if (!same) atomicOr(&disagree, 1);
+        if (!is_same_call(a, watch, [&](int i) { return word(r, i); })) atomicOr(&disagree, 1);
     }
     __syncthreads();
 
@@ -135,17 +137,19 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
             mail[kMailSlots] = num_slots;
             store_release_system(&control->mail_number, watch.transfer);
         } else if (verdict == kDisagree) {
-            report(watch, kPhaseAgreement, worst, 0, 0, 0, 0);
+            report_heads(watch, worst, word);
         } else if (verdict == kOverflow && control->overflowed == 0) {
             control->overflow_rank = worst;
             control->overflow_rows = needed[worst];
             control->overflow_capacity = room;
             store_release_system(&control->overflowed, watch.transfer);
         }
-        // The host discards what it refuses, and finds more room for what does not fit.
+        *a.origin = static_cast<int>(watch.transfer);
+        // The host discards what it refuses, and finds more room for what does not fit. Tables of
+        // counts that do not belong together place nothing.
         const int rows = kExpanded ? num_slots : num_arrivals;
         const bool fits = kPadded || rows <= a.max_slots;
-        watch.state->deferred = mails && (verdict != kFine || !fits);
+        watch.state->deferred = verdict == kDisagree || (mails && (verdict != kFine || !fits));
         store_release_device(&watch.state->planned, watch.transfer);
     }
     return mails || verdict != kDisagree;

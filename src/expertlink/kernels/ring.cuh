@@ -119,7 +119,9 @@ __device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, in
             if (__all_sync(0xffffffffu, over)) return;
             continue;
         }
-        // Orders the flags after the rows: those who left word had seen their rows written.
+        // Orders the flags after the rows: those who left word had seen their rows written, and one
+        // lane has seen the word.
+        __syncwarp();
         fence_system();
         for (; fresh; fresh &= fresh - 1) {
             const int warp = __ffs(fresh) - 1;

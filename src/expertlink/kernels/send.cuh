@@ -28,7 +28,8 @@ __device__ __forceinline__ void write_beside(const DispatchArguments& a, char* b
 }
 
 // One warp's tokens.
-__device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ring, Slot slot) {
+__device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ring, Slot slot,
+                                            const int* pools) {
     const int lane = threadIdx.x % 32;
     const auto destination = [&](int token) {
         if (lane >= kCopies || token >= a.num_tokens) return -1;
@@ -62,7 +63,7 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
         char* const base = a.bases[rank];
         char* target = staged_row(base, at);
         if (a.flags & kZeroCopy)
-            target = base + a.pool_at +
+            target = base + kPoolAt + pools[rank] * kPoolBytes +
                      static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) *
                          a.row_bytes;
         bulk_wait_written();
@@ -86,11 +87,16 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
 
 __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watch& watch,
                                           char* shared, Ring& ring) {
+    __shared__ int pools[kNumRanks];
     if (!peers_have_room(a, watch, a.flags & kZeroCopy)) return false;
+    // Every rank says itself which pool its view of this dispatch is in. Seen before they were met.
+    if (a.flags & kZeroCopy)
+        for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
+            pools[r] = load_fresh(&count_row(a.bases[a.rank], r)[kPool]) & 1;
     const int movers = blockDim.x / 32 - 1;
     const Slot slot = open_slot(ring, shared, a.slot_bytes);
     if (threadIdx.x / 32 < movers)
-        send_tokens(a, ring, slot);
+        send_tokens(a, ring, slot, pools);
     else
         announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
     close_slot(ring);

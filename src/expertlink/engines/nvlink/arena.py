@@ -5,6 +5,7 @@ torch's symmetric memory is an alpha API; this file is the only one that knows i
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,17 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.header import NUM_FIELDS
+from expertlink.engines.nvlink.capture import capture_of
 from expertlink.errors import ConfigurationError, EngineUnavailableError, InputError
 from expertlink.types import DispatchLayout
 
-HEAD_WORDS = 8  # of a count row, before the counts
+HEAD_WORDS = NUM_FIELDS + 2  # of a count row, before the counts: `Head` in common/sync.cuh
+FLAG_WORDS = 3  # of each rank: ready, credit and abort
 _ALIGNMENT = 1024
 _STATE_WORDS = 16
+# Arenas in use on each GPU of this process: one number in a list, which every arena holds.
+_in_use: dict[torch.device, list[int]] = collections.defaultdict(lambda: [0])
 _SCALE_SHARE = 8  # scales may take an eighth of a row's elements in bytes: 4 bytes per 32
 
 
@@ -77,8 +83,10 @@ class ArenaPlan:
     """Sizes of an arena's regions, in bytes. Every rank has the same.
 
     Attributes:
-        flags: ready and credit words of every rank, then an arrival flag for every row.
+        flags: ready, credit and abort words of every rank, then an arrival flag for every row.
         counts: a count row from every rank.
+        count_words: words of a count row. Sharers with fewer experts use the first ones: so every
+            row keeps its one writer, whichever communicator that is in.
         beside: what travels beside zero-copy rows.
         rows: staged rows, each with what travels beside it.
         pool: rows of one zero-copy dispatch; there are two pools, or none.
@@ -88,6 +96,7 @@ class ArenaPlan:
 
     flags: int
     counts: int
+    count_words: int
     beside: int
     rows: int
     pool: int
@@ -101,14 +110,19 @@ class ArenaPlan:
         slots = num_ranks * config.max_tokens_per_rank
         words = HEAD_WORDS + num_ranks + config.num_experts
         sizes = {
-            "flags": 4 * (2 * num_ranks + slots),
+            "flags": 4 * (FLAG_WORDS * num_ranks + slots),
             "counts": 4 * num_ranks * words,
             "beside": slots * shape.beside if config.zero_copy else 0,
             "rows": slots * shape.staged,
             "pool": slots * shape.row if config.zero_copy else 0,
         }
         rounded = {name: round_up(size, _ALIGNMENT) for name, size in sizes.items()}
-        return ArenaPlan(**rounded, max_tokens=config.max_tokens_per_rank, stride=shape.staged)
+        return ArenaPlan(
+            **rounded,
+            count_words=words,
+            max_tokens=config.max_tokens_per_rank,
+            stride=shape.staged,
+        )
 
     def holds(self, other: Any) -> bool:
         """Whether a communicator that needs `other` can share this arena."""
@@ -140,11 +154,19 @@ class ArenaPlan:
         return {
             "kReadyAt": flags,
             "kCreditsAt": flags + 4 * num_ranks,
-            "kFlagsAt": flags + 8 * num_ranks,
+            "kAbortsAt": self.aborts_at(num_ranks),
+            "kFlagsAt": flags + 4 * FLAG_WORDS * num_ranks,
             "kCountsAt": counts,
+            "kCountStride": self.count_words,
             "kBesideAt": beside,
             "kStagingAt": rows,
+            "kPoolAt": self.pool_at(0),
+            "kPoolBytes": self.pool,
         }
+
+    def aborts_at(self, num_ranks: int) -> int:
+        """Offset of the abort words."""
+        return 4 * (FLAG_WORDS - 1) * num_ranks
 
     def prepare(self, memory: Tensor) -> None:
         """Makes an arena what it has to be before the first call."""
@@ -160,6 +182,10 @@ class Buffer(Protocol):
 
     local: Tensor
     addresses: list[int]
+
+    def word(self, rank: int, offset: int) -> Tensor:
+        """`[1]` int32 in the memory of a rank, `offset` bytes from its start."""
+        ...
 
 
 class SymmetricBuffer:
@@ -209,6 +235,12 @@ class SymmetricBuffer:
                 f"the GPUs of the group cannot address each other's memory: {_first_line(error)}"
             ) from error
 
+    def word(self, rank: int, offset: int) -> Tensor:
+        """`[1]` int32 in the memory of a rank, `offset` bytes from its start."""
+        if self._handle is None:
+            return self.local[offset : offset + 4].view(torch.int32)
+        return self._handle.get_buffer(rank, (1,), torch.int32, offset // 4)
+
     def close(self) -> None:
         """Lets go of the memory; peers that still hold it keep it alive."""
         self._handle = None
@@ -231,6 +263,10 @@ class Plan(Protocol):
         """Whether a communicator that needs `other` can share this arena."""
         ...
 
+    def aborts_at(self, num_ranks: int) -> int:
+        """Offset of the abort words."""
+        ...
+
     def prepare(self, memory: Tensor) -> None:
         """Makes an arena what it has to be before the first call."""
         ...
@@ -244,11 +280,12 @@ class Arena:
 
     Args:
         plan: sizes.
+        rank: this rank.
         buffer: memory of all ranks, zeroed everywhere before anybody uses it.
         device: this rank's GPU.
     """
 
-    def __init__(self, plan: Plan, *, buffer: Buffer, device: torch.device) -> None:
+    def __init__(self, plan: Plan, *, rank: int, buffer: Buffer, device: torch.device) -> None:
         self.plan = plan
         self.buffer = buffer
         self.local = buffer.local
@@ -257,22 +294,77 @@ class Arena:
         self.device = device
         self.bases = torch.tensor(list(addresses), dtype=torch.int64, device=device)
         self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
-        self._next_pool = 0
+        self._pool = self._captured_pool = 0
         self._last: torch.cuda.Stream | None = None
+        self._captured: tuple[int, torch.cuda.Stream] | None = None
+        self._members: set[int] = set()
+        self._in_use = _in_use[device]
+        at = plan.aborts_at(self.num_ranks) + 4 * rank
+        self._abort_words = [buffer.word(peer, at) for peer in range(self.num_ranks)]
+        self._one = torch.ones(1, dtype=torch.int32, device="cpu", pin_memory=True)
+        # Of the other priority: streams of one are shared after a while, with ones that may wait.
+        self._beside = torch.cuda.Stream(device, priority=-1)
 
-    def next_pool(self) -> int:
-        """Offset of the pool for the next zero-copy dispatch; the two take turns."""
+    def next_pool(self) -> tuple[int, int]:
+        """Pool 0 or 1 for the next zero-copy dispatch of this rank, and its offset.
+
+        The two take turns. Dispatches of captures do so apart: a capture launches nothing, and what
+        this rank captures is no other rank's business.
+        """
         assert isinstance(self.plan, ArenaPlan)
-        self._next_pool ^= 1
-        return self.plan.pool_at(self._next_pool)
+        if torch.cuda.is_current_stream_capturing():
+            self._captured_pool ^= 1
+            pool = self._captured_pool
+        else:
+            self._pool ^= 1
+            pool = self._pool
+        return pool, self.plan.pool_at(pool)
 
     def enter(self, stream: torch.cuda.Stream) -> None:
-        """Orders `stream` after the last call, where that was made on another stream."""
-        if stream == self._last or torch.cuda.is_current_stream_capturing():
-            return  # in a capture the order of streams is what the capture makes of it
+        """Orders `stream` after the last call, where that was made on another stream.
+
+        In a capture: after the last call of the same capture. Replays and eager calls are ordered
+        by the caller.
+        """
+        capture = capture_of(stream.cuda_stream)
+        if capture:
+            before = self._captured
+            if before is not None and before[0] == capture and before[1] != stream:
+                stream.wait_stream(before[1])
+            self._captured = (capture, stream)
+            return
+        if stream == self._last:
+            return
         if self._last is not None:
             stream.wait_stream(self._last)
         self._last = stream
+
+    def join(self, communicator: int) -> None:
+        """A communicator will use this arena; `leave` when it does no more."""
+        if not self._members:
+            self._in_use[0] += 1
+        self._members.add(communicator)
+
+    def leave(self, communicator: int) -> bool:
+        """Whether the last one has left now."""
+        if communicator not in self._members:
+            return False
+        self._members.remove(communicator)
+        if not self._members:
+            self._in_use[0] -= 1
+        return not self._members
+
+    @property
+    def is_alone(self) -> bool:
+        """No other arena is in use on this GPU."""
+        return self._in_use[0] <= 1
+
+    def tell_abort(self) -> None:
+        """Ends the waits of all ranks' kernels, those of this rank too. Waits for no kernel."""
+        with torch.cuda.stream(self._beside):
+            for word in self._abort_words:
+                word.copy_(self._one, non_blocking=True)
+        self._beside.synchronize()  # the process may be about to end
 
     def check_fits(self, needed: Plan) -> None:
         """Refuses a communicator that needs more than there is."""

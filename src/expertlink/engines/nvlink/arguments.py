@@ -52,7 +52,8 @@ _COMMON = (
     Field("int", "rank", "this rank"),
     Field("int", "operation", "header.Operation"),
     Field("int", "communicator", "tells communicators apart"),
-    Field("int", "call", "sequence number, 0 where the host does not count"),
+    Field("const int*", "subject", "transfer of the dispatch that the call refers to, or null"),
+    Field("int", "pool", "zero copy: which of the two pools has this rank's view"),
     Field("int", "status", "1: this rank refuses the call"),
     Field("int", "capacity", "rows this rank has room for, or -1"),
     Field("int", "row_bytes", "bytes of a row"),
@@ -103,8 +104,8 @@ DISPATCH = Struct(
         Field("int*", "first_slot", "[R, E_loc] where a source's rows of an expert start"),
         Field("int*", "tokens_per_expert", "[E_loc]"),
         Field("int*", "expert_offsets", "[E_loc + 1] FLAT"),
+        Field("int*", "origin", "where the number of this transfer is kept with the tables"),
         *OUTPUTS,
-        Field("long long", "pool_at", "offset of the pool in the arena"),
     ),
 )
 

@@ -9,10 +9,22 @@ import torch
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink import latency_plan
-from expertlink.engines.nvlink.arena import Arena, ArenaPlan, RowShape, SymmetricBuffer
+from expertlink.engines.nvlink.arena import (
+    Arena,
+    ArenaPlan,
+    Buffer,
+    RowShape,
+    SymmetricBuffer,
+)
 from expertlink.engines.nvlink.common import NvlinkBase
 from expertlink.engines.nvlink.engine import NvlinkEngine
-from expertlink.engines.nvlink.kernels import BlockShape, DeviceRunner, KernelPlan
+from expertlink.engines.nvlink.kernels import (
+    LATENCY_WARPS,
+    BlockShape,
+    DeviceRunner,
+    KernelPlan,
+    Run,
+)
 from expertlink.engines.nvlink.latency import LowLatency
 from expertlink.engines.nvlink.latency_arena import LatencyArena
 from expertlink.engines.nvlink.latency_engine import LatencyEngine
@@ -85,10 +97,7 @@ def build(
             error_text = str(error)
         _all_or_none(wire, error_text)  # also: everybody's memory is prepared before it is used
         assert buffer is not None
-        if isinstance(plan, LatencyPlan):
-            arena = LatencyArena(plan, buffer=buffer, device=device)
-        else:
-            arena = Arena(plan, buffer=buffer, device=device)
+        arena = make_arena(plan, rank=wire.rank, buffer=buffer, device=device)
         watchdog = Watchdog(
             rank=wire.rank,
             num_ranks=num_ranks,
@@ -97,30 +106,72 @@ def build(
         )
     for region, size in plan.regions().items():
         logger.debug("rank %d: arena: %s: %d bytes", wire.rank, region, size)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    common: dict[str, Any] = {
-        "placement": placement,
-        "arena": arena,
-        "watchdog": watchdog,
-    }
-    engine: NvlinkBase
-    if latency:
-        low = LowLatency(config, rank=wire.rank, run=runner, num_sms=num_sms, **common)
-        engine = LatencyEngine(config, wire=wire, calls=low, check=check_inputs, **common)
-    else:
-        calls = HighThroughput(
-            config,
-            rank=wire.rank,
-            run=runner,
-            num_sms=num_sms,
-            communicator=wire.number,
-            check=check_inputs,
-            blocks=blocks,
-            **common,
-        )
-        engine = NvlinkEngine(config, wire=wire, calls=calls, check=check_inputs, **common)
+    engine = assemble(
+        config,
+        wire=wire,
+        placement=placement,
+        arena=arena,
+        watchdog=watchdog,
+        run=runner,
+        check_inputs=check_inputs,
+        blocks=blocks,
+    )
     torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
     return engine
+
+
+def assemble(
+    config: MoECommunicatorConfig,
+    *,
+    wire: Wire,
+    placement: Placement,
+    arena: Arena,
+    watchdog: Watchdog,
+    run: Run,
+    check_inputs: bool,
+    blocks: BlockShape | None = None,
+    latency_warps: int = LATENCY_WARPS,
+) -> NvlinkEngine | LatencyEngine:
+    """The engine over memory that all ranks can reach; its mode is that of the arena. Local.
+
+    Args:
+        config: the communicator's.
+        wire: the ranks' connection.
+        placement: where the experts live.
+        arena: memory shared with the other ranks.
+        watchdog: host memory that the kernels write.
+        run: queues a kernel.
+        check_inputs: ranks agree before calls.
+        blocks: high throughput: shape of the blocks.
+        latency_warps: low latency: most warps of a block.
+    """
+    num_sms = torch.cuda.get_device_properties(arena.device).multi_processor_count
+    common: dict[str, Any] = {
+        "rank": wire.rank,
+        "placement": placement,
+        "watchdog": watchdog,
+        "run": run,
+        "num_sms": num_sms,
+        "communicator": wire.number,
+    }
+    seams: dict[str, Any] = {
+        "wire": wire,
+        "placement": placement,
+        "watchdog": watchdog,
+        "check": check_inputs,
+    }
+    if isinstance(arena, LatencyArena):
+        low = LowLatency(config, arena=arena, warps=latency_warps, **common)
+        return LatencyEngine(config, arena=arena, calls=low, **seams)
+    calls = HighThroughput(config, arena=arena, check=check_inputs, blocks=blocks, **common)
+    return NvlinkEngine(config, arena=arena, calls=calls, **seams)
+
+
+def make_arena(plan: KernelPlan, *, rank: int, buffer: Buffer, device: torch.device) -> Arena:
+    """The arena of a plan's mode."""
+    if isinstance(plan, LatencyPlan):
+        return LatencyArena(plan, rank=rank, buffer=buffer, device=device)
+    return Arena(plan, rank=rank, buffer=buffer, device=device)
 
 
 def serves_latency(config: MoECommunicatorConfig, placement: Placement) -> bool:

@@ -11,6 +11,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.agreement import without_counts
 from expertlink.engines.header import Operation
 from expertlink.engines.nvlink.arena import Arena, RowShape
+from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.route import Route, as_route
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.wire import Wire
@@ -47,6 +48,8 @@ class NvlinkBase:
     ) -> None:
         self._config, self._wire, self._placement = config, wire, placement
         self.arena, self.watchdog, self._check = arena, watchdog, check
+        arena.join(wire.number)
+        watchdog.reason_of, watchdog.interrupted = wire.abort_reason, self.abort
         self._rows = RowShape.of(config)
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -61,7 +64,19 @@ class NvlinkBase:
         """
         with contextlib.suppress(RuntimeError):  # a broken context has nothing under way
             torch.cuda.synchronize(self.arena.device)
+        if self.arena.leave(self._wire.number):
+            self.watchdog.release()
         self._wire.close()
+
+    def abort(self, reason: str) -> None:
+        """Ends this communicator, and those that share its memory, on all ranks. Never raises."""
+        if self.watchdog.dead:
+            return
+        self.watchdog.fail(f"abort: {reason}")
+        # Peers that learn of it wait a moment for the reason.
+        with contextlib.suppress(RuntimeError):
+            self.arena.tell_abort()
+        self._wire.post_abort(reason)
 
     def memory_estimate(self) -> dict[str, int]:
         """Bytes of the arena by region; no call needs more beyond its inputs and outputs."""
@@ -76,8 +91,9 @@ class NvlinkBase:
         return expert_ranges(as_route(state), self._config.layout)
 
     def check_health(self) -> None:
-        """Raises what the kernels have reported since the last call."""
+        """Raises what the kernels have reported since the last call, and overflows."""
         self.watchdog.check(self._wire.call)
+        self.watchdog.check_overflow()
 
     def slot_weights(self, state: object) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
@@ -85,9 +101,16 @@ class NvlinkBase:
 
     # -- shared -----------------------------------------------------------------------------------
 
-    def _enter(self, operation: Operation) -> None:
-        self._wire.enter(operation.title, self._wire.call + 1)
-        self.watchdog.check(self._wire.call)
+    def _enter(self, operation: Operation) -> int:
+        """Begins a call; returns its number, 0 in a capture, which launches nothing."""
+        wire = self._wire
+        if is_capturing():
+            wire.enter(operation.title, wire.call)
+            self.watchdog.check(wire.call)
+            return 0
+        wire.enter(operation.title, wire.call + 1)
+        self.watchdog.check(wire.call)
+        return wire.call
 
     def _agree(
         self,
@@ -96,8 +119,11 @@ class NvlinkBase:
         refused: Exception | None = None,
         row_bytes: int = 0,
         extra_bytes: int = 0,
+        subject: int = 0,
     ) -> None:
-        """Exchanges headers between the hosts."""
+        """Exchanges headers between the hosts; not in a capture, which is no call yet."""
+        if is_capturing():
+            return
         without_counts(
             self._wire,
             operation,
@@ -105,6 +131,7 @@ class NvlinkBase:
             refused=refused,
             row_bytes=row_bytes,
             extra_bytes=extra_bytes,
+            subject=subject,
         ).conclude()
 
 

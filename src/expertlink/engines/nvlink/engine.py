@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -13,12 +14,13 @@ from expertlink.engines import extras
 from expertlink.engines.agreement import judge
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.buffers import in_scale_order, into_buffers, into_tokens, largest_output
-from expertlink.engines.header import Operation
+from expertlink.engines.header import NUM_FIELDS, Operation
 from expertlink.engines.nvlink.arena import Arena
+from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.common import ALIGNMENT, NvlinkBase, check_address, nothing_left
 from expertlink.engines.nvlink.route import Route, as_route
 from expertlink.engines.nvlink.throughput import HighThroughput, Started
-from expertlink.engines.nvlink.watchdog import DISAGREE, Watchdog
+from expertlink.engines.nvlink.watchdog import DISAGREE, Mail, Watchdog
 from expertlink.engines.unmasked import Unmasked
 from expertlink.engines.wire import Wire
 from expertlink.errors import (
@@ -84,12 +86,14 @@ class NvlinkEngine(NvlinkBase, Unmasked):
     def refuse(self, operation: str, error: Exception) -> NoReturn:
         """Raises `error` here and `PeerError` on the ranks that agree on this call."""
         kind = Operation[operation.upper()]
+        if is_capturing():
+            raise error  # a capture is no call: the peers know nothing of it
         if kind is Operation.DISPATCH:
-            self._enter(kind)
+            number = self._enter(kind)
             self._begin()
-            mail = self._calls.refuse(kind, number=self._wire.call)
+            mail = self._calls.refuse(kind, number=number)
             if mail is not None:
-                judge(self._wire, kind, mail.heads, refused=error)
+                self._judge(mail, refused=error)
         elif self._check:
             self._enter(kind)
             self._agree(kind, refused=error)
@@ -106,13 +110,25 @@ class NvlinkEngine(NvlinkBase, Unmasked):
             check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
-        self._enter(kind)
+        waits = call.previous is None and not self._config.static_shapes
+        if waits and is_capturing():
+            raise InputError(
+                "a dispatch without previous_handle waits for the row counts of all ranks, so it "
+                "cannot be captured in a CUDA graph: configure static_shapes=True, or capture "
+                "cached dispatches"
+            )
+        number = self._enter(kind)
         if call.x_TW.data_ptr() % 16:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
         if self._check and call.previous is not None:
-            self._agree(kind, row_bytes=extras.row_bytes(call.x_TW), extra_bytes=extras.width(call))
+            self._agree(
+                kind,
+                row_bytes=extras.row_bytes(call.x_TW),
+                extra_bytes=extras.width(call),
+                subject=as_route(call.previous).number,
+            )
         self._begin()
-        started = self._calls.dispatch(call, number=self._wire.call)
+        started = self._calls.dispatch(call, number=number)
         if started.output is None or started.route is None:
             self._refused(call, started)
         output = started.output
@@ -133,7 +149,7 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         """Queues a combine."""
         self._enter(Operation.COMBINE)
         if self._check:
-            self._agree(Operation.COMBINE)
+            self._agree(Operation.COMBINE, subject=as_route(call.state).number)
         self._begin()
         if call.slot_weights is not None:
             route = with_slot_weights(as_route(call.state), call.slot_weights)
@@ -150,7 +166,7 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
         self._enter(Operation.WEIGHT_GRADS)
         if self._check:
-            self._agree(Operation.WEIGHT_GRADS)
+            self._agree(Operation.WEIGHT_GRADS, subject=as_route(state).number)
         self._begin()
         return self._calls.combiner.weight_grads(as_route(state), weight_grads)
 
@@ -159,6 +175,29 @@ class NvlinkEngine(NvlinkBase, Unmasked):
     def _begin(self) -> None:
         self.arena.enter(torch.cuda.current_stream(self.arena.device))
 
+    def _judge(
+        self,
+        mail: Mail,
+        *,
+        refused: Exception | None = None,
+        explain: Callable[[], Exception] | None = None,
+    ) -> NoReturn:
+        """Raises why a dispatch does not happen, the same on all ranks."""
+        error = self.watchdog.disagreement(mail.heads)
+        if self.watchdog.is_fatal(mail.heads):
+            self.watchdog.fail(str(error))
+            raise error from refused
+        # The ranks that refused say why.
+        judge(
+            self._wire,
+            Operation.DISPATCH,
+            [words[:NUM_FIELDS] for words in mail.heads],
+            refused=refused,
+            explain=explain,
+            resynchronise=False,
+        )
+        raise error
+
     def _refused(self, call: DispatchCall, started: Started) -> NoReturn:
         """A dispatch that no rank carries out."""
         mail, number = started.mail, self._wire.call
@@ -166,15 +205,7 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         if mail.verdict == DISAGREE:
             ids_TK = call.topk_ids_TK
             assert ids_TK is not None
-            judge(
-                self._wire,
-                Operation.DISPATCH,
-                mail.heads,
-                explain=lambda: explain_ids(ids_TK, self._placement.num_experts),
-            )
-            raise InputError(
-                f"dispatch #{number} did not happen: some ranks pass weights, others do not"
-            )
+            self._judge(mail, explain=lambda: explain_ids(ids_TK, self._placement.num_experts))
         raise CapacityError(
             f"rank {mail.rank} would receive {mail.rows} rows in dispatch #{number} but has room "
             f"for {mail.capacity} (max_recv_tokens_per_rank or its output_buffer); nothing was "

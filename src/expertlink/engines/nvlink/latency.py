@@ -22,7 +22,8 @@ from expertlink.engines.nvlink.kernels import LATENCY_WARPS, Run, homes_of
 from expertlink.engines.nvlink.latency_arena import LatencyArena, LatencyTables, Tables
 from expertlink.engines.nvlink.latency_arguments import COMBINE, DISPATCH, LatencyFlag
 from expertlink.engines.nvlink.latency_launch import LatencyLauncher
-from expertlink.engines.nvlink.route import Route
+from expertlink.engines.nvlink.latency_plan import REFUSED
+from expertlink.engines.nvlink.route import ORIGINS, Route
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.quantization import scale_columns
 from expertlink.routing import Placement
@@ -43,10 +44,10 @@ _SCALE_KINDS = {
 # Plain numbers: the operators of enumerations take microseconds.
 _WIDE_IDS, _NEW_WEIGHTS = int(LatencyFlag.WIDE_IDS), int(LatencyFlag.NEW_WEIGHTS)
 _GRADS, _MASK_LOST = int(LatencyFlag.GRADS), int(LatencyFlag.MASK_LOST)
+_ALONE = int(LatencyFlag.ALONE)
 _DISPATCH, _COMBINE = int(Operation.DISPATCH), int(Operation.COMBINE)
 _CACHED_DISPATCH = int(Operation.CACHED_DISPATCH)
 _WEIGHT_GRADS = int(Operation.WEIGHT_GRADS)
-_REFUSED = 0xFFFFFFFF  # no call has this signature
 
 
 class LowLatency:
@@ -60,6 +61,7 @@ class LowLatency:
         watchdog: host memory that the kernels write.
         run: queues a kernel.
         num_sms: multiprocessors of the GPU.
+        communicator: tells communicators apart, the same on all ranks.
         warps: most warps of a block.
     """
 
@@ -73,9 +75,10 @@ class LowLatency:
         watchdog: Watchdog,
         run: Run,
         num_sms: int,
+        communicator: int,
         warps: int = LATENCY_WARPS,
     ) -> None:
-        self._config = config
+        self._config, self._arena = config, arena
         self._layout, self._device = config.layout, arena.device
         self._num_ranks = placement.num_ranks
         self._num_local = len(placement.experts_of_rank[rank])
@@ -99,6 +102,7 @@ class LowLatency:
             "counters": arena.counters.data_ptr(),
             "control": watchdog.address,
             "rank": rank,
+            "communicator": communicator,
             "home_of": self._home_of.data_ptr(),
         }
         self._dispatch: Any = DISPATCH.new(**common, num_local=self._num_local)
@@ -128,9 +132,12 @@ class LowLatency:
         return DispatchBuffers(output=output, tables=tables, kind=kind)
 
     def dispatch(
-        self, call: DispatchCall
+        self, call: DispatchCall, number: int
     ) -> tuple[DispatchOutput, Route, Callable[[], None] | None]:
-        """Queues a dispatch: what it returns, its routing, and the half that is left to launch."""
+        """Queues a dispatch: what it returns, its routing, and the half that is left to launch.
+
+        `number` is the host's, 0 in a capture.
+        """
         previous: Any = call.previous
         ids, weights = call.topk_ids_TK, call.weights_TK
         weighted = weights is not None
@@ -142,34 +149,44 @@ class LowLatency:
         assert ids is not None
         num_tokens, width = call.x_TW.shape
         tables: Any = None
+        which = 0  # of the words that the transfer's number is kept in
         named = (num_tokens, weighted, width, call.x_TW.dtype, call.quantize_to, previous is None)
         if call.buffers is not None:
             tables = call.buffers.tables
             a, output = tables.dispatch, call.buffers.output
             if not weighted and output.topk_weights is not None:
                 output = DispatchOutput(**{**vars(output), "topk_weights": None})
-            key = (num_tokens, weighted, ids.dtype is torch.int64)
+            # A cached dispatch may read the number of the dispatch before.
+            which = call.buffers.generation % ORIGINS
+            key = (num_tokens, weighted, ids.dtype is torch.int64, which)
             route = tables.routes.get(key)
+            if self._launch.uses(tables):  # a half that has not been received reads these tables
+                self._launch.finish_those_of(tables)
             if route is None:
                 kept = tables.ids
                 if ids.dtype is not torch.int64:  # int32 ids take the first half of the memory
                     kept = kept.view(-1).view(ids.dtype)[: kept.numel()].view(kept.shape)
                 kept = kept[:num_tokens]
-                route = self._new_route(output, num_tokens, kept, tables.block, weighted)
+                route = self._new_route(output, num_tokens, kept, tables.block, weighted, which)
                 route.combine_arguments = tables.combine
+                route.tables = tables
                 tables.routes[key] = route
+            route.number, route.epoch = number, self._arena.epoch
         else:
             a, block = self._dispatch, self._new_block(num_tokens)
             kept = torch.empty_like(ids)
             output = self._new_output(call, weighted)
             self._name_tables(a, block, kept)
             self._name_output(a, output)
-            route = self._new_route(output, num_tokens, kept, block, weighted)
+            route = self._new_route(output, num_tokens, kept, block, weighted, which)
+            route.number, route.epoch = number, self._arena.epoch
         if call.zero_padding and self._layout.padded:
             output.tokens.zero_()
             if output.scales is not None:
                 output.scales.tensor.zero_()
-        flags = self._always
+        a.subject = None if previous is None else previous.origin
+        a.origin = route.origin
+        flags = self._flags()
         if ids.dtype is torch.int64:
             flags |= _WIDE_IDS
         if weights is not None:
@@ -187,8 +204,14 @@ class LowLatency:
                 tables.named = named if call.scales is None else None
         name = "ll_dispatch" if call.quantize_to is None else "ll_dispatch_quantized"
         needs = (output, route, call.x_TW, call.scales, ids, weights) if call.halves else ()
-        left = self._launch(name, a, flags, call.num_sms, halves=call.halves, needs=needs)
+        left = self._launch(
+            name, a, flags, call.num_sms, halves=call.halves, needs=needs, tables=tables
+        )
         return output, route, left
+
+    def _flags(self) -> int:
+        """Those of every call. Calls of several arenas must not hold SMs for their followers."""
+        return self._always if self._arena.is_alone else self._always | _ALONE
 
     def refuse(self) -> None:
         """Lets the peers know that this rank will not make the dispatch that they make."""
@@ -204,8 +227,9 @@ class LowLatency:
         self._name_tables(a, block, kept)
         self._name_output(a, output)
         self._name_rows(a, call, output, weighted=False)
-        a.topk_weights, a.num_tokens, a.signature = None, 0, _REFUSED
-        self._launch("ll_dispatch", a, self._always | _WIDE_IDS, None, halves=False)
+        a.topk_weights, a.num_tokens, a.signature = None, 0, REFUSED
+        a.subject, a.origin = None, self._tables.address(block.data_ptr(), "origin")
+        self._launch("ll_dispatch", a, self._flags() | _WIDE_IDS, None, halves=False)
 
     def _name_rows(
         self, a: Any, call: DispatchCall, output: DispatchOutput, weighted: bool
@@ -257,7 +281,13 @@ class LowLatency:
                 a.scale_stride = output.tokens.shape[-2]
 
     def _new_route(
-        self, output: DispatchOutput, num_tokens: int, ids: Tensor, block: Tensor, weighted: bool
+        self,
+        output: DispatchOutput,
+        num_tokens: int,
+        ids: Tensor,
+        block: Tensor,
+        weighted: bool,
+        which: int,
     ) -> Route:
         return Route(
             shape=tuple(output.tokens.shape[:-1]),
@@ -268,6 +298,7 @@ class LowLatency:
             weights_block=None,
             weighted=weighted,
             counts=None,
+            origin=self._tables.address(block.data_ptr(), "origin") + 4 * which,
         )
 
     def _new_block(self, num_tokens: int) -> Tensor:
@@ -328,12 +359,20 @@ class LowLatency:
         a.slot_weights = None if weights is None else weights.data_ptr()
         a.weights_of_row = route.weights_address() if call.weighted else None
         grads_TK = self._name_grads(a, route, grads)
-        flags = self._always | (0 if grads is None else _GRADS)
+        a.signature = _COMBINE | (grads is not None) << 3 | a.row_bytes // 16 << 6
+        flags = self._flags() | (0 if grads is None else _GRADS)
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
         needs = (call, route, grads, grads_TK) if call.halves else ()
         left = self._launch(
-            "ll_combine", a, flags, call.num_sms, halves=call.halves, needs=needs, after=after
+            "ll_combine",
+            a,
+            flags,
+            call.num_sms,
+            halves=call.halves,
+            needs=needs,
+            after=after,
+            tables=route.tables,
         )
         return grads_TK, left
 
@@ -341,10 +380,11 @@ class LowLatency:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
         a = self._arguments_for(route)
         a.operation, a.row_bytes = _WEIGHT_GRADS, 0
+        a.signature = _WEIGHT_GRADS | 1 << 3
         a.slot_weights = a.weights_of_row = None
         grads_TK = self._name_grads(a, route, grads)
         assert grads_TK is not None
-        flags = self._always | _GRADS
+        flags = self._flags() | _GRADS
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
         self._launch("ll_combine", a, flags, None, halves=False)
@@ -357,7 +397,7 @@ class LowLatency:
             a = self._combine
             self._name_route(a, route.block)
         a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
-        a.ids = route.ids_TK.data_ptr()
+        a.ids, a.subject = route.ids_TK.data_ptr(), route.origin
         return a
 
     def _name_route(self, a: Any, block: Tensor) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,8 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink.arena import Arena, Buffer
+from expertlink.engines.nvlink.capture import capture_of, is_capturing
+from expertlink.engines.nvlink.halves import Halves
 from expertlink.engines.nvlink.kernels import raw_stream
 from expertlink.engines.nvlink.latency_plan import LatencyPlan
 from expertlink.engines.nvlink.route import Route, TableLayout
@@ -23,30 +23,33 @@ class LatencyArena(Arena):
     Attributes:
         counters: int64, as `Counters` in kernels/latency/protocol.cuh.
         masks: `[R]` int32, the part of `counters` that says who is masked.
-        pending: receiving halves that have not been launched, oldest first.
+        halves: calls whose receiving half has not been launched.
+        epoch: how often the ranks have begun anew.
     """
 
-    def __init__(self, plan: LatencyPlan, *, buffer: Buffer, device: torch.device) -> None:
-        super().__init__(plan, buffer=buffer, device=device)
+    def __init__(
+        self, plan: LatencyPlan, *, rank: int, buffer: Buffer, device: torch.device
+    ) -> None:
+        super().__init__(plan, rank=rank, buffer=buffer, device=device)
         ranks = self.num_ranks
         self.counters = torch.zeros(2 + 3 * ranks + 2, dtype=torch.int64, device=device)
         self.masks = self.counters[2 + 2 * ranks :].view(torch.int32)[ranks : 2 * ranks]
-        self.pending: collections.deque[Callable[[], None]] = collections.deque()
+        self.halves = Halves()
+        self.epoch = 0
         self._current = raw_stream(device)
         self._last_raw: int | None = None
 
     def follow(self) -> None:
         """Orders torch's current stream after the last call, where that was made on another."""
         stream = self._current()
-        if stream != self._last_raw:
+        if stream != self._last_raw or is_capturing():
             self.enter(torch.cuda.current_stream(self.device))
-            if not torch.cuda.is_current_stream_capturing():
+            if not is_capturing():
                 self._last_raw = stream
 
-    def finish_pending(self, most: int = 0) -> None:
-        """Launches the receiving halves of the oldest calls until at most `most` are left."""
-        while len(self.pending) > most:
-            self.pending[0]()  # removes itself
+    def capture(self) -> int:
+        """Number of the capture that torch's current stream is in, or 0."""
+        return capture_of(self._current()) if is_capturing() else 0
 
     def restart(self) -> None:
         """As before the first call. No rank may be in a call, nor begin one before all are here."""
@@ -54,7 +57,8 @@ class LatencyArena(Arena):
         self.plan.prepare(self.local)
         self.counters.zero_()
         self.state.zero_()
-        self.pending.clear()
+        self.halves = Halves()
+        self.epoch += 1
         torch.cuda.synchronize(self.device)
 
 
@@ -81,7 +85,8 @@ class Tables:
         ids: `[T, K]` or larger: the ids, kept.
         dispatch: arguments of dispatches into it.
         combine: arguments of its combine.
-        routes: what was made of it, by T and whether there are weights.
+        routes: what was made of it, by T, whether there are weights, and by what ids and numbers
+            of transfers are kept.
         named: what the arguments of dispatches say of the rows, where the caller made no scales.
     """
 
@@ -89,5 +94,5 @@ class Tables:
     ids: Tensor
     dispatch: Any
     combine: Any
-    routes: dict[tuple[int, bool, bool], Route]
+    routes: dict[tuple[int, bool, bool, int], Route]
     named: tuple[object, ...] | None = None

@@ -21,6 +21,8 @@ class LatencyFlag(enum.IntFlag):
     """Gradients of the slots' weights travel."""
     MASK_LOST = 32
     """A peer that does not come is masked, and the call goes on without it."""
+    ALONE = 64
+    """The next launch takes no SM before this one leaves it."""
 
 
 FLAG_CONSTANTS = constants_of(LatencyFlag)
@@ -33,6 +35,9 @@ _COMMON = (
     Field("Control*", "control", "this rank's, in host memory"),
     Field("int", "rank", "this rank"),
     Field("int", "operation", "header.Operation"),
+    Field("unsigned", "communicator", "tells communicators apart"),
+    Field("unsigned", "signature", "what all ranks must say of their call alike"),
+    Field("const int*", "subject", "transfer of the dispatch that the call refers to, or null"),
     Field("int", "flags", "LatencyFlag"),
     Field("int", "num_tokens", "T"),
     Field("int", "send_warps", "warps of a block that send rows first, unless there are few rows"),
@@ -64,7 +69,6 @@ DISPATCH = Struct(
         Field("int", "scale_bytes", "bytes of a row's scales"),
         Field("int", "scale_item", "bytes of a scale"),
         Field("int", "scale_stride", "slots from a column of scales to the next; 0: by rows"),
-        Field("unsigned", "signature", "what all ranks must say of their call alike"),
         Field("const char*", "scales", "[T] the caller's scales, or null"),
         Field("const float*", "weights", "[T, K] weights"),
         Field("float*", "weights_copy", "[T, K] the weights, kept"),
@@ -72,6 +76,7 @@ DISPATCH = Struct(
         Field("int*", "first_row", "[R] rows received from the ranks before"),
         Field("int*", "first_slot", "[R, E_loc] where a source's rows of an expert start"),
         Field("int*", "tokens_per_expert", "[E_loc]"),
+        Field("int*", "origin", "where the number of this transfer is kept with the tables"),
         *OUTPUTS,
         Field("long long*", "tokens_stat", "[E_loc] statistics, or null"),
     ),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines import extras
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, RowKind
 from expertlink.engines.header import Operation
+from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.common import ALIGNMENT, NvlinkBase, check_address, nothing_left
 from expertlink.engines.nvlink.latency import LowLatency
 from expertlink.engines.nvlink.latency_arena import LatencyArena
 from expertlink.engines.nvlink.route import as_route
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.wire import Wire
-from expertlink.errors import InputError
+from expertlink.errors import HandleError, InputError
 from expertlink.routing import Placement
 from expertlink.types import CallStatistics, DispatchBuffers
 from expertlink.validation import explain_ids
@@ -64,6 +66,8 @@ class LatencyEngine(NvlinkBase):
 
     def refuse(self, operation: str, error: Exception) -> NoReturn:
         """Raises `error` here; the ranks that make the call learn that it does not happen."""
+        if is_capturing():
+            raise error  # a capture is no call: the peers know nothing of it
         kind = Operation[operation.upper()]
         if self._check:
             self._enter(kind)
@@ -91,29 +95,34 @@ class LatencyEngine(NvlinkBase):
             check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
-        wire.enter("dispatch" if call.previous is None else "cached dispatch", wire.call + 1)
-        self.watchdog.check(wire.call)
+        number = wire.call if is_capturing() else wire.call + 1
+        wire.enter("dispatch" if call.previous is None else "cached dispatch", number)
+        self.watchdog.check(number)
+        if call.previous is not None:
+            self._check_epoch(kind, call.previous)
         if call.x_TW.data_ptr() % ALIGNMENT:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
         if self._check:
             self._agree_on(kind, call)
         self.arena.follow()
-        output, route, rest = self._low.dispatch(call)
+        output, route, rest = self._low.dispatch(call, 0 if is_capturing() else number)
         return Dispatched(
             output=output,
             state=route,
-            finish=nothing_left if rest is None else rest,
-            call=wire.call,
+            finish=nothing_left if rest is None else self._unless_closed(rest),
+            call=number,
             topk_ids_TK=route.ids_TK,
         )
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine, or with `halves` its sending half."""
         wire = self._wire
-        wire.enter("combine", wire.call + 1)
+        wire.enter("combine", wire.call if is_capturing() else wire.call + 1)
         self.watchdog.check(wire.call)
+        route = as_route(call.state)
+        self._check_epoch(Operation.COMBINE, route)
         if self._check:
-            self._agree(Operation.COMBINE)
+            self._agree(Operation.COMBINE, subject=route.number)
         self.arena.follow()
         out_TH = call.out_TH
         after = None
@@ -123,15 +132,38 @@ class LatencyEngine(NvlinkBase):
             )
             after = functools.partial(out_TH.copy_, call.out_TH)
         grads_TK, rest = self._low.combine(call, after)
-        return Combined(out_TH, grads_TK, nothing_left if rest is None else rest)
+        return Combined(
+            out_TH, grads_TK, nothing_left if rest is None else self._unless_closed(rest)
+        )
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
         self._enter(Operation.WEIGHT_GRADS)
+        self._check_epoch(Operation.WEIGHT_GRADS, state)
         if self._check:
-            self._agree(Operation.WEIGHT_GRADS)
+            self._agree(Operation.WEIGHT_GRADS, subject=as_route(state).number)
         self.arena.follow()
         return self._low.weight_grads(as_route(state), weight_grads)
+
+    def _check_epoch(self, kind: Operation, state: object) -> None:
+        """Refuses a routing of a time when other ranks took part: nobody was asked for its rows."""
+        if as_route(state).epoch != self.arena.epoch:
+            self.refuse(
+                kind.name,
+                HandleError(
+                    "the handle is of a dispatch before clear_mask(), which lets all ranks begin "
+                    "anew: dispatch again"
+                ),
+            )
+
+    def _unless_closed(self, half: Callable[[], None]) -> Callable[[], None]:
+        """A receiving half that is launched while this communicator lives."""
+
+        def receive() -> None:
+            self._wire.enter(self._wire.phase, self._wire.call)
+            half()
+
+        return receive
 
     def _agree_on(self, kind: Operation, call: DispatchCall) -> None:
         """The ranks agree on a dispatch; faulty ids are refused."""
@@ -141,8 +173,14 @@ class LatencyEngine(NvlinkBase):
             faulty = routing.out_of_range(ids_TK, experts) | routing.has_duplicates(ids_TK)
             if bool(faulty.any()):
                 refused = explain_ids(ids_TK, experts)
-        row_bytes, extra_bytes = extras.row_bytes(call.x_TW), extras.width(call)
-        self._agree(kind, refused=refused, row_bytes=row_bytes, extra_bytes=extra_bytes)
+        previous: Any = call.previous
+        self._agree(
+            kind,
+            refused=refused,
+            row_bytes=extras.row_bytes(call.x_TW),
+            extra_bytes=extras.width(call),
+            subject=0 if previous is None else previous.number,
+        )
 
     # -- what operators ask for -------------------------------------------------------------------
 
@@ -176,7 +214,9 @@ class LatencyEngine(NvlinkBase):
     def clear_mask(self) -> None:
         """All ranks take part again, as if no call had been made. Collective."""
         self._wire.enter("clear mask", self._wire.call + 1)
-        self.arena.finish_pending()
+        if is_capturing():
+            raise InputError("clear_mask() waits for all ranks: it cannot be captured")
+        self.arena.halves.finish(0)
         torch.cuda.synchronize(self.arena.device)
         self._wire.gather_text("")  # nobody writes any more
         self.arena.restart()

@@ -7,6 +7,7 @@ from typing import Any
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink import latency_plan
+from expertlink.engines.nvlink.halves import Half
 from expertlink.engines.nvlink.kernels import Launch, Run, latency_warps
 from expertlink.engines.nvlink.latency_arena import LatencyArena
 from expertlink.engines.nvlink.latency_arguments import LatencyFlag
@@ -67,23 +68,25 @@ class LatencyLauncher:
         halves: bool,
         needs: tuple[object, ...] = (),
         after: Callable[[], object] | None = None,
+        tables: object = None,
     ) -> Callable[[], None] | None:
         """Queues both halves, or the sending one; then returns what queues the other.
 
         `needs` owns the memory that the arguments name; it lives until the other is queued. `after`
-        follows it.
+        follows it. `tables` are those of the caller's buffers that both halves use, if any.
         """
         arena = self._arena
         if not halves:
-            if arena.pending:
-                arena.finish_pending()
+            if arena.halves:
+                arena.halves.finish(arena.capture())
             launch, a.send_warps = self._plan(name, num_sms, "both")
             a.flags = flags | _BOTH
             self._run(name, a, launch)
             if after is not None:
                 after()
             return None
-        arena.finish_pending(IN_FLIGHT - 1)
+        capture = arena.capture()
+        arena.halves.finish(capture, IN_FLIGHT - 1)
         launch, a.send_warps = self._plan(name, num_sms, "send")
         a.flags = flags | _SEND
         self._run(name, a, launch)
@@ -91,21 +94,30 @@ class LatencyLauncher:
         rest.flags = flags | _RECEIVE
         rest_launch, _ = self._plan(name, num_sms, "receive")
 
-        def receive(needs: tuple[object, ...] = needs) -> None:
-            del needs
-            if receive not in arena.pending:
-                arena.follow()  # another call has queued it, on its own stream perhaps
-                return
-            while arena.pending[0] is not receive:  # halves are received in the order of calls
-                arena.pending[0]()
-            arena.follow()
+        def launch_rest() -> None:
             self._run(name, rest, rest_launch)
-            arena.pending.popleft()
             if after is not None:
                 after()
 
-        arena.pending.append(receive)
-        return receive
+        half = Half(
+            arena.halves,
+            capture=capture,
+            tables=tables,
+            launch=launch_rest,
+            follow=arena.follow,
+            capture_now=arena.capture,
+            needs=needs,
+        )
+        arena.halves.add(half)
+        return half
+
+    def uses(self, tables: object) -> bool:
+        """Whether half of a call is left that needs the tables of these buffers."""
+        return bool(self._arena.halves) and self._arena.halves.use(tables)
+
+    def finish_those_of(self, tables: object) -> None:
+        """Launches what is left of calls that need the tables of these buffers."""
+        self._arena.halves.finish_those_of(tables)
 
     def _plan(self, name: str, num_sms: int | None, half: str) -> tuple[Launch, int]:
         """Grid and block of a launch, and how many warps of a block begin with sending."""
@@ -125,7 +137,8 @@ class LatencyLauncher:
                 config, num_ranks=self._num_ranks, num_local=self._num_local, half=half
             )
         blocks = min(self._num_sms, num_sms or default or usual)
-        warps = latency_warps(name, self._most_warps)
+        # One warp of a combine hears where the other ranks are, beside those that work.
+        warps = max(1 if dispatches else 2, latency_warps(name, self._most_warps))
         launch = Launch(grid=blocks, block=32 * warps, shared_bytes=4 * words, follows=True)
         if dispatches:
             senders = warps - _TELLING_WARPS

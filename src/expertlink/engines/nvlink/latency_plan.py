@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import RowShape, round_up
+from expertlink.engines.header import Operation
+from expertlink.engines.nvlink.arena import FLAG_WORDS, RowShape, round_up
 from expertlink.quantization import num_blocks
 
 SETS = 3  # staging sets that transfers take in turn
@@ -17,7 +18,8 @@ STEP_BYTES = 512  # of a row that a warp moves at once
 _ALIGNMENT = 1024
 _NOTHING = 0xFF  # every byte of staging memory that nobody has written
 _TAGGED = 8  # bytes of a word that carries its transfer
-_HEAD_COLUMNS = 2  # of a count row, before the counts
+_HEAD_COLUMNS = 8  # of a count row, before the counts: `CountColumn` in latency/protocol.cuh
+REFUSED = 0x7FFFFFFF  # no call has this signature
 _MASK_WORDS = 24 * 1024  # words of masks for experts that a block holds
 _TABLE_WORDS = 24 * 1024  # words of everything else
 
@@ -27,7 +29,7 @@ class LatencyPlan:
     """Sizes of the regions of a low-latency arena, in bytes. Every rank has the same.
 
     Attributes:
-        flags: ready, credit and alive words of every rank.
+        flags: ready, credit, abort and alive words of every rank.
         counts: tagged count rows from every rank, in every set.
         beside: tagged words beside every staged row, in every set.
         escapes: a word for every step of every staged row, in every set.
@@ -36,6 +38,9 @@ class LatencyPlan:
         max_tokens: T_max.
         stride: bytes from one staged row to the next.
         max_steps: steps of the largest row.
+        num_experts: E.
+        topk: K.
+        exact: of combines; those without owners of their slots cannot leave out a rank.
     """
 
     flags: int
@@ -47,6 +52,9 @@ class LatencyPlan:
     max_tokens: int
     stride: int
     max_steps: int
+    num_experts: int
+    topk: int
+    exact: bool
 
     @staticmethod
     def of(config: MoECommunicatorConfig, num_ranks: int) -> LatencyPlan:
@@ -59,7 +67,7 @@ class LatencyPlan:
         max_steps = -(-shape.row // STEP_BYTES)
         columns = _HEAD_COLUMNS + config.num_experts
         sizes = {
-            "flags": 4 * 3 * num_ranks,
+            "flags": 4 * (FLAG_WORDS + 1) * num_ranks,
             "counts": SETS * _TAGGED * num_ranks * round_up(columns, 2),
             "beside": SETS * 2 * _TAGGED * slots * (config.topk + 1),
             "escapes": SETS * 4 * slots * (max_steps + 1),
@@ -72,6 +80,9 @@ class LatencyPlan:
             max_tokens=config.max_tokens_per_rank,
             stride=stride,
             max_steps=max_steps,
+            num_experts=config.num_experts,
+            topk=config.topk,
+            exact=config.combine_precision == "exact",
         )
 
     def holds(self, other: object) -> bool:
@@ -101,12 +112,17 @@ class LatencyPlan:
         return {
             "kReadyAt": flags,
             "kCreditsAt": flags + 4 * num_ranks,
-            "kAliveAt": flags + 8 * num_ranks,
+            "kAbortsAt": self.aborts_at(num_ranks),
+            "kAliveAt": flags + 4 * FLAG_WORDS * num_ranks,
             "kCountsAt": counts,
             "kBesideAt": beside,
             "kEscapesAt": escapes,
             "kRowsAt": rows,
         }
+
+    def aborts_at(self, num_ranks: int) -> int:
+        """Offset of the abort words."""
+        return 4 * (FLAG_WORDS - 1) * num_ranks
 
     def prepare(self, memory: Tensor) -> None:
         """Makes an arena what it has to be before the first call."""
@@ -130,6 +146,8 @@ def constants_of(
         "kCountWords": round_up(_HEAD_COLUMNS + config.num_experts, 2),
         "kExpertChunk": experts_at_once(config),
         "kExact": int(config.combine_precision == "exact"),
+        "kRefused": REFUSED,
+        "kDispatchOperation": int(Operation.DISPATCH),
         **plan.offsets(num_ranks),
     }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 
 _WORD = 4  # bytes
+ORIGINS = 2  # numbers of transfers that tables may be of: they alternate where memory is used again
 
 
 class TableLayout:
@@ -42,10 +43,12 @@ class TableLayout:
 
     def _table_shapes(self, config: MoECommunicatorConfig) -> dict[str, tuple[int, ...]]:
         return {
-            # The first three lie side by side: the caller gets a copy of them.
+            # The first three lie side by side: the caller gets a copy of them. What follows them
+            # is a cached dispatch's own too.
             "counts": (self.num_local,),
             "offsets": (self.num_local + 1,),
             "rows_from": (self.num_ranks,),
+            "origin": (ORIGINS,),
             "first_row": (self.num_ranks,),
             "first_sent": (self.num_ranks,),
             "first_slot": (self.num_ranks, self.num_local),
@@ -91,7 +94,13 @@ class Route:
         weights_block: block that holds the weights, where they are not those of `block`.
         weighted: there are weights.
         counts: choices of each local expert, where the host knows them.
+        origin: address of the number of the transfer that this is the routing of: on the device,
+            since graphs are replayed. Calls that use the routing say it to each other.
+        keeps: owns the memory of `origin`, where that is not `block`.
+        number: the host's number of the dispatch, 0 if it was captured.
+        epoch: low latency: how often the ranks had begun anew.
         combine_arguments: arguments of the kernel ll_combine that name these tables, if kept.
+        tables: low latency: of the caller's `DispatchBuffers`, if `block` is theirs.
     """
 
     shape: tuple[int, ...]
@@ -102,7 +111,12 @@ class Route:
     weights_block: Tensor | None
     weighted: bool
     counts: list[int] | None
+    origin: int
+    keeps: Tensor | None = None
+    number: int = 0
+    epoch: int = 0
     combine_arguments: Any = None
+    tables: Any = None
 
     def weights_address(self) -> int | None:
         """Address of the weights, if there are any."""

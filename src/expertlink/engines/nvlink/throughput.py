@@ -107,6 +107,7 @@ class HighThroughput:
         self._needed: collections.deque[int] = collections.deque(maxlen=_CALLS_REMEMBERED)
         self._mails = not config.static_shapes
         self._always = int(Flag.ZERO_COPY) if config.zero_copy else 0
+        self._pool_at = 0
         clears = config.static_shapes and config.layout is DispatchLayout.TOKEN_MAJOR
         self._clearing = _CLEAR_REST if clears else 0
         self._counting = _UNCACHED
@@ -153,19 +154,19 @@ class HighThroughput:
     def dispatch(self, call: DispatchCall, *, number: int) -> Started:
         """Queues a dispatch; an uncached one waits for the counts unless shapes are static."""
         if call.previous is not None:
-            return self._cached_dispatch(call, as_route(call.previous))
+            return self._cached_dispatch(call, as_route(call.previous), number)
         assert call.topk_ids_TK is not None
         a, config = self._dispatch, self._config
         num_tokens = call.x_TW.shape[0]
         block = self._new_block(num_tokens)
         kept_ids = torch.empty_like(call.topk_ids_TK)
-        public = self._new_public()
+        public, _ = self._new_public()
         self._set_rows(call, Operation.DISPATCH, self._counting)
         self._set_tables(block.data_ptr(), num_tokens)
         weighted = call.weights_TK is not None
         a.weights_of_row = self._tables.address(block.data_ptr(), "weights") if weighted else None
         a.ids, a.ids_copy = call.topk_ids_TK.data_ptr(), kept_ids.data_ptr()
-        a.call = number & 0x7FFFFFFF if self._mails else 0
+        a.subject, a.origin = None, self._tables.address(block.data_ptr(), "origin")
         a.capacity = capacity.announced(config, call.output_buffer)
         if config.static_shapes and a.capacity < 0 and not self._layout.padded:
             a.capacity = self._limit
@@ -204,11 +205,14 @@ class HighThroughput:
             weights_block=None,
             weighted=weighted,
             counts=counts,
+            origin=a.origin,
+            number=number,
         )
         return Started(outputs.finish(call, self._layout, public, counts), route, mail)
 
-    def _cached_dispatch(self, call: DispatchCall, old: Route) -> Started:
+    def _cached_dispatch(self, call: DispatchCall, old: Route, number: int) -> Started:
         a = self._dispatch
+        public, own = self._new_public(old.block)
         weights_block = old.weights_block
         if call.weights_TK is not None:
             weights_block = torch.empty(
@@ -225,17 +229,19 @@ class HighThroughput:
             weights_block=weights_block,
             weighted=old.weighted or call.weights_TK is not None,
             counts=old.counts,
+            origin=own.data_ptr() + 4 * sum(self._tables.public),
+            keeps=own,
+            number=number,
         )
         self._set_rows(call, Operation.CACHED_DISPATCH, _CACHED | self._clearing)
         self._set_tables(old.block.data_ptr(), old.num_tokens)
         a.weights_of_row = route.weights_address()
-        a.call = 0
+        a.subject, a.origin = old.origin, route.origin
         outputs = Outputs()
         self._make(outputs, call, old.shape, route.weighted)
         self._launch_dispatch(call, sends=True)
         if not self._layout.padded:
             outputs.cut(old.shape[0])
-        public = self._new_public(old.block)
         return Started(outputs.finish(call, self._layout, public, old.counts), route, None)
 
     def refuse(self, operation: Operation, *, number: int) -> Mail | None:
@@ -246,10 +252,10 @@ class HighThroughput:
             topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=device),
         )
         block = self._new_block(0)
-        public = self._new_public()
+        public, _ = self._new_public()
         self._set_rows(call, operation, self._counting)
         self._set_tables(block.data_ptr(), 0)
-        a.call = number & 0x7FFFFFFF if self._mails else 0
+        a.subject, a.origin = None, self._tables.address(block.data_ptr(), "origin")
         a.capacity, a.status = capacity.UNBOUNDED, 1
         before = self._watchdog.mail_number
         try:
@@ -268,10 +274,15 @@ class HighThroughput:
         words = self._tables.words(num_tokens)
         return torch.empty(words, dtype=torch.int32, device=self._arena.device)
 
-    def _new_public(self, block: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The caller's own counts, offsets and rows from each rank; copies of a block's tables."""
+    def _new_public(
+        self, block: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """The caller's own counts, offsets and rows from each rank; copies of a block's tables.
+
+        And the memory that they lie in, with a word behind them.
+        """
         sizes = self._tables.public
-        total = sum(sizes)
+        total = sum(sizes) + 1
         if block is None:
             memory = torch.empty(total, dtype=torch.int32, device=self._arena.device)
         else:
@@ -279,8 +290,8 @@ class HighThroughput:
         address, a = memory.data_ptr(), self._dispatch
         a.counts_out, a.offsets_out = address, address + 4 * sizes[0]
         a.rows_from_out = address + 4 * (sizes[0] + sizes[1])
-        counts, offsets, rows_from = memory.split_with_sizes(sizes)
-        return counts, offsets, rows_from
+        counts, offsets, rows_from, _ = memory.split_with_sizes([*sizes, 1])
+        return (counts, offsets, rows_from), memory
 
     def _set_rows(self, call: DispatchCall, operation: Operation, flags: int) -> None:
         """What is sent."""
@@ -305,7 +316,7 @@ class HighThroughput:
         a.extra_bytes = scale_bytes + (0 if weights is None else 4 * self._tables.topk)
         a.num_tokens, a.x = x.shape[0], x.data_ptr()
         if self._always:
-            a.pool_at = self._arena.next_pool()
+            a.pool, self._pool_at = self._arena.next_pool()
 
     def _set_tables(self, block: int, num_tokens: int) -> None:
         """Where the tables of the routing are."""
@@ -347,7 +358,8 @@ class HighThroughput:
         full = (*shape, x.shape[1])
         if self._always:  # zero copy
             nbytes = math.prod(full) * x.element_size()
-            tokens = self._arena.local[a.pool_at : a.pool_at + nbytes].view(x.dtype).view(full)
+            pool = self._arena.local[self._pool_at : self._pool_at + nbytes]
+            tokens = pool.view(x.dtype).view(full)
         elif call.output_buffer is not None:
             tokens = call.output_buffer
         else:

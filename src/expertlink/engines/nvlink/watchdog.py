@@ -7,16 +7,30 @@ The words are those of `Control` in kernels/common/sync.cuh. Every wait on the d
 from __future__ import annotations
 
 import ctypes
+import logging
+import threading
 import time
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from expertlink.engines.header import NUM_FIELDS, Operation
+from expertlink.engines.agreement import difference, width_difference
+from expertlink.engines.header import NUM_FIELDS, Operation, Word, title_of
 from expertlink.engines.nvlink.arena import HEAD_WORDS
-from expertlink.errors import CapacityError, ClosedError, PeerError, PeerTimeoutError
+from expertlink.errors import (
+    AbortError,
+    CapacityError,
+    ClosedError,
+    ExpertlinkError,
+    InputError,
+    PeerError,
+    PeerTimeoutError,
+)
 
+logger = logging.getLogger("expertlink")
 _MAIL_FIELDS = ("verdict", "rank", "rows", "capacity", "arrivals", "slots")
 _SPINS = 4000  # looks without pause, about as many microseconds / 10
 _PAUSE_S = 20e-6
@@ -50,8 +64,12 @@ _PHASES = {
     4: "for rows of a peer",
     5: "for agreement",
 }
-_PHASE_AGREEMENT = 5
+_PHASE_AGREEMENT, _PHASE_ABORTED, _PHASE_HALVES = 5, 6, 7
 FINE, DISAGREE, OVERFLOW = 0, 1, 2
+_FORM_MAILS = 2  # of a head's last field but one: the host waits for the counts
+
+# Words of communicators that nobody has closed: a kernel may still read them, so they are kept.
+_abandoned: list[torch.Tensor] = []
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,7 @@ class Mail:
         capacity: OVERFLOW: rows it has room for.
         arrivals: rows this rank receives, each token once.
         slots: rows of this rank's `tokens` in an expanded layout, alignment gaps included.
-        heads: `[R][NUM_FIELDS]` what every rank said of its call.
+        heads: `[R][HEAD_WORDS]` what every rank said of its call.
         rows_from: `[R]` rows from each rank.
         counts: `[E_loc]` choices of each local expert.
     """
@@ -103,7 +121,17 @@ class Watchdog:
         self._words: Any = _Words.from_address(self.address)
         self._mail = (ctypes.c_int32 * room).from_address(self.address + mail_at)
         self._dead: str | None = None
+        self._noted = 0  # transfer of the overflow that the log has
+        self._order = threading.Lock()
+        self._forget = weakref.finalize(self, _abandoned.append, self._pinned)
+        self._forget.atexit = False
+        self.reason_of: Callable[[int], str] = lambda rank: ""
+        self.interrupted: Callable[[str], None] = self.fail
         self.set_timeout(timeout_s)
+
+    def release(self) -> None:
+        """Lets the memory go. No kernel may be under way any more."""
+        self._forget.detach()
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds; waits under way see it too."""
@@ -120,39 +148,76 @@ class Watchdog:
 
         Raises:
             PeerTimeoutError: a wait of an earlier call expired.
-            CapacityError: with static shapes, an earlier dispatch found no room for its rows.
-            PeerError: with static shapes, the ranks were in different calls.
-            ClosedError: one of the first kind has been raised before.
+            PeerError, InputError: the ranks were in different calls, or passed other rows.
+            AbortError: a rank has called `abort`.
+            ClosedError: one of these has been raised before.
         """
         words = self._words
         if self._dead is not None:
             raise ClosedError(f"this communicator is unusable after a failure: {self._dead}")
         if words.reported:
-            error = self._expired(call)
+            with self._order:  # the words below were written before `reported`
+                error = self._expired(call)
             self._dead = str(error)
             raise error
-        if words.overflowed:
-            rank, rows, room = words.overflow_rank, words.overflow_rows, words.overflow_capacity
-            words.overflowed = 0
-            raise CapacityError(
-                f"rank {rank} received {rows} rows in an earlier dispatch with static shapes but "
-                f"has room for {room} (max_recv_tokens_per_rank or its output_buffer); rows were "
-                "dropped and that call's results are wrong on every rank",
-                rank=rank,
-                rows=rows,
-                capacity=room,
-            )
+        if words.overflowed and words.overflowed != self._noted:
+            # Ranks come to know of it at different calls, so no call raises it.
+            self._noted = int(words.overflowed)
+            logger.error("%s; check_health() raises this", self._overflow())
 
-    def _expired(self, call: int) -> PeerTimeoutError | PeerError:
+    def check_overflow(self) -> None:
+        """Raises an overflow that has not been raised yet.
+
+        Raises:
+            CapacityError: with static shapes, an earlier dispatch found no room for its rows.
+        """
+        if self._words.overflowed:
+            error = self._overflow()
+            self._words.overflowed = 0
+            raise error
+
+    def fail(self, reason: str) -> None:
+        """No call is possible any more."""
+        if self._dead is None:
+            self._dead = reason
+
+    @property
+    def dead(self) -> bool:
+        """Whether a failure has been raised, or `fail` called."""
+        return self._dead is not None
+
+    def _overflow(self) -> CapacityError:
+        with self._order:
+            words = self._words
+            rank, rows, room = words.overflow_rank, words.overflow_rows, words.overflow_capacity
+        return CapacityError(
+            f"rank {rank} received {rows} rows in an earlier dispatch with static shapes but "
+            f"has room for {room} (max_recv_tokens_per_rank or its output_buffer); rows were "
+            "dropped and that call's results are wrong on every rank",
+            rank=rank,
+            rows=rows,
+            capacity=room,
+        )
+
+    def _expired(self, call: int) -> ExpertlinkError:
         words = self._words
         phase = int(words.phase)
-        operation = _title(words.operation)
+        operation = title_of(words.operation)
         if phase == _PHASE_AGREEMENT:
-            return PeerError(
-                f"the ranks were not in the same call when rank {self._rank} was in {operation} "
-                f"(transfer {words.reported}); all ranks make the same calls in the same order, "
-                "with rows and scales of the same width",
-                ranks=(),
+            return self.disagreement(self._heads())
+        if phase == _PHASE_ABORTED:
+            reason = self.reason_of(int(words.peer))
+            return AbortError(
+                f"rank {words.peer} called abort: {reason or 'its reason could not be read'}. "
+                "Close this communicator",
+                rank=int(words.peer),
+                reason=reason,
+            )
+        if phase == _PHASE_HALVES:
+            return InputError(
+                f"a call began between the halves of another one ({operation}, transfer "
+                f"{words.expected} to send, {words.seen} to receive): a graph that was replayed "
+                "there, or a half that is missing. Close this communicator"
             )
         peer = int(words.peer)
         missing = (peer,) if 0 <= peer < self._num_ranks and peer != self._rank else ()
@@ -170,6 +235,38 @@ class Watchdog:
             waited_s=words.waited_ms / 1e3,
         )
 
+    def _heads(self) -> list[list[int]]:
+        room = len(_MAIL_FIELDS)
+        words = self._mail[room : room + self._num_ranks * HEAD_WORDS]
+        return [words[r * HEAD_WORDS : (r + 1) * HEAD_WORDS] for r in range(self._num_ranks)]
+
+    def disagreement(self, heads: Sequence[Sequence[int]]) -> PeerError | InputError:
+        """The error of ranks that said this of their calls; the same text on all of them."""
+        fields = [words[:NUM_FIELDS] for words in heads]
+        communicators = {words[Word.COMMUNICATOR] for words in fields}
+        text = difference(fields, communicator=min(communicators))
+        if text is not None:
+            own = fields[self._rank]
+            same = (Word.OPERATION, Word.COMMUNICATOR, Word.SUBJECT)
+            odd = [
+                rank
+                for rank, words in enumerate(fields)
+                if words[Word.STATUS] or any(words[i] != own[i] for i in same)
+            ]
+            return PeerError(f"{text}. Close this communicator", ranks=odd)
+        what = width_difference(fields) or "some ranks pass weights, others do not"
+        return InputError(
+            f"{title_of(fields[0][Word.OPERATION])} #{fields[0][Word.CALL]} did not happen: {what}"
+        )
+
+    @staticmethod
+    def is_fatal(heads: Sequence[Sequence[int]]) -> bool:
+        """Whether some rank cannot go on: its call does not wait for what all say."""
+        return any(
+            words[Word.OPERATION] != Operation.DISPATCH or not words[NUM_FIELDS] & _FORM_MAILS
+            for words in heads
+        )
+
     @property
     def mail_number(self) -> int:
         """Transfer that the last mail belongs to; changes when a new one is complete."""
@@ -181,6 +278,15 @@ class Watchdog:
         Raises:
             PeerTimeoutError: a peer did not come, or the GPU never got to the call.
         """
+        try:
+            return self._await_mail(before, call=call, num_local=num_local)
+        except ExpertlinkError:
+            raise
+        except BaseException as error:  # Ctrl-C, a signal handler: the call is half done
+            self.interrupted(f"interrupted by {type(error).__name__}")
+            raise
+
+    def _await_mail(self, before: int, *, call: int, num_local: int) -> Mail:
         words = self._words
         spins = 0
         started = time.monotonic()
@@ -193,7 +299,7 @@ class Watchdog:
                 self.check(call)
             waited = time.monotonic() - started
             if waited > self.timeout_s + _MARGIN_S:
-                self._dead = "the GPU did not get to a call"
+                self.fail("the GPU did not get to a call")
                 raise PeerTimeoutError(
                     f"rank {self._rank} waited {waited:.1f} s for its own GPU to count the tokens "
                     f"of dispatch #{call}: earlier work on the stream does not end",
@@ -207,20 +313,13 @@ class Watchdog:
 
     def _read(self, num_local: int) -> Mail:
         ranks = self._num_ranks
-        values = self._mail[: len(_MAIL_FIELDS) + ranks * (HEAD_WORDS + 1) + num_local]
+        with self._order:  # the mail was written before its number
+            values = self._mail[: len(_MAIL_FIELDS) + ranks * (HEAD_WORDS + 1) + num_local]
         fields, rest = values[: len(_MAIL_FIELDS)], values[len(_MAIL_FIELDS) :]
-        heads = [rest[r * HEAD_WORDS : r * HEAD_WORDS + NUM_FIELDS] for r in range(ranks)]
         rest = rest[ranks * HEAD_WORDS :]
         return Mail(
             *fields,
-            heads=heads if fields[0] == DISAGREE else [],
+            heads=self._heads() if fields[0] == DISAGREE else [],
             rows_from=rest[:ranks],
             counts=rest[ranks:],
         )
-
-
-def _title(operation: int) -> str:
-    try:
-        return Operation(operation).title
-    except ValueError:
-        return "a call"

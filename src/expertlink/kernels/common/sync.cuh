@@ -4,8 +4,32 @@
 
 #include "common/ptx.cuh"
 
-// Phases of a wait, as watchdog.py names them.
-enum Phase { kPhaseBlocks = 1, kPhaseCredit = 2, kPhaseReady = 3, kPhaseRow = 4, kPhaseAgreement = 5 };
+// Phases of a wait, as watchdog.py names them; the last three are reasons to end all waits.
+enum Phase {
+    kPhaseBlocks = 1,
+    kPhaseCredit = 2,
+    kPhaseReady = 3,
+    kPhaseRow = 4,
+    kPhaseAgreement = 5,
+    kPhaseAborted = 6,
+    kPhaseHalves = 7,
+};
+
+// What a rank says of its call, in words that engines/header.py names; the last two are the nvlink
+// engine's own. Reports of disagreement hold the words of all ranks.
+enum Head {
+    kOperation,
+    kCommunicator,
+    kCall,  // number of the transfer
+    kStatus,
+    kCapacity,
+    kRowBytes,
+    kExtraBytes,
+    kSubject,  // transfer of the dispatch whose routing the call uses; 0: a new routing
+    kForm,     // bit 0: new weights travel, bit 1: the host waits for the counts
+    kPool,     // zero copy: which pool has the view of this rank
+    kHeadWords
+};
 
 // Device memory of one rank, zeroed at start.
 struct State {
@@ -19,7 +43,10 @@ struct State {
     unsigned failed;      // not 0: a wait has expired, nobody waits any more
     unsigned next_send;   // work of the sending half that no warp has taken yet
     unsigned next_place;  // work of the receiving half
-    unsigned deferred;    // not 0: the output is too small, a later launch places the rows
+    unsigned deferred;    // not 0: no rows are placed: a later launch does, or the ranks disagree
+    unsigned overflow;    // low latency: last transfer that found no room, how many rows it had,
+    unsigned overflow_rows, overflow_room;  // and for how many there was room
+    unsigned overflow_told;                 // last one, of any rank, that the host has been told of
 };
 
 // Work is taken, not assigned: some multiprocessors reach the wire much faster than others. The number
@@ -39,8 +66,10 @@ struct Control {
     unsigned overflow_rank, overflow_rows, overflow_capacity;
     unsigned unused[2];
     unsigned mail_number;  // transfer that the mail below belongs to
-    unsigned mail[1];      // see plan.cuh
+    unsigned mail[1];      // see plan.cuh; reports of disagreement leave the heads of all ranks there
 };
+
+constexpr int kMailWords = 6;  // of a mail, before the heads
 
 // What waits need to know of the rank they happen on.
 struct Watch {
@@ -66,7 +95,7 @@ __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, un
                                     unsigned seen, int index, unsigned long long waited_ns) {
     if (atomicCAS(&watch.state->failed, 0u, 1u) != 0u) return;  // the first wait to expire speaks
     // A rank that has not begun this transfer, the one furthest behind, keeps the others from going on.
-    for (int rank = 0; rank < kNumRanks && phase != kPhaseAgreement; ++rank) {
+    for (int rank = 0; rank < kNumRanks && phase < kPhaseAgreement; ++rank) {
         if (rank == watch.rank) continue;
         if (watch.masked != nullptr && load_relaxed_system(&watch.masked[rank]) != 0) continue;
         const unsigned begun = load_relaxed_system(&watch.ready[rank]);
@@ -88,6 +117,30 @@ __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, un
     store_release_system(&control->reported, watch.transfer ? watch.transfer : 1u);
 }
 
+// The ranks are not in the same call: `head(rank, word)` is what they said. One thread.
+template <typename HeadOf>
+__device__ __forceinline__ void report_heads(const Watch& watch, int peer, const HeadOf& head) {
+#pragma unroll 1
+    for (int rank = 0; rank < kNumRanks; ++rank)
+#pragma unroll 1
+        for (int word = 0; word < kHeadWords; ++word)
+            watch.control->mail[kMailWords + rank * kHeadWords + word] = head(rank, word);
+    report(watch, kPhaseAgreement, peer, 0, 0, 0, 0);
+}
+
+// Whether the host of a rank has called abort(). Each writes a word of its own at every rank.
+__device__ __forceinline__ bool has_aborted(const Watch& watch, int rank) {
+    return load_relaxed_system(watch.ready + (kAbortsAt - kReadyAt) / 4 + rank) != 0;
+}
+
+// The first rank that has, or -1.
+__device__ __forceinline__ int aborted_by(const Watch& watch) {
+#pragma unroll 1
+    for (int rank = 0; rank < kNumRanks; ++rank)
+        if (has_aborted(watch, rank)) return rank;
+    return -1;
+}
+
 __device__ __forceinline__ bool gave_up(const Watch& watch) {
     return load_acquire_device(&watch.state->failed) != 0u;
 }
@@ -97,6 +150,11 @@ __device__ __noinline__ unsigned long long look_at_clock(const Watch watch, Phas
                                                          unsigned expected, unsigned seen,
                                                          int index, unsigned long long since) {
     if (gave_up(watch)) return 0;
+    const int aborter = aborted_by(watch);
+    if (aborter >= 0) {
+        report(watch, kPhaseAborted, aborter, 0, 0, 0, 0);
+        return 0;
+    }
     const unsigned long long now = nanoseconds();
     if (since == 0) return now;
     const unsigned long long limit =

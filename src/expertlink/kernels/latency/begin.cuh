@@ -64,6 +64,15 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
             if (lane == kReceivedLane) call.received = before;
             if (sends == (lane == kSentLane)) call.watch.transfer = number;
         }
+        // A whole call begins where no half of another one is left, and a receiving half where a
+        // sending one has been.
+        const unsigned received = __shfl_sync(kAll, number, kReceivedLane);
+        const unsigned sent = __shfl_sync(kAll, number, kSentLane);
+        const bool whole = sends && a.flags & kReceive;
+        if (whole ? sent != received : !sends && sent == received) {
+            call.stopped = 1;
+            if (is_last) report(call.watch, kPhaseHalves, -1, sent, received, 0, 0);
+        }
         if (sends) {
             const unsigned needed = __shfl_sync(kAll, before, kSentLane);
             bool room = true;
@@ -73,8 +82,9 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
         }
     }
     __syncthreads();
-    // The next launch may take its place on the GPU; it waits for the end of this one.
-    let_follower_start();
+    // The next launch may take its place on the GPU; it waits for the end of this one. Where calls
+    // of another arena need SMs too it comes when this one leaves.
+    if (!(a.flags & kAlone)) let_follower_start();
     // After the loads, so that no block of this launch can read the next number.
     if (counts && (lane == kSentLane ? sends : a.flags & kReceive))
         atomicAdd(counter, blockIdx.x == 0 ? kUnits - (gridDim.x - 1) : 1ull);

@@ -24,15 +24,13 @@ __device__ __forceinline__ void arrive(Meeting where, int warps) {
     asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32) : "memory");
 }
 
-// Reports rows for which there is no room; the host looks at it later. One thread.
-__device__ __forceinline__ void report_overflow(const DispatchArguments& a, unsigned transfer,
-                                                int rows) {
-    Control* const control = a.control;
-    if (load_acquire_system(&control->overflowed) != 0) return;
-    control->overflow_rank = a.rank;
-    control->overflow_rows = rows;
-    control->overflow_capacity = a.max_slots;
-    store_release_system(&control->overflowed, transfer);
+// Rows for which there is no room: the head of the next transfer tells all ranks, this one too, so
+// that all hosts learn it alike. One thread.
+__device__ __forceinline__ void note_overflow(const DispatchArguments& a, unsigned transfer,
+                                              int rows) {
+    a.state->overflow = transfer;
+    a.state->overflow_rows = static_cast<unsigned>(rows);
+    a.state->overflow_room = static_cast<unsigned>(a.max_slots);
 }
 
 // What the caller and the handle keep of the counts.
@@ -62,48 +60,16 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
     for (int i = thread; i < kNumRanks * a.num_local; i += threads)
         a.first_slot[i] = in.first_slot[i];
     const int rows = kExpanded && !kPadded ? in.starts[a.num_local] : in.total;
-    if (thread == 0 && !kPadded && rows > a.max_slots) report_overflow(a, transfer, rows);
+    if (thread == 0 && !kPadded && rows > a.max_slots) note_overflow(a, transfer, rows);
+    if (thread == 0) *a.origin = static_cast<int>(transfer);
 }
 
-// How many rows come from each rank; one warp. What a rank says first: that it means the same kind
-// of call, and how many rows it sends. Lanes wait together, each for a rank.
-__device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call,
-                                              Arrivals& in) {
-    const unsigned long long began = a.longest_wait_ns != nullptr ? nanoseconds() : 0;
-    bool fine = true;
-    in.fill([&](int rank) {
-        const unsigned long long* const words =
-            count_word(call.bases[a.rank], call.watch.transfer, min(rank, kNumRanks - 1),
-                       kHeadColumn);
-        unsigned head = a.signature, rows = 0;
-        bool here = rank >= kNumRanks || is_masked(call, rank);
-        const bool waits = !here;
-        unsigned long long since = 0;
-        for (unsigned spins = 1; !__all_sync(kAll, here); ++spins) {
-            if (here) continue;
-            // The pair is stored at once, but only single words are sure to be read so.
-            const ulonglong2 pair = load_tagged_pair(words);
-            here = is_of(call, pair.x) && is_of(call, pair.y);
-            if (here) {
-                head = static_cast<unsigned>(pair.x);
-                rows = static_cast<unsigned>(pair.y);
-            } else if (spins % kSpinsBetweenLooks == 0) {
-                const Found found = look(call, kPhaseReady, rank, call.watch.transfer,
-                                         static_cast<unsigned>(pair.y >> 32), 0, since);
-                here = found != kHere;
-                fine &= found != kStop;
-                if (found == kGone) atomicOr(&call.masked[rank / 32], 1u << rank % 32);
-            }
-        }
-        if (waits && began && blockIdx.x == 0)
-            atomicMax(&a.longest_wait_ns[rank], static_cast<long long>(nanoseconds() - began));
-        if (head != a.signature) {
-            report(call.watch, kPhaseAgreement, rank, a.signature, head, 0, 0);
-            fine = false;
-        }
-        return static_cast<int>(rows);
-    });
-    return __all_sync(kAll, fine);
+// How many rows come from each rank, and whether it means this call; one warp.
+__device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call, Arrivals& in,
+                                              unsigned subject) {
+    Heard heard;
+    in.fill([&](int rank) { return hear_head(a, call, rank, subject, heard); });
+    return judge_heads(a, call, heard);
 }
 
 // First slots of one local expert's rows, by source; one thread. All words that are awaited are
@@ -151,7 +117,8 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
         for (int i = 0; i < kAtOnce; ++i) {
             if (first + i >= kNumRanks) break;
             in.first_slot[(first + i) * a.num_local + expert] = slot;
-            if (is_of(call, word[i])) slot += static_cast<unsigned>(word[i]);
+            if (is_of(call, word[i]))
+                slot += min(static_cast<unsigned>(word[i]), static_cast<unsigned>(kMaxTokens));
         }
     }
     in.totals[expert] = slot - begin;
@@ -194,7 +161,7 @@ __device__ __forceinline__ int waiting_warps(const DispatchArguments& a, int war
 // `warps` warps from `first_warp` on: slots of everything that will come, known when all of them
 // are done. The first has the counts of rows. May stop the call.
 __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call& call, Arrivals& in,
-                                               int first_warp, int warps) {
+                                               int first_warp, int warps, unsigned subject) {
     const int thread = threadIdx.x - first_warp * 32, threads = warps * 32;
     // Slots depend on the counts of all ranks. So where a rank may be lost, one block decides for
     // all which are, once everything that the others have to say is here; then nobody waits any
@@ -205,7 +172,7 @@ __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call&
         if (pass == 0 && blockIdx.x != 0) {
             fine = thread >= 32 || learn_lost(a, call);
         } else {
-            if (thread < 32) fine = receive_heads(a, call, in);
+            if (thread < 32) fine = receive_heads(a, call, in, subject);
             const int columns = kExpanded || blockIdx.x == 0 ? a.num_local : 0;
             const int waiting = threads == 32 ? 0 : 32;
 #pragma unroll 1

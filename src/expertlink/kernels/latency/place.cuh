@@ -35,7 +35,7 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
     }
     int choice = -1;
     if (lane < kTopk && code != 0) {
-        choice = static_cast<int>(code & 0xffffu) - 1;
+        choice = min(static_cast<int>(code & 0xffffu), a.num_local) - 1;
         if (kExpanded) {
             choice = in.first_slot[source * a.num_local + choice] + static_cast<int>(code >> 16);
             if (choice >= a.max_slots) choice = kDropped;
@@ -56,6 +56,7 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
         found =
             wait_tagged(call, beside_words(at.base, at.transfer, staged, kTopk), source, kPhaseRow,
                         number);
+    number = min(number, static_cast<unsigned>(kMaxTokens - 1));
     if (keeps && lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(number);
     token = __shfl_sync(kAll, static_cast<int>(number), kTopk % 32);
     if (kTopk >= 32) found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));

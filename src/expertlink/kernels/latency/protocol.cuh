@@ -54,7 +54,17 @@ __device__ __forceinline__ int set_of(unsigned transfer) { return transfer % kSe
 
 constexpr int kDropped = -2;  // slot of a choice for whose row there was no room; that is reported
 
-enum CountColumn { kHeadColumn, kRowsColumn, kFirstCountColumn };  // the first two are a pair
+// The first ones, in pairs, are the head: heads.cuh.
+enum CountColumn {
+    kSignatureColumn,
+    kRowsColumn,
+    kSubjectColumn,
+    kCommunicatorColumn,
+    kOverflowColumn,
+    kOverflowRowsColumn,
+    kRoomColumn,
+    kFirstCountColumn = 8
+};
 
 // Tagged word: what `rank` says in its count row.
 __device__ __forceinline__ unsigned long long* count_word(char* base, unsigned transfer, int rank,

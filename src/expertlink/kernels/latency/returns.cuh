@@ -4,6 +4,7 @@
 
 #include "choices.cuh"
 #include "common/pieces.cuh"
+#include "latency/heads.cuh"
 #include "latency/rows.cuh"
 
 // Steps that a warp has under way for each term.
@@ -56,7 +57,8 @@ __device__ __forceinline__ void return_beside(const CombineArguments& a, const C
     const int lane = threadIdx.x % 32;
     if (lane >= kTopk) return;
     float grad = 0.0f;
-    if (a.flags & kGrads && choice >= 0)
+    // A row for which there was no room has no gradients either.
+    if (a.flags & kGrads && choice >= 0 && (kExpanded || at < a.max_slots))
         grad = a.slot_grads[kExpanded ? choice : at * kTopk + lane];
     char* const base = call.bases[peer];
     if (kExact && choice != -1)
@@ -138,9 +140,7 @@ struct Returning {
             return;
         }
         const long long row = dense_row(a, in, source, position);
-        const bool exists = row < a.max_slots;
-        if (!exists) choice = kDropped;
-        if (!stays(a)) load_row(a, exists ? row : -1, piece);
+        if (!stays(a)) load_row(a, row < a.max_slots ? row : -1, piece);
     }
 
     // The row of the first of some choices, if there are any.

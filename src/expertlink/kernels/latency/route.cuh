@@ -4,6 +4,7 @@
 #pragma once
 
 #include "choices.cuh"
+#include "latency/heads.cuh"
 #include "latency/rows.cuh"
 
 // Dynamic shared memory of the sending half, in words.
@@ -166,7 +167,8 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
 // this.
 template <typename Arguments>
 __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& call,
-                                               const Masks& masks, int chunk, int warp, int warps) {
+                                               const Masks& masks, int chunk, int warp, int warps,
+                                               unsigned subject) {
     const int lane = threadIdx.x % 32;
     // Another block than the one with the first experts, where there are several.
     for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32;
@@ -177,8 +179,7 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
         const int count = masked ? 0 : bits_in(masks.ranks + peer * masks.words, masks.words);
         a.rows_to[peer] = count;
         if (masked) continue;
-        store_tagged_pair(count_word(call.bases[peer], call.sending, a.rank, kHeadColumn),
-                          call.sending, a.signature, count);
+        say_head(a, call, peer, count, subject);
         if (a.rows_sent != nullptr) {
             a.rows_sent[peer] += count;
             if (peer != a.rank)

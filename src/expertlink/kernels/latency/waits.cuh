@@ -36,6 +36,15 @@ __device__ __noinline__ unsigned long long look_slowly(const Call* call, Phase p
     const Patience& patience = call->patience;
     if (load_relaxed_system(&watch.masked[peer]) != 0) return kLookedGone;
     if (gave_up(watch)) return kLookedStop;
+    const int aborter = patience.masks_lost ? -1 : aborted_by(watch);
+    if (aborter >= 0 || has_aborted(watch, watch.rank)) {
+        report(watch, kPhaseAborted, aborter >= 0 ? aborter : watch.rank, 0, 0, 0, 0);
+        return kLookedStop;
+    }
+    if (has_aborted(watch, peer)) {  // then lost ranks are masked
+        atomicExch(&patience.counters->masked[peer], 1u);
+        return kLookedGone;
+    }
     const unsigned long long now = nanoseconds();
     if (since == 0) since = now;
     const unsigned long long limit =
