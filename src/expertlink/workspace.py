@@ -36,12 +36,17 @@ class Workspace:
             if sizes:  # outgrown: the new buffer replaces the largest one
                 self._free.pop(sizes.index(max(sizes)))
             storage = torch.UntypedStorage(needed + needed // _ROUND_UP, device=self._device)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[arg-type]
+        return torch.empty(0, dtype=dtype, device=self._device).set_(storage, 0, tuple(shape))  # type: ignore[arg-type]
 
     def give_back(self, *tensors: Tensor) -> None:
         """Ends loans; the tensors must not be used any more."""
         if self._device.type == "cpu":
             self._free.extend(tensor.untyped_storage() for tensor in tensors)
+
+    def settle(self, loans: list[Tensor]) -> None:
+        """Ends loans and takes them off the list, so that nothing is given back twice."""
+        while loans:
+            self.give_back(loans.pop())
 
     def clear(self) -> None:
         """Frees what is not on loan."""

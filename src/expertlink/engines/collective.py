@@ -117,7 +117,12 @@ class CollectiveEngine(Unmasked):
         }
 
     def check_health(self) -> None:
-        """Failures are raised by the calls themselves."""
+        """Calls raise their failures themselves; what is left to say is that one was the last."""
+        self._wire.check()
+
+    def abort(self, reason: str) -> None:
+        """Gives up: later calls raise ClosedError, ranks that wait for this one AbortError."""
+        self._wire.abort(reason)
 
     def wire_rows(self, state: object) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank, own rank included."""
@@ -160,7 +165,8 @@ class CollectiveEngine(Unmasked):
         kind = Operation[operation.upper()]
         if self._agrees or kind is Operation.DISPATCH:
             self._enter(kind)
-            self._agree(kind, refused=error).conclude()
+            with self._wire.whole():
+                self._agree(kind, refused=error).conclude()
         raise error
 
     # -- dispatch ---------------------------------------------------------------------------------
@@ -168,10 +174,13 @@ class CollectiveEngine(Unmasked):
     def dispatch(self, call: DispatchCall) -> Dispatched:
         """Starts a dispatch: agrees on counts (waits for peers), then rows are on their way."""
         call = into_tokens(call)
-        if call.previous is not None:
-            return self._cached_dispatch(call)
+        kind = Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH
+        self._enter(kind)
+        with self._wire.whole():
+            return self._new_dispatch(call) if call.previous is None else self._again(call)
+
+    def _new_dispatch(self, call: DispatchCall) -> Dispatched:
         assert call.topk_ids_TK is not None
-        self._enter(Operation.DISPATCH)
         ids_TK = call.topk_ids_TK
         fields = self._fields(
             Operation.DISPATCH,
@@ -208,9 +217,8 @@ class CollectiveEngine(Unmasked):
         )
         return self._deliver(call, route, flight)
 
-    def _cached_dispatch(self, call: DispatchCall) -> Dispatched:
+    def _again(self, call: DispatchCall) -> Dispatched:
         """Same routing as before: nothing is counted, ids do not travel again."""
-        self._enter(Operation.CACHED_DISPATCH)
         cached = finished(call.previous)
         route = dataclasses.replace(cached, call=self._wire.call)
         agreement = None
@@ -279,6 +287,10 @@ class CollectiveEngine(Unmasked):
         if call.buffers is not None:
             returned, fill = into_buffers(call.buffers, output)
 
+        loans = [flight.rows_out]
+        if flight.rows_in is not flight.tokens:
+            loans.append(flight.rows_in)
+
         def receive_extras() -> Tensor | None:
             if flight.extras_move is not None:
                 flight.extras_move.wait()
@@ -288,10 +300,9 @@ class CollectiveEngine(Unmasked):
             scales = receive_extras() if self._layout.expanded else None
             plan = delivery.plan(self._config, route, self._device)
             flight.rows_move.wait()
-            self._workspace.give_back(flight.rows_out)
             if flight.rows_in is not flight.tokens:
                 layouts.place(plan, flight.rows_in, flight.tokens, zero_gaps=call.zero_padding)
-                self._workspace.give_back(flight.rows_in)
+            self._workspace.settle(loans)
             if not self._layout.expanded:
                 scales = receive_extras()
             delivery.place_beside(call, route, output, scales)
@@ -316,6 +327,10 @@ class CollectiveEngine(Unmasked):
     def combine(self, call: CombineCall) -> Combined:
         """Starts a combine: sums, or rows, are on their way to the tokens' ranks."""
         self._enter(Operation.COMBINE)
+        with self._wire.whole():
+            return self._combine(call)
+
+    def _combine(self, call: CombineCall) -> Combined:
         route = finished(call.state)
         agreement = None
         if self._agrees:
@@ -342,10 +357,11 @@ class CollectiveEngine(Unmasked):
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
         self._enter(Operation.WEIGHT_GRADS)
         route = finished(state)
-        if self._agrees:
-            self._agree(Operation.WEIGHT_GRADS, subject=route.call).conclude()
-        grads_TK, finish = self._way_back.return_grads(route, weight_grads)
-        finish()
+        with self._wire.whole():
+            if self._agrees:
+                self._agree(Operation.WEIGHT_GRADS, subject=route.call).conclude()
+            grads_TK, finish = self._way_back.return_grads(route, weight_grads)
+            finish()
         return grads_TK
 
     def slot_weights(self, state: object) -> Tensor | None:

@@ -38,11 +38,23 @@ _meetings: collections.Counter[str] = collections.Counter()
 
 
 def meet(
-    wire: Wire, config: MoECommunicatorConfig, *, engine: str, check_inputs: bool
+    wire: Wire,
+    config: MoECommunicatorConfig,
+    *,
+    engine: str,
+    check_inputs: bool,
+    shared_with: int | None = None,
 ) -> Placement:
     """Compares configurations and returns the placement of the experts. Collective.
 
     Gives the wire the ranks' identities and a key of this communicator's own.
+
+    Args:
+        wire: the ranks' connection.
+        config: this rank's.
+        engine: what this rank would use.
+        check_inputs: as configured, or the device's default.
+        shared_with: `Wire.number` of the communicator whose memory this one uses, or None.
 
     Raises:
         ConfigurationError: on every rank, naming the fields and the ranks that differ, or what is
@@ -65,6 +77,7 @@ def meet(
         "check_inputs": check_inputs,
         "device type": wire.device.type,
         "engine": engine,
+        "share_with": shared_with,
     }
     mine = {
         "common": common,
@@ -86,7 +99,7 @@ def meet(
     if differing:
         raise ConfigurationError("ranks disagree about the configuration; " + "; ".join(differing))
     wire.peers = [Peer(*answer["peer"]) for answer in answers]
-    wire.key = f"expertlink/{answers[0]['key']}"
+    wire.name(answers[0]["key"])
     wire.number = int(answers[0]["key"][:7], 16)
     wire.call = 0
     return Placement.from_ranks(

@@ -90,10 +90,11 @@ class WayBack:
             weights_in = outgoing.weights.new_empty((len(rows_in), 1))
             weights_move = self._exchange(outgoing.weights, weights_in, splits)
 
+        sent, received = [outgoing.rows] if outgoing.borrowed else [], [rows_in]
+
         def finish() -> None:
             rows_move.wait()
-            if outgoing.borrowed:
-                self._workspace.give_back(outgoing.rows)
+            self._workspace.settle(sent)
             weights_TC = None
             if weights_in is not None and weights_move is not None:
                 weights_move.wait()
@@ -106,7 +107,7 @@ class WayBack:
                 workspace=self._workspace,
                 kernel=self._kernel,
             )
-            self._workspace.give_back(rows_in)
+            self._workspace.settle(received)
 
         return finish
 

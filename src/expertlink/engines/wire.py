@@ -2,17 +2,19 @@
 
 Everything the collective engine sends goes through `Wire.exchange`, an all-to-all. A wait that
 fails or expires ends in `PeerTimeoutError`: the ranks that are still there say so in the group's
-key-value store, the ones that do not are missing.
+key-value store, the ones that do not are missing. A rank that gives up says so there as well, and
+those that wait for it raise `AbortError`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +22,19 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
-from expertlink.errors import ClosedError, PeerTimeoutError
+from expertlink.engines.board import Board, StoreSilentError, Watch
+from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
+
+logger = logging.getLogger("expertlink")
 
 _GRACE_S = 2.0  # how long a rank whose wait failed listens for the others' signs of life
+_REASON_S = 0.5  # how long the reason of an abort that has been heard of is waited for
 _POLL_S = 0.02
+_SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
+_MARGIN_S = 5.0  # gloo ends its waits itself; the host only guards against itself
 _TEXT_BYTES = 2048
+_ABORT = "abort"  # name under which a rank posts that it gave up
+_UNUSED_TAG = 0x7EADBEE
 
 
 @dataclass(frozen=True)
@@ -43,15 +53,20 @@ class Peer:
         """What can be said about the process from here."""
         if self.host != socket.gethostname():
             return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} " + ("has exited" if self.has_exited() else "is alive")
+
+    def has_exited(self) -> bool:
+        """Whether the process is known to have ended."""
+        if self.host != socket.gethostname():
+            return False
         try:
             os.kill(self.pid, 0)
             with open(f"/proc/{self.pid}/stat") as stat:
-                exited = stat.read().rpartition(")")[2].split()[0] in "ZX"
+                return stat.read().rpartition(")")[2].split()[0] in "ZX"
         except ProcessLookupError:
-            exited = True
+            return True
         except OSError:
-            exited = False
-        return f"process {self.pid} has exited" if exited else f"process {self.pid} is alive"
+            return False
 
 
 class Transfer:
@@ -76,13 +91,21 @@ class Wire:
         self.device = device
         self.timeout_s = timeout_s
         self.peers: list[Peer] = []
-        self.key = "expertlink"
         self.number = 0  # of the communicator, the same on all ranks
         self.phase = "start"
         self.call = 0  # sequence number of the current call, counted alike on all ranks
+        self._board: Board | None = None
+        if group is not None and self.num_ranks > 1:
+            self._board = Board(group.get_group_store())
+        self._under_way: set[Any] = set()  # CPU: operations that have not been seen to end
         self._pinned: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._broken: str | None = None
         self._closed = False
+
+    def name(self, key: str) -> None:
+        """Gives the communicator's texts in the store a name of their own."""
+        if self._board is not None:
+            self._board.key = f"expertlink/{key}"
 
     def enter(self, phase: str, call: int) -> None:
         """Names what the following exchanges belong to, for error messages.
@@ -90,10 +113,11 @@ class Wire:
         Raises:
             ClosedError: an earlier wait failed; the process group cannot be used any more.
         """
-        self._refuse_if_broken()
+        self.check()
         self.phase, self.call = phase, call
 
-    def _refuse_if_broken(self) -> None:
+    def check(self) -> None:
+        """Raises ClosedError where an earlier wait failed, a rank aborted, or this is closed."""
         if self._closed:
             raise ClosedError("this communicator is closed")
         if self._broken is not None:
@@ -107,7 +131,64 @@ class Wire:
         A process group that outlives `destroy_process_group` can abort the process at its exit.
         """
         self._closed = True
-        self.group = None
+        self.group = self._board = None
+
+    def abort(self, reason: str) -> None:
+        """Gives up: later calls are refused here, and whoever waits for this rank learns why.
+
+        Takes a bounded time and raises nothing.
+        """
+        if self._broken is None:
+            self._broken = f"rank {self.rank} aborted: {reason}"
+        self.post_abort(reason)
+        if self.device.type == "cpu":
+            self._disconnect()
+
+    def post_abort(self, reason: str) -> None:
+        """Tells the others that this rank gave up. Takes a bounded time and raises nothing."""
+        if self._board is None:
+            return
+        text = f"{self.rank}:{reason[:_TEXT_BYTES]}"
+        try:
+            self._board.post(f"{_ABORT}/{self.rank}", text)
+            self._board.post_first(_ABORT, text)
+        except RuntimeError as error:
+            logger.debug("rank %d: the others do not learn of the abort: %s", self.rank, error)
+
+    def abort_reason(self, rank: int) -> str:
+        """Why a rank gave up, once that is known to have happened; empty if it does not say."""
+        if self._board is None:
+            return ""
+        deadline = time.monotonic() + _REASON_S
+        with contextlib.suppress(RuntimeError):
+            while True:
+                text = self._board.read(f"{_ABORT}/{rank}")
+                if text is not None:
+                    return text.partition(":")[2]
+                if time.monotonic() > deadline:
+                    return ""
+                time.sleep(_POLL_S)
+        return ""
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """What every rank must finish or refuse alike; where this one cannot, it aborts.
+
+        Errors of this library leave the ranks in step, or have been told to the others. Anything
+        else (ctrl-C, out of memory) ends in the middle of it: a later call of this rank would meet
+        other ranks in an earlier one.
+        """
+        try:
+            yield
+        except ExpertlinkError:
+            raise
+        except BaseException as error:
+            if self._broken is None:
+                name = type(error).__name__
+                self.abort(f"{name}: {error}" if str(error) else name)
+                if self.device.type == "cuda":
+                    self._disconnect()
+            raise
 
     def exchange(
         self,
@@ -148,15 +229,79 @@ class Wire:
             work = issue()
         except RuntimeError as error:
             raise self._diagnose(error, phase=phase, call=call, started=started) from error
+        if self.device.type == "cpu":
+            self._under_way = {old for old in self._under_way if not old.is_completed()}
+            self._under_way.add(work)
 
         def wait() -> None:
-            self._refuse_if_broken()
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self._diagnose(error, phase=phase, call=call, started=started) from error
+            self.check()
+            with self.whole():
+                try:
+                    self._complete(work, phase=phase, call=call, started=started)
+                except ExpertlinkError:
+                    raise
+                except (RuntimeError, TimeoutError) as error:
+                    raise self._diagnose(error, phase=phase, call=call, started=started) from error
 
         return Transfer(wait, keep=issue)
+
+    def _complete(self, work: Any, *, phase: str, call: int, started: float) -> None:
+        """Waits for an operation: on CPUs for its end, on CUDA the current stream does."""
+        if self.device.type != "cpu":
+            work.wait()
+            return
+        watch = self._watch()
+        while True:
+            try:
+                work.wait(_SLICE)
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # raises if that is how it ended
+            if work.is_completed():
+                self._under_way.discard(work)
+                return
+            self._heed(watch, phase=phase, call=call)
+            waited = time.monotonic() - started
+            if waited > self.timeout_s + _MARGIN_S:
+                raise TimeoutError(f"no end for {waited:.1f} s")
+
+    def _watch(self) -> Watch | None:
+        return None if self._board is None else self._board.watch(_ABORT)
+
+    def _heed(self, watch: Watch | None, *, phase: str, call: int) -> None:
+        """Raises AbortError if another rank has given up, as far as is known yet."""
+        text = None if watch is None else watch.look()
+        if text is not None:
+            raise self._aborted(text, phase=phase, call=call)
+
+    def _aborted(self, text: str, *, phase: str, call: int) -> AbortError:
+        rank, _, reason = text.partition(":")
+        self._broken = f"rank {rank} aborted: {reason}"
+        self._disconnect()
+        return AbortError(
+            f"rank {rank} aborted while rank {self.rank} was in {phase} #{call}: {reason}",
+            rank=int(rank),
+            reason=reason,
+        )
+
+    def _disconnect(self) -> None:
+        """Ends operations that are under way, after which the process group cannot be used.
+
+        Left alone they would block the stream, or the group's destructor, until their time-out.
+        """
+        group = self.group
+        if group is None or self.num_ranks == 1:
+            return
+        with contextlib.suppress(RuntimeError, AttributeError):
+            if self.device.type == "cuda":
+                group.abort()
+            elif any(not work.is_completed() for work in self._under_way):
+                # gloo has no abort; but a receive that expires closes all connections.
+                peer = (self.rank + 1) % self.num_ranks
+                word = torch.empty(1, dtype=torch.uint8, device="cpu")
+                work = group.recv([word], peer, _UNUSED_TAG)
+                work.wait(datetime.timedelta(milliseconds=1))
+        self._under_way.clear()
 
     def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
         """Waits for `after` and copies `values` to the host, within the time-out.
@@ -170,14 +315,21 @@ class Wire:
         key = (values.shape, values.dtype)
         host = self._pinned.get(key)
         if host is None:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._pinned[key] = host
         host.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
+        with self.whole():
+            self._poll(arrived)
+        return host
+
+    def _poll(self, arrived: torch.cuda.Event) -> None:
         started = time.monotonic()
+        watch = self._watch()
         announced = False
         while not arrived.query():
+            self._heed(watch, phase=self.phase, call=self.call)
             waited = time.monotonic() - started
             if waited > min(1.0, self.timeout_s / 4) and not announced:
                 announced = True
@@ -186,7 +338,6 @@ class Wire:
             if waited > self.timeout_s:
                 error = TimeoutError(f"no answer for {waited:.1f} s")
                 raise self._diagnose(error, phase=self.phase, call=self.call, started=started)
-        return host
 
     def assemble(self, attempt: int) -> None:
         """Waits until every rank is here, through the store: nothing is lost if one is not.
@@ -194,18 +345,43 @@ class Wire:
         A first collective cannot be bounded everywhere: NCCL connects all ranks before it looks at
         the clock.
         """
-        if self.group is None or self.num_ranks == 1:
+        board = self._board
+        if board is None:
             return
         self.call = attempt
+        self.name(f"meeting {attempt}")
         started = time.monotonic()
+        with self.whole():
+            try:
+                if (board.read(_ABORT) or "").startswith(f"{self.rank}:"):
+                    board.take_back(_ABORT)  # of an attempt that this rank repeats
+                self._post(0.0)
+                self._await_all(board, attempt, started)
+            except ExpertlinkError:
+                raise
+            except RuntimeError as error:
+                raise self._diagnose(
+                    error, phase=self.phase, call=attempt, started=started
+                ) from error
+
+    def _await_all(self, board: Board, attempt: int, started: float) -> None:
+        watch = self._watch()
+        silent = list(range(self.num_ranks))
         try:
-            self._post(0.0)
-            store = self._store()
-            silent = list(range(self.num_ranks))
-            while silent := [rank for rank in silent if not store.check([self._sign(rank)])]:
+            while True:
+                signs = {self._sign(rank): rank for rank in silent}
+                silence = None
+                try:
+                    silent = [signs[sign] for sign in board.missing(list(signs))]
+                except StoreSilentError as error:
+                    silence = error
+                if not silent:
+                    return
+                self._heed(watch, phase=self.phase, call=attempt)
                 waited = time.monotonic() - started
                 if waited > self.timeout_s:
-                    store.delete_key(self._sign(self.rank))  # a later attempt starts afresh
+                    if silence is not None:
+                        raise silence
                     names = ", ".join(f"rank {rank}" for rank in silent)
                     raise PeerTimeoutError(
                         f"rank {self.rank} waited {waited:.1f} s of at most {self.timeout_s:g} s "
@@ -217,23 +393,29 @@ class Wire:
                         waited_s=waited,
                     )
                 time.sleep(_POLL_S / 10)
-        except RuntimeError as error:
-            raise self._diagnose(error, phase=self.phase, call=attempt, started=started) from error
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a later attempt starts afresh
+                board.take_back(self._sign(self.rank))
+            raise
 
     def gather_text(self, text: str) -> list[str]:
         """Every rank's text, cut to 2048 bytes. Collective; blocks."""
         raw = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-        row = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(self.device)
+        row = torch.tensor(list(raw), dtype=torch.uint8, device=self.device)
         received = torch.empty((self.num_ranks, _TEXT_BYTES), dtype=torch.uint8, device=self.device)
         rows = self.to_host(received, self.gather(row, received))
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows.unbind()]
 
     def _diagnose(
         self, cause: BaseException, *, phase: str, call: int, started: float
-    ) -> PeerTimeoutError:
+    ) -> PeerTimeoutError | AbortError:
         """Builds the error for a failed wait and marks the wire unusable."""
         waited = time.monotonic() - started
         self.phase, self.call = phase, call
+        with contextlib.suppress(RuntimeError):  # a silent store is found out below
+            text = None if self._board is None else self._board.read(_ABORT)
+            if text is not None:
+                return self._aborted(text, phase=phase, call=call)
         missing, note = self._find_missing(waited)
         names = ", ".join(
             f"rank {rank}" + (f" ({self.peers[rank].fate()})" if self.peers else "")
@@ -246,10 +428,7 @@ class Wire:
             f"Close this communicator and its process group. Cause: {cause}"
         )
         self._broken = message
-        if self.group is not None and self.device.type == "cuda":
-            # A collective that will never end would block the stream and every later wait.
-            with contextlib.suppress(RuntimeError, AttributeError):
-                self.group.abort()
+        self._disconnect()
         return PeerTimeoutError(
             message, rank=self.rank, missing=missing, phase=phase, call=call, waited_s=waited
         )
@@ -257,19 +436,21 @@ class Wire:
     def _find_missing(self, waited: float) -> tuple[list[int], str]:
         """Ranks without a sign of life in this call, and a remark about them."""
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]
+        board = self._board
+        assert board is not None
+        signs = {self._sign(rank): rank for rank in others}
         try:
             self._post(waited)
-            store = self._store()
             deadline = time.monotonic() + _GRACE_S
-            silent = others
+            silent = list(signs)
             while silent and time.monotonic() < deadline:
-                silent = [rank for rank in silent if not store.check([self._sign(rank)])]
+                silent = board.missing(silent)
                 time.sleep(_POLL_S)
             if silent:
-                return silent, ""
-            late = [r for r in others if float(store.get(self._sign(r)).decode()) < waited / 2]
-        except (RuntimeError, ValueError, AttributeError) as error:
-            return [], (
+                return [signs[sign] for sign in silent], ""
+            late = [signs[sign] for sign in signs if float(board.read(sign) or 0) < waited / 2]
+        except (RuntimeError, ValueError) as error:
+            return self._exited(), (
                 " (the group's store does not answer, so the process that hosts it, usually rank 0 "
                 f"or the launcher, is gone: {str(error).splitlines()[0]})"
             )
@@ -277,12 +458,18 @@ class Wire:
             return late, " (arrived, but too late)"
         return [], " (every rank arrived; this one may have been the late one)"
 
+    def _exited(self) -> list[int]:
+        """Ranks of this host whose processes have ended."""
+        deadline = time.monotonic() + _GRACE_S
+        while True:  # connections are lost a little before the process is
+            gone = [rank for rank, peer in enumerate(self.peers) if peer.has_exited()]
+            if gone or time.monotonic() > deadline:
+                return gone
+            time.sleep(_POLL_S)
+
     def _post(self, waited: float) -> None:
-        self._store().set(self._sign(self.rank), f"{waited:.3f}")
+        if self._board is not None:
+            self._board.post(self._sign(self.rank), f"{waited:.3f}")
 
     def _sign(self, rank: int) -> str:
-        return f"{self.key}/{self.call}/{self.phase}/{rank}"
-
-    def _store(self) -> Any:
-        assert self.group is not None
-        return self.group.get_group_store()
+        return f"{self.call}/{self.phase}/{rank}"
