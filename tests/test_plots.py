@@ -25,10 +25,10 @@ def drawn(figure: Figure) -> tuple[Figure, FigureCanvasAgg]:
 @pytest.mark.parametrize("name", ["ratio.png", "bandwidth.png"])
 def test_labels_beside_long_names_are_whole(name: str) -> None:
     records = [
-        make_record(layout=layout, variant="zero_copy_cached", routing=routing, dtype=dtype)
-        for layout in ("token_major", "expert_major")
-        for routing in ("balanced", "masked:0.123456789")
-        for dtype in ("bfloat16", "float32")
+        make_record(layout=layout, variant=variant, quantization=quantization, num_sms=sms)
+        for layout, variant in (("token_major", "zero_copy_cached"), ("expert_major", "uncached"))
+        for quantization in (None, "e4m3_float32")
+        for sms in (None, 132)
     ]
     chosen = plots._call_figures(records)[name]
     assert chosen is not None

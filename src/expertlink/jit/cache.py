@@ -26,6 +26,8 @@ logger = logging.getLogger("expertlink")
 
 LOCK_TIMEOUT_S = 60.0  # more than any compilation takes; then the other process hangs
 _LOCK_POLL_S = 0.02
+_TEMPORARY = ".tmp"
+_ABANDONED_S = 3600.0  # a file is written in milliseconds
 _MAGIC = b"expertlink kernel 1\n"
 _OTHERS = 0o077  # permissions of group and other
 
@@ -129,7 +131,8 @@ def _read(directory: int, key: str) -> bytes | None:
 
 def _write(directory: int, key: str, content: bytes) -> None:
     """Stores an entry, in one step for every reader. A failure is a warning."""
-    temporary = f"{key}.{secrets.token_hex(8)}.tmp"
+    _remove_abandoned(directory)
+    temporary = f"{key}.{secrets.token_hex(8)}{_TEMPORARY}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:
@@ -139,6 +142,18 @@ def _write(directory: int, key: str, content: bytes) -> None:
         _warn_once(f"kernel cache: a kernel could not be stored ({error})")
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=directory)
+
+
+def _remove_abandoned(directory: int) -> None:
+    """Removes what processes left that were killed while they stored an entry."""
+    with contextlib.suppress(OSError):
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if entry.name.endswith(_TEMPORARY)]
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if time.time() - status.st_mtime > _ABANDONED_S:
+                    os.unlink(name, dir_fd=directory)
 
 
 @contextlib.contextmanager
