@@ -8,7 +8,6 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from expertlink import autograd
 from expertlink.config import MoECommunicatorConfig
@@ -123,7 +122,7 @@ class MoECommunicator(Session):
             HandleError, ClosedError: `previous_handle` or this communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
 
             return uncompiled(
@@ -185,7 +184,7 @@ class MoECommunicator(Session):
 
         Inputs must not be written to before `wait()`.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
 
             return uncompiled(
@@ -324,7 +323,7 @@ class MoECommunicator(Session):
                 communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
 
             return uncompiled(
@@ -384,7 +383,7 @@ class MoECommunicator(Session):
 
         `expert_output` must not be written to before `wait()`.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
 
             return uncompiled(

@@ -7,7 +7,6 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from expertlink.errors import ClosedError
 from expertlink.types import DispatchHandle, DispatchOutput
@@ -50,7 +49,7 @@ class Request(Generic[Result]):
             PeerTimeoutError: a peer did not take part within the time-out.
             ClosedError: the communicator was closed or aborted before.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
 
             return uncompiled(self.wait)
@@ -78,7 +77,7 @@ class ReceiveHook:
 
     def __call__(self) -> None:
         """Raises ClosedError where the communicator was closed or aborted before."""
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
 
             uncompiled(self)

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from expertlink.calls import CallBuilder
 from expertlink.config import MoECommunicatorConfig
@@ -76,7 +75,7 @@ class Session:
             PeerTimeoutError: a rank did not come within `startup_timeout_s`.
             ClosedError: the communicator is closed or aborted.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
 
             uncompiled(self.initialize)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 
 class DispatchLayout(str, enum.Enum):
@@ -228,7 +227,7 @@ class DispatchHandle:
         One issued with `return_recv_hook=True` gets its receiving half launched. Until then the
         tensors that the call returned must not be read. Safe to call repeatedly.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
 
             uncompiled(self.wait)
