@@ -1,9 +1,10 @@
 # Every target sets up what it needs: a virtual environment in .venv, with pinned packages.
-#   make test ARGS="-k launch"        make setup PYTHON=python3.12
+#   make test ARGS="-k launch"   make test DEPTH=10   make setup PYTHON=python3.12
 
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+DEPTH  ?= 1
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -26,8 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## show what the library does, on this machine
 	$(BIN)/expertlink demo $(ARGS)
 
-test: $(STAMP) ## run the tests; those that need GPUs skip themselves elsewhere
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests; GPU ones skip themselves elsewhere; DEPTH=10: ten times the drawn cases
+	EXPERTLINK_TEST_DEPTH=$(DEPTH) $(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

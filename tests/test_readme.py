@@ -46,6 +46,15 @@ def test_the_example_runs(num_ranks: int, tmp_path: Path) -> None:
         assert f"rank {rank} of {num_ranks}: experts [{rank * 8 // num_ranks}" in output
 
 
+@pytest.mark.parametrize("change", ["num_experts=2", "num_experts=8, expert_alignment=4"])
+def test_the_example_runs_for_other_models(change: str, tmp_path: Path) -> None:
+    """A rank without experts, and groups with padding."""
+    assert "num_experts=8," in EXAMPLE
+    code = EXAMPLE.replace("num_experts=8,", f"{change},")
+    code = code.replace("(16, 8,", "(16, config.num_experts,")
+    assert run(code, tmp_path, num_ranks=3).count("rank ") == 3
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_snippets_go_on_from_the_example(num_ranks: int, tmp_path: Path) -> None:
     begin, end, rest = EXAMPLE.partition("comm.close()")
