@@ -23,6 +23,7 @@ from model.calls import (
     MASK,
     Call,
     Program,
+    Routing,
     all_programs,
     cached,
     capture,
@@ -57,9 +58,11 @@ def same(program: Program, num_ranks: int = 2) -> Programs:
     return (program,) * num_ranks
 
 
-def sharers(routing: ht.Routing, zero_copy: bool = False, mails: bool = True) -> list[ht.Comm]:
-    """X and Y in one arena, X with more experts."""
-    return [ht.Comm(experts, routing, zero_copy, mails) for experts in (2, 1)]
+def sharers(routing: Routing, zero_copy: bool = False, mails: bool = True) -> list[ht.Comm]:
+    """X and Y in one arena, one of them with more experts."""
+    return [
+        ht.Comm(experts, routing, zero_copy, mails) for experts in ((2, 1) if mails else (1, 2))
+    ]
 
 
 def check_ht(
@@ -72,7 +75,7 @@ def check_ht(
 
 
 def check_ll(
-    cases: Iterable[tuple[Programs, Sequence[ll.Routing]]], *, stops: int | None = None
+    cases: Iterable[tuple[Programs, Sequence[Routing]]], *, stops: int | None = None
 ) -> None:
     """Nothing is found in any of some low-latency cases."""
     for programs, between in cases:
@@ -80,7 +83,7 @@ def check_ll(
         assert found.flaw is None, f"{between}\n{describe(programs)}\n{found}"
 
 
-# -- the explorer -----------------------------------------------------------------------------------
+# -- the explorer ---------------------------------------------------------------------------------
 
 
 @st.composite
@@ -128,8 +131,7 @@ def machines(draw: st.DrawFn) -> Callable[[], Machine]:
                         when=None
                         if even is None
                         else lambda memory, even=even: memory[cells[even]] % 2 == 0,
-                        reads=tuple(cells[word] for word in (even, read) if word is not None)
-                        + (mark,),
+                        reads=(mark, *(cells[word] for word in (even, read) if word is not None)),
                         writes=(mark,) if write is None else (mark, cells[write]),
                         raises=tuple((counters[word], least) for word, least in raises),
                         act=act,
@@ -140,7 +142,7 @@ def machines(draw: st.DrawFn) -> Callable[[], Machine]:
     return build
 
 
-@settings(max_examples=deep(200))
+@settings(max_examples=deep(100))
 @given(build=machines())
 def test_orders_that_are_left_out_make_no_difference(build: Callable[[], Machine]) -> None:
     few, every = explore(build()), explore(build(), every_order=True)
@@ -175,14 +177,15 @@ def test_a_deadlock_is_found() -> None:
     assert str(found.flaw) == "deadlock: 2 wait"
 
 
-# -- high throughput, as it is ----------------------------------------------------------------------
+# -- high throughput, as it is --------------------------------------------------------------------
 
 
 @ROUTINGS
 @MODES
 def test_ht_ranks_that_make_the_same_calls(routing: str, zero_copy: bool, mails: bool) -> None:
     comms = sharers(routings(2)[routing], zero_copy, mails)
-    check_ht((same(program), comms) for program in all_programs(LENGTH, comms=2))
+    programs = [program for program in all_programs(LENGTH, comms=2) if program[0] == dispatch()]
+    check_ht((same(program), comms) for program in programs)
 
 
 @MODES
@@ -211,7 +214,7 @@ def strays(num_ranks: int, length: int, cases: int) -> Iterator[tuple[Programs, 
         yield programs, drawn_comms(draw, num_ranks)
 
 
-@pytest.mark.parametrize(("num_ranks", "length", "cases"), [(2, 3, 100), (2, 4, 60), (3, 3, 6)])
+@pytest.mark.parametrize(("num_ranks", "length", "cases"), [(2, 3, 100), (2, 4, 50), (3, 3, 5)])
 def test_ht_a_rank_that_goes_astray(num_ranks: int, length: int, cases: int) -> None:
     check_ht(strays(num_ranks, length, deep(cases)))
 
@@ -237,7 +240,7 @@ def shifted(call: Call | None) -> Call | None:
 
 def test_ht_captures_on_some_ranks() -> None:
     draw, comms = random.Random(5), sharers(FULL, zero_copy=True)
-    check_ht((captured(draw, 4), comms) for _ in range(deep(60)))
+    check_ht((captured(draw, 4), comms) for _ in range(deep(30)))
 
 
 @pytest.mark.parametrize("stops", [0, 1])
@@ -250,11 +253,7 @@ def test_ht_a_rank_that_stops(stops: int, second: Call) -> None:
 @pytest.mark.parametrize("routing", list(routings(3)))
 def test_ht_three_ranks(routing: str) -> None:
     between = routings(3)[routing]
-    draw = random.Random(routing)
-    if DEEP:
-        programs = list(all_programs(3, comms=2))
-    else:
-        programs = [*all_programs(2, comms=1), drawn_program(draw, 3, comms=2)]
+    programs = list(all_programs(3, comms=2) if DEEP else all_programs(2, comms=1))
     for zero_copy in (False, True):
         check_ht((same(program, 3), sharers(between, zero_copy)) for program in programs)
 
@@ -266,10 +265,9 @@ def test_ht_one_of_three_ranks_stops(second: Call) -> None:
     check_ht([(same((dispatch(), second), 3), comms)], stops=0)
 
 
-# -- high throughput, broken ------------------------------------------------------------------------
+# -- high throughput, broken ----------------------------------------------------------------------
 
-NOW = ht.Protocol()
-NO_HEADS = replace(NOW, all_compare_heads=False)
+NO_HEADS = replace(ht.AS_IT_IS, all_compare_heads=False)
 
 
 def ht_flaw(programs: Programs, comms: Sequence[ht.Comm], protocol: ht.Protocol) -> Found:
@@ -292,10 +290,10 @@ def test_ht_count_rows_of_unequal_stride() -> None:
     broken = replace(NO_HEADS, one_stride=False)
     found = ht_flaw(programs, [fewer, more], broken)
     assert kind_of(found) == "wrong counts"
-    assert "count 3 of rank 0 is Head(author=1, transfer=2" in str(found)
+    assert "count 3 of rank 0 is: rank 1 is in transfer 2, combine X of 1" in str(found)
     # Either of what has been changed since is enough.
     assert kind_of(ht_flaw(programs, [fewer, more], NO_HEADS)) is None
-    assert kind_of(ht_flaw(programs, [fewer, more], replace(NOW, one_stride=False))) is None
+    assert kind_of(ht_flaw(programs, [fewer, more], replace(ht.AS_IT_IS, one_stride=False))) is None
 
 
 @pytest.mark.parametrize("replay", [False, True], ids=["eager", "replays"])
@@ -307,7 +305,7 @@ def test_ht_a_pool_that_the_sender_chooses(replay: bool) -> None:
         ]
     else:
         programs = [(dispatch(), capture(), dispatch()), (dispatch(), dispatch())]
-    broken = replace(NOW, receiver_names_pool=False, captures_move_pool=True)
+    broken = replace(ht.AS_IT_IS, receiver_names_pool=False, captures_move_pool=True)
     found = ht_flaw(programs, sharers(FULL, zero_copy=True), broken)
     assert kind_of(found) == "wrong view"
 
@@ -320,7 +318,9 @@ def test_ht_a_pool_that_the_sender_chooses(replay: bool) -> None:
 def test_ht_rows_placed_after_a_disagreement(programs: Programs) -> None:
     """Static shapes: tables of counts that do not belong together lead to rows of another call."""
     comms = sharers(FULL, mails=False)
-    assert kind_of(ht_flaw(programs, comms, replace(NOW, places_disagreed=True))) == "placed"
+    assert (
+        kind_of(ht_flaw(programs, comms, replace(ht.AS_IT_IS, places_disagreed=True))) == "placed"
+    )
 
 
 COMBINES = [(dispatch(), dispatch(), combine(at)) for at in range(2)]
@@ -364,14 +364,16 @@ COMBINES = [(dispatch(), dispatch(), combine(at)) for at in range(2)]
     ],
 )
 def test_ht_broken(broken: dict[str, bool], programs: Programs, zero_copy: bool, kind: str) -> None:
-    assert kind_of(ht_flaw(programs, sharers(FULL, zero_copy), replace(NOW, **broken))) == kind
+    assert (
+        kind_of(ht_flaw(programs, sharers(FULL, zero_copy), replace(ht.AS_IT_IS, **broken))) == kind
+    )
 
 
 def test_ht_a_disagreement_that_one_rank_survives() -> None:
     """Sharers of which one has static shapes: both have to die, or none."""
     comms = [ht.Comm(2, FULL, mails=mails) for mails in (True, False)]
     programs = [(dispatch(first), dispatch(0)) for first in range(2)]
-    found = ht_flaw(programs, comms, replace(NOW, form_decides=False))
+    found = ht_flaw(programs, comms, replace(ht.AS_IT_IS, form_decides=False))
     assert kind_of(found) == "unequal verdicts"
 
 
@@ -384,13 +386,13 @@ def test_ht_without_heads_one_communicator_is_safe(routing: str) -> None:
 
 
 def test_a_trace_reads_as_a_story() -> None:
-    broken = replace(NOW, rows_wait_for_credit=False)
+    broken = replace(ht.AS_IT_IS, rows_wait_for_credit=False)
     lines = str(ht_flaw(same((dispatch(), cached(0))), sharers(FULL), broken)).splitlines()
     assert lines[0].startswith("wrong row: transfer 1 ends well on rank")
     assert "rank 0 judge: reads the heads of transfer 1 (dispatch X)" in "\n".join(lines)
 
 
-# -- low latency, as it is --------------------------------------------------------------------------
+# -- low latency, as it is ------------------------------------------------------------------------
 
 
 def in_halves(program: Program) -> Iterator[Program]:
@@ -413,7 +415,7 @@ def test_ll_ranks_that_make_the_same_calls(routing: str) -> None:
 
 def ll_cases(
     num_ranks: int, length: int, cases: int, *, astray: bool
-) -> Iterator[tuple[Programs, list[ll.Routing]]]:
+) -> Iterator[tuple[Programs, list[Routing]]]:
     """Halves and hooks as each rank likes, of the same calls or not."""
     draw = random.Random(num_ranks * 10 + length)
     for _ in range(cases):
@@ -426,7 +428,7 @@ def ll_cases(
 
 
 @pytest.mark.parametrize("astray", [False, True], ids=["same calls", "astray"])
-@pytest.mark.parametrize(("num_ranks", "length", "cases"), [(2, 4, 60), (2, 6, 25), (3, 3, 4)])
+@pytest.mark.parametrize(("num_ranks", "length", "cases"), [(2, 4, 40), (2, 6, 15), (3, 3, 3)])
 def test_ll_halves_as_each_rank_likes(
     num_ranks: int, length: int, cases: int, astray: bool
 ) -> None:
@@ -456,9 +458,8 @@ def test_ll_a_rank_that_stops(stops: int, program: Program) -> None:
     check_ll([(same(program), [FULL, FULL])], stops=stops)
 
 
-# -- low latency, broken ----------------------------------------------------------------------------
+# -- low latency, broken --------------------------------------------------------------------------
 
-LL_NOW = ll.Protocol()
 HALVES = (halves(dispatch()),) * 4
 
 
@@ -474,9 +475,7 @@ HALVES = (halves(dispatch()),) * 4
         ),
         pytest.param({"combines_compare_heads": False}, COMBINES, "wrong row", id="no heads"),
         pytest.param({"heads_name_dispatch": False}, COMBINES, "wrong row", id="no subject"),
-        pytest.param(
-            {"tells_though_failed": False}, COMBINES, "unequal verdicts", id="late blocks"
-        ),
+        pytest.param({"hears_own_head": False}, COMBINES, "unequal verdicts", id="late blocks"),
         pytest.param(
             {"whole_calls_check": False}, same(REPLAYS), "deadlock", id="replay between halves"
         ),
@@ -485,5 +484,17 @@ HALVES = (halves(dispatch()),) * 4
 )
 def test_ll_broken(broken: dict[str, Any], programs: Programs, kind: str) -> None:
     assert explore(ll.build(programs, [FULL, FULL])).flaw is None
-    found = explore(ll.build(programs, [FULL, FULL], replace(LL_NOW, **broken)))
+    found = explore(ll.build(programs, [FULL, FULL], replace(ll.AS_IT_IS, **broken)))
     assert kind_of(found) == kind, str(found)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [(dispatch(),) * 4, (dispatch(), combine(0), dispatch(), combine(2))],
+    ids=["dispatches", "and combines"],
+)
+def test_ll_whole_calls_need_no_credit(program: Program) -> None:
+    """They hear each other's heads, so none is more than one call ahead. Halves may be."""
+    protocol = replace(ll.AS_IT_IS, sends_wait_for_credit=False)
+    found = explore(ll.build(same(program), [FULL, FULL], protocol))
+    assert kind_of(found) is None, str(found)

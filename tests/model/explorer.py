@@ -1,8 +1,8 @@
 """Walks all interleavings of processes that share words.
 
-A process is a straight list of steps, and a step is one indivisible action: it waits for words, then
-reads and writes some. `explore` takes every order of the steps that can make a difference. It ends
-with the first flaw that a step or the final judgement finds, and with the steps that led there.
+A process is a straight list of steps, and a step is one indivisible action: it waits for words,
+then reads and writes some. `explore` takes every order of the steps that can make a difference. It
+ends with the first flaw that a step or the final judgement finds, and with the steps before it.
 
 Most orders make no difference. In every state the explorer takes a *stubborn set*: some processes
 such that nothing that the others may still do meddles with, or enables, what these do next. Trying
@@ -145,7 +145,7 @@ class Found:
         return "\n".join([str(self.flaw), *lines])
 
 
-class TooManyStates(Exception):  # noqa: N818
+class TooManyStates(Exception):  # noqa: N818  (likewise)
     """The machine is larger than was asked for."""
 
 
@@ -170,27 +170,61 @@ def _mask(words: Iterable[int]) -> int:
     return mask
 
 
+@dataclass(frozen=True)
+class _Words:
+    """Bits of the words that steps touch."""
+
+    reads: int = 0
+    writes: int = 0
+    raises: int = 0
+
+    @staticmethod
+    def of(step: Step) -> _Words:
+        """Those of one step. What it waits for is not touched."""
+        return _Words(_mask(step.reads), _mask(step.writes), _mask(word for word, _ in step.raises))
+
+    def __or__(self, other: _Words) -> _Words:
+        return _Words(
+            self.reads | other.reads, self.writes | other.writes, self.raises | other.raises
+        )
+
+    def changes(self, words: int) -> bool:
+        """Whether any of these words gets another value."""
+        return bool(words & (self.writes | self.raises))
+
+    def meddles(self, other: _Words) -> bool:
+        """Whether the order of two steps makes a difference. That of two that raise does not."""
+        return bool(
+            (self.writes | self.raises) & other.reads
+            or (self.reads | self.writes) & other.writes
+            or self.reads & other.raises
+        )
+
+
 class _Walk:
     """Depth first, with the states that were branched at, and the steps taken so far."""
 
     def __init__(self, machine: Machine, most: int, every_order: bool) -> None:
         self._machine, self._most, self._every_order = machine, most, every_order
         self._steps = [tuple(process.steps) for process in machine.processes]
-        # Of the step at hand: cells read, cells written, counters raised. Of all that are left: same.
-        self._now: list[list[tuple[int, int, int]]] = []
-        self._left: list[list[tuple[int, int, int]]] = []
-        for steps in self._steps:
-            now = [
-                (_mask(step.reads), _mask(step.writes), _mask(word for word, _ in step.raises))
-                for step in steps
-            ]
-            left = [(0, 0, 0)]
-            for reads, writes, raises in reversed(now):
-                before = left[-1]
-                left.append((before[0] | reads, before[1] | writes, before[2] | raises))
-            self._now.append(now)
+        everyone = self._everyone = range(len(self._steps))
+        # By process and place: words of the step there, and of all steps from there on.
+        self._now = [[_Words.of(step) for step in steps] for steps in self._steps]
+        self._left: list[list[_Words]] = []
+        for now in self._now:
+            left = [_Words()]
+            for words in reversed(now):
+                left.append(left[-1] | words)
             self._left.append(left[::-1])
-        self._everyone = range(len(self._steps))
+        # Others that may meddle with the step there, sooner or later.
+        self._rivals = [
+            [
+                tuple(o for o in everyone if o != process and words.meddles(self._left[o][0]))
+                for words in now
+            ]
+            for process, now in enumerate(self._now)
+        ]
+        self._known_changers: dict[int, list[int]] = {}
 
     def run(self) -> Found:
         at: tuple[int, ...] = (0,) * len(self._steps)
@@ -250,51 +284,73 @@ class _Walk:
         there = min(here + on, len(self._steps[process]))
         return (*at[:process], there, *at[process + 1 :]), memory
 
-    def _obstacle(self, process: int, at: tuple[int, ...], memory: tuple[Any, ...]) -> int | None:
-        """Words that may have to change before the process can go on; None: it can."""
+    def _obstacle(self, process: int, at: tuple[int, ...], memory: tuple[Any, ...]) -> int:
+        """Bits of the words that may have to change before a process can go on; 0: it can."""
         step = self._steps[process][at[process]]
         for word, least in step.waits:
             if memory[word] < least:
                 return 1 << word
         if step.when is not None and not step.when(memory):
-            return self._now[process][at[process]][0]
-        return None
+            return self._now[process][at[process]].reads
+        return 0
+
+    def _changers(self, words: int) -> list[int]:
+        """Processes that change some of these words, sooner or later."""
+        known = self._known_changers.get(words)
+        if known is None:
+            known = [other for other in self._everyone if self._left[other][0].changes(words)]
+            self._known_changers[words] = known
+        return known
 
     def _choices(self, at: tuple[int, ...], memory: tuple[Any, ...]) -> list[int]:
         """Processes to be tried in a state: the smallest stubborn set that was found."""
-        obstacles: dict[int, int | None] = {}
+        obstacles: dict[int, int] = {}
         for process in self._everyone:
-            if at[process] < len(self._steps[process]):
-                obstacles[process] = self._obstacle(process, at, memory)
-        free = [process for process, obstacle in obstacles.items() if obstacle is None]
+            if at[process] == len(self._steps[process]):
+                continue
+            obstacle = obstacles[process] = self._obstacle(process, at, memory)
+            if not obstacle and not self._rivals[process][at[process]] and not self._every_order:
+                return [process]
+        free = [process for process, obstacle in obstacles.items() if not obstacle]
         if len(free) <= 1 or self._every_order:
             return free
-        left = {process: self._left[process][at[process]] for process in obstacles}
         best = free
         for first in free:
-            chosen, queue, able = {first}, [first], 0
-            while queue:
-                process = queue.pop()
-                obstacle = obstacles[process]
-                if obstacle is None:
-                    able += 1
-                    if able >= len(best):
-                        break
-                    reads, writes, raises = self._now[process][at[process]]
-                    touched, changed = writes | raises, reads | writes
-                    for other, (their_reads, their_writes, their_raises) in left.items():
-                        if other not in chosen and (
-                            touched & their_reads or changed & their_writes or reads & their_raises
-                        ):
-                            chosen.add(other)
-                            queue.append(other)
-                else:
-                    for other, (_, their_writes, their_raises) in left.items():
-                        if other not in chosen and obstacle & (their_writes | their_raises):
-                            chosen.add(other)
-                            queue.append(other)
-            else:
+            chosen = self._stubborn(first, at, obstacles, len(best))
+            if chosen is not None:
                 best = [process for process in free if process in chosen]
-                if len(best) == 1:
-                    return best
+            if len(best) == 1:
+                break
         return best
+
+    def _stubborn(
+        self, first: int, at: tuple[int, ...], obstacles: dict[int, int], most: int
+    ) -> set[int] | None:
+        """A stubborn set around a process, unless as many as `most` of it can go on."""
+        chosen, queue, able = {first}, [first], 0
+        while queue:
+            process = queue.pop()
+            obstacle = obstacles[process]
+            if obstacle:
+                more = [
+                    other
+                    for other in self._changers(obstacle)
+                    if other not in chosen
+                    and other in obstacles
+                    and self._left[other][at[other]].changes(obstacle)
+                ]
+            else:
+                able += 1
+                if able == most:
+                    return None
+                words = self._now[process][at[process]]
+                more = [
+                    other
+                    for other in self._rivals[process][at[process]]
+                    if other not in chosen
+                    and other in obstacles
+                    and words.meddles(self._left[other][at[other]])
+                ]
+            chosen.update(more)
+            queue += more
+        return chosen

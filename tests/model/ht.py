@@ -1,10 +1,10 @@
 """High throughput: the words, credits and pools of one arena per rank, as a machine.
 
-Every rank has one process for each role that its kernels have, and one for its stream. They are what
-docs/architecture.md, "The flag protocol", says:
+Every rank has one process for each role that its kernels have, and one for its stream. They are
+what docs/architecture.md, "The flag protocol", says:
 
     tell d     head (uncached dispatch: and counts) to rank d, then ready word
-    judge      heads of all ranks: uncached dispatch before anything is placed, others beside the work
+    judge      heads of all ranks: uncached dispatches before anything is placed, others beside it
     send       waits for room, then writes rows and raises arrival flags
     receive    waits for flags and reads rows
     stream     ends the kernel: credits to all; then whatever the caller does with views of pools
@@ -16,60 +16,15 @@ finds anything else than its own call spoils its transfer; a spoiled transfer mu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .calls import Call, Fate, Identity, Kind, Program, Routing, Row
+from .calls import Call, Fate, Identity, Kind, Program, Row
 from .ends import Blame, let_stop, waiting
 from .explorer import END, End, Flaw, Machine, Memory, Step
+from .ht_host import AS_IT_IS, Comm, Protocol, Transfer, foresee
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """What the kernels and the host do. The defaults are the protocol; each field can be broken.
-
-    Attributes:
-        all_compare_heads: calls that count nothing compare the heads of all ranks before they end.
-        one_stride: count rows have the stride of the arena, not that of the communicator.
-        receiver_names_pool: senders write to the pool that the receiver's head names.
-        captures_move_pool: a capture moves the turn of the pools of eager dispatches.
-        places_disagreed: rows are placed although the counts do not belong together.
-        sends_disagreed: zero-copy rows go to ranks whose heads tell of another call.
-        origin_is_shared: a cached dispatch renames the dispatch in tables that it shares.
-        looks_once_more: a wait that gives up looks at its word once more.
-        form_decides: whether a disagreement is survived follows from the heads of all ranks.
-        rows_wait_for_credit: senders wait until all peers have consumed the transfer before.
-        heads_wait_for_credit: heads and counts wait for that of their receiver.
-    """
-
-    all_compare_heads: bool = True
-    one_stride: bool = True
-    receiver_names_pool: bool = True
-    captures_move_pool: bool = False
-    places_disagreed: bool = False
-    sends_disagreed: bool = False
-    origin_is_shared: bool = False
-    looks_once_more: bool = True
-    form_decides: bool = True
-    rows_wait_for_credit: bool = True
-    heads_wait_for_credit: bool = True
-
-
-@dataclass(frozen=True)
-class Comm:
-    """A communicator.
-
-    Attributes:
-        experts: E; its count rows have 1 + R + E words.
-        routing: of all its dispatches.
-        zero_copy: rows go to pools, of which the caller has views.
-        mails: the host learns the counts; else shapes are static and a disagreement is fatal.
-    """
-
-    experts: int
-    routing: Routing
-    zero_copy: bool = False
-    mails: bool = True
+# What is wrong where a judge, a sender or a receiver has read something else than its own call.
+SPOILS = ("wrong counts", "wrong pool", "wrong row")
 
 
 class Head(NamedTuple):
@@ -81,6 +36,9 @@ class Head(NamedTuple):
     pool: int
     mails: bool
 
+    def __str__(self) -> str:
+        return f"rank {self.author} is in transfer {self.transfer}, {self.says}"
+
 
 class Count(NamedTuple):
     """One of the other words: how many rows, or choices of an expert."""
@@ -91,6 +49,9 @@ class Count(NamedTuple):
     column: int
     rows: int
 
+    def __str__(self) -> str:
+        return f"count {self.column} of rank {self.author} in transfer {self.transfer}"
+
 
 class Plan(NamedTuple):
     """What the planning block found: whether all agree, and rows from each rank."""
@@ -99,135 +60,10 @@ class Plan(NamedTuple):
     rows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """One transfer of one rank.
-
-    Attributes:
-        number: t.
-        call: what the program says.
-        identity: which call it really is.
-        says: what its head says of that.
-        pool: zero copy: where this rank's view is.
-        fate: what has to become of it.
-    """
-
-    number: int
-    call: Call
-    identity: Identity
-    says: Identity
-    pool: int
-    fate: Fate
-
-
-@dataclass
-class _Host:
-    """What the host of a rank knows while it goes through its program."""
-
-    program: Program
-    at: int = 0
-    pool: int = 0
-    captured_pool: int = 0
-    baked: int = 0
-    numbers: dict[int, int] = None  # type: ignore[assignment]
-    origins: dict[int, int] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.numbers, self.origins = {}, {}
-
-    def root(self, at: int) -> int:
-        call = self.program[at]
-        assert call is not None
-        return at if call.of is None else self.root(call.of)
-
-    def next_call(self, protocol: Protocol) -> Call | None:
-        """The next call that transfers anything and whose handle exists."""
-        while self.at < len(self.program):
-            call = self.program[self.at]
-            self.at += 1
-            if call is None:
-                continue
-            if call.kind is Kind.CAPTURE:
-                if protocol.captures_move_pool:
-                    self.pool ^= 1
-                    self.baked = self.pool
-                else:
-                    self.captured_pool ^= 1
-                    self.baked = self.captured_pool
-            elif call.of is None or call.of in self.numbers:
-                return call
-        return None
-
-    def identity(self, call: Call) -> Identity:
-        subject = 0 if call.of is None else self.numbers[call.of]
-        return Identity(call.kind, call.comm, subject)
-
-    def says(self, call: Call, protocol: Protocol) -> Identity:
-        subject = 0
-        if call.of is not None:
-            shared = protocol.origin_is_shared
-            subject = self.origins[self.root(call.of)] if shared else self.numbers[call.of]
-        return Identity(call.kind, call.comm, subject)
-
-    def next_pool(self, call: Call, comm: Comm) -> int:
-        if not comm.zero_copy or not call.kind.dispatches:
-            return 0
-        if call.captured:
-            return self.baked
-        self.pool ^= 1
-        return self.pool
-
-    def keep(self, call: Call, number: int) -> None:
-        """The call has left a handle."""
-        if call.kind.dispatches:
-            self.numbers[self.at - 1] = number
-            self.origins[self.root(self.at - 1)] = number
-
-
-def foresee(
-    programs: Sequence[Program], comms: Sequence[Comm], protocol: Protocol
-) -> list[list[Transfer]]:
-    """The transfers of every rank, and what has to become of them: from the programs alone."""
-    hosts = [_Host(program) for program in programs]
-    transfers: list[list[Transfer]] = [[] for _ in programs]
-    for number in range(1, 1 + max(len(program) for program in programs)):
-        calls = [host.next_call(protocol) for host in hosts]
-        made = [(host, call) for host, call in zip(hosts, calls, strict=True) if call is not None]
-        if not made:
-            break
-        identities = {host.identity(call) for host, call in made}
-        if len(made) < len(calls):
-            fate = Fate.MISSED
-        elif len(identities) == 1:
-            fate = Fate.AGREED
-        elif all(call.kind is Kind.DISPATCH and comms[call.comm].mails for _, call in made):
-            fate = Fate.SURVIVED
-        else:
-            fate = Fate.KILLED
-        for rank, (host, call) in enumerate(zip(hosts, calls, strict=True)):
-            if call is None:
-                continue
-            transfers[rank].append(
-                Transfer(
-                    number,
-                    call,
-                    host.identity(call),
-                    host.says(call, protocol),
-                    host.next_pool(call, comms[call.comm]),
-                    fate,
-                )
-            )
-            if fate is Fate.AGREED:
-                host.keep(call, number)
-        if fate in (Fate.KILLED, Fate.MISSED):
-            break
-    return transfers
-
-
 def build(
     programs: Sequence[Program],
     comms: Sequence[Comm],
-    protocol: Protocol = Protocol(),  # noqa: B008  (frozen)
+    protocol: Protocol = AS_IT_IS,
     *,
     stops: int | None = None,
 ) -> Machine:
@@ -404,9 +240,9 @@ class _Builder:
         """Compares the heads of all ranks; uncached dispatches: also makes the plan."""
         t, call, protocol = transfer.number, transfer.call, self.protocol
         counts = call.kind is Kind.DISPATCH
-        done = Step(f"lets transfer {t} end", raises=((self.judged[rank], t),), transfer=t)
+        done = ((self.judged[rank], t),)
         if not counts and not protocol.all_compare_heads:
-            yield Step(done.label, waits=begins, raises=done.raises, transfer=t)
+            yield Step("compares nothing", waits=begins, raises=done, transfer=t, quiet=True)
             return
         rows = [self.row_at(rank, s, call.comm) for s in self.ranks]
         if not counts:
@@ -420,12 +256,12 @@ class _Builder:
                 head = memory[row[0]]
                 heads.append(head)
                 if not isinstance(head, Head) or (head.author, head.transfer) != (s, t):
-                    memory[spoiled] = f"head of rank {s} is {head}"
+                    memory[spoiled] = f"the head of rank {s} is: {head}"
                 elif counts and head.says == own:
                     for column, word in enumerate(row[1:]):
                         count = memory[word]
                         if not isinstance(count, Count) or count[:4] != (s, t, call.comm, column):
-                            memory[spoiled] = f"count {column} of rank {s} is {count}"
+                            memory[spoiled] = f"count {column} of rank {s} is: {count}"
                 if counts:
                     count = memory[row[1 + rank]]
                     # Clamped: whatever is there, no more rows than there can be.
@@ -435,7 +271,7 @@ class _Builder:
                 memory[self.plan[rank]] = Plan(agreed, tuple(table))
             if agreed or self.survives(heads, call):
                 return None
-            memory[self.failed[rank]] = (t, tuple(heads))
+            memory[self.failed[rank]] = (t, "; ".join(map(str, heads)))
             return END
 
         yield Step(
@@ -448,7 +284,7 @@ class _Builder:
             peer=rank,
             transfer=t,
         )
-        yield done
+        yield Step(f"lets transfer {t} end", raises=done, transfer=t, quiet=True)
 
     def survives(self, heads: Sequence[Any], call: Call) -> bool:
         """Whether a rank in this call goes on after a disagreement."""
@@ -484,13 +320,15 @@ class _Builder:
             waits += tuple((word, t - 1) for word in self.credit[rank])
         if zero_copy:
             waits += tuple((word, t) for word in self.ready[rank])
-        yield Step(f"has room for transfer {t} ({call})", waits=waits, peer=rank, transfer=t)
+        room = f"has room for transfer {t} ({call})"
+        yield Step(room, waits=waits, peer=rank, transfer=t, quiet=True)
         for d in self.rows_of(call, rank):
             yield self.write_row(rank, d, transfer)
             yield Step(
                 f"raises flag {t} at rank {d}", raises=((self.flag[d][rank], t),), transfer=t
             )
-        yield Step(f"has sent transfer {t}", raises=((self.sent[rank], t),), transfer=t)
+        done = ((self.sent[rank], t),)
+        yield Step(f"has sent transfer {t}", raises=done, transfer=t, quiet=True)
 
     def in_pools(self, call: Call) -> bool:
         """Whether its rows go to pools."""
@@ -516,7 +354,7 @@ class _Builder:
             if protocol.receiver_names_pool:
                 head = memory[head_at]
                 if not isinstance(head, Head) or (head.author, head.transfer) != (d, t):
-                    memory[spoiled] = f"head of rank {d} is {head}"
+                    memory[spoiled] = f"the head of rank {d} is: {head}"
                     return 2
                 if head.says != transfer.says and not protocol.sends_disagreed:
                     return 2  # no flag either
@@ -571,6 +409,7 @@ class _Builder:
                 reads=(plan,) if counts else (),
                 act=look,
                 transfer=t,
+                quiet=True,
             )
             yield self.read_row(rank, s, transfer)
         yield Step(
@@ -578,6 +417,7 @@ class _Builder:
             waits=begins,
             raises=((self.received[rank], t),),
             transfer=t,
+            quiet=True,
         )
 
     def read_row(self, rank: int, s: int, transfer: Transfer) -> Step:
@@ -593,7 +433,7 @@ class _Builder:
                 return
             if counts and not memory[plan].agreed:
                 raise Flaw("placed", f"rank {rank} places {found} in a call that is refused")
-            memory[spoiled] = f"row of rank {s} is {found}"
+            memory[spoiled] = f"the row of rank {s} is {found}"
 
         return Step(
             f"reads the row of rank {s} in transfer {t}",
@@ -607,28 +447,28 @@ class _Builder:
 
     def end(self, rank: int, transfer: Transfer, items: int) -> Iterator[Step]:
         """The last block: credits, once all roles are done."""
-        t, spoiled = transfer.number, self.spoiled[rank]
+        t, spoiled, plan = transfer.number, self.spoiled[rank], self.plan[rank]
         done = (*self.told[rank], self.judged[rank], self.sent[rank], self.received[rank])
 
         def leave(memory: Memory) -> None:
-            for word, kind in zip(
-                spoiled, ("wrong counts", "wrong pool", "wrong row"), strict=True
-            ):
-                if memory[word] and transfer.fate is not Fate.SURVIVED:
+            if transfer.fate is Fate.SURVIVED:
+                if memory[plan].agreed:
+                    raise Flaw("unequal verdicts", f"rank {rank} does not refuse transfer {t}")
+                return
+            for word, kind in zip(spoiled, SPOILS, strict=True):
+                if memory[word]:
                     raise Flaw(kind, f"transfer {t} ends well on rank {rank}, where {memory[word]}")
-                memory[word] = ""
 
         yield Step(
             f"ends transfer {t} ({transfer.call})",
             waits=tuple((word, t) for word in done),
-            reads=tuple(spoiled),
-            writes=tuple(spoiled),
+            reads=(*spoiled, plan),
             act=leave,
             transfer=t,
         )
         for d in self.ranks:
             yield Step(f"grants credit {t} to rank {d}", raises=((self.credit[d][rank], t),))
-        yield Step(f"has ended transfer {t}", raises=((self.ended[rank], items),))
+        yield Step(f"has ended transfer {t}", raises=((self.ended[rank], items),), quiet=True)
 
     def use(self, rank: int, view: Transfer, item: int) -> Step:
         """The caller's own kernel, an item of the stream, reads a view that is still good."""
@@ -666,9 +506,8 @@ class _Builder:
         reports = [end.memory[word] for word in self.failed]
         if Fate.KILLED in fates:
             if len(set(reports)) > 1 or reports[0] is None or reports[0][0] != last:
-                raise Flaw(
-                    "unequal verdicts", f"ranks are in different calls, and report {reports}"
-                )
+                text = f"ranks are in different calls, and report {reports}"
+                raise Flaw("unequal verdicts", text)
             self.check_views(end)
             return
         if any(reports):

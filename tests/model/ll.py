@@ -1,55 +1,29 @@
 """Low latency: sets, tagged words, rows that carry their own flag, and halves, as a machine.
 
-Every rank has one process for each role that its launches have, and one for its stream. They are what
-docs/architecture.md, "Low latency", says:
+Every rank has one process for each role that its launches have, and one for its stream. They are
+what docs/architecture.md, "Low latency", says:
 
-    tell d     waits for room; then what this rank has received before, and the head of its call
+    tell       waits for room; says what this rank has received before, and the head of its call
     send       waits for room; rows into the set of the transfer
     check      heads of all ranks: a dispatch learns its rows from them, a combine compares beside
     receive    waits until a row is there, reads it, puts "nothing" back
     stream     ends the launch
 
-Transfers are numbered by the launches that sent and received before; a transfer uses the set t mod 3.
-`clear_mask()` makes all memory new while nobody is in a call, which is modelled by new words.
+Transfers are numbered by the launches that sent and received before; a transfer uses the set
+t mod 3. `clear_mask()` makes all memory new while nobody is in a call: from then on the processes
+use new words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .calls import Call, Fate, Identity, Kind, Program, Routing, Row
+from .calls import Fate, Identity, Kind, Program, Routing, Row
 from .ends import Blame, let_stop, waiting
-from .explorer import END, End, Flaw, Machine, Memory, Process, Step
-
-SETS = 3
-IN_FLIGHT = 2  # calls whose receiving half has not been queued
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What the kernels and the host do. The defaults are the protocol; each field can be broken.
-
-    Attributes:
-        sets: staging sets that transfers take in turn.
-        sends_wait_for_credit: nothing is sent in t before all peers have received t - 3.
-        credit_follows_put_back: a launch tells what the launches before it have received.
-        combines_compare_heads: combines look for the heads of all ranks, and compare them.
-        heads_name_dispatch: heads say which dispatch a call refers to.
-        whole_calls_check: a whole call refuses to run while a half of another is under way.
-        handles_have_epochs: the host refuses handles from before `clear_mask()`.
-        tells_though_failed: a block that starts late tells its peers all the same.
-    """
-
-    sets: int = SETS
-    sends_wait_for_credit: bool = True
-    credit_follows_put_back: bool = True
-    combines_compare_heads: bool = True
-    heads_name_dispatch: bool = True
-    whole_calls_check: bool = True
-    handles_have_epochs: bool = True
-    tells_though_failed: bool = True
+from .explorer import END, End, Flaw, Machine, Memory, Step
+from .ll_host import AS_IT_IS, SETS, Clear, Launch, Protocol, Transfer, foresee
 
 
 class Head(NamedTuple):
@@ -59,191 +33,14 @@ class Head(NamedTuple):
     transfer: int
     says: Identity
 
-
-@dataclass(frozen=True)
-class Transfer:
-    """One call of one rank that transfers anything.
-
-    Attributes:
-        call: what the program says.
-        identity: which call it really is.
-        epoch: between which two `clear_mask()` it is made.
-        masked: whether this rank leaves out the others.
-        had_rows: whether it had them in the dispatch whose handle a combine takes.
-    """
-
-    call: Call
-    identity: Identity
-    epoch: int
-    masked: bool
-    had_rows: bool
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel of one rank.
-
-    Attributes:
-        transfer: what it is about.
-        sends: number of the transfer that it sends, or 0.
-        receives: number of the transfer that it receives, or 0.
-        received: transfers that the launches before it have received.
-        torn: it is a whole call, and a half of another one is under way.
-    """
-
-    transfer: Transfer
-    sends: int
-    receives: int
-    received: int
-    torn: bool = False
-
-
-@dataclass(frozen=True)
-class Clear:
-    """A `clear_mask()` in the stream of one rank."""
-
-    epoch: int  # that it ends
-
-
-Item = Launch | Clear
-
-
-@dataclass
-class _Host:
-    """Queues the launches of one rank, as latency_launch.py does."""
-
-    program: Program
-    protocol: Protocol
-    items: list[Item] = field(default_factory=list)
-    pending: list[Transfer] = field(default_factory=list)
-    made: dict[int, Transfer] = field(default_factory=dict)
-    numbers: dict[int, int] = field(default_factory=dict)
-    epoch: int = 0
-    masked: bool = False
-    sent: int = 0
-    received: int = 0
-
-    def run(self) -> list[Item]:
-        for at, call in enumerate(self.program):
-            if call is not None:
-                self.queue(at, call)
-        self.finish(0)
-        return self.items
-
-    def queue(self, at: int, call: Call) -> None:
-        """What one line of the program makes of the stream."""
-        if call.kind is Kind.HOOK:
-            self.finish(max(0, len(self.pending) - 1))
-        elif call.kind is Kind.MASK:
-            self.masked = True
-        elif call.kind is Kind.CLEAR:
-            self.finish(0)
-            self.items.append(Clear(self.epoch))
-            self.epoch += 1
-            self.masked = False
-            self.sent = self.received = 0
-        elif self.has_handle(call):
-            self.start(at, call)
-
-    def has_handle(self, call: Call) -> bool:
-        """Whether the host accepts the handle that a call takes."""
-        if call.of is None:
-            return True
-        made = self.made.get(call.of)
-        if made is None:
-            return False
-        return made.epoch == self.epoch or not self.protocol.handles_have_epochs
-
-    def start(self, at: int, call: Call) -> None:
-        """Queues a call, or its sending half, and before it the halves that have to be first."""
-        subject, had_rows = 0, True
-        if call.of is not None:
-            subject, had_rows = self.numbers[call.of], not self.made[call.of].masked
-            while self.made[call.of] in self.pending:  # a handle is good once its rows are here
-                self.finish(len(self.pending) - 1)
-        if not call.captured:  # the host of a replay knows nothing of halves
-            self.finish(IN_FLIGHT - 1 if call.halves else 0)
-        identity = Identity(call.kind, call.comm, subject)
-        transfer = Transfer(call, identity, self.epoch, self.masked, had_rows)
-        self.made[at] = transfer
-        self.sent += 1
-        self.numbers[at] = self.sent
-        if call.halves:
-            self.items.append(Launch(transfer, self.sent, 0, self.received))
-            self.pending.append(transfer)
-            return
-        torn = self.sent != self.received + 1
-        self.items.append(Launch(transfer, self.sent, self.sent, self.received, torn))
-        self.received += 1
-
-    def finish(self, most: int) -> None:
-        """Queues receiving halves until so many are left."""
-        while len(self.pending) > most:
-            transfer = self.pending.pop(0)
-            self.items.append(Launch(transfer, 0, self.received + 1, self.received))
-            self.received += 1
-
-
-@dataclass(frozen=True)
-class Foreseen:
-    """What has to happen.
-
-    Attributes:
-        items: of the stream of every rank, up to where it has to end.
-        fate: of the last transfer.
-        last: its number.
-        torn: ranks have to find that a half of another call is under way.
-    """
-
-    items: list[list[Item]]
-    fate: Fate
-    last: int
-    torn: bool
-
-
-def foresee(programs: Sequence[Program], protocol: Protocol) -> Foreseen:
-    """Streams of all ranks, and how they have to end: from the programs alone."""
-    streams = [_Host(program, protocol).run() for program in programs]
-    torn = any(isinstance(item, Launch) and item.torn for items in streams for item in items)
-    if torn:
-        return Foreseen([until_torn(items, protocol) for items in streams], Fate.KILLED, 0, True)
-    calls = [
-        {(item.transfer.epoch, item.sends): item.transfer.identity for item in items if sends(item)}
-        for items in streams
-    ]
-    for key in sorted(set().union(*calls)):
-        identities = [made.get(key) for made in calls]
-        if len(set(identities)) > 1:
-            fate = Fate.MISSED if None in identities else Fate.KILLED
-            return Foreseen([until(items, key) for items in streams], fate, key[1], False)
-    return Foreseen(streams, Fate.AGREED, 0, False)
-
-
-def sends(item: Item) -> bool:
-    """Whether it is a launch that sends."""
-    return isinstance(item, Launch) and item.sends > 0
-
-
-def until(items: list[Item], key: tuple[int, int]) -> list[Item]:
-    """Items up to the launch that receives a transfer."""
-    for at, item in enumerate(items):
-        if isinstance(item, Launch) and (item.transfer.epoch, item.receives) == key:
-            return items[: at + 1]
-    return items
-
-
-def until_torn(items: list[Item], protocol: Protocol) -> list[Item]:
-    """Items up to the launch that finds a half under way; all, if it does not look."""
-    for at, item in enumerate(items):
-        if isinstance(item, Launch) and item.torn and protocol.whole_calls_check:
-            return items[: at + 1]
-    return items
+    def __str__(self) -> str:
+        return f"rank {self.author} is in transfer {self.transfer}, {self.says}"
 
 
 def build(
     programs: Sequence[Program],
     routings: Sequence[Routing],
-    protocol: Protocol = Protocol(),  # noqa: B008  (frozen)
+    protocol: Protocol = AS_IT_IS,
     *,
     stops: int | None = None,
 ) -> Machine:
@@ -293,10 +90,9 @@ class _Builder:
         )
         self.epochs = [self.epoch(number) for number in range(clears + 1)]
         word = machine.word
-        self.told = [[word(f"told {s} at {d}") for s in self.ranks] for d in self.ranks]
-        self.sent, self.checked, self.received, self.ended = (
+        self.told, self.sent, self.checked, self.received, self.ended = (
             [word(f"{name} {r}") for r in self.ranks]
-            for name in ("sent", "checked", "received", "ended")
+            for name in ("told", "sent", "checked", "received", "ended")
         )
         self.failed = [word(f"failed {r}", None) for r in self.ranks]
         self.spoiled = [word(f"spoiled {r}", "") for r in self.ranks]
@@ -333,8 +129,7 @@ class _Builder:
     def rank(self, rank: int) -> None:
         """All processes of a rank."""
         process = self.machine.process
-        tellers = [process(f"tell {peer}", rank) for peer in self.ranks]
-        send, check = process("send", rank), process("check", rank)
+        tell, send, check = process("tell", rank), process("send", rank), process("check", rank)
         receive, stream = process("receive", rank), process("stream", rank)
         for number, item in enumerate(self.foreseen.items[rank], 1):
             if isinstance(item, Clear):
@@ -345,8 +140,7 @@ class _Builder:
                 stream.steps += self.end(rank, item, number)
                 continue
             begins = self.begins(rank, item, number)
-            for peer, teller in zip(self.ranks, tellers, strict=True):
-                teller.steps += self.tell(rank, peer, item, number, begins)
+            tell.steps += self.tell(rank, item, number, begins)
             send.steps += self.send(rank, item, number, begins)
             check.steps += self.check(rank, item, number, begins)
             receive.steps += self.receive(rank, item, number, begins)
@@ -366,56 +160,47 @@ class _Builder:
         return waits
 
     def tell(
-        self,
-        rank: int,
-        peer: int,
-        launch: Launch,
-        number: int,
-        begins: tuple[tuple[int, int], ...],
+        self, rank: int, launch: Launch, number: int, begins: tuple[tuple[int, int], ...]
     ) -> Iterator[Step]:
-        """Credit for what has been received; with what is sent, its head."""
-        told = ((self.told[rank][peer], number),)
+        """Credit for what has been received; with what is sent, its head, a lane for each peer."""
         transfer, t = launch.transfer, launch.sends or launch.receives
-        if peer not in self.peers(rank, transfer):
-            yield Step(f"leaves out rank {peer}", waits=begins, raises=told, quiet=True)
-            return
-        epoch = self.epochs[transfer.epoch]
-        failed = self.failed[rank]
-        if not self.protocol.tells_though_failed and self.foreseen.fate is Fate.KILLED:
+        epoch, peers, failed = self.epochs[transfer.epoch], self.peers(rank, transfer), self.failed
+        if self.foreseen.fate is Fate.KILLED:
             yield Step(
                 "starts late, and looks whether the call has failed",
                 waits=begins,
-                reads=(failed,),
-                act=lambda memory: END if memory[failed] is not None else 1,
+                reads=(failed[rank],),
+                act=lambda memory: END if memory[failed[rank]] is not None else 1,
                 transfer=t,
             )
-        raises = ((epoch.credit[peer][rank], launch.received),)
-        label = f"grants credit {launch.received} to rank {peer}"
+        raises = tuple((epoch.credit[peer][rank], launch.received) for peer in peers)
+        done = ((self.told[rank], number),)
+        label = f"grants credit {launch.received}"
         if not launch.sends:
-            yield Step(label, waits=begins, raises=(*raises, *told), transfer=t)
+            yield Step(label, waits=begins, raises=(*raises, *done), transfer=t)
             return
-        yield Step(
-            label,
-            waits=begins,
-            raises=(*raises, (epoch.ready[peer][rank], t)),
-            peer=peer,
-            transfer=t,
-        )
-        says = transfer.identity
-        if not self.protocol.heads_name_dispatch:
-            says = says._replace(subject=0)
-        head, word = Head(rank, t, says), epoch.head[peer][rank][t % self.protocol.sets]
+        raises += tuple((epoch.ready[peer][rank], t) for peer in peers)
+        yield Step(label, waits=begins, raises=raises, peer=rank, transfer=t)
+        head = Head(rank, t, self.says(transfer))
+        words = [epoch.head[peer][rank][t % self.protocol.sets] for peer in peers]
 
         def write(memory: Memory) -> None:
-            memory[word] = head
+            for word in words:
+                memory[word] = head
 
         yield Step(
-            f"writes the head of transfer {t} ({transfer.call}) to rank {peer}",
-            writes=(word,),
-            raises=told,
+            f"writes the head of transfer {t} ({transfer.call}) to all",
+            writes=tuple(words),
+            raises=done,
             act=write,
             transfer=t,
         )
+
+    def says(self, transfer: Transfer) -> Identity:
+        """What a head says of a call."""
+        if self.protocol.heads_name_dispatch:
+            return transfer.identity
+        return transfer.identity._replace(subject=0)
 
     def sent_to(self, rank: int, transfer: Transfer) -> list[int]:
         """Ranks to which a rank sends a row."""
@@ -478,6 +263,8 @@ class _Builder:
             yield Step("checks nothing", waits=begins, raises=done, quiet=True)
             return
         peers, seen, failed = self.peers(rank, transfer), self.heads[rank], self.failed[rank]
+        if not self.protocol.hears_own_head:
+            peers = [peer for peer in peers if peer != rank]
         for s in peers:
             word = self.epochs[transfer.epoch].head[rank][s][t % self.protocol.sets]
 
@@ -497,15 +284,13 @@ class _Builder:
                 peer=s,
                 transfer=t,
             )
-        says = transfer.identity
-        if not self.protocol.heads_name_dispatch:
-            says = says._replace(subject=0)
+        says = self.says(transfer)
 
         def compare(memory: Memory) -> int | None:
             heads = tuple(memory[seen[s]] for s in peers)
             if all(head.says == says for head in heads):
                 return None
-            memory[failed] = (t, heads)
+            memory[failed] = (t, "; ".join(map(str, heads)))
             return END
 
         yield Step(
@@ -599,7 +384,7 @@ class _Builder:
 
     def end(self, rank: int, launch: Launch, number: int) -> Iterator[Step]:
         """The launch is over when all its roles are."""
-        done = (*self.told[rank], self.sent[rank], self.checked[rank], self.received[rank])
+        done = (self.told[rank], self.sent[rank], self.checked[rank], self.received[rank])
         spoiled = self.spoiled[rank]
 
         def leave(memory: Memory) -> None:
@@ -624,7 +409,7 @@ class _Builder:
             yield Step(what, waits=before, raises=((words[rank], item.epoch + 1),))
             before = tuple((word, item.epoch + 1) for word in words)
         # So are the words in which the roles of later launches say that they are done.
-        roles = (*self.told[rank], self.sent[rank], self.checked[rank], self.received[rank])
+        roles = (self.told[rank], self.sent[rank], self.checked[rank], self.received[rank])
         raises = tuple((word, number) for word in (*roles, self.ended[rank]))
         yield Step("begins anew", waits=before, raises=raises)
 
@@ -634,7 +419,7 @@ class _Builder:
         """Nobody can go on: is everybody where they have to be?"""
         foreseen = self.foreseen
         reports = [end.memory[word] for word in self.failed]
-        stuck = {process.rank for process, _ in self.streams(end)}
+        stuck = {process.rank for process, _ in end.left() if process.name == "stream"}
         if foreseen.torn and stuck and not any(reports):
             raise Flaw("deadlock", f"a half is under way, and these wait: {waiting(end)}")
         if foreseen.fate is Fate.KILLED:
@@ -655,10 +440,6 @@ class _Builder:
         blame = Blame(end, self.epochs[0].ready, culprits, stuck)
         for rank in stuck if len(self.epochs) == 1 else ():
             blame.check(rank)
-
-    def streams(self, end: End) -> list[tuple[Process, Step]]:
-        """Streams that have not come to their end."""
-        return [(process, step) for process, step in end.left() if process.name == "stream"]
 
     def makes(self, rank: int, number: int) -> bool:
         """Whether a rank makes a transfer at all."""
