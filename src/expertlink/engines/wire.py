@@ -292,15 +292,19 @@ class Wire:
         group = self.group
         if group is None or self.num_ranks == 1:
             return
-        with contextlib.suppress(RuntimeError, AttributeError):
-            if self.device.type == "cuda":
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError, AttributeError):
                 group.abort()
-            elif any(not work.is_completed() for work in self._under_way):
-                # gloo has no abort; but a receive that expires closes all connections.
-                peer = (self.rank + 1) % self.num_ranks
-                word = torch.empty(1, dtype=torch.uint8, device="cpu")
-                work = group.recv([word], peer, _UNUSED_TAG)
-                work.wait(datetime.timedelta(milliseconds=1))
+            return
+        # gloo has no abort; but a receive that expires closes all connections. One from a rank
+        # that has closed its own fails at once, and closes nothing.
+        word = torch.empty(1, dtype=torch.uint8, device="cpu")
+        for step in range(1, self.num_ranks):
+            if all(work.is_completed() for work in self._under_way):
+                break
+            with contextlib.suppress(RuntimeError):
+                receive = group.recv([word], (self.rank + step) % self.num_ranks, _UNUSED_TAG)
+                receive.wait(datetime.timedelta(milliseconds=1))
         self._under_way.clear()
 
     def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
