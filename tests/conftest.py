@@ -26,6 +26,9 @@ settings.register_profile(
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# Ranks on streams of one GPU wait for each other, so their streams must not share queues.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 if "EXPERTLINK_CACHE_DIR" not in os.environ:
     # Rank processes inherit it: kernels are compiled once per run, beside the user's own cache.
     _cache = tempfile.mkdtemp(prefix="expertlink-tests-")

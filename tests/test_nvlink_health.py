@@ -26,9 +26,10 @@ MODES = pytest.mark.parametrize("mode", ["ht", "ll"])
 def overflowing(world: World, rank: int, mode: str) -> Any:
     """Rows for rank 1 find no room there; every rank runs ahead as far as it likes."""
     comm = Rank(world, rank, mode=mode, **STATIC)
-    experts = comm.config.num_experts // world.num_ranks
+    assert comm._placement is not None
+    experts = comm._placement.experts_of_rank[1][:2]
     x, _, weights = inputs_of(comm, 1)
-    full = torch.tensor([[experts, experts + 1]], device=x.device).expand(len(x), 2).contiguous()
+    full = torch.tensor([experts] * len(x)).to(x.device)
     for _ in range(1 + 3 * rank):  # no call raises, however far ahead this rank is
         out, handle = comm.dispatch(x, full, weights)
         comm.combine(out.tokens.clone(), handle)
@@ -71,16 +72,20 @@ def dropped_gradients(world: World, rank: int, layout: str) -> Any:
     x, ids, weights = inputs_of(comm, 1)
     out, handle = comm.dispatch(x, ids, weights)
     room = out.tokens.shape[0]
-    memory = torch.full((64 * room, 2), 7.0, device=x.device)
+    memory = torch.full((64 * room, 2), 7.0)
     memory[:room] = 1.0
+    memory = memory.to(x.device)
     engine: Any = comm._engine
     grads = engine.weight_grads(handle.state, memory[:room])
     comm.settle()
+    grads = grads.cpu()
     return bool(((grads == 0) | (grads == 1)).all()), bool((grads == 1).any())
 
 
 def test_gradients_of_dropped_rows_are_zero() -> None:
-    assert run_ranks(2, dropped_gradients, "token_major") == [(True, True)] * 2
+    results = run_ranks(2, dropped_gradients, "token_major")
+    assert all(only for only, _ in results), "a gradient is that of a row or zero"
+    assert any(some for _, some in results), "there were rows with room"
 
 
 def stale_after_clear(world: World, rank: int, cached: bool) -> Any:
@@ -138,8 +143,7 @@ def three_calls(world: World, rank: int) -> Any:
     """After an overflow that nobody asked about, later results are right."""
     comm = Rank(world, rank, **STATIC)
     x, _, weights = inputs_of(comm, 1)
-    ids = torch.zeros(len(x), 2, dtype=torch.int64, device=x.device)
-    ids[:, 1] = 1
+    ids = torch.tensor([[0, 1]] * len(x)).to(x.device)
     out, handle = comm.dispatch(x, ids, weights)
     comm.combine(out.tokens.clone(), handle)
     x, ids, weights = inputs_of(comm, 2, tokens=10)

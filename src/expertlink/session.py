@@ -55,6 +55,7 @@ class Session:
         self._engine: Engine | None = None
         self._aborted_engine: Engine | None = None
         self._placement: Placement | None = None
+        self._number: int | None = None  # tells communicators apart, the same on all ranks
         self._stream: torch.cuda.Stream | None = None
         # What outlives close(), such as graphs of old results, must not hold on to the group.
         self._groupless = dataclasses.replace(config, group=None)
@@ -88,15 +89,23 @@ class Session:
     def _meet(self) -> None:
         wire = Wire(self._group, device=self.device, timeout_s=self._startup_timeout_s)
         asked = self.config.engine + ("" if self._share_with is None else ", memory shared")
-        self._placement = meet(wire, self.config, engine=asked, check_inputs=self._check)
         other = self._share_with
+        shared = None if other is None else other._ready()
+        self._placement = meet(
+            wire,
+            self.config,
+            engine=asked,
+            check_inputs=self._check,
+            shared_with=None if other is None else other._number,
+        )
+        self._number = wire.number
         self._choice, self._engine = build_engine(
             self._choice,
             self._groupless,
             wire=wire,
             placement=self._placement,
             check_inputs=self._check,
-            share_with=None if other is None else other._ready(),
+            share_with=shared,
         )
         self._engine.set_timeout(self._timeout_s)
         self._calls.num_local_experts = len(self._placement.experts_of_rank[self.rank])

@@ -89,10 +89,17 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
                                           char* shared, Ring& ring) {
     __shared__ int pools[kNumRanks];
     if (!peers_have_room(a, watch, a.flags & kZeroCopy)) return false;
-    // Every rank says itself which pool its view of this dispatch is in. Seen before they were met.
-    if (a.flags & kZeroCopy)
-        for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
-            pools[r] = load_fresh(&count_row(a.bases[a.rank], r)[kPool]) & 1;
+    if (a.flags & kZeroCopy) {
+        // Every rank says itself which pool its view of this dispatch is in. One that is in another
+        // call may be reading its pools: then nothing is sent, and whoever compares heads reports.
+        bool same = true;
+        for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+            const int* const head = count_row(a.bases[a.rank], r);
+            pools[r] = load_fresh(&head[kPool]) & 1;
+            same &= is_same_call(a, watch, [&](int word) { return load_fresh(&head[word]); });
+        }
+        if (!__syncthreads_and(same)) return true;
+    }
     const int movers = blockDim.x / 32 - 1;
     const Slot slot = open_slot(ring, shared, a.slot_bytes);
     if (threadIdx.x / 32 < movers)
