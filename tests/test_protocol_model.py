@@ -65,6 +65,12 @@ def sharers(routing: Routing, zero_copy: bool = False, mails: bool = True) -> li
     ]
 
 
+def x_first(length: int) -> list[Program]:
+    """All programs that begin with a dispatch of X: communicators may change names."""
+    programs = all_programs(length, comms=2)
+    return [program for program in programs if program[0] == dispatch()]
+
+
 def check_ht(
     cases: Iterable[tuple[Programs, Sequence[ht.Comm]]], *, stops: int | None = None
 ) -> None:
@@ -184,8 +190,7 @@ def test_a_deadlock_is_found() -> None:
 @MODES
 def test_ht_ranks_that_make_the_same_calls(routing: str, zero_copy: bool, mails: bool) -> None:
     comms = sharers(routings(2)[routing], zero_copy, mails)
-    programs = [program for program in all_programs(LENGTH, comms=2) if program[0] == dispatch()]
-    check_ht((same(program), comms) for program in programs)
+    check_ht((same(program), comms) for program in x_first(LENGTH))
 
 
 @MODES
@@ -253,7 +258,7 @@ def test_ht_a_rank_that_stops(stops: int, second: Call) -> None:
 @pytest.mark.parametrize("routing", list(routings(3)))
 def test_ht_three_ranks(routing: str) -> None:
     between = routings(3)[routing]
-    programs = list(all_programs(3, comms=2) if DEEP else all_programs(2, comms=1))
+    programs = x_first(3) if DEEP else list(all_programs(2, comms=1))
     for zero_copy in (False, True):
         check_ht((same(program, 3), sharers(between, zero_copy)) for program in programs)
 

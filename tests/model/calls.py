@@ -36,11 +36,6 @@ class Kind(enum.Enum):
         """Whether rows go to the ranks of experts."""
         return self in (Kind.DISPATCH, Kind.CACHED)
 
-    @property
-    def transfers(self) -> bool:
-        """Whether anything travels."""
-        return self in (Kind.DISPATCH, Kind.CACHED, Kind.COMBINE)
-
 
 @dataclass(frozen=True)
 class Call:
@@ -50,7 +45,7 @@ class Call:
         kind: what it does.
         comm: communicator, 0 or 1; both use one arena.
         of: place in the program of the dispatch whose handle it takes.
-        captured: replay of the graph that was captured last, which holds this call.
+        captured: replay of a graph that holds this call, the one that was captured last.
         halves: low latency: only the sending half is queued at once.
     """
 
