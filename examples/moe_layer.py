@@ -36,6 +36,7 @@ class MoELayer(nn.Module):
         counts = received.num_tokens_per_expert.tolist()
         groups = received.tokens.split(counts)  # the default layout groups rows by expert
         outputs = [expert(rows) for expert, rows in zip(self.experts, groups, strict=True)]
+        outputs.append(received.tokens[:0])  # a rank may have no expert
         return self.comm.combine(torch.cat(outputs), handle)  # weighted sum over the experts
 
 

@@ -35,6 +35,15 @@ def test_gradients_equal_a_dense_layer(rank_pools, ranks: int, layout: DispatchL
 
 
 @LAYOUTS
+def test_gradients_with_a_rank_without_experts(rank_pools, layout: DispatchLayout) -> None:
+    case = Case((5, 4), 8, experts=3, topk=2, layout=layout, dtype=torch.float64, placement="bare")
+    counted = dataclasses.replace(case, placement="even", experts=1, topk=1)
+    for drawn in (case, counted):  # the second: as many as can be, which is none
+        for worst in rank_pools(2).run(train_jobs.gradients, drawn, timeout_s=60):
+            assert max(worst.values()) < 1e-12, (drawn, worst)
+
+
+@LAYOUTS
 def test_gradients_in_bfloat16(rank_pools, layout: DispatchLayout) -> None:
     """Only rounding separates bfloat16 rows from the dense layer: a few of its 2^-8 steps."""
     case = Case((6, 6), 16, experts=4, topk=2, layout=layout, dtype=torch.bfloat16)

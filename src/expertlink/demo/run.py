@@ -65,7 +65,7 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     out = _writable(options.out)
     console.print(
         f"Training on [bold]{corpus.name}[/] "
-        f"({len(corpus.train) / 1e6:.1f} MB) with {num_ranks} ranks on {device}",
+        f"({_size(len(corpus.train))}) with {num_ranks} rank{'s'[: num_ranks > 1]} on {device}",
         highlight=False,
     )
     with _progress(console) as progress:
@@ -88,6 +88,11 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     except OSError as error:
         raise _unwritable(out, error) from None
     return check.passed
+
+
+def _size(count: int) -> str:
+    """Bytes in a unit that leaves digits before the point."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _check(
