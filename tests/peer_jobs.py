@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from expertlink import (
     DispatchHandle,
@@ -15,6 +16,8 @@ from expertlink import (
     MoECommunicator,
     MoECommunicatorConfig,
 )
+from expertlink.engines.meeting import meet
+from expertlink.engines.wire import Wire
 from expertlink.launch import RankContext
 
 T, H, K, E = 4, 8, 2, 8
@@ -135,6 +138,16 @@ def disagreement(ctx: RankContext, culprit: int, fields: dict[str, Any]) -> tupl
     return outcome(comm.initialize)
 
 
+def sharing(ctx: RankContext, culprit: int) -> tuple[str, str]:
+    """Ranks that would share the memory of different communicators."""
+    comm = make(ctx)
+    wire = Wire(dist.group.WORLD, device=ctx.device, timeout_s=20.0)
+    other = 8 if ctx.rank == culprit else 7
+    return outcome(
+        lambda: meet(wire, comm.config, engine="any", check_inputs=True, shared_with=other)
+    )
+
+
 def blocks(ctx: RankContext, per_rank: list[dict[str, int]]) -> Any:
     """Placement by every rank's own block of experts."""
     comm = make(ctx, **per_rank[ctx.rank])
@@ -210,7 +223,9 @@ def failed_wait(ctx: RankContext, culprit: int) -> Any:
     first = outcome(lambda: comm.combine_async(out.tokens, handle).wait())
     second = outcome(lambda: comm.combine_async(out.tokens, handle).wait())
     third = outcome(lambda: comm.dispatch(**good(comm)))
-    return first[0], second[0], third[0]
+    health = outcome(comm.check_health)
+    assert first[1] in health[1], "the failure that ended it is repeated"
+    return first[0], second[0], third[0], health[0]
 
 
 def one_call_ahead(ctx: RankContext, culprit: int) -> Any:
@@ -253,6 +268,30 @@ def mixed_up_backward(ctx: RankContext, culprit: int, fields: dict[str, Any]) ->
             losses.append(comm.combine(out.tokens, handle).sum())
         order = (1, 0) if ctx.rank == culprit else (0, 1)
         return outcome(lambda: losses[order[0]].backward()), works(comm)
+
+
+def other_default_device(ctx: RankContext, fields: dict[str, Any]) -> bool:
+    """All kinds of calls where tensors are made on another device unless that is said."""
+    with make(ctx) as comm:
+        mine = good(comm)
+    torch.set_default_device("meta")
+    try:
+        with make(ctx, **fields) as comm:
+            totals, y = comm.enable_statistics(), mine["input"]
+            for _ in range(2):
+                out, handle = comm.dispatch(**mine)
+                out, again = comm.dispatch(mine["input"], None, previous_handle=handle)
+                if comm.config.layout.expanded:
+                    comm.expert_ranges(again)
+                rows = out.tokens
+                if out.topk_weights is not None:
+                    rows = rows * out.topk_weights.sum(-1, keepdim=True)
+                y = comm.combine(rows, again)
+            with torch.no_grad():
+                comm.dispatch(**mine, output_buffer=comm.create_buffers())
+            return torch.equal(y, K * mine["input"]) and totals.rows_sent.device == ctx.device
+    finally:
+        torch.set_default_device(None)
 
 
 def other_experts(ctx: RankContext, culprit: int) -> Any:

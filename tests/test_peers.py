@@ -107,6 +107,12 @@ def test_disagreement_names_field_and_ranks(rank_pools, fields: dict[str, Any], 
     assert text in message
 
 
+def test_ranks_share_the_memory_of_the_same_communicator(rank_pools) -> None:
+    results = rank_pools(RANKS).run(peer_jobs.sharing, CULPRIT, timeout_s=60)
+    text = "ranks disagree about the configuration; share_with: 7 on ranks 0, 2, 8 on rank 1"
+    assert set(results) == {("ConfigurationError", text)}
+
+
 def test_blocks_of_experts(rank_pools) -> None:
     pool = rank_pools(RANKS)
     sizes = [{"num_local_experts": n} for n in (5, 0, 3)]
@@ -186,6 +192,20 @@ def test_ranks_unwind_different_dispatches(rank_pools, fields: dict[str, Any]) -
         assert recovered
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"output_layout": "flat", "expert_alignment": 4},
+        {"output_layout": "token_major"},
+        {"output_layout": "rank_major"},
+        {"output_layout": "expert_major"},
+        {"output_layout": "flat", "combine_precision": "exact"},
+    ],
+)
+def test_the_default_device_does_not_matter(rank_pools, fields: dict[str, Any]) -> None:
+    assert all(rank_pools(RANKS).run(peer_jobs.other_default_device, fields, timeout_s=60))
+
+
 def test_communicators_of_different_size_are_told_apart(rank_pools) -> None:
     results = rank_pools(RANKS).run(peer_jobs.other_experts, CULPRIT, timeout_s=60)
     for (error, message), recovered in results:
@@ -208,7 +228,7 @@ def test_failed_waits_stay_failed() -> None:
     with RankPool(num_ranks=RANKS) as pool:
         results = pool.run(peer_jobs.failed_wait, CULPRIT, timeout_s=60)
     for rank in OTHERS:
-        assert results[rank] == ("PeerTimeoutError", "ClosedError", "ClosedError")
+        assert results[rank] == ("PeerTimeoutError", *["ClosedError"] * 3)
 
 
 def test_ranks_one_call_apart_are_brought_back_into_step(rank_pools) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from expertlink import (
     MoECommunicator,
     MoECommunicatorConfig,
 )
+from expertlink.engines.meeting import resolve_device
 from expertlink.engines.nvlink import build
 from expertlink.engines.select import choose_engine
 from expertlink.routing import Placement, even_blocks
@@ -186,3 +188,51 @@ def test_masks_need_low_latency_kernels() -> None:
     placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=CPU)
     with pytest.raises(EngineUnavailableError, match="mask_lost_peers needs low-latency kernels"):
         build.serves_latency(config, placement)
+
+
+# -- process groups -------------------------------------------------------------------------------
+
+
+class Group:
+    """A process group of two ranks with backends by device type, as torch's own answers."""
+
+    def __init__(self, **backends: str) -> None:
+        self._backends = backends
+
+    def size(self) -> int:
+        return 2
+
+    def name(self) -> str:
+        return "undefined"
+
+    def _get_backend(self, device: torch.device) -> SimpleNamespace:
+        if device.type not in self._backends:
+            raise RuntimeError(f"No backend type associated with device type {device.type}")
+        return SimpleNamespace(name=lambda: self._backends[device.type])
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "backends", "reason"),
+    [
+        ("cuda", {"cpu": "gloo", "cuda": "gloo"}, "backend for cuda tensors is gloo"),
+        ("cuda", {"cpu": "gloo"}, "no backend for cuda tensors"),
+        ("cpu", {"cuda": "nccl"}, "no backend for cpu tensors"),
+    ],
+)
+def test_groups_that_cannot_move_the_tensors(
+    one_gpu: None, device: str, backends: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"device='{device}' .*{reason}"):
+        resolve_device(device, Group(**backends))
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_groups_that_can(one_gpu: None, device: torch.device) -> None:
+    assert resolve_device(device, Group(cpu="gloo", cuda="nccl")) == device

@@ -171,7 +171,7 @@ def _shift(
     shifts = [start - first for start, first in zip(starts[: len(groups)], dense, strict=False)]
     if not any(shifts):
         return position
-    table = torch.tensor([shifts, list(groups)]).to(device, non_blocking=True)
+    table = torch.tensor([shifts, list(groups)], device="cpu").to(device, non_blocking=True)
     if group_of_item is not None:
         return position + table[0][group_of_item.to(torch.int64)]
     return position + torch.repeat_interleave(table[0], table[1], output_size=count)

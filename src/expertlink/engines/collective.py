@@ -134,7 +134,7 @@ class CollectiveEngine(Unmasked):
         starts, counts = layouts.source_ranges(
             self._layout, finished(state).tokens_per_source, self._config.expert_alignment
         )
-        both = torch.tensor([starts, counts], dtype=torch.int32)
+        both = torch.tensor([starts, counts], dtype=torch.int32, device="cpu")
         starts_ER, counts_ER = both.view(2, len(counts), self._wire.num_ranks).to(self._device)
         return starts_ER, counts_ER
 

@@ -33,7 +33,7 @@ def allocate(
     # The host knows all counts: they go to the device in one piece.
     counts, received = route.tokens_per_expert, route.splits.receive
     offsets = layouts.expert_offsets(counts, config.expert_alignment)
-    packed = torch.tensor([*counts, *received, *offsets], dtype=torch.int32)
+    packed = torch.tensor([*counts, *received, *offsets], dtype=torch.int32, device="cpu")
     packed = packed.to(tokens.device, non_blocking=True)
     counts_E, received_R, offsets_E = packed.split([len(counts), len(received), len(offsets)])
     return DispatchOutput(

@@ -153,20 +153,48 @@ def resolve_device(requested: torch.device | str | None, group: Any | None) -> t
     """The device of a communicator, with its index where it is a GPU.
 
     None: CUDA's current device where there is one and the group can use it, else CPU.
+
+    Raises:
+        ConfigurationError: there is no such device, or the group cannot move its tensors.
     """
     if requested is None:
         usable = group is None or "nccl" in str(group.name()).lower()
         requested = "cuda" if torch.cuda.is_available() and usable else "cpu"
     device = torch.device(requested)
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise ConfigurationError(
-            f"device={str(requested)!r} is not possible: CUDA is not available to torch here"
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"device={str(requested)!r} is not possible: CUDA is not available to torch here"
+            )
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise ConfigurationError(
+                f"device={str(requested)!r} is not possible: there are {found} GPUs"
+            )
+        device = torch.device("cuda", index)
+    reason = None if group is None or group.size() == 1 else _cannot_move(group, device)
+    if reason is not None:
+        raise ConfigurationError(f"device={str(requested)!r} is not possible: {reason}")
+    return device
+
+
+def _cannot_move(group: Any, device: torch.device) -> str | None:
+    """Why a process group cannot exchange tensors of a device, as far as is known."""
+    try:
+        backend = group._get_backend(device).name().lower()
+    except RuntimeError:
+        backend = None
+    except AttributeError:  # not one of torch's own groups
+        return None
+    if backend is None:
+        return (
+            f"the process group has no backend for {device.type} tensors; "
+            'init_process_group("cpu:gloo,cuda:nccl") gives it one for each device'
         )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ConfigurationError(
-            f"device={str(requested)!r} is not possible: there are {torch.cuda.device_count()} GPUs"
+    if device.type == "cuda" and backend == "gloo":
+        return (
+            "the process group's backend for cuda tensors is gloo, which does not exchange them; "
+            'init_process_group("cpu:gloo,cuda:nccl") does'
         )
-    return torch.device("cuda", index)
+    return None

@@ -34,7 +34,7 @@ class Tally:
             row_bytes: bytes of a row and of its scales.
             tokens_per_expert: `[E_loc]` of a dispatch.
         """
-        rows = torch.tensor([splits.send, splits.receive])
+        rows = torch.tensor([splits.send, splits.receive], device="cpu")
         nbytes = rows * row_bytes
         nbytes[:, self._rank] = 0
         totals = self.totals
