@@ -346,25 +346,28 @@ class _Builder:
                 memory[target] = row
 
             return Step(label, writes=(target,), act=stage, transfer=t)
-        head_at = self.row_at(rank, d, call.comm)[0]
+        heads = [self.row_at(rank, s, call.comm)[0] for s in self.ranks]
         spoiled, targets = self.spoiled[rank][1], [pool[d][rank] for pool in self.pools]
 
         def store(memory: Memory) -> int | None:
             pool = transfer.pool
             if protocol.receiver_names_pool:
-                head = memory[head_at]
-                if not isinstance(head, Head) or (head.author, head.transfer) != (d, t):
-                    memory[spoiled] = f"the head of rank {d} is: {head}"
-                    return 2
-                if head.says != transfer.says and not protocol.sends_disagreed:
+                said = [memory[word] for word in heads]
+                for s, head in zip(self.ranks, said, strict=True):
+                    if not isinstance(head, Head) or (head.author, head.transfer) != (s, t):
+                        memory[spoiled] = f"the head of rank {s} is: {head}"
+                        return 2
+                if not protocol.sends_disagreed and any(
+                    head.says != transfer.says for head in said
+                ):
                     return 2  # no flag either
-                pool = head.pool
+                pool = said[d].pool
             memory[targets[pool]] = row
             return None
 
         return Step(
             label + ", into a pool",
-            reads=(head_at,),
+            reads=tuple(heads),
             writes=(*targets, spoiled),
             act=store,
             transfer=t,

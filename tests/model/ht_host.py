@@ -22,7 +22,7 @@ class Protocol:
         receiver_names_pool: senders write to the pool that the receiver's head names.
         captures_move_pool: a capture moves the turn of the pools of eager dispatches.
         places_disagreed: rows are placed although the counts do not belong together.
-        sends_disagreed: zero-copy rows go to ranks whose heads tell of another call.
+        sends_disagreed: zero-copy rows are sent although some rank's head tells of another call.
         origin_is_shared: a cached dispatch renames the dispatch in tables that it shares.
         looks_once_more: a wait that gives up looks at its word once more.
         form_decides: whether a disagreement is survived follows from the heads of all ranks.
