@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ class HostedWire(Wire):
         self._meeting.reasons[self.rank] = reason
 
     def abort_reason(self, rank: int) -> str:
+        deadline = time.monotonic() + 1.0  # the word in memory comes first
+        while rank not in self._meeting.reasons and time.monotonic() < deadline:
+            time.sleep(0.001)
         return self._meeting.reasons.get(rank, "")
 
     def gather(self, row: Tensor, rows: Tensor) -> Transfer:
@@ -135,6 +139,7 @@ class Fleet:
         num_ranks: R.
         max_warps: warps of a block; few, so that many blocks fit on the GPU.
         latency_warps: warps of a block of the low-latency kernels.
+        host: another fleet, whose memory this one uses as well.
         skip: called with the number of a launch that all ranks make together (one per dispatch or
             combine); ranks it returns do not take part in it.
     """
@@ -146,6 +151,7 @@ class Fleet:
         *,
         max_warps: int = 4,
         latency_warps: int = LATENCY_WARPS,
+        host: Fleet | None = None,
         skip: Callable[[int], Sequence[int]] = lambda number: (),
     ) -> None:
         self.config, self.num_ranks, self.skip = config, num_ranks, skip
@@ -156,7 +162,11 @@ class Fleet:
         )
         self.placement = Placement.from_ranks(owners, num_ranks=num_ranks, device=DEVICE)
         self.latency = serves_latency(config, self.placement)
-        self.plan = (LatencyPlan if self.latency else ArenaPlan).of(config, num_ranks)
+        self.plan: Any = (LatencyPlan if self.latency else ArenaPlan).of(config, num_ranks)
+        self._host = host
+        if host is not None:
+            assert host.plan.holds(self.plan)
+            self.plan = host.plan
         torch.cuda.init()
         compiled = compile_for(
             config, self.plan, num_ranks=num_ranks, arch=architecture(DEVICE), hosted=True
@@ -166,16 +176,19 @@ class Fleet:
             for name, code in compiled.items()
         }
         self.max_warps, self.latency_warps = max_warps, latency_warps
-        self._buffers = [
-            torch.zeros(self.plan.total, dtype=torch.uint8, device=DEVICE) for _ in range(num_ranks)
-        ]
+        self._buffers: list[Tensor] = []
+        if host is not None:
+            self._buffers = host._buffers
+        for _ in range(num_ranks - len(self._buffers)):
+            memory = torch.zeros(self.plan.total, dtype=torch.uint8, device=DEVICE)
+            self._buffers.append(memory)
         self.addresses = [buffer.data_ptr() for buffer in self._buffers]
         self.reset()
 
     def reset(self) -> None:
         """For new communicators: flags as in fresh memory, and NaN and -1 everywhere else."""
         torch.cuda.synchronize(DEVICE)
-        for buffer in self._buffers:
+        for buffer in self._buffers if self._host is None else ():
             if isinstance(self.plan, LatencyPlan):
                 self.plan.prepare(buffer)
             else:
@@ -244,8 +257,7 @@ class HostedCommunicator(MoECommunicator):
     Args:
         fleet: launches of all ranks.
         rank: this one.
-        share_with: another communicator of the fleet and rank, in low-latency mode; both use its
-            memory and take turns.
+        share_with: another communicator of the rank, whose memory the fleet uses; both take turns.
         fields: where its configuration differs from the fleet's; nothing that kernels fix.
     """
 

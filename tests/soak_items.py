@@ -59,6 +59,9 @@ class Item:
     choices: tuple[Tensor, Tensor, Tensor] | None  # their ids, weights and other weights
     combined: Tensor
     other_combined: Tensor
+    whole_TH: Tensor  # rows and weights of whole numbers, and what comes back of unchanged rows
+    whole_weights_TK: Tensor
+    whole_result: Tensor
     _rows: Tensor
     _padded: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
@@ -85,6 +88,14 @@ class Item:
             parts = (received.ids[filled], received.weights[filled], again.weights[filled])
             choices = (parts[0].to(device), parts[1].to(device), parts[2].to(device))
         sources = [inputs_of(case, source).x_TH for source in range(case.ranks)]
+        drawn = torch.Generator().manual_seed(case.seed * 1000 + rank)
+        whole_TH = torch.randint(-4, 5, own.x_TH.shape, generator=drawn).to(own.x_TH.dtype)
+        whole_weights_TK = torch.randint(1, 3, own.ids_TK.shape, generator=drawn)
+        times = (whole_weights_TK * (own.ids_TK >= 0)).sum(1)
+        if not case.layout.expanded:
+            owner = case.rank_of_expert()
+            ranks = [{owner[e] for e in token if e >= 0} for token in own.ids_TK.tolist()]
+            times = torch.tensor([len(hit) for hit in ranks], dtype=torch.int64)
         scales = None
         if block_format is not None:
             packed = [quantize(x_TH, block_format) for x_TH in sources]
@@ -103,6 +114,9 @@ class Item:
             choices=choices,
             combined=combined_of(case, rank).to(device),
             other_combined=combined_of(other, rank).to(device),
+            whole_TH=whole_TH.to(device),
+            whole_weights_TK=whole_weights_TK.float().to(device),
+            whole_result=(whole_TH * times[:, None]).to(own.x_TH.dtype).to(device),
             _rows=expert_rows(case, rank),
         )
 

@@ -7,6 +7,7 @@ the GPU and looked at in intervals, so that the host runs ahead as it does in a 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import random
 import time
@@ -37,6 +38,7 @@ class Setting:
     fields: dict[str, Any]
     cases: list[Case]
     steady: bool = False  # graphs may refer to its calls: T of a rank stays the same
+    host: int | None = None  # the setting before this one whose communicator's memory it uses
 
     @property
     def latency(self) -> bool:
@@ -45,7 +47,8 @@ class Setting:
 
 def settings(ranks: int, seed: int) -> list[Setting]:
     """High throughput: caller-owned outputs, views, static shapes. Low latency: plain, in graphs
-    with sums as exact as they can be, and with rows that are quantized on the way."""
+    with sums as exact as they can be, and with rows that are quantized on the way. One more of each
+    mode that uses the memory of another one, in high throughput with fewer experts."""
     # Tokens of a rank stay the same where graphs refer to them.
     few = [tuple((i * 7 + r * 5) % 41 for r in range(ranks)) for i in range(5)]
     few.append((0,) * ranks)
@@ -61,6 +64,8 @@ def settings(ranks: int, seed: int) -> list[Setting]:
         "scale_order": ("row_major", "column_major")[seed // 2 % 2],
     }
 
+    fewer = dataclasses.replace(usual(ranks, LAYOUTS[(seed + 3) % 4]), experts=24)
+
     def drawn(shape: Shape, tokens: list[tuple[int, ...]]) -> list[Case]:
         kinds: list[dict[str, Any]] = [{}, {"masked": 0.4}, {"skew": 3.0}, {"only_rank": 1}]
         return [shape.case(t, seed=seed + i, **kinds[i % 4]) for i, t in enumerate(tokens)]
@@ -72,6 +77,8 @@ def settings(ranks: int, seed: int) -> list[Setting]:
         Setting(LATENCY, drawn(swift, few)),
         Setting(LATENCY, drawn(replayed, [steady] * 6), steady=True),
         Setting({**LATENCY, **formats}, drawn(packed, few)),
+        Setting({}, drawn(fewer, few), host=1),
+        Setting(LATENCY, drawn(usual(ranks, LAYOUTS[seed % 4]), few), host=3),
     ]
 
 
@@ -114,7 +121,7 @@ def run_lines(
     plan = [(line, kind, item) for line in lines for kind in kinds[line] for item in line.items]
     warm, step = len(plan), 0
     made, baseline = 0, 0
-    while made < calls or step < warm:
+    while made < calls or step < warm:  # stray captures make no call
         if step < warm:
             line, kind, item = plan[step]
         else:
@@ -141,9 +148,14 @@ def run_lines(
 
 def _kinds_of(line: Line, graphs: dict[Line, Graphs]) -> list[str]:
     """Steps that a line can make."""
-    kinds = ["dispatch", "pair", "cached", "two"]
+    kinds = ["dispatch", "pair", "cached", "two", "several"]
+    config = line.comm.config
+    if not config.zero_copy and config.quantization is None:
+        kinds.append("gradients")
     if line in graphs:
-        kinds += ["graph dispatch", "graph pair", "graph cached"]
+        kinds += ["graph dispatch", "graph pair", "graph cached", "stray capture"]
+        if isinstance(line, SwiftLine):
+            kinds.append("graph halves")
     if isinstance(line, SwiftLine):
         kinds += ["buffered", "halves", "turns", "turns", "masks"]
     return kinds
@@ -166,7 +178,19 @@ def _make(
         if kind == "masks":
             line.without(line.items[item.number % 2], common.randrange(line.comm.num_ranks), what)
             return 4
+    if kind == "gradients":
+        line.gradients(item, what)
+        return 4
+    if kind == "several":
+        line.several([common.choice(line.items) for _ in range(3)], what, common)
+        return 6
+    if graphs is not None and kind == "stray capture":
+        graphs.stray(common.randrange(line.comm.num_ranks))
+        return 0
     if graphs is not None and kind.startswith("graph"):
+        if kind == "graph halves":
+            graphs.halves(item, what)
+            return 2
         if kind == "graph cached":
             graphs.cached(what)
             return 2
@@ -217,10 +241,11 @@ def soak(ctx: RankContext, calls: int, seed: int) -> int:
     chosen = settings(ctx.num_ranks, seed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        comms = [
-            stack.enter_context(MoECommunicator(config_for(setting, ctx.device)))
-            for setting in chosen
-        ]
+        comms: list[MoECommunicator] = []
+        for setting in chosen:
+            host = None if setting.host is None else comms[setting.host]
+            config = config_for(setting, ctx.device)
+            comms.append(stack.enter_context(MoECommunicator(config, share_with=host)))
         run_lines(
             comms,
             chosen,

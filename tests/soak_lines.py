@@ -100,6 +100,29 @@ class Line:
         result = self.comm.combine(item.rows(handle.rows_shape), handle, out=out)
         self.check_combine(item, result, what, other=other)
 
+    def several(self, items: list[Item], what: str, drawn: random.Random) -> None:
+        """Dispatches, then their combines in another order, the same on all ranks."""
+        handles = [self.dispatch(item, f"{what}, {i}") for i, item in enumerate(items)]
+        for i in drawn.sample(range(len(items)), len(items)):
+            self.combine(items[i], handles[i], f"{what}, {i} of {len(items)}")
+
+    def gradients(self, item: Item, what: str) -> None:
+        """Forward and backward of experts that return their rows, on ranks without rows as well.
+
+        Whole numbers, so that every sum is exact: the gradient of a row is that of its token times
+        the weights of its choices, or times the ranks that it goes to.
+        """
+        comm = self.comm
+        with torch.enable_grad():
+            x_TH = item.whole_TH.clone().requires_grad_()
+            out, handle = comm.dispatch(x_TH, item.ids_TK, item.whole_weights_TK)
+            rows = out.tokens * 1 if len(item.slots) else torch.zeros_like(out.tokens)
+            y_TH = comm.combine(rows, handle)
+            y_TH.backward(item.whole_TH)
+        assert x_TH.grad is not None
+        self.ledger.compare(y_TH.detach(), item.whole_result, f"{what}: result")
+        self.ledger.compare(x_TH.grad, item.whole_result, f"{what}: gradient")
+
     def check_combine(self, item: Item, result: Tensor, what: str, *, other: bool = False) -> None:
         expected = item.combined
         if other and item.case.layout.expanded:
@@ -247,6 +270,19 @@ class Graphs:
             out, handle = comm.dispatch(self._cached_x_TH, None, previous_handle=previous)
             return out, comm.combine(self._rows, handle)
 
+        def halves() -> tuple[DispatchOutput, Tensor]:
+            out, handle, hook = comm.dispatch(
+                self._x_TH, self._ids_TK, self._weights_TK, return_recv_hook=True
+            )
+            hook()
+            result, hook = comm.combine(self._rows, handle, return_recv_hook=True)
+            hook()
+            return out, result
+
+        self._halves: Recorded | None = None
+        if isinstance(line, SwiftLine):
+            self._halves = Recorded(line, halves, capture=capture)
+        self._capture, self._call = capture, pair
         self._dispatch = Recorded(line, dispatch, capture=capture)
         self._pair = Recorded(line, pair, capture=capture)
         self._cached = Recorded(line, cached, capture=capture)
@@ -277,6 +313,23 @@ class Graphs:
         out, result = self._pair.results
         self.line.check_dispatch(item, out, what)
         self.line.check_combine(item, result, what)
+
+    def halves(self, item: Item, what: str) -> None:
+        """Replays the graph of a dispatch and its combine in halves."""
+        assert self._halves is not None
+        self._load(item)
+        self._rows.copy_(item.rows(tuple(self._rows.shape)))
+        out, result = self._halves.results
+        self._halves.poison(out.tokens, out.topk_ids, out.topk_weights, result)
+        self._halves.run()
+        out, result = self._halves.results
+        self.line.check_dispatch(item, out, what)
+        self.line.check_combine(item, result, what)
+
+    def stray(self, rank: int) -> None:
+        """One rank captures a graph that nobody replays."""
+        if self._capture and self.line.comm.rank == rank:
+            Recorded(self.line, self._call, capture=True)
 
     def cached(self, what: str) -> None:
         """Replays the graph that reuses the routing of the last replayed dispatch."""

@@ -64,8 +64,9 @@ def views_between_captures(world: World, rank: int) -> Any:
     x, ids, weights = inputs_of(comm, 1)
     first, handle = comm.dispatch(x, ids, weights)
     kept = first.tokens.cpu().view(torch.uint8)  # also what no row has filled
+    other = inputs_of(comm, 2)
     with comm.capture() as graph:
-        captured = comm.dispatch(*inputs_of(comm, 2))
+        captured = comm.dispatch(*other)
     comm.dispatch(*inputs_of(comm, 3))
     comm.settle()
     world.meet()
@@ -87,6 +88,7 @@ def unequal_captures(world: World, rank: int, fields: dict[str, Any], fails: boo
     comm = Rank(world, rank, **fields)
     x, ids, weights = (tensor.clone() for tensor in inputs_of(comm, 1))
     right = [round_trip(comm, 1)]
+    world.meet()
     kept: list[Any] = []
     if fails and rank == 0:
         graph = torch.cuda.CUDAGraph()
@@ -105,6 +107,7 @@ def unequal_captures(world: World, rank: int, fields: dict[str, Any], fails: boo
 
     kept += [capture() for _ in range(1 + 2 * (rank == 1))]
     graph, handle, y, _ = kept[-1]
+    world.meet()
     for seed in range(2, 6):
         for target, source in zip((x, ids, weights), inputs_of(comm, seed), strict=True):
             target.copy_(source)

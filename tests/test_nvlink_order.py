@@ -298,23 +298,27 @@ def interrupted(world: World, rank: int, monkeypatch: Any) -> Any:
     assert round_trip(comm, 1)
     if rank == 1:
         time.sleep(0.3)
-        try:  # the other one has told this one, which has not begun the call
-            comm.dispatch(*inputs_of(comm, 2))
+        try:  # the other one has sent its rows; it will not combine
+            out, handle = comm.dispatch(*inputs_of(comm, 2))
+            comm.combine(out.tokens.clone(), handle)
         except ExpertlinkError as error:
             return type(error).__name__
         return seen_by(comm)[0]
     engine: Any = comm._engine
     started = time.monotonic()
 
-    def interrupt(_: float) -> None:
-        if time.monotonic() - started > 0.05:
-            raise _Interrupt
+    class Clock:
+        monotonic = time.monotonic
 
-    monkeypatch.setattr("expertlink.engines.nvlink.watchdog.time.sleep", interrupt)
-    try:
+        @staticmethod
+        def sleep(_: float) -> None:
+            if time.monotonic() - started > 0.05:
+                raise _Interrupt
+
+    monkeypatch.setattr("expertlink.engines.nvlink.watchdog.time", Clock)
+    with pytest.raises(_Interrupt):
         comm.dispatch(*inputs_of(comm, 2))
-    except _Interrupt:
-        monkeypatch.undo()
+    monkeypatch.undo()
     assert engine.watchdog.dead
     comm.settle()  # its kernels have ended as well
     return seen_by(comm)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from typing import Any
 
 import pytest
 import soak_jobs
@@ -29,18 +30,22 @@ def test_hosted_ranks(seed: int) -> None:
 
 def hosted_soak(calls: int, seed: int) -> None:
     chosen = soak_jobs.settings(RANKS, seed)
-    fleets = [Fleet(soak_jobs.config_for(setting, DEVICE), RANKS) for setting in chosen]
+    fleets: list[Fleet] = []
+    for setting in chosen:
+        host = None if setting.host is None else fleets[setting.host]
+        fleets.append(Fleet(soak_jobs.config_for(setting, DEVICE), RANKS, host=host))
     order = soak_jobs.streams_for(chosen, DEVICE)
 
     def job(first: MoECommunicator) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            others = [
-                stack.enter_context(HostedCommunicator(fleet, first.rank)) for fleet in fleets[1:]
-            ]
-            soak_jobs.run_lines(
-                [first, *others], chosen, order, calls=calls, seed=seed, capture=False
-            )
+            comms: list[Any] = [first]
+            for fleet, setting in zip(fleets[1:], chosen[1:], strict=True):
+                host = None if setting.host is None else comms[setting.host]
+                comms.append(
+                    stack.enter_context(HostedCommunicator(fleet, first.rank, share_with=host))
+                )
+            soak_jobs.run_lines(comms, chosen, order, calls=calls, seed=seed, capture=False)
 
     run_hosted(fleets[0], job)
 

@@ -12,6 +12,7 @@ import io
 import json
 import posixpath
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -75,9 +76,13 @@ def obstacle() -> str | None:
     return None
 
 
+_importing = threading.Lock()
+
+
 def cuda_core() -> Any:
     """The module `cuda.core`, imported when a kernel is first needed."""
-    return importlib.import_module("cuda.core")
+    with _importing:  # it is there before it is complete
+        return importlib.import_module("cuda.core")
 
 
 def constants(values: Mapping[str, bool | int]) -> str:

@@ -305,14 +305,14 @@ class Arena:
         # Of the other priority: streams of one are shared after a while, with ones that may wait.
         self._beside = torch.cuda.Stream(device, priority=-1)
 
-    def next_pool(self) -> tuple[int, int]:
+    def next_pool(self, *, capturing: bool) -> tuple[int, int]:
         """Pool 0 or 1 for the next zero-copy dispatch of this rank, and its offset.
 
         The two take turns. Dispatches of captures do so apart: a capture launches nothing, and what
         this rank captures is no other rank's business.
         """
         assert isinstance(self.plan, ArenaPlan)
-        if torch.cuda.is_current_stream_capturing():
+        if capturing:
             self._captured_pool ^= 1
             pool = self._captured_pool
         else:
@@ -320,14 +320,14 @@ class Arena:
             pool = self._pool
         return pool, self.plan.pool_at(pool)
 
-    def enter(self, stream: torch.cuda.Stream) -> None:
+    def enter(self, stream: torch.cuda.Stream, *, capturing: bool) -> None:
         """Orders `stream` after the last call, where that was made on another stream.
 
         In a capture: after the last call of the same capture. Replays and eager calls are ordered
         by the caller.
         """
-        capture = capture_of(stream.cuda_stream)
-        if capture:
+        if capturing:
+            capture = capture_of(stream.cuda_stream)
             before = self._captured
             if before is not None and before[0] == capture and before[1] != stream:
                 stream.wait_stream(before[1])

@@ -25,8 +25,6 @@ def capture_of(stream: int) -> int:
     Streams that were forked from each other in one capture have the same number, and no two
     captures of a process have.
     """
-    if not is_capturing():  # the question that is asked before every call
-        return 0
     status, number = ctypes.c_int(), ctypes.c_uint64()
     error = _capture_info()(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
     if error:

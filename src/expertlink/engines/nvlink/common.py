@@ -101,16 +101,14 @@ class NvlinkBase:
 
     # -- shared -----------------------------------------------------------------------------------
 
-    def _enter(self, operation: Operation) -> int:
+    def _enter(self, phase: str) -> int:
         """Begins a call; returns its number, 0 in a capture, which launches nothing."""
         wire = self._wire
-        if is_capturing():
-            wire.enter(operation.title, wire.call)
-            self.watchdog.check(wire.call)
-            return 0
-        wire.enter(operation.title, wire.call + 1)
-        self.watchdog.check(wire.call)
-        return wire.call
+        capturing = is_capturing()
+        number = wire.call if capturing else wire.call + 1
+        wire.enter(phase, number)
+        self.watchdog.check(number)
+        return 0 if capturing else number
 
     def _agree(
         self,
@@ -121,9 +119,7 @@ class NvlinkBase:
         extra_bytes: int = 0,
         subject: int = 0,
     ) -> None:
-        """Exchanges headers between the hosts; not in a capture, which is no call yet."""
-        if is_capturing():
-            return
+        """Exchanges headers between the hosts."""
         without_counts(
             self._wire,
             operation,

@@ -89,13 +89,13 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         if is_capturing():
             raise error  # a capture is no call: the peers know nothing of it
         if kind is Operation.DISPATCH:
-            number = self._enter(kind)
-            self._begin()
+            number = self._enter(kind.title)
+            self._begin(number)
             mail = self._calls.refuse(kind, number=number)
             if mail is not None:
                 self._judge(mail, refused=error)
         elif self._check:
-            self._enter(kind)
+            self._enter(kind.title)
             self._agree(kind, refused=error)
         raise error
 
@@ -110,24 +110,23 @@ class NvlinkEngine(NvlinkBase, Unmasked):
             check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
-        waits = call.previous is None and not self._config.static_shapes
-        if waits and is_capturing():
+        number = self._enter(kind.title)
+        if number == 0 and call.previous is None and not self._config.static_shapes:
             raise InputError(
                 "a dispatch without previous_handle waits for the row counts of all ranks, so it "
                 "cannot be captured in a CUDA graph: configure static_shapes=True, or capture "
                 "cached dispatches"
             )
-        number = self._enter(kind)
         if call.x_TW.data_ptr() % 16:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
-        if self._check and call.previous is not None:
+        if self._check and number and call.previous is not None:
             self._agree(
                 kind,
                 row_bytes=extras.row_bytes(call.x_TW),
                 extra_bytes=extras.width(call),
                 subject=as_route(call.previous).number,
             )
-        self._begin()
+        self._begin(number)
         started = self._calls.dispatch(call, number=number)
         if started.output is None or started.route is None:
             self._refused(call, started)
@@ -147,10 +146,10 @@ class NvlinkEngine(NvlinkBase, Unmasked):
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
-        self._enter(Operation.COMBINE)
-        if self._check:
+        number = self._enter("combine")
+        if self._check and number:
             self._agree(Operation.COMBINE, subject=as_route(call.state).number)
-        self._begin()
+        self._begin(number)
         if call.slot_weights is not None:
             route = with_slot_weights(as_route(call.state), call.slot_weights)
             call = dataclasses.replace(call, state=route)
@@ -164,16 +163,17 @@ class NvlinkEngine(NvlinkBase, Unmasked):
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
-        self._enter(Operation.WEIGHT_GRADS)
-        if self._check:
+        number = self._enter(Operation.WEIGHT_GRADS.title)
+        if self._check and number:
             self._agree(Operation.WEIGHT_GRADS, subject=as_route(state).number)
-        self._begin()
+        self._begin(number)
         return self._calls.combiner.weight_grads(as_route(state), weight_grads)
 
     # -- shared -----------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        self.arena.enter(torch.cuda.current_stream(self.arena.device))
+    def _begin(self, number: int) -> None:
+        stream = torch.cuda.current_stream(self.arena.device)
+        self.arena.enter(stream, capturing=number == 0)
 
     def _judge(
         self,

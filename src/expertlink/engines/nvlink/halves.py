@@ -43,7 +43,7 @@ class Half:
         capture: int,
         tables: object,
         launch: Callable[[], None],
-        follow: Callable[[], None],
+        follow: Callable[..., None],
         capture_now: Callable[[], int],
         needs: tuple[object, ...],
     ) -> None:
@@ -58,10 +58,10 @@ class Half:
         Raises:
             InputError: its call was made outside the present capture, or in one and this is none.
         """
-        if self._launch is None:
-            self._follow()  # another call has queued it, on its own stream perhaps
-            return
         now = self._capture_now()
+        if self._launch is None:  # another call has queued it, on its own stream perhaps
+            self._follow(capturing=now != 0)
+            return
         if now and not self.capture:
             raise InputError(
                 "the sending half of this call was launched outside the capture: call its hook "
@@ -87,7 +87,7 @@ class Half:
         if self._launch is None:
             return
         launch, self._launch = self._launch, None
-        self._follow()
+        self._follow(capturing=self._capture_now() != 0)
         launch()
         self._needs = ()
 

@@ -39,12 +39,12 @@ class LatencyArena(Arena):
         self._current = raw_stream(device)
         self._last_raw: int | None = None
 
-    def follow(self) -> None:
+    def follow(self, *, capturing: bool) -> None:
         """Orders torch's current stream after the last call, where that was made on another."""
         stream = self._current()
-        if stream != self._last_raw or is_capturing():
-            self.enter(torch.cuda.current_stream(self.device))
-            if not is_capturing():
+        if stream != self._last_raw or capturing:
+            self.enter(torch.cuda.current_stream(self.device), capturing=capturing)
+            if not capturing:
                 self._last_raw = stream
 
     def capture(self) -> int:

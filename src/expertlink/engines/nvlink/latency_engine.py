@@ -70,11 +70,11 @@ class LatencyEngine(NvlinkBase):
             raise error  # a capture is no call: the peers know nothing of it
         kind = Operation[operation.upper()]
         if self._check:
-            self._enter(kind)
+            self._enter(kind.title)
             self._agree(kind, refused=error)
         elif kind is Operation.DISPATCH:
-            self._enter(kind)
-            self.arena.follow()
+            self._enter(kind.title)
+            self.arena.follow(capturing=False)
             self._low.refuse()
         raise error
 
@@ -95,35 +95,32 @@ class LatencyEngine(NvlinkBase):
             check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
-        number = wire.call if is_capturing() else wire.call + 1
-        wire.enter("dispatch" if call.previous is None else "cached dispatch", number)
-        self.watchdog.check(number)
+        number = self._enter("dispatch" if call.previous is None else "cached dispatch")
         if call.previous is not None:
             self._check_epoch(kind, call.previous)
         if call.x_TW.data_ptr() % ALIGNMENT:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
-        if self._check:
+        if self._check and number:
             self._agree_on(kind, call)
-        self.arena.follow()
-        output, route, rest = self._low.dispatch(call, 0 if is_capturing() else number)
+        self.arena.follow(capturing=number == 0)
+        output, route, rest = self._low.dispatch(call, number)
         return Dispatched(
             output=output,
             state=route,
             finish=nothing_left if rest is None else self._unless_closed(rest),
-            call=number,
+            call=wire.call,
             topk_ids_TK=route.ids_TK,
         )
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine, or with `halves` its sending half."""
-        wire = self._wire
-        wire.enter("combine", wire.call if is_capturing() else wire.call + 1)
-        self.watchdog.check(wire.call)
-        route = as_route(call.state)
-        self._check_epoch(Operation.COMBINE, route)
-        if self._check:
+        number = self._enter("combine")
+        route: Any = call.state
+        if route.epoch != self.arena.epoch:
+            self._check_epoch(Operation.COMBINE, route)
+        if self._check and number:
             self._agree(Operation.COMBINE, subject=route.number)
-        self.arena.follow()
+        self.arena.follow(capturing=number == 0)
         out_TH = call.out_TH
         after = None
         if (out_TH.data_ptr() | call.rows.data_ptr()) % ALIGNMENT:
@@ -138,11 +135,11 @@ class LatencyEngine(NvlinkBase):
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
-        self._enter(Operation.WEIGHT_GRADS)
+        number = self._enter(Operation.WEIGHT_GRADS.title)
         self._check_epoch(Operation.WEIGHT_GRADS, state)
-        if self._check:
+        if self._check and number:
             self._agree(Operation.WEIGHT_GRADS, subject=as_route(state).number)
-        self.arena.follow()
+        self.arena.follow(capturing=number == 0)
         return self._low.weight_grads(as_route(state), weight_grads)
 
     def _check_epoch(self, kind: Operation, state: object) -> None:
@@ -194,7 +191,7 @@ class LatencyEngine(NvlinkBase):
 
     def query_mask(self) -> Tensor:
         """`[R]` bool on the device: ranks that calls no longer wait for."""
-        self.arena.follow()
+        self.arena.follow(capturing=is_capturing())
         return self.arena.masks != 0
 
     def mask_peer(self, rank: int) -> None:
@@ -208,7 +205,7 @@ class LatencyEngine(NvlinkBase):
                 f"rank {rank} cannot be masked with combine_precision='exact': memory of its rows "
                 "would be that of others, should it come back"
             )
-        self.arena.follow()
+        self.arena.follow(capturing=is_capturing())
         self.arena.masks[rank] = 1
 
     def clear_mask(self) -> None:

@@ -152,7 +152,10 @@ class HighThroughput:
     # -- dispatch ---------------------------------------------------------------------------------
 
     def dispatch(self, call: DispatchCall, *, number: int) -> Started:
-        """Queues a dispatch; an uncached one waits for the counts unless shapes are static."""
+        """Queues a dispatch; an uncached one waits for the counts unless shapes are static.
+
+        `number` is the host's, 0 in a capture.
+        """
         if call.previous is not None:
             return self._cached_dispatch(call, as_route(call.previous), number)
         assert call.topk_ids_TK is not None
@@ -161,7 +164,7 @@ class HighThroughput:
         block = self._new_block(num_tokens)
         kept_ids = torch.empty_like(call.topk_ids_TK)
         public, _ = self._new_public()
-        self._set_rows(call, Operation.DISPATCH, self._counting)
+        self._set_rows(call, Operation.DISPATCH, self._counting, number)
         self._set_tables(block.data_ptr(), num_tokens)
         weighted = call.weights_TK is not None
         a.weights_of_row = self._tables.address(block.data_ptr(), "weights") if weighted else None
@@ -233,7 +236,7 @@ class HighThroughput:
             keeps=own,
             number=number,
         )
-        self._set_rows(call, Operation.CACHED_DISPATCH, _CACHED | self._clearing)
+        self._set_rows(call, Operation.CACHED_DISPATCH, _CACHED | self._clearing, number)
         self._set_tables(old.block.data_ptr(), old.num_tokens)
         a.weights_of_row = route.weights_address()
         a.subject, a.origin = old.origin, route.origin
@@ -253,7 +256,7 @@ class HighThroughput:
         )
         block = self._new_block(0)
         public, _ = self._new_public()
-        self._set_rows(call, operation, self._counting)
+        self._set_rows(call, operation, self._counting, number)
         self._set_tables(block.data_ptr(), 0)
         a.subject, a.origin = None, self._tables.address(block.data_ptr(), "origin")
         a.capacity, a.status = capacity.UNBOUNDED, 1
@@ -293,7 +296,7 @@ class HighThroughput:
         counts, offsets, rows_from, _ = memory.split_with_sizes([*sizes, 1])
         return (counts, offsets, rows_from), memory
 
-    def _set_rows(self, call: DispatchCall, operation: Operation, flags: int) -> None:
+    def _set_rows(self, call: DispatchCall, operation: Operation, flags: int, number: int) -> None:
         """What is sent."""
         a = self._dispatch
         x, scales, weights = call.x_TW, call.scales, call.weights_TK
@@ -316,7 +319,7 @@ class HighThroughput:
         a.extra_bytes = scale_bytes + (0 if weights is None else 4 * self._tables.topk)
         a.num_tokens, a.x = x.shape[0], x.data_ptr()
         if self._always:
-            a.pool, self._pool_at = self._arena.next_pool()
+            a.pool, self._pool_at = self._arena.next_pool(capturing=number == 0)
 
     def _set_tables(self, block: int, num_tokens: int) -> None:
         """Where the tables of the routing are."""

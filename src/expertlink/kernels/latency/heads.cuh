@@ -31,8 +31,7 @@ __device__ __forceinline__ void say_head(const Arguments& a, const Call& call, i
 
 // One warp: the heads for all ranks, of a call without counts.
 template <typename Arguments>
-__device__ __forceinline__ void say_heads(const Arguments& a, const Call& call) {
-    const unsigned subject = load_subject(a);
+__device__ __forceinline__ void say_heads(const Arguments& a, const Call& call, unsigned subject) {
 #pragma unroll 1
     for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32)
         if (!is_masked(call, peer)) say_head(a, call, peer, 0, subject);
@@ -158,10 +157,9 @@ __device__ __forceinline__ bool judge_heads(const Arguments& a, const Call& call
     return false;
 }
 
-// One warp of block 0 in a combine, beside those that add up, whose registers it must not take.
+// One warp of block 0 in a combine, beside those that add up.
 template <typename Arguments>
-__device__ __forceinline__ void hear_heads(const Arguments& a, Call& call) {
-    const unsigned subject = load_subject(a);
+__device__ __forceinline__ void hear_heads(const Arguments& a, Call& call, unsigned subject) {
     Heard heard;
 #pragma unroll 1
     for (int first = 0; first < kNumRanks; first += 32)
