@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
 import train_jobs
 from oracle import Case
+from small_calls import H, T, good, make
 
 from expertlink import DispatchLayout
 
@@ -84,3 +88,30 @@ def test_combines_that_autograd_follows(rank_pools, layout: DispatchLayout) -> N
     case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float32)
     for seen in rank_pools(2).run(train_jobs.followed, case, timeout_s=60):
         assert [name for name, followed in seen.items() if followed] == ["plain", "later"]
+
+
+def test_a_combined_handle_keeps_no_graph() -> None:
+    """Handles kept for cached dispatches must not keep what the model needed for backward."""
+
+    class Kept:
+        tensor: torch.Tensor
+
+    with make() as comm:
+        fields = good()
+        saved: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        def pack(tensor: torch.Tensor) -> Any:
+            kept = Kept()
+            kept.tensor = tensor
+            saved.add(kept)
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            rows = fields.pop("input").requires_grad_().exp()
+        out, handle = comm.dispatch(rows, **fields)
+        result = comm.combine(out.tokens, handle)
+        assert len(saved) == 1
+        del rows, out, result
+        gc.collect()
+        assert len(saved) == 0
+        comm.dispatch(torch.zeros(T, H), None, previous_handle=handle)

@@ -63,9 +63,9 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     else:
         corpus = Corpus.from_file(options.text, sample_bytes=sample_bytes)
     out = _writable(options.out)
+    ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     console.print(
-        f"Training on [bold]{corpus.name}[/] "
-        f"({_size(len(corpus.train))}) with {num_ranks} rank{'s'[: num_ranks > 1]} on {device}",
+        f"Training on [bold]{corpus.name}[/] ({_size(len(corpus.train))}) with {ranks} on {device}",
         highlight=False,
     )
     with _progress(console) as progress:
