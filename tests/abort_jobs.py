@@ -130,6 +130,9 @@ def interrupted(ctx: RankContext, culprit: int, phase: str) -> Any:
         comm.close()
         if phase == "initialize":  # nothing has been lost: all can try again
             dist.barrier()
+            if ctx.rank == absent:  # the abort counts for a rank that comes late, too
+                result = seen(lambda: make(ctx, group).initialize())
+            dist.barrier()
             with make(ctx, group) as again:
                 assert peer_jobs.works(again)
         return result

@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,10 @@ _MARGIN_S = 5.0  # gloo ends its waits itself; the host only guards against itse
 _TEXT_BYTES = 2048
 _ABORT = "abort"  # name under which a rank posts that it gave up
 _UNUSED_TAG = 0x7EADBEE
+
+# Aborts that have been raised here. A meeting can be repeated under its old name, and then those of
+# the attempt before do not count.
+_heeded: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Wire:
         """Tells the others that this rank gave up. Takes a bounded time and raises nothing."""
         if self._board is None:
             return
-        text = f"{self.rank}:{reason[:_TEXT_BYTES]}"
+        text = f"{self.rank}:{uuid.uuid4().hex}:{reason[:_TEXT_BYTES]}"
         try:
             self._board.post(f"{_ABORT}/{self.rank}", text)
             self._board.post_first(_ABORT, text)
@@ -164,7 +169,7 @@ class Wire:
             while True:
                 text = self._board.read(f"{_ABORT}/{rank}")
                 if text is not None:
-                    return text.partition(":")[2]
+                    return text.split(":", 2)[2]
                 if time.monotonic() > deadline:
                     return ""
                 time.sleep(_POLL_S)
@@ -271,11 +276,12 @@ class Wire:
     def _heed(self, watch: Watch | None, *, phase: str, call: int) -> None:
         """Raises AbortError if another rank has given up, as far as is known yet."""
         text = None if watch is None else watch.look()
-        if text is not None:
+        if text is not None and text not in _heeded:
             raise self._aborted(text, phase=phase, call=call)
 
     def _aborted(self, text: str, *, phase: str, call: int) -> AbortError:
-        rank, _, reason = text.partition(":")
+        _heeded.add(text)
+        rank, _, reason = text.split(":", 2)
         self._broken = f"rank {rank} aborted: {reason}"
         self._disconnect()
         return AbortError(
@@ -418,7 +424,7 @@ class Wire:
         self.phase, self.call = phase, call
         with contextlib.suppress(RuntimeError):  # a silent store is found out below
             text = None if self._board is None else self._board.read(_ABORT)
-            if text is not None:
+            if text is not None and text not in _heeded:
                 return self._aborted(text, phase=phase, call=call)
         missing, note = self._find_missing(waited)
         names = ", ".join(
