@@ -248,17 +248,25 @@ def _check_status(
     raise PeerError(f"{operation.title} #{wire.call} did not happen: {reasons}", ranks=ranks)
 
 
-def _check_widths(fields: list[list[int]]) -> None:
+def _check_widths(fields: Sequence[Sequence[int]]) -> None:
+    text = width_difference(fields)
+    if text is not None:
+        raise InputError(text)
+
+
+def width_difference(fields: Sequence[Sequence[int]]) -> str | None:
+    """In what the ranks' rows differ, in words; None where they do not. The same on every rank."""
     for word, what in (
         (Word.ROW_BYTES, "row"),
         (Word.EXTRA_BYTES, "scales and weights beside a row"),
     ):
         values = [words[word] for words in fields]
         if len(set(values)) > 1:
-            raise InputError(
+            return (
                 f"ranks disagree about the bytes of {what}: {_by_value(values)}; every rank of a "
                 "group must pass the same dtype, width, scales and either weights or none"
             )
+    return None
 
 
 def _by_value(values: Sequence[object]) -> str:
