@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from hosted import Fleet, run_hosted
 from nvlink_cases import LATENCY, usual
+from nvlink_jobs import error_of
 from oracle import Case, expected_of
 from oracle_results import combined_of
 from rank_jobs import (
@@ -59,19 +60,11 @@ def no_room_at_all(ctx: RankContext, case: Case) -> int:
     with torch.no_grad(), make(ctx, case) as comm:
         buffer = torch.empty((0, case.hidden), dtype=case.dtype, device=ctx.device)
         _, handle = dispatch_case(comm, case, output_buffer=buffer)
-        found: CapacityError | None = None
-        try:
-            comm.combine(buffer, handle)
-        except CapacityError as error:
-            found = error
-            comm.combine(buffer, handle)
+        comm.combine(buffer, handle)
         torch.cuda.synchronize(ctx.device)
-        try:
-            comm.check_health()
-        except CapacityError as error:
-            found = error
+        found = error_of(comm.check_health)
         rows = case.tokens[0] if not case.layout.expanded else expected_of(case, 0).shape[0]
-        assert found is not None
+        assert isinstance(found, CapacityError)
         assert (found.rows, found.capacity) == (rows, 0)
         check_contract(comm, case)
     return case.tokens[0]

@@ -116,7 +116,7 @@ def run_lines(
             with torch.cuda.stream(line.stream):
                 graphs[line] = Graphs(line, capture=capture)
     common, own = random.Random(seed), random.Random(seed * 1000 + rank)
-    kinds = {line: _kinds_of(line, graphs) for line in lines}
+    kinds = {line: _kinds_of(line, graphs, processes=capture) for line in lines}
     # Every kind once, so that later memory is compared with what the calls need at most.
     plan = [(line, kind, item) for line in lines for kind in kinds[line] for item in line.items]
     warm, step = len(plan), 0
@@ -146,11 +146,12 @@ def run_lines(
         assert held <= baseline, f"{held} bytes, {baseline} before"
 
 
-def _kinds_of(line: Line, graphs: dict[Line, Graphs]) -> list[str]:
+def _kinds_of(line: Line, graphs: dict[Line, Graphs], *, processes: bool) -> list[str]:
     """Steps that a line can make."""
     kinds = ["dispatch", "pair", "cached", "two", "several"]
     config = line.comm.config
-    if not config.zero_copy and config.quantization is None:
+    # Threads of hosted ranks would wait for each other in autograd's one thread of their GPU.
+    if processes and not config.zero_copy and config.quantization is None:
         kinds.append("gradients")
     if line in graphs:
         kinds += ["graph dispatch", "graph pair", "graph cached", "stray capture"]

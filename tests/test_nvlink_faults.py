@@ -198,8 +198,9 @@ def test_static_shapes_report_what_found_no_room(with_buffer: bool, layout: Disp
         _, handle = dispatch_case(comm, large, **options)
         rows = torch.zeros(handle.rows_shape, dtype=large.dtype, device=DEVICE)
         torch.cuda.synchronize(DEVICE)
-        error = nvlink_jobs.error_of(lambda: comm.combine(rows, handle))
-        comm.combine(rows, handle)
+        comm.combine(rows, handle)  # which every rank makes, whatever it knows
+        torch.cuda.synchronize(DEVICE)
+        error = nvlink_jobs.error_of(comm.check_health)
         comm.check_health()
         assert (guarded[room:] == 7.0).all()
         assert error is not None

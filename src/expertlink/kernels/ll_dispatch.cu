@@ -31,7 +31,6 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     Sender<kQuantized> sender;
     BlockChoices choices;
     Told told;
-    unsigned subject = 0;
     const auto prepare = [&] {
         if (!sends) return;
         prepare_masks(a, masks);
@@ -40,7 +39,6 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         told.find(threadIdx.x - roles.senders * 32);
     };
     const auto loads = [&] {
-        if (!roles.sends()) subject = load_subject(a);
         if (!sends) return;
         choices.load(a);
         if (!roles.sends()) told.load(a);
@@ -57,8 +55,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
             fill_masks(a, masks, chunk, choices);
             if (!roles.sends()) {
                 // The last ones tell the counts, so that the first ones tell the rest meanwhile.
-                publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others(),
-                               subject);
+                publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others());
                 send_beside(a, call, masks, chunk, told, roles.others() * 32);
             }
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
@@ -66,13 +63,14 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         sender.run(a, call, masks, draws);
     }
     if (!receives) return;
-    if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters, subject);
+    if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters);
     roles.meet_others();
     if (call.stopped) return;
-    if (blockIdx.x == 0 && roles.keeps())
-        keep_counts(a, in, call.watch.transfer,
-                    threadIdx.x - (roles.first_idle() - roles.keepers()) * 32,
-                    roles.keepers() * 32);
+    if (blockIdx.x == 0 && roles.keeps()) {
+        const int keeper = threadIdx.x - (roles.first_idle() - roles.keepers()) * 32;
+        keep_counts(a, in, call.watch.transfer, keeper, roles.keepers() * 32);
+        if (keeper < 32 && !check_heads(a, call)) return;
+    }
     // Those who sent come here before the rows do.
     const int clearing = roles.senders ? roles.senders : roles.warps;
     if (roles.warp < clearing)
