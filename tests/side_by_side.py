@@ -163,6 +163,11 @@ def run_ranks(num_ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
                 torch.cuda.stream(streams[rank]),
                 torch.no_grad(),
             ):
+                # More memory from the driver may come only when all kernels have ended.
+                kept = [torch.empty(1 << 19, dtype=torch.uint8, device=DEVICE) for _ in range(64)]
+                kept += [torch.empty(1 << 24, dtype=torch.uint8, device=DEVICE) for _ in range(4)]
+                del kept
+                world.meet()
                 return job(world, rank, *args)
         except BaseException:
             world.break_up()
