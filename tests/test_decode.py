@@ -8,6 +8,7 @@ from typing import Any
 import decode_jobs
 import pytest
 import torch
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, expected_of
@@ -38,7 +39,7 @@ def run(rank_pools, job: decode_jobs.Job, drawn: list[Case], *args: Any, **field
 @EXPANDED
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_weights_of_the_combine(rank_pools, ranks: int, layout: DispatchLayout) -> None:
-    @settings(max_examples=6)
+    @settings(max_examples=deep(6))
     @given(st.lists(cases(ranks, layout), min_size=1, max_size=4))
     def check(drawn: list[Case]) -> None:
         run(rank_pools, decode_jobs.own_weights, drawn)
@@ -96,7 +97,7 @@ def test_order_of_scales(rank_pools, block_format: BlockFormat, layout: Dispatch
 @EXPANDED
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_ranges(rank_pools, ranks: int, layout: DispatchLayout) -> None:
-    @settings(max_examples=6)
+    @settings(max_examples=deep(6))
     @given(st.lists(cases(ranks, layout), min_size=1, max_size=4))
     def check(drawn: list[Case]) -> None:
         run(rank_pools, decode_jobs.ranges, drawn)
@@ -167,6 +168,7 @@ def nvlink_route(case: Case, rank: int) -> tuple[dict[str, Tensor], Route]:
         weights_block=None,
         weighted=False,
         counts=None,
+        origin=0,
     )
     return tables, route
 

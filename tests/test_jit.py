@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTLINK_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@settings(max_examples=30)
+@settings(max_examples=deep(30))
 @given(st.lists(st.sampled_from(TYPES), min_size=1, max_size=12))
 def test_the_compiler_lays_a_struct_out_as_the_host_does(types: list[str]) -> None:
     struct = Struct("A", [Field(ctype, f"x{i}", "") for i, ctype in enumerate(types)])

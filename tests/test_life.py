@@ -21,6 +21,7 @@ from expertlink import (
     MoECommunicatorConfig,
 )
 from expertlink.engines.base import CombineCall
+from expertlink.launch import RankPool
 from expertlink.overlap import launch
 from expertlink.requests import Life
 
@@ -142,8 +143,9 @@ def test_a_block_that_is_left_in_peace_aborts_nothing(monkeypatch: pytest.Monkey
     assert reasons == []
 
 
-def test_other_ranks_learn_of_an_abort(rank_pools) -> None:
-    mine, theirs = rank_pools(2).run(life_jobs.experts_raise, life_jobs.CASE, timeout_s=60)
+def test_other_ranks_learn_of_an_abort() -> None:
+    with RankPool(num_ranks=2) as pool:  # its process group is of no use afterwards
+        mine, theirs = pool.run(life_jobs.experts_raise, life_jobs.CASE, timeout_s=60)
     assert mine == "ValueError"
     assert isinstance(theirs, AbortError)
     assert (theirs.rank, theirs.reason) == (0, "ValueError: no such expert")

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import soak_jobs
 import torch
+from depth import deep
 from hosted import DEVICE, Fleet, HostedCommunicator, run_hosted
 
 from expertlink import MoECommunicator
 
-CALLS = 300
+CALLS = deep(300)
 RANKS = 4
 
 
@@ -55,4 +56,4 @@ def hosted_soak(calls: int, seed: int) -> None:
 def test_processes(rank_pools, seed: int) -> None:
     """The same with graphs, several of them between each other's replays and eager calls."""
     pool = rank_pools(RANKS, "cuda")
-    assert pool.run(soak_jobs.soak, CALLS, seed, timeout_s=200) == [CALLS] * RANKS
+    assert pool.run(soak_jobs.soak, CALLS, seed, timeout_s=200 + CALLS) == [CALLS] * RANKS

@@ -325,7 +325,8 @@ class Wire:
         key = (values.shape, values.dtype)
         host = self._pinned.get(key)
         if host is None:
-            host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+            with torch.inference_mode(False):  # calls of any mode write to it
+                host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._pinned[key] = host
         host.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()

@@ -35,7 +35,9 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
         next_add = 0;
     }
     const bool tells = blockIdx.x == 0 && warp == min(sends ? senders : 0, warps - 1);
+    unsigned subject = 0;
     const auto loads = [&] {
+        if (tells) subject = load_subject(a);
         if (sends && warp == 0)
             in.fill([&](int rank) { return rank < kNumRanks ? a.rows_from[rank] : 0; });
     };
@@ -43,10 +45,10 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     // One warp of all says where this rank is. Where calls are received it does not send, and hears
     // where the others are while its block adds up.
     if (tells) {
-        if (sends) say_heads(a, call);
+        if (sends) say_heads(a, call, subject);
         say_where(a, call);
         if (receives) {
-            check_heads(a, call);
+            check_heads(a, call, subject);
             return;
         }
     }

@@ -22,7 +22,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
     const Roles roles(a, kQuantized);
     if (threadIdx.x == 0) {
-        next_place = roles.others();
+        next_place = roles.others() - roles.checks();
         in.first_slot = memory;
         in.totals = in.first_slot + kNumRanks * a.num_local;
         in.starts = in.totals + a.num_local;
@@ -69,13 +69,14 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     if (blockIdx.x == 0 && roles.keeps()) {
         const int keeper = threadIdx.x - (roles.first_idle() - roles.keepers()) * 32;
         keep_counts(a, in, call.watch.transfer, keeper, roles.keepers() * 32);
-        if (keeper < 32 && !check_heads(a, call)) return;
+        if (roles.checks(roles.warp) && !check_heads(a, call, load_subject(a))) return;
     }
     // Those who sent come here before the rows do.
     const int clearing = roles.senders ? roles.senders : roles.warps;
     if (roles.warp < clearing)
         clear_rest(a, in, roles.warp * gridDim.x + blockIdx.x, clearing * gridDim.x);
-    const int first = roles.sends() ? next_item(&next_place) : roles.first_item();
+    const bool is_late = roles.sends() || roles.checks(roles.warp);
+    const int first = is_late ? next_item(&next_place) : roles.first_item();
     place_rows<kQuantized>(a, call, in, first, &next_place);
 }
 

@@ -70,7 +70,7 @@ __device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& 
     Heard heard;
     in.fill([&](int rank) { return hear_rows(a, call, rank, heard); });
     if (!__all_sync(kAll, heard.fine)) return false;
-    return __all_sync(kAll, heard.same) || check_heads(a, call);
+    return __all_sync(kAll, heard.same) || check_heads(a, call, load_subject(a));
 }
 
 // First slots of one local expert's rows, by source; one thread. All words that are awaited are

@@ -16,11 +16,11 @@ __device__ __forceinline__ unsigned load_subject(const Arguments& a) {
 // One lane: the head for one rank. Its first pair is what others wait for before they place rows.
 template <typename Arguments>
 __device__ __forceinline__ void say_head(const Arguments& a, const Call& call, int peer,
-                                         unsigned rows) {
+                                         unsigned rows, unsigned subject) {
     const unsigned transfer = call.sending;
     unsigned long long* const words = count_word(call.bases[peer], transfer, a.rank, 0);
     store_tagged_pair(words + kSignatureColumn, transfer, a.signature, rows);
-    store_tagged_pair(words + kSubjectColumn, transfer, load_subject(a), a.communicator);
+    store_tagged_pair(words + kSubjectColumn, transfer, subject, a.communicator);
     if constexpr (!kPadded) {
         const int* const overflow = reinterpret_cast<const int*>(&a.state->overflow);
         store_tagged_pair(words + kOverflowColumn, transfer, load_fresh(overflow),
@@ -31,10 +31,10 @@ __device__ __forceinline__ void say_head(const Arguments& a, const Call& call, i
 
 // One warp: the heads for all ranks, of a call without counts.
 template <typename Arguments>
-__device__ __forceinline__ void say_heads(const Arguments& a, const Call& call) {
+__device__ __forceinline__ void say_heads(const Arguments& a, const Call& call, unsigned subject) {
 #pragma unroll 1
     for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32)
-        if (!is_masked(call, peer)) say_head(a, call, peer, 0);
+        if (!is_masked(call, peer)) say_head(a, call, peer, 0, subject);
 }
 
 // The latest overflow that heads tell of, and of those in one transfer that of the first rank.
@@ -144,8 +144,7 @@ __device__ __forceinline__ int head_word(const Arguments& a, const Call& call, i
 // One warp: whether all ranks are in this call, in all that they say of it; what there is to tell the
 // host. No row waits for this, but the launch does not end before. False: give up.
 template <typename Arguments>
-__device__ __forceinline__ bool check_heads(const Arguments& a, Call& call) {
-    const unsigned subject = load_subject(a);
+__device__ __forceinline__ bool check_heads(const Arguments& a, Call& call, unsigned subject) {
     const int lane = threadIdx.x % 32;
     Heard heard;
 #pragma unroll 1

@@ -178,7 +178,7 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
         const int count = masked ? 0 : bits_in(masks.ranks + peer * masks.words, masks.words);
         a.rows_to[peer] = count;
         if (masked) continue;
-        say_head(a, call, peer, count);
+        say_head(a, call, peer, count, load_subject(a));
         if (a.rows_sent != nullptr) {
             a.rows_sent[peer] += count;
             if (peer != a.rank)
