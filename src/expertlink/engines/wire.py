@@ -118,7 +118,8 @@ class Wire:
         Raises:
             ClosedError: an earlier wait failed; the process group cannot be used any more.
         """
-        self.check()
+        if self._closed or self._broken is not None:
+            self.check()
         self.phase, self.call = phase, call
 
     def check(self) -> None:

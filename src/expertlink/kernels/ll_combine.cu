@@ -48,7 +48,7 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
         if (sends) say_heads(a, call, subject);
         say_where(a, call);
         if (receives) {
-            check_heads(a, call, subject);
+            hear_heads(a, call, subject);
             return;
         }
     }

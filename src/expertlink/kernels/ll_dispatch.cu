@@ -22,7 +22,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
     const Roles roles(a, kQuantized);
     if (threadIdx.x == 0) {
-        next_place = roles.others() - roles.checks();
+        next_place = roles.others();
         in.first_slot = memory;
         in.totals = in.first_slot + kNumRanks * a.num_local;
         in.starts = in.totals + a.num_local;
@@ -31,6 +31,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     Sender<kQuantized> sender;
     BlockChoices choices;
     Told told;
+    unsigned subject = 0;
     const auto prepare = [&] {
         if (!sends) return;
         prepare_masks(a, masks);
@@ -39,6 +40,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         told.find(threadIdx.x - roles.senders * 32);
     };
     const auto loads = [&] {
+        if (!roles.sends()) subject = load_subject(a);
         if (!sends) return;
         choices.load(a);
         if (!roles.sends()) told.load(a);
@@ -55,7 +57,8 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
             fill_masks(a, masks, chunk, choices);
             if (!roles.sends()) {
                 // The last ones tell the counts, so that the first ones tell the rest meanwhile.
-                publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others());
+                publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others(),
+                               subject);
                 send_beside(a, call, masks, chunk, told, roles.others() * 32);
             }
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
@@ -63,20 +66,18 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         sender.run(a, call, masks, draws);
     }
     if (!receives) return;
-    if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters);
+    if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters, subject);
     roles.meet_others();
     if (call.stopped) return;
-    if (blockIdx.x == 0 && roles.keeps()) {
-        const int keeper = threadIdx.x - (roles.first_idle() - roles.keepers()) * 32;
-        keep_counts(a, in, call.watch.transfer, keeper, roles.keepers() * 32);
-        if (roles.checks(roles.warp) && !check_heads(a, call, load_subject(a))) return;
-    }
+    if (blockIdx.x == 0 && roles.keeps())
+        keep_counts(a, in, call.watch.transfer,
+                    threadIdx.x - (roles.first_idle() - roles.keepers()) * 32,
+                    roles.keepers() * 32);
     // Those who sent come here before the rows do.
     const int clearing = roles.senders ? roles.senders : roles.warps;
     if (roles.warp < clearing)
         clear_rest(a, in, roles.warp * gridDim.x + blockIdx.x, clearing * gridDim.x);
-    const bool is_late = roles.sends() || roles.checks(roles.warp);
-    const int first = is_late ? next_item(&next_place) : roles.first_item();
+    const int first = roles.sends() ? next_item(&next_place) : roles.first_item();
     place_rows<kQuantized>(a, call, in, first, &next_place);
 }
 

@@ -283,6 +283,9 @@ class Arena:
         rank: this rank.
         buffer: memory of all ranks, zeroed everywhere before anybody uses it.
         device: this rank's GPU.
+
+    Attributes:
+        in_use: `[number]` of arenas in use on this GPU, in a list that all of them hold.
     """
 
     def __init__(self, plan: Plan, *, rank: int, buffer: Buffer, device: torch.device) -> None:
@@ -298,7 +301,7 @@ class Arena:
         self._last: torch.cuda.Stream | None = None
         self._captured: tuple[int, torch.cuda.Stream] | None = None
         self._members: set[int] = set()
-        self._in_use = _in_use[device]
+        self.in_use = _in_use[device]
         at = plan.aborts_at(self.num_ranks) + 4 * rank
         self._abort_words = [buffer.word(peer, at) for peer in range(self.num_ranks)]
         self._one = torch.ones(1, dtype=torch.int32, device="cpu", pin_memory=True)
@@ -342,7 +345,7 @@ class Arena:
     def join(self, communicator: int) -> None:
         """A communicator will use this arena; `leave` when it does no more."""
         if not self._members:
-            self._in_use[0] += 1
+            self.in_use[0] += 1
         self._members.add(communicator)
 
     def leave(self, communicator: int) -> bool:
@@ -351,13 +354,8 @@ class Arena:
             return False
         self._members.remove(communicator)
         if not self._members:
-            self._in_use[0] -= 1
+            self.in_use[0] -= 1
         return not self._members
-
-    @property
-    def is_alone(self) -> bool:
-        """No other arena is in use on this GPU."""
-        return self._in_use[0] <= 1
 
     def tell_abort(self) -> None:
         """Ends the waits of all ranks' kernels, those of this rank too. Waits for no kernel."""

@@ -43,7 +43,7 @@ class Half:
         capture: int,
         tables: object,
         launch: Callable[[], None],
-        follow: Callable[..., None],
+        follow: Callable[[], None],
         capture_now: Callable[[], int],
         needs: tuple[object, ...],
     ) -> None:
@@ -58,10 +58,10 @@ class Half:
         Raises:
             InputError: its call was made outside the present capture, or in one and this is none.
         """
-        now = self._capture_now()
         if self._launch is None:  # another call has queued it, on its own stream perhaps
-            self._follow(capturing=now != 0)
+            self._follow()
             return
+        now = self._capture_now()
         if now and not self.capture:
             raise InputError(
                 "the sending half of this call was launched outside the capture: call its hook "
@@ -87,25 +87,26 @@ class Half:
         if self._launch is None:
             return
         launch, self._launch = self._launch, None
-        self._follow(capturing=self._capture_now() != 0)
+        self._follow()
         launch()
         self._needs = ()
 
 
 class Halves:
-    """The halves of an arena's calls that are left, oldest first."""
+    """The halves of an arena's calls that are left.
+
+    Attributes:
+        left: oldest first; every call looks whether there are any.
+    """
 
     def __init__(self) -> None:
-        self._left: list[Half] = []
+        self.left: list[Half] = []
 
     def add(self, half: Half) -> None:
         """Another one, of the latest call."""
-        own = [other for other in self._left if other.capture == half.capture]
+        own = [other for other in self.left if other.capture == half.capture]
         half.before = own[-1] if own else None
-        self._left.append(half)
-
-    def __len__(self) -> int:
-        return len(self._left)
+        self.left.append(half)
 
     def finish(self, capture: int, most: int = 0) -> None:
         """Launches the oldest halves of a capture, or with 0 eager ones, until `most` are left.
@@ -115,28 +116,24 @@ class Halves:
         Raises:
             InputError: a call in a capture would launch an eager half.
         """
-        if not self._left:
+        if not self.left:
             return
-        own = [half for half in self._left if half.capture == capture]
-        if capture and any(not half.capture for half in self._left):
+        own = [half for half in self.left if half.capture == capture]
+        if capture and any(not half.capture for half in self.left):
             raise InputError(
                 "half of a call outside the capture is left: call its hook before the capture "
                 "begins"
             )
-        self._left = own
-        while len(self._left) > most:
-            self.launch(self._left[0])
+        self.left = own
+        while len(self.left) > most:
+            self.launch(self.left[0])
 
     def launch(self, last: Half) -> None:
         """Launches a half, after those before it."""
         last.launch()
-        self._left = [half for half in self._left if half.is_left]
-
-    def use(self, tables: object) -> bool:
-        """Whether one of them needs the tables of these buffers."""
-        return any(half.tables is tables for half in self._left)
+        self.left = [half for half in self.left if half.is_left]
 
     def finish_those_of(self, tables: Any) -> None:
         """Launches what needs the tables of these buffers, and what comes before it."""
-        for half in [half for half in self._left if half.tables is tables]:
+        for half in [half for half in self.left if half.tables is tables]:
             half()

@@ -94,6 +94,9 @@ class LowLatency:
             warps=warps,
         )
         self._always = _MASK_LOST if config.mask_lost_peers else 0
+        self._arenas = arena.in_use
+        self._row_bytes = config.hidden_size * config.dtype.itemsize
+        self._combine_signature = _COMBINE | self._row_bytes // 16 << 6
         self._statistics: CallStatistics | None = None
         self._home_of = homes_of(placement)
         common: dict[str, int] = {
@@ -160,8 +163,8 @@ class LowLatency:
             which = call.buffers.generation % ORIGINS
             key = (num_tokens, weighted, ids.dtype is torch.int64, which)
             route = tables.routes.get(key)
-            if self._launch.uses(tables):  # a half that has not been received reads these tables
-                self._launch.finish_those_of(tables)
+            if self._arena.halves.left:  # one of them may read these tables
+                self._arena.halves.finish_those_of(tables)
             if route is None:
                 kept = tables.ids
                 if ids.dtype is not torch.int64:  # int32 ids take the first half of the memory
@@ -184,9 +187,12 @@ class LowLatency:
             output.tokens.zero_()
             if output.scales is not None:
                 output.scales.tensor.zero_()
-        a.subject = None if previous is None else previous.origin
+        if previous is not None:
+            a.subject = previous.origin
         a.origin = route.origin
-        flags = self._flags()
+        flags = self._always
+        if self._arenas[0] > 1:
+            flags |= _ALONE
         if ids.dtype is torch.int64:
             flags |= _WIDE_IDS
         if weights is not None:
@@ -207,11 +213,13 @@ class LowLatency:
         left = self._launch(
             name, a, flags, call.num_sms, halves=call.halves, needs=needs, tables=tables
         )
+        if previous is not None:
+            a.subject = None
         return output, route, left
 
     def _flags(self) -> int:
         """Those of every call. Calls of several arenas must not hold SMs for their followers."""
-        return self._always if self._arena.is_alone else self._always | _ALONE
+        return self._always | _ALONE if self._arenas[0] > 1 else self._always
 
     def refuse(self) -> None:
         """Lets the peers know that this rank will not make the dispatch that they make."""
@@ -350,17 +358,22 @@ class LowLatency:
         `after` queues what follows the receiving half.
         """
         route: Any = call.state
-        config, grads = self._config, call.weight_grads
+        grads = call.weight_grads
         a = self._arguments_for(route)
         a.operation = _COMBINE
-        a.row_bytes = config.hidden_size * config.dtype.itemsize
+        a.row_bytes = self._row_bytes
         a.rows, a.out = call.rows.data_ptr(), call.out_TH.data_ptr()
         weights = call.slot_weights
         a.slot_weights = None if weights is None else weights.data_ptr()
         a.weights_of_row = route.weights_address() if call.weighted else None
         grads_TK = self._name_grads(a, route, grads)
-        a.signature = _COMBINE | (grads is not None) << 3 | a.row_bytes // 16 << 6
-        flags = self._flags() | (0 if grads is None else _GRADS)
+        a.signature = self._combine_signature
+        flags = self._always
+        if self._arenas[0] > 1:
+            flags |= _ALONE
+        if grads is not None:
+            flags |= _GRADS
+            a.signature = self._combine_signature | 1 << 3
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
         needs = (call, route, grads, grads_TK) if call.halves else ()

@@ -39,13 +39,24 @@ class LatencyArena(Arena):
         self._current = raw_stream(device)
         self._last_raw: int | None = None
 
-    def follow(self, *, capturing: bool) -> None:
+    def follow(self) -> None:
         """Orders torch's current stream after the last call, where that was made on another."""
-        stream = self._current()
-        if stream != self._last_raw or capturing:
-            self.enter(torch.cuda.current_stream(self.device), capturing=capturing)
-            if not capturing:
-                self._last_raw = stream
+        raw = self._current()
+        if raw != self._last_raw:
+            self._change_stream(raw)
+
+    def _change_stream(self, raw: int) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        if not is_capturing():
+            self.enter(stream, capturing=False)
+            self._last_raw = raw
+            return
+        if self._last_raw is not None and self._last is not None:
+            capture = capture_of(self._last_raw)
+            if capture == capture_of(raw):  # calls of this capture may have come on that stream
+                self._captured = capture, self._last
+        self.enter(stream, capturing=True)
+        self._last_raw = None  # every call looks, until an eager one comes
 
     def capture(self) -> int:
         """Number of the capture that torch's current stream is in, or 0."""

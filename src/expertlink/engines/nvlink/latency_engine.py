@@ -74,7 +74,7 @@ class LatencyEngine(NvlinkBase):
             self._agree(kind, refused=error)
         elif kind is Operation.DISPATCH:
             self._enter(kind.title)
-            self.arena.follow(capturing=False)
+            self.arena.follow()
             self._low.refuse()
         raise error
 
@@ -95,32 +95,40 @@ class LatencyEngine(NvlinkBase):
             check_address(call.output_buffer)
         except InputError as error:
             self.refuse(kind.name, error)
-        number = self._enter("dispatch" if call.previous is None else "cached dispatch")
+        # What `_enter` does; whether this is a capture matters only where hosts count alike.
+        capturing = self._check and is_capturing()
+        number = wire.call if capturing else wire.call + 1
+        wire.enter("dispatch" if call.previous is None else "cached dispatch", number)
+        self.watchdog.check(number)
         if call.previous is not None:
             self._check_epoch(kind, call.previous)
         if call.x_TW.data_ptr() % ALIGNMENT:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
-        if self._check and number:
+        if self._check and not capturing:
             self._agree_on(kind, call)
-        self.arena.follow(capturing=number == 0)
-        output, route, rest = self._low.dispatch(call, number)
+        self.arena.follow()
+        output, route, rest = self._low.dispatch(call, 0 if capturing else number)
         return Dispatched(
             output=output,
             state=route,
             finish=nothing_left if rest is None else self._unless_closed(rest),
-            call=wire.call,
+            call=number,
             topk_ids_TK=route.ids_TK,
         )
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine, or with `halves` its sending half."""
-        number = self._enter("combine")
+        wire = self._wire
+        capturing = self._check and is_capturing()
+        number = wire.call if capturing else wire.call + 1
+        wire.enter("combine", number)
+        self.watchdog.check(number)
         route: Any = call.state
         if route.epoch != self.arena.epoch:
             self._check_epoch(Operation.COMBINE, route)
-        if self._check and number:
+        if self._check and not capturing:
             self._agree(Operation.COMBINE, subject=route.number)
-        self.arena.follow(capturing=number == 0)
+        self.arena.follow()
         out_TH = call.out_TH
         after = None
         if (out_TH.data_ptr() | call.rows.data_ptr()) % ALIGNMENT:
@@ -139,7 +147,7 @@ class LatencyEngine(NvlinkBase):
         self._check_epoch(Operation.WEIGHT_GRADS, state)
         if self._check and number:
             self._agree(Operation.WEIGHT_GRADS, subject=as_route(state).number)
-        self.arena.follow(capturing=number == 0)
+        self.arena.follow()
         return self._low.weight_grads(as_route(state), weight_grads)
 
     def _check_epoch(self, kind: Operation, state: object) -> None:
@@ -191,7 +199,7 @@ class LatencyEngine(NvlinkBase):
 
     def query_mask(self) -> Tensor:
         """`[R]` bool on the device: ranks that calls no longer wait for."""
-        self.arena.follow(capturing=is_capturing())
+        self.arena.follow()
         return self.arena.masks != 0
 
     def mask_peer(self, rank: int) -> None:
@@ -205,7 +213,7 @@ class LatencyEngine(NvlinkBase):
                 f"rank {rank} cannot be masked with combine_precision='exact': memory of its rows "
                 "would be that of others, should it come back"
             )
-        self.arena.follow(capturing=is_capturing())
+        self.arena.follow()
         self.arena.masks[rank] = 1
 
     def clear_mask(self) -> None:

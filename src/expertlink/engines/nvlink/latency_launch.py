@@ -77,7 +77,7 @@ class LatencyLauncher:
         """
         arena = self._arena
         if not halves:
-            if arena.halves:
+            if arena.halves.left:
                 arena.halves.finish(arena.capture())
             launch, a.send_warps = self._plan(name, num_sms, "both")
             a.flags = flags | _BOTH
@@ -110,14 +110,6 @@ class LatencyLauncher:
         )
         arena.halves.add(half)
         return half
-
-    def uses(self, tables: object) -> bool:
-        """Whether half of a call is left that needs the tables of these buffers."""
-        return bool(self._arena.halves) and self._arena.halves.use(tables)
-
-    def finish_those_of(self, tables: object) -> None:
-        """Launches what is left of calls that need the tables of these buffers."""
-        self._arena.halves.finish_those_of(tables)
 
     def _plan(self, name: str, num_sms: int | None, half: str) -> tuple[Launch, int]:
         """Grid and block of a launch, and how many warps of a block begin with sending."""

@@ -64,13 +64,12 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
     if (thread == 0) *a.origin = static_cast<int>(transfer);
 }
 
-// How many rows come from each rank, and whether it means a call of this kind; one warp.
-__device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call,
-                                              Arrivals& in) {
+// How many rows come from each rank, and whether it means this call; one warp.
+__device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call, Arrivals& in,
+                                              unsigned subject) {
     Heard heard;
-    in.fill([&](int rank) { return hear_rows(a, call, rank, heard); });
-    if (!__all_sync(kAll, heard.fine)) return false;
-    return __all_sync(kAll, heard.same) || check_heads(a, call, load_subject(a));
+    in.fill([&](int rank) { return hear_head(a, call, rank, subject, heard); });
+    return judge_heads(a, call, heard);
 }
 
 // First slots of one local expert's rows, by source; one thread. All words that are awaited are
@@ -162,7 +161,7 @@ __device__ __forceinline__ int waiting_warps(const DispatchArguments& a, int war
 // `warps` warps from `first_warp` on: slots of everything that will come, known when all of them
 // are done. The first has the counts of rows. May stop the call.
 __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call& call, Arrivals& in,
-                                               int first_warp, int warps) {
+                                               int first_warp, int warps, unsigned subject) {
     const int thread = threadIdx.x - first_warp * 32, threads = warps * 32;
     // Slots depend on the counts of all ranks. So where a rank may be lost, one block decides for
     // all which are, once everything that the others have to say is here; then nobody waits any
@@ -173,7 +172,7 @@ __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call&
         if (pass == 0 && blockIdx.x != 0) {
             fine = thread >= 32 || learn_lost(a, call);
         } else {
-            if (thread < 32) fine = receive_heads(a, call, in);
+            if (thread < 32) fine = receive_heads(a, call, in, subject);
             const int columns = kExpanded || blockIdx.x == 0 ? a.num_local : 0;
             const int waiting = threads == 32 ? 0 : 32;
 #pragma unroll 1

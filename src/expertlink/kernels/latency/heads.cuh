@@ -7,13 +7,13 @@
 // Only layouts that may find no room have the last two pairs.
 constexpr int kHeadPairs = kPadded ? 2 : 4;
 
-// The transfer of the dispatch that a call refers to; 0: a new routing.
+// The transfer of the dispatch that a call refers to; 0: a new routing. May be on its way for a while.
 template <typename Arguments>
 __device__ __forceinline__ unsigned load_subject(const Arguments& a) {
     return a.subject == nullptr ? 0u : static_cast<unsigned>(load_fresh(a.subject));
 }
 
-// One lane: the head for one rank. Its first pair is what others wait for before they place rows.
+// One lane: the head for one rank.
 template <typename Arguments>
 __device__ __forceinline__ void say_head(const Arguments& a, const Call& call, int peer,
                                          unsigned rows, unsigned subject) {
@@ -75,28 +75,38 @@ struct Heard {
     Overflow overflow;
 };
 
-// One warp, each lane for a rank: waits for pairs `first` to `last` of its head. False: it is masked, or
-// there is none. Lanes wait together.
-template <int kFirst, int kLast, typename Arguments>
-__device__ __forceinline__ bool hear_pairs(const Arguments& a, Call& call, int rank, Heard& heard,
-                                           ulonglong2 (&pair)[kLast - kFirst]) {
+// One warp, each lane for a rank: waits for its head; how many rows it sends. Lanes wait together.
+template <typename Arguments>
+__device__ __forceinline__ int hear_head(const Arguments& a, Call& call, int rank,
+                                         unsigned subject, Heard& heard) {
     const unsigned long long began = a.longest_wait_ns != nullptr ? nanoseconds() : 0;
     const unsigned long long* const words =
-        count_word(call.bases[a.rank], call.watch.transfer, min(rank, kNumRanks - 1), 2 * kFirst);
-    bool here = rank >= kNumRanks || is_masked(call, rank), came = false;
+        count_word(call.bases[a.rank], call.watch.transfer, min(rank, kNumRanks - 1), 0);
+    bool here = rank >= kNumRanks || is_masked(call, rank);
     const bool waits = !here;
+    unsigned rows = 0, overflow = 0, overflow_rows = 0, room = 0;
     unsigned long long since = 0;
     for (unsigned spins = 1; !__all_sync(kAll, here); ++spins) {
         if (here) continue;
         // Pairs are stored at once, but only single words are sure to be read so.
+        ulonglong2 pair[kHeadPairs];
         bool all = true;
 #pragma unroll
-        for (int i = 0; i < kLast - kFirst; ++i) pair[i] = load_tagged_pair(words + 2 * i);
+        for (int i = 0; i < kHeadPairs; ++i) pair[i] = load_tagged_pair(words + 2 * i);
 #pragma unroll
-        for (int i = 0; i < kLast - kFirst; ++i)
-            all &= is_of(call, pair[i].x) && is_of(call, pair[i].y);
-        here = came = all;
-        if (!here && spins % kSpinsBetweenLooks == 0) {
+        for (int i = 0; i < kHeadPairs; ++i) all &= is_of(call, pair[i].x) && is_of(call, pair[i].y);
+        here = all;
+        if (here) {
+            rows = static_cast<unsigned>(pair[0].y);
+            heard.same &= static_cast<unsigned>(pair[0].x) == a.signature &&
+                          static_cast<unsigned>(pair[1].x) == subject &&
+                          static_cast<unsigned>(pair[1].y) == a.communicator;
+            if constexpr (!kPadded) {
+                overflow = static_cast<unsigned>(pair[2].x);
+                overflow_rows = static_cast<unsigned>(pair[2].y);
+                room = static_cast<unsigned>(pair[3].x);
+            }
+        } else if (spins % kSpinsBetweenLooks == 0) {
             const Found found = look(call, kPhaseReady, rank, call.watch.transfer,
                                      static_cast<unsigned>(pair[0].y >> 32), 0, since);
             here = found != kHere;
@@ -106,18 +116,10 @@ __device__ __forceinline__ bool hear_pairs(const Arguments& a, Call& call, int r
     }
     if (waits && began && blockIdx.x == 0)
         atomicMax(&a.longest_wait_ns[rank], static_cast<long long>(nanoseconds() - began));
-    return came;
-}
-
-// What rows wait for: that a rank makes a call of the same kind, and how many rows it sends.
-template <typename Arguments>
-__device__ __forceinline__ int hear_rows(const Arguments& a, Call& call, int rank, Heard& heard) {
-    ulonglong2 pair[1];
-    if (!hear_pairs<0, 1>(a, call, rank, heard, pair)) return 0;
-    heard.same &= static_cast<unsigned>(pair[0].x) == a.signature;
+    if constexpr (!kPadded)
+        if (blockIdx.x == 0) heard.overflow.learn(rank, overflow, overflow_rows, room);
     // Counts become addresses, so no peer's word is taken for more than there can be.
-    return static_cast<int>(
-        min(static_cast<unsigned>(pair[0].y), static_cast<unsigned>(kMaxTokens)));
+    return static_cast<int>(min(rows, static_cast<unsigned>(kMaxTokens)));
 }
 
 // A word of a rank's head as other calls have them. Masked ranks count as being where this one is.
@@ -141,30 +143,26 @@ __device__ __forceinline__ int head_word(const Arguments& a, const Call& call, i
     }
 }
 
-// One warp: whether all ranks are in this call, in all that they say of it; what there is to tell the
-// host. No row waits for this, but the launch does not end before. False: give up.
+// One warp, after it has heard all ranks: what there is to tell the host. False: give up.
 template <typename Arguments>
-__device__ __forceinline__ bool check_heads(const Arguments& a, Call& call, unsigned subject) {
-    const int lane = threadIdx.x % 32;
-    Heard heard;
-#pragma unroll 1
-    for (int first = 0; first < kNumRanks; first += 32) {
-        ulonglong2 pair[kHeadPairs];
-        const bool came = hear_pairs<0, kHeadPairs>(a, call, first + lane, heard, pair);
-        if (came)
-            heard.same &= static_cast<unsigned>(pair[0].x) == a.signature &&
-                          static_cast<unsigned>(pair[1].x) == subject &&
-                          static_cast<unsigned>(pair[1].y) == a.communicator;
-        if constexpr (!kPadded)
-            heard.overflow.learn(first + lane, came ? static_cast<unsigned>(pair[2].x) : 0u,
-                                 came ? static_cast<unsigned>(pair[2].y) : 0u,
-                                 came ? static_cast<unsigned>(pair[3].x) : 0u);
-    }
+__device__ __forceinline__ bool judge_heads(const Arguments& a, const Call& call,
+                                            const Heard& heard) {
     if (!__all_sync(kAll, heard.fine)) return false;
-    if (!kPadded && blockIdx.x == 0 && lane == 0) heard.overflow.tell(call.watch);
+    const bool is_first = threadIdx.x % 32 == 0;
+    if (!kPadded && blockIdx.x == 0 && is_first) heard.overflow.tell(call.watch);
     if (__all_sync(kAll, heard.same)) return true;
-    if (lane == 0)
+    if (is_first)
         report_heads(call.watch, a.rank,
                      [&](int rank, int word) { return head_word(a, call, rank, word); });
     return false;
+}
+
+// One warp of block 0 in a combine, beside those that add up.
+template <typename Arguments>
+__device__ __forceinline__ void hear_heads(const Arguments& a, Call& call, unsigned subject) {
+    Heard heard;
+#pragma unroll 1
+    for (int first = 0; first < kNumRanks; first += 32)
+        hear_head(a, call, first + static_cast<int>(threadIdx.x % 32), subject, heard);
+    judge_heads(a, call, heard);
 }

@@ -67,13 +67,6 @@ struct Roles {
         return waits() && warp >= first_idle() - keepers();
     }
 
-    // The last one to place in block 0, before that.
-    __device__ __forceinline__ bool checks(int which) const {
-        return blockIdx.x == 0 && which == first_idle() - 1;
-    }
-    // How many do in this block.
-    __device__ __forceinline__ int checks() const { return blockIdx.x == 0; }
-
     // One that neither sends nor waits, if there is one.
     __device__ __forceinline__ bool says_where() const {
         return blockIdx.x == 0 && warp == min(first_idle(), warps - 1);

@@ -167,7 +167,8 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
 // this.
 template <typename Arguments>
 __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& call,
-                                               const Masks& masks, int chunk, int warp, int warps) {
+                                               const Masks& masks, int chunk, int warp, int warps,
+                                               unsigned subject) {
     const int lane = threadIdx.x % 32;
     // Another block than the one with the first experts, where there are several.
     for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32;
@@ -178,7 +179,7 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
         const int count = masked ? 0 : bits_in(masks.ranks + peer * masks.words, masks.words);
         a.rows_to[peer] = count;
         if (masked) continue;
-        say_head(a, call, peer, count, load_subject(a));
+        say_head(a, call, peer, count, subject);
         if (a.rows_sent != nullptr) {
             a.rows_sent[peer] += count;
             if (peer != a.rank)

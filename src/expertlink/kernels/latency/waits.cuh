@@ -36,12 +36,14 @@ __device__ __noinline__ unsigned long long look_slowly(const Call* call, Phase p
     const Patience& patience = call->patience;
     if (load_relaxed_system(&watch.masked[peer]) != 0) return kLookedGone;
     if (gave_up(watch)) return kLookedStop;
-    const int aborter = patience.masks_lost ? -1 : aborted_by(watch);
-    if (aborter >= 0 || has_aborted(watch, watch.rank)) {
-        report(watch, kPhaseAborted, aborter >= 0 ? aborter : watch.rank, 0, 0, 0, 0);
+    const int own = has_aborted(watch, watch.rank) ? watch.rank : -1;
+    const int aborter = patience.masks_lost ? own : aborted_by(watch);
+    if (aborter >= 0) {
+        report(watch, kPhaseAborted, aborter, 0, 0, 0, 0);
         return kLookedStop;
     }
-    if (has_aborted(watch, peer)) {  // then lost ranks are masked
+    // Only where lost ranks are masked: the word may have come since it was looked at above.
+    if (patience.masks_lost && has_aborted(watch, peer)) {
         atomicExch(&patience.counters->masked[peer], 1u);
         return kLookedGone;
     }
