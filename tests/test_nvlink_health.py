@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -137,6 +138,24 @@ def test_words_of_kernels_outlive_a_communicator_that_nobody_closed() -> None:
     freed = run_ranks(2, closed)
     gc.collect()
     assert not {words.data_ptr() for words in watchdog._abandoned} & set(freed)
+
+
+def dropped(world: World, rank: int) -> Any:
+    comm = Rank(world, rank, mode="ll", output_layout="expert_major")
+    assert round_trip(comm, 1)
+    engine: Any = comm._engine
+    arena = weakref.ref(engine.arena)
+    world.meet()
+    gc.disable()
+    try:
+        del comm, engine
+        return arena() is None
+    finally:
+        gc.enable()
+
+
+def test_memory_goes_with_a_communicator_that_is_dropped() -> None:
+    assert all(run_ranks(2, dropped)), "without a collector of cycles"
 
 
 def three_calls(world: World, rank: int) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -247,6 +248,11 @@ class SymmetricBuffer:
         self.local = torch.empty(0, dtype=torch.uint8)
 
 
+def _leave(in_use: list[int], members: set[int]) -> None:
+    """An arena is gone, whose communicators nobody may have closed."""
+    in_use[0] -= bool(members)
+
+
 class Plan(Protocol):
     """Sizes and contents of an arena."""
 
@@ -301,6 +307,7 @@ class Arena:
         self._last: torch.cuda.Stream | None = None
         self._captured: tuple[int, torch.cuda.Stream] | None = None
         self._members: set[int] = set()
+        weakref.finalize(self, _leave, _in_use[device], self._members)
         self.in_use = _in_use[device]
         at = plan.aborts_at(self.num_ranks) + 4 * rank
         self._abort_words = [buffer.word(peer, at) for peer in range(self.num_ranks)]

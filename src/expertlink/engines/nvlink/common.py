@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ class NvlinkBase:
         self._config, self._wire, self._placement = config, wire, placement
         self.arena, self.watchdog, self._check = arena, watchdog, check
         arena.join(wire.number)
-        watchdog.reason_of, watchdog.interrupted = wire.abort_reason, self.abort
+        watchdog.attach(wire.post_abort, wire.abort_reason)
+        watchdog.interrupted = weakref.WeakMethod(self.abort)
         self._rows = RowShape.of(config)
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -76,7 +78,7 @@ class NvlinkBase:
         # Peers that learn of it wait a moment for the reason.
         with contextlib.suppress(RuntimeError):
             self.arena.tell_abort()
-        self._wire.post_abort(reason)
+        self.watchdog.post_abort(reason)
 
     def memory_estimate(self) -> dict[str, int]:
         """Bytes of the arena by region; no call needs more beyond its inputs and outputs."""

@@ -186,7 +186,7 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         error = self.watchdog.disagreement(mail.heads)
         if self.watchdog.is_fatal(mail.heads):
             self.watchdog.fail(str(error))
-            raise error from refused
+            raise error if refused is None else refused
         # The ranks that refused say why.
         judge(
             self._wire,

@@ -18,7 +18,7 @@ class Half:
     Args:
         halves: of the arena; it is one of them until it is launched.
         capture: number of the capture that the sending half is in, or 0.
-        tables: memory of the routing, where the caller's buffers have it.
+        tables: memory of the routing, which may be that of the caller's buffers.
         launch: queues the kernel, and what follows it.
         follow: orders the current stream after the last call.
         capture_now: number of the capture that the current stream is in, or 0.
@@ -89,7 +89,7 @@ class Half:
         launch, self._launch = self._launch, None
         self._follow()
         launch()
-        self._needs = ()
+        self._needs, self.tables = (), None
 
 
 class Halves:
@@ -134,6 +134,6 @@ class Halves:
         self.left = [half for half in self.left if half.is_left]
 
     def finish_those_of(self, tables: Any) -> None:
-        """Launches what needs the tables of these buffers, and what comes before it."""
+        """Launches what needs these tables, and what comes before it."""
         for half in [half for half in self.left if half.tables is tables]:
             half()

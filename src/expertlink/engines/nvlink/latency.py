@@ -164,7 +164,7 @@ class LowLatency:
             key = (num_tokens, weighted, ids.dtype is torch.int64, which)
             route = tables.routes.get(key)
             if self._arena.halves.left:  # one of them may read these tables
-                self._arena.halves.finish_those_of(tables)
+                self._arena.halves.finish_those_of(tables.block)
             if route is None:
                 kept = tables.ids
                 if ids.dtype is not torch.int64:  # int32 ids take the first half of the memory
@@ -172,7 +172,6 @@ class LowLatency:
                 kept = kept[:num_tokens]
                 route = self._new_route(output, num_tokens, kept, tables.block, weighted, which)
                 route.combine_arguments = tables.combine
-                route.tables = tables
                 tables.routes[key] = route
             route.number, route.epoch = number, self._arena.epoch
         else:
@@ -187,8 +186,7 @@ class LowLatency:
             output.tokens.zero_()
             if output.scales is not None:
                 output.scales.tensor.zero_()
-        if previous is not None:
-            a.subject = previous.origin
+        a.subject = None if previous is None else previous.origin
         a.origin = route.origin
         flags = self._always
         if self._arenas[0] > 1:
@@ -211,10 +209,8 @@ class LowLatency:
         name = "ll_dispatch" if call.quantize_to is None else "ll_dispatch_quantized"
         needs = (output, route, call.x_TW, call.scales, ids, weights) if call.halves else ()
         left = self._launch(
-            name, a, flags, call.num_sms, halves=call.halves, needs=needs, tables=tables
+            name, a, flags, call.num_sms, halves=call.halves, needs=needs, tables=route.block
         )
-        if previous is not None:
-            a.subject = None
         return output, route, left
 
     def _flags(self) -> int:
@@ -385,7 +381,7 @@ class LowLatency:
             halves=call.halves,
             needs=needs,
             after=after,
-            tables=route.tables,
+            tables=route.block,
         )
         return grads_TK, left
 

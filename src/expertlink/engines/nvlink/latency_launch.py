@@ -73,7 +73,7 @@ class LatencyLauncher:
         """Queues both halves, or the sending one; then returns what queues the other.
 
         `needs` owns the memory that the arguments name; it lives until the other is queued. `after`
-        follows it. `tables` are those of the caller's buffers that both halves use, if any.
+        follows it. `tables` are those that both halves use.
         """
         arena = self._arena
         if not halves:

@@ -100,7 +100,6 @@ class Route:
         number: the host's number of the dispatch, 0 if it was captured.
         epoch: low latency: how often the ranks had begun anew.
         combine_arguments: arguments of the kernel ll_combine that name these tables, if kept.
-        tables: low latency: of the caller's `DispatchBuffers`, if `block` is theirs.
     """
 
     shape: tuple[int, ...]
@@ -116,7 +115,6 @@ class Route:
     number: int = 0
     epoch: int = 0
     combine_arguments: Any = None
-    tables: Any = None
 
     def weights_address(self) -> int | None:
         """Address of the weights, if there are any."""

@@ -125,9 +125,24 @@ class Watchdog:
         self._order = threading.Lock()
         self._forget = weakref.finalize(self, _abandoned.append, self._pinned)
         self._forget.atexit = False
-        self.reason_of: Callable[[int], str] = lambda rank: ""
-        self.interrupted: Callable[[str], None] = self.fail
+        # Of all communicators that share the memory: how to post why one aborts, and to read it.
+        self._boards: list[tuple[Callable[[str], None], Callable[[int], str]]] = []
+        # What an interrupted wait calls. Weak: dropping a communicator frees its memory at once.
+        self.interrupted: Callable[[], Callable[[str], None] | None] = lambda: None
         self.set_timeout(timeout_s)
+
+    def attach(self, post: Callable[[str], None], read: Callable[[int], str]) -> None:
+        """Another communicator uses this; the same ones do on all ranks."""
+        self._boards.append((post, read))
+
+    def post_abort(self, reason: str) -> None:
+        """Leaves word of why this rank aborts, for the others to read."""
+        for post, _ in self._boards:
+            post(reason)
+
+    def _reason_of(self, rank: int) -> str:
+        reasons = (read(rank) for _, read in reversed(self._boards))
+        return next((reason for reason in reasons if reason), "")
 
     def release(self) -> None:
         """Lets the memory go. No kernel may be under way any more."""
@@ -206,7 +221,7 @@ class Watchdog:
         if phase == _PHASE_AGREEMENT:
             return self.disagreement(self._heads())
         if phase == _PHASE_ABORTED:
-            reason = self.reason_of(int(words.peer))
+            reason = self._reason_of(int(words.peer))
             return AbortError(
                 f"rank {words.peer} called abort: {reason or 'its reason could not be read'}. "
                 "Close this communicator",
@@ -283,7 +298,8 @@ class Watchdog:
         except ExpertlinkError:
             raise
         except BaseException as error:  # Ctrl-C, a signal handler: the call is half done
-            self.interrupted(f"interrupted by {type(error).__name__}")
+            reason = f"interrupted by {type(error).__name__}"
+            (self.interrupted() or self.fail)(reason)
             raise
 
     def _await_mail(self, before: int, *, call: int, num_local: int) -> Mail:
