@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import InputError
+from expertlink import InputError, MoECommunicatorConfig
 from expertlink.engines.nvlink import arena as arena_module
 from expertlink.engines.nvlink import latency_arena
 from expertlink.engines.nvlink.arena import Arena, ArenaPlan
@@ -227,8 +227,6 @@ def test_pools_of_captures_take_turns_apart() -> None:
 
 
 def latency_plan(**fields: Any) -> LatencyPlan:
-    from expertlink import MoECommunicatorConfig
-
     usual: dict[str, Any] = {
         "num_experts": 296,
         "hidden_size": 256,
@@ -238,6 +236,41 @@ def latency_plan(**fields: Any) -> LatencyPlan:
         "device": "cpu",
     }
     return LatencyPlan.of(MoECommunicatorConfig(**{**usual, **fields}), 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fits"),
+    [
+        ({}, True),
+        ({"num_experts": 8}, True),
+        ({"num_experts": 512}, False),
+        ({"hidden_size": 128}, False),
+        ({"topk": 32}, False),
+        ({"max_tokens_per_rank": 4}, False),
+        ({"zero_copy": True, "output_layout": "token_major"}, False),
+    ],
+)
+def test_high_throughput_memory_is_shared_by_what_fits(fields: dict[str, Any], fits: bool) -> None:
+    """Fewer experts use the first words of each count row; staged rows keep their one writer."""
+    plans = [
+        ArenaPlan.of(
+            MoECommunicatorConfig(
+                **{
+                    "num_experts": 64,
+                    "hidden_size": 256,
+                    "topk": 2,
+                    "max_tokens_per_rank": 8,
+                    "device": "cpu",
+                    **changed,
+                }
+            ),
+            4,
+        )
+        for changed in ({}, fields)
+    ]
+    assert plans[0].holds(plans[1]) is fits
+    strides = [plan.offsets(4)["kCountStride"] for plan in plans]
+    assert not fits or strides[0] >= strides[1]
 
 
 @pytest.mark.parametrize(
