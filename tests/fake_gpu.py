@@ -41,8 +41,8 @@ class _Stream:
     def wait_stream(self, other: object) -> None:
         pass
 
-    def synchronize(self) -> None:
-        pass
+    def query(self) -> bool:
+        return True
 
 
 class _Memory:

@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -343,7 +343,12 @@ def run_hosted(fleet: Fleet, job: Callable[..., Any], *args: Any) -> list[Any]:
 
     with ThreadPoolExecutor(fleet.num_ranks) as threads:
         futures = [threads.submit(one, rank) for rank in range(fleet.num_ranks)]
-        errors = [future.exception() for future in futures]
+    return results_of(futures)
+
+
+def results_of(futures: Sequence[Future[Any]]) -> list[Any]:
+    """Results of the ranks' threads, or the first failure."""
+    errors = [future.exception() for future in futures]
     # A rank that failed by itself says more than those that lost it.
     own = [error for error in errors if error is not None]
     for error in own:

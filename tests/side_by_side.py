@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from hosted import DEVICE, HostedWire, Meeting, Memory
+from hosted import DEVICE, HostedWire, Meeting, Memory, results_of
 from torch import Tensor
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
@@ -175,15 +175,9 @@ def run_ranks(num_ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
 
     with ThreadPoolExecutor(num_ranks) as threads:
         futures = [threads.submit(one, rank) for rank in range(num_ranks)]
-        errors = [future.exception() for future in futures]
-    own = [error for error in errors if error is not None]
-    for error in own:
-        if not isinstance(error, threading.BrokenBarrierError):
-            raise error
-    if own:
-        raise own[0]
+    results = results_of(futures)
     torch.cuda.synchronize(DEVICE)
-    return [future.result() for future in futures]
+    return results
 
 
 def inputs_of(

@@ -305,24 +305,20 @@ class Graphs:
 
     def pair(self, item: Item, what: str) -> None:
         """Replays the graph of a dispatch and its combine."""
-        self._load(item)
-        self._rows.copy_(item.rows(tuple(self._rows.shape)))
-        out, result = self._pair.results
-        self._pair.poison(out.tokens, out.topk_ids, out.topk_weights, result)
-        self._pair.run()
-        out, result = self._pair.results
-        self.line.check_dispatch(item, out, what)
-        self.line.check_combine(item, result, what)
+        self._both(self._pair, item, what)
 
     def halves(self, item: Item, what: str) -> None:
         """Replays the graph of a dispatch and its combine in halves."""
         assert self._halves is not None
+        self._both(self._halves, item, what)
+
+    def _both(self, recorded: Recorded, item: Item, what: str) -> None:
         self._load(item)
         self._rows.copy_(item.rows(tuple(self._rows.shape)))
-        out, result = self._halves.results
-        self._halves.poison(out.tokens, out.topk_ids, out.topk_weights, result)
-        self._halves.run()
-        out, result = self._halves.results
+        out, result = recorded.results
+        recorded.poison(out.tokens, out.topk_ids, out.topk_weights, result)
+        recorded.run()
+        out, result = recorded.results
         self.line.check_dispatch(item, out, what)
         self.line.check_combine(item, result, what)
 

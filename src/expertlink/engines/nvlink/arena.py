@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from expertlink.types import DispatchLayout
 HEAD_WORDS = NUM_FIELDS + 2  # of a count row, before the counts: `Head` in common/sync.cuh
 FLAG_WORDS = 3  # of each rank: ready, credit and abort
 _ALIGNMENT = 1024
-_STATE_WORDS = 16
+STATE_WORDS = 16  # room for `State` in common/sync.cuh
+_TELL_S = 1.0  # how long an abort waits for its words to be written
 # Arenas in use on each GPU of this process: one number in a list, which every arena holds.
 _in_use: dict[torch.device, list[int]] = collections.defaultdict(lambda: [0])
 _SCALE_SHARE = 8  # scales may take an eighth of a row's elements in bytes: 4 bytes per 32
@@ -302,7 +304,7 @@ class Arena:
         self.num_ranks = len(addresses)
         self.device = device
         self.bases = torch.tensor(list(addresses), dtype=torch.int64, device=device)
-        self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
+        self.state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
         self._pool = self._captured_pool = 0
         self._last: torch.cuda.Stream | None = None
         self._captured: tuple[int, torch.cuda.Stream] | None = None
@@ -365,11 +367,17 @@ class Arena:
         return not self._members
 
     def tell_abort(self) -> None:
-        """Ends the waits of all ranks' kernels, those of this rank too. Waits for no kernel."""
+        """Ends the waits of all ranks' kernels, those of this rank too.
+
+        Copies that need no kernel to end; where a queue of the GPU keeps them, not waited for long.
+        """
         with torch.cuda.stream(self._beside):
             for word in self._abort_words:
                 word.copy_(self._one, non_blocking=True)
-        self._beside.synchronize()  # the process may be about to end
+        # The process may be about to end.
+        ends = time.monotonic() + _TELL_S
+        while not self._beside.query() and time.monotonic() < ends:
+            time.sleep(1e-4)
 
     def check_fits(self, needed: Plan) -> None:
         """Refuses a communicator that needs more than there is."""

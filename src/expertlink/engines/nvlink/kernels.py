@@ -9,7 +9,7 @@ import torch
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink import arguments, latency_arguments, latency_plan
-from expertlink.engines.nvlink.arena import HEAD_WORDS, ArenaPlan, RowShape, round_up
+from expertlink.engines.nvlink.arena import HEAD_WORDS, STATE_WORDS, ArenaPlan, RowShape, round_up
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
 from expertlink.jit.kernel import Arguments, load_kernel
 from expertlink.routing import Placement
@@ -67,6 +67,9 @@ def kernel_constants(
         "kAlignment": config.expert_alignment,
         "kIsBfloat16": int(config.dtype is torch.bfloat16),
         "kHomeStride": HOME_STRIDE,
+        # What the device code declares as well, and asserts to be the same.
+        "kHostHeadWords": HEAD_WORDS,
+        "kHostStateWords": STATE_WORDS,
     }
     if isinstance(plan, latency_plan.LatencyPlan):
         return {

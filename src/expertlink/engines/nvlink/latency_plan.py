@@ -147,6 +147,7 @@ def constants_of(
         "kExpertChunk": experts_at_once(config),
         "kExact": int(config.combine_precision == "exact"),
         "kRefused": REFUSED,
+        "kHostHeadColumns": _HEAD_COLUMNS,
         "kDispatchOperation": int(Operation.DISPATCH),
         **plan.offsets(num_ranks),
     }

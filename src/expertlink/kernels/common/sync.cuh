@@ -30,6 +30,7 @@ enum Head {
     kPool,     // zero copy: which pool has the view of this rank
     kHeadWords
 };
+static_assert(kHeadWords == kHostHeadWords);
 
 // Device memory of one rank, zeroed at start.
 struct State {
@@ -48,6 +49,7 @@ struct State {
     unsigned overflow_rows, overflow_room;  // and for how many there was room
     unsigned overflow_told;                 // last one, of any rank, that the host has been told of
 };
+static_assert(sizeof(State) <= 4 * kHostStateWords);
 
 // Work is taken, not assigned: some multiprocessors reach the wire much faster than others. The number
 // is on its way while the warp does something else; `taken` waits for it.

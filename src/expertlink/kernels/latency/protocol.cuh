@@ -65,6 +65,7 @@ enum CountColumn {
     kRoomColumn,
     kFirstCountColumn = 8
 };
+static_assert(kFirstCountColumn == kHostHeadColumns);
 
 // Tagged word: what `rank` says in its count row.
 __device__ __forceinline__ unsigned long long* count_word(char* base, unsigned transfer, int rank,
