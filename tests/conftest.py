@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from depth import deep
 from hypothesis import settings
 
 from expertlink.launch import DeviceType, RankPool
+from support.depth import deep
 
 # The first example of a test may start processes, so examples have no deadline of their own. On CI
 # the examples are the same in every run: a red run is then about the change at hand.

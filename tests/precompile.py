@@ -12,7 +12,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from nvlink_cases import (
+from expertlink.engines.nvlink.arena import ArenaPlan
+from expertlink.engines.nvlink.launch import compile_for
+from expertlink.engines.nvlink.ll import plan as ll_plan
+from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from support.nvlink_cases import (
     LATENCY,
     Kernels,
     hosted_kernels,
@@ -20,12 +24,7 @@ from nvlink_cases import (
     latency_process_kernels,
     process_kernels,
 )
-from rank_jobs import config_of
-
-from expertlink.engines.nvlink import latency_plan
-from expertlink.engines.nvlink.arena import ArenaPlan
-from expertlink.engines.nvlink.kernels import compile_for
-from expertlink.engines.nvlink.latency_plan import LatencyPlan
+from support.rank_jobs import config_of
 
 
 def compile_one(wanted: Kernels, arch: str) -> None:
@@ -35,14 +34,14 @@ def compile_one(wanted: Kernels, arch: str) -> None:
     if wanted.latency:
         fields = {**LATENCY, "quantization": "e4m3_float32" if wanted.quantized else None}
     config = config_of(shape.case(), "cuda:0", **fields)
-    usual_words = latency_plan._MASK_WORDS
+    usual_words = ll_plan._MASK_WORDS
     try:
         if wanted.mask_words is not None:
-            latency_plan._MASK_WORDS = wanted.mask_words
+            ll_plan._MASK_WORDS = wanted.mask_words
         plan = (LatencyPlan if wanted.latency else ArenaPlan).of(config, shape.ranks)
         compile_for(config, plan, num_ranks=shape.ranks, arch=arch, hosted=wanted.hosted)
     finally:
-        latency_plan._MASK_WORDS = usual_words
+        ll_plan._MASK_WORDS = usual_words
 
 
 def compile_all(arch: str, *, workers: int | None = None) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import soak_jobs
-
 from expertlink.launch import RankPool
+from support import soak_jobs
 
 RANKS = 4
 TIMEOUT_S = 3600.0

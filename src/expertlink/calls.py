@@ -12,6 +12,7 @@ from expertlink.autograd import FollowedDispatch, needs_grad
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, DispatchCall, Dispatched
 from expertlink.errors import InputError
+from expertlink.fast_path import UsualForm
 from expertlink.handles import (
     check_current,
     check_handle,
@@ -19,7 +20,6 @@ from expertlink.handles import (
     check_unconsumed,
 )
 from expertlink.types import DispatchBuffers, DispatchHandle, QuantScales, RowKind
-from expertlink.usual import UsualForm
 from expertlink.validation import (
     check_output_buffer,
     check_routing,

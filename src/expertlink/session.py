@@ -15,9 +15,9 @@ from torch import Tensor
 from expertlink.calls import CallBuilder
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import Engine
-from expertlink.engines.meeting import meet, resolve_device
+from expertlink.engines.ranks.meeting import meet, resolve_device
+from expertlink.engines.ranks.wire import Wire
 from expertlink.engines.select import EngineChoice, build_engine, choose_engine
-from expertlink.engines.wire import Wire
 from expertlink.errors import ConfigurationError, InputError, NotPicklableError
 from expertlink.requests import Life
 from expertlink.routing import Placement

@@ -51,7 +51,7 @@ _COPY_UNIT = 16  # bytes that bulk copies move at least
 
 def compile_ceiling(kind: str, arch: str) -> CompiledKernel:
     """The kernel of a ceiling, "put" or "get"; needs no GPU."""
-    return compile_kernel("ceiling", f"{kind}_rows", arch, prelude=ARGUMENTS.declaration)
+    return compile_kernel("bench/ceiling", f"{kind}_rows", arch, prelude=ARGUMENTS.declaration)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ ARGUMENTS = Struct(
 
 def compile_flag_latency(arch: str) -> CompiledKernel:
     """The kernel; needs no GPU."""
-    return compile_kernel("flag_latency", "flag_latency", arch, prelude=ARGUMENTS.declaration)
+    return compile_kernel("bench/flag_latency", "flag_latency", arch, prelude=ARGUMENTS.declaration)
 
 
 class FlagLatency:

@@ -9,9 +9,9 @@ import torch
 
 from expertlink.config import NVLINK_ONLY, MoECommunicatorConfig
 from expertlink.engines.base import Engine
-from expertlink.engines.collective import CollectiveEngine
+from expertlink.engines.collective.engine import CollectiveEngine
 from expertlink.engines.nvlink import build
-from expertlink.engines.wire import Wire
+from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import EngineUnavailableError
 from expertlink.routing import Placement
 

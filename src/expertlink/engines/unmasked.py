@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertlink.engines.wire import Wire
+from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import ConfigurationError
 
 

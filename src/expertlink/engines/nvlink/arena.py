@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.header import NUM_FIELDS
 from expertlink.engines.nvlink.capture import capture_of
+from expertlink.engines.ranks.header import NUM_FIELDS
 from expertlink.errors import ConfigurationError, EngineUnavailableError, InputError
 from expertlink.types import DispatchLayout
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink import latency_plan
 from expertlink.engines.nvlink.arena import (
     Arena,
     ArenaPlan,
@@ -16,22 +15,23 @@ from expertlink.engines.nvlink.arena import (
     RowShape,
     SymmetricBuffer,
 )
-from expertlink.engines.nvlink.common import NvlinkBase
-from expertlink.engines.nvlink.engine import NvlinkEngine
-from expertlink.engines.nvlink.kernels import (
+from expertlink.engines.nvlink.engine import NvlinkBase
+from expertlink.engines.nvlink.ht.dispatch import HighThroughput
+from expertlink.engines.nvlink.ht.engine import NvlinkEngine
+from expertlink.engines.nvlink.launch import (
     LATENCY_WARPS,
     BlockShape,
     DeviceRunner,
     KernelPlan,
     Run,
 )
-from expertlink.engines.nvlink.latency import LowLatency
-from expertlink.engines.nvlink.latency_arena import LatencyArena
-from expertlink.engines.nvlink.latency_engine import LatencyEngine
-from expertlink.engines.nvlink.latency_plan import LatencyPlan
-from expertlink.engines.nvlink.throughput import HighThroughput
+from expertlink.engines.nvlink.ll import plan as ll_plan
+from expertlink.engines.nvlink.ll.arena import LatencyArena
+from expertlink.engines.nvlink.ll.dispatch import LowLatency
+from expertlink.engines.nvlink.ll.engine import LatencyEngine
+from expertlink.engines.nvlink.ll.plan import LatencyPlan
 from expertlink.engines.nvlink.watchdog import Watchdog
-from expertlink.engines.wire import Wire
+from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import ConfigurationError, EngineUnavailableError, ExpertlinkError
 from expertlink.jit import compiler
 from expertlink.routing import Placement
@@ -183,7 +183,7 @@ def serves_latency(config: MoECommunicatorConfig, placement: Placement) -> bool:
     if config.mode != "ll":
         return False
     most = max(len(experts) for experts in placement.experts_of_rank)
-    why_not = latency_plan.obstacle(config, num_ranks=placement.num_ranks, num_local=most)
+    why_not = ll_plan.obstacle(config, num_ranks=placement.num_ranks, num_local=most)
     if why_not is None:
         return True
     if config.mask_lost_peers:

@@ -1,41 +1,30 @@
-"""The nvlink engine in high-throughput mode: agreement, order and failures of calls."""
+"""What both modes of the nvlink engine share behind the seam of engines/base.py."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import NoReturn
+import contextlib
+import weakref
 
 import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines import extras
-from expertlink.engines.agreement import judge
-from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
-from expertlink.engines.buffers import in_scale_order, into_buffers, into_tokens, largest_output
-from expertlink.engines.header import NUM_FIELDS, Operation
-from expertlink.engines.nvlink.arena import Arena
+from expertlink.engines.nvlink.arena import Arena, RowShape
 from expertlink.engines.nvlink.capture import is_capturing
-from expertlink.engines.nvlink.common import ALIGNMENT, NvlinkBase, check_address, nothing_left
-from expertlink.engines.nvlink.route import Route, as_route
-from expertlink.engines.nvlink.throughput import HighThroughput, Started
-from expertlink.engines.nvlink.watchdog import DISAGREE, Mail, Watchdog
-from expertlink.engines.unmasked import Unmasked
-from expertlink.engines.wire import Wire
-from expertlink.errors import (
-    CapacityError,
-    ConfigurationError,
-    EngineUnavailableError,
-    InputError,
-)
+from expertlink.engines.nvlink.tables import Route, as_route
+from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.ranks.agreement import without_counts
+from expertlink.engines.ranks.header import Operation
+from expertlink.engines.ranks.wire import Wire
+from expertlink.errors import InputError
 from expertlink.routing import Placement
-from expertlink.types import CallStatistics, DispatchBuffers, RowKind
-from expertlink.validation import explain_ids
+from expertlink.types import DispatchLayout
+
+ALIGNMENT = 16  # bytes of what kernels read and write at once
 
 
-class NvlinkEngine(NvlinkBase, Unmasked):
-    """Moves many rows: dispatches whose counts the host may learn, and combines.
+class NvlinkBase:
+    """An engine whose kernels address the memory of other GPUs.
 
     Args:
         config: the communicator's.
@@ -43,11 +32,10 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         placement: where the experts live.
         arena: memory shared with the other ranks.
         watchdog: host memory that the kernels write.
-        calls: queues this rank's calls.
-        check: ranks agree before every combine and cached dispatch.
+        check: ranks agree before calls that do not agree by themselves.
     """
 
-    quantizes = False
+    name = "nvlink"
 
     def __init__(
         self,
@@ -57,169 +45,112 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         placement: Placement,
         arena: Arena,
         watchdog: Watchdog,
-        calls: HighThroughput,
         check: bool,
     ) -> None:
-        if config.combine_precision == "exact":
-            raise EngineUnavailableError("combine_precision='exact' needs low-latency kernels")
-        super().__init__(
-            config, wire=wire, placement=placement, arena=arena, watchdog=watchdog, check=check
-        )
-        self._calls = calls
+        self._config, self._wire, self._placement = config, wire, placement
+        self.arena, self.watchdog, self._check = arena, watchdog, check
+        arena.join(wire.number)
+        watchdog.attach(wire.post_abort, wire.abort_reason)
+        watchdog.interrupted = weakref.WeakMethod(self.abort)
+        self._rows = RowShape.of(config)
 
-    def enable_statistics(self) -> CallStatistics:
-        """Refuses: these kernels count nothing."""
-        raise ConfigurationError("statistics are kept by mode='ll' on the nvlink engine")
+    def set_timeout(self, timeout_s: float) -> None:
+        """Bounds later waits, in seconds."""
+        self._wire.timeout_s = timeout_s
+        self.watchdog.set_timeout(timeout_s)
 
-    def make_buffers(self, rows: RowKind) -> DispatchBuffers:
-        """Outputs of the largest shape; tables and copies of the rest are made by every call."""
-        placement = self._placement
-        output = largest_output(
-            self._config,
-            rows,
-            num_ranks=placement.num_ranks,
-            num_local=len(placement.experts_of_rank[self._wire.rank]),
-            device=self._wire.device,
-        )
-        return DispatchBuffers(output=output, tables=None, kind=rows)
+    def close(self) -> None:
+        """Waits for the calls under way, then lets go of memory and group.
 
-    def refuse(self, operation: str, error: Exception) -> NoReturn:
-        """Raises `error` here and `PeerError` on the ranks that agree on this call."""
-        kind = Operation[operation.upper()]
-        if is_capturing():
-            raise error  # a capture is no call: the peers know nothing of it
-        if kind is Operation.DISPATCH:
-            number = self._enter(kind.title)
-            self._begin(number)
-            mail = self._calls.refuse(kind, number=number)
-            if mail is not None:
-                self._judge(mail, refused=error)
-        elif self._check:
-            self._enter(kind.title)
-            self._agree(kind, refused=error)
-        raise error
+        The arena goes with the last communicator that shares it.
+        """
+        with contextlib.suppress(RuntimeError):  # a broken context has nothing under way
+            torch.cuda.synchronize(self.arena.device)
+        if self.arena.leave(self._wire.number):
+            self.watchdog.release()
+        self._wire.close()
 
-    # -- calls ------------------------------------------------------------------------------------
+    def abort(self, reason: str) -> None:
+        """Ends this communicator, and those that share its memory, on all ranks. Never raises."""
+        if self.watchdog.dead:
+            return
+        self.watchdog.fail(f"abort: {reason}")
+        # Peers that learn of it wait a moment for the reason.
+        with contextlib.suppress(RuntimeError):
+            self.arena.tell_abort()
+        self.watchdog.post_abort(reason)
 
-    def dispatch(self, call: DispatchCall) -> Dispatched:
-        """Queues a dispatch; waits for all ranks' counts where the host has to know them."""
-        kind = Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH
-        call = into_tokens(call)
-        try:
-            self._rows.check(call.x_TW, call.scales)
-            check_address(call.output_buffer)
-        except InputError as error:
-            self.refuse(kind.name, error)
-        number = self._enter(kind.title)
-        if number == 0 and call.previous is None and not self._config.static_shapes:
-            raise InputError(
-                "a dispatch without previous_handle waits for the row counts of all ranks, so it "
-                "cannot be captured in a CUDA graph: configure static_shapes=True, or capture "
-                "cached dispatches"
-            )
-        if call.x_TW.data_ptr() % 16:
-            call = dataclasses.replace(call, x_TW=call.x_TW.clone())
-        if self._check and number and call.previous is not None:
-            self._agree(
-                kind,
-                row_bytes=extras.row_bytes(call.x_TW),
-                extra_bytes=extras.width(call),
-                subject=as_route(call.previous).number,
-            )
-        self._begin(number)
-        started = self._calls.dispatch(call, number=number)
-        if started.output is None or started.route is None:
-            self._refused(call, started)
-        output = started.output
-        if call.buffers is None:
-            output = in_scale_order(self._config, output)
-        else:
-            output, fill = into_buffers(call.buffers, output)
-            fill()
-        return Dispatched(
-            output=output,
-            state=started.route,
-            finish=nothing_left,
-            call=self._wire.call,
-            topk_ids_TK=started.route.ids_TK,
-        )
+    def memory_estimate(self) -> dict[str, int]:
+        """Bytes of the arena by region; no call needs more beyond its inputs and outputs."""
+        return self.arena.plan.regions()
 
-    def combine(self, call: CombineCall) -> Combined:
-        """Queues a combine."""
-        number = self._enter("combine")
-        if self._check and number:
-            self._agree(Operation.COMBINE, subject=as_route(call.state).number)
-        self._begin(number)
-        if call.slot_weights is not None:
-            route = with_slot_weights(as_route(call.state), call.slot_weights)
-            call = dataclasses.replace(call, state=route)
-        out_TH = call.out_TH
-        if out_TH.data_ptr() % ALIGNMENT:
-            call = dataclasses.replace(call, out_TH=torch.empty_like(out_TH))
-        grads_TK = self._calls.combiner.combine(call)
-        if call.out_TH is not out_TH:
-            out_TH.copy_(call.out_TH)
-        return Combined(out_TH=out_TH, weight_grads_TK=grads_TK, finish=nothing_left)
+    def wire_rows(self, state: object) -> tuple[list[int], list[int]]:
+        """Rows sent to and received from each rank, own rank included."""
+        return as_route(state).wire_rows()
 
-    def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
-        """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
-        number = self._enter(Operation.WEIGHT_GRADS.title)
-        if self._check and number:
-            self._agree(Operation.WEIGHT_GRADS, subject=as_route(state).number)
-        self._begin(number)
-        return self._calls.combiner.weight_grads(as_route(state), weight_grads)
+    def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
+        """Expanded layouts: first slot and rows of each source in each group, `[E_loc, R]`."""
+        return expert_ranges(as_route(state), self._config.layout)
+
+    def check_health(self) -> None:
+        """Raises what the kernels have reported since the last call, and overflows."""
+        self.watchdog.check(self._wire.call)
+        self.watchdog.check_overflow()
+
+    def slot_weights(self, state: object) -> Tensor | None:
+        """Expanded layouts: routing weight of every slot, 0 where none is filled."""
+        return as_route(state).slot_weights()
 
     # -- shared -----------------------------------------------------------------------------------
 
-    def _begin(self, number: int) -> None:
-        stream = torch.cuda.current_stream(self.arena.device)
-        self.arena.enter(stream, capturing=number == 0)
+    def _enter(self, phase: str) -> int:
+        """Begins a call; returns its number, 0 in a capture, which launches nothing."""
+        wire = self._wire
+        capturing = is_capturing()
+        number = wire.call if capturing else wire.call + 1
+        wire.enter(phase, number)
+        self.watchdog.check(number)
+        return 0 if capturing else number
 
-    def _judge(
+    def _agree(
         self,
-        mail: Mail,
+        operation: Operation,
         *,
         refused: Exception | None = None,
-        explain: Callable[[], Exception] | None = None,
-    ) -> NoReturn:
-        """Raises why a dispatch does not happen, the same on all ranks."""
-        error = self.watchdog.disagreement(mail.heads)
-        if self.watchdog.is_fatal(mail.heads):
-            self.watchdog.fail(str(error))
-            raise error if refused is None else refused
-        # The ranks that refused say why.
-        judge(
+        row_bytes: int = 0,
+        extra_bytes: int = 0,
+        subject: int = 0,
+    ) -> None:
+        """Exchanges headers between the hosts."""
+        without_counts(
             self._wire,
-            Operation.DISPATCH,
-            [words[:NUM_FIELDS] for words in mail.heads],
+            operation,
+            num_experts=self._placement.num_experts,
             refused=refused,
-            explain=explain,
-            resynchronise=False,
+            row_bytes=row_bytes,
+            extra_bytes=extra_bytes,
+            subject=subject,
+        ).conclude()
+
+
+def expert_ranges(route: Route, layout: DispatchLayout) -> tuple[Tensor, Tensor]:
+    """See `Engine.expert_ranges`."""
+    first_ER = route.table("first_slot").t()
+    ends_E = first_ER[:, 0] + route.table("counts")
+    counts_ER = torch.cat([first_ER[:, 1:], ends_E[:, None]], dim=1) - first_ER
+    groups_E = torch.zeros_like(ends_E)
+    if layout is DispatchLayout.EXPERT_MAJOR:
+        groups_E = torch.arange(len(ends_E), dtype=torch.int32, device=ends_E.device)
+        groups_E *= route.layout.rows
+    return first_ER - groups_E[:, None], counts_ER
+
+
+def check_address(buffer: Tensor | None) -> None:
+    if buffer is not None and buffer.data_ptr() % ALIGNMENT:
+        raise InputError(
+            f"output_buffer starts at an address that is no multiple of {ALIGNMENT} bytes"
         )
-        raise error
-
-    def _refused(self, call: DispatchCall, started: Started) -> NoReturn:
-        """A dispatch that no rank carries out."""
-        mail, number = started.mail, self._wire.call
-        assert mail is not None
-        if mail.verdict == DISAGREE:
-            ids_TK = call.topk_ids_TK
-            assert ids_TK is not None
-            self._judge(mail, explain=lambda: explain_ids(ids_TK, self._placement.num_experts))
-        raise CapacityError(
-            f"rank {mail.rank} would receive {mail.rows} rows in dispatch #{number} but has room "
-            f"for {mail.capacity} (max_recv_tokens_per_rank or its output_buffer); nothing was "
-            "placed",
-            rank=mail.rank,
-            rows=mail.rows,
-            capacity=mail.capacity,
-        )
 
 
-def with_slot_weights(route: Route, slot_weights: Tensor) -> Route:
-    """The same routing with other weights: one for every slot of an expanded layout."""
-    weights = slot_weights.reshape(-1)
-    # Entries beyond the last row, and those that name no slot, are never multiplied.
-    slots = route.table("choices").clamp(min=0, max=max(weights.numel() - 1, 0))
-    picked = weights[slots] if weights.numel() else weights.new_zeros(slots.shape)
-    return dataclasses.replace(route, weights_block=picked, weighted=True)
+def nothing_left() -> None:
+    """All work of a call is queued before it returns."""

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from expertlink.engines.agreement import difference, width_difference
-from expertlink.engines.header import NUM_FIELDS, Operation, Word, title_of
 from expertlink.engines.nvlink.arena import HEAD_WORDS
+from expertlink.engines.ranks.agreement import difference, width_difference
+from expertlink.engines.ranks.header import NUM_FIELDS, Operation, Word, title_of
 from expertlink.errors import (
     AbortError,
     CapacityError,

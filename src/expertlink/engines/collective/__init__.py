@@ -1,0 +1,1 @@
+"""The engine `collective`: rows move through torch.distributed."""

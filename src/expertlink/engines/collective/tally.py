@@ -1,0 +1,47 @@
+"""Running totals of calls in plain torch, from what the host knows of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from expertlink.engines.collective.route import Splits
+from expertlink.types import CallStatistics
+
+
+class Tally:
+    """Adds calls to `CallStatistics`.
+
+    Args:
+        rank: this rank, whose own rows cost no bytes.
+        num_ranks: R.
+        num_local: E_loc.
+        device: where the totals live.
+    """
+
+    def __init__(self, *, rank: int, num_ranks: int, num_local: int, device: torch.device) -> None:
+        self._rank = rank
+        with torch.inference_mode(False):  # calls of any mode write to them
+            self.totals = CallStatistics.zeros(
+                num_local=num_local, num_ranks=num_ranks, device=device
+            )
+
+    def add(self, splits: Splits, row_bytes: int, tokens_per_expert: Tensor | None = None) -> None:
+        """Adds a call.
+
+        Args:
+            splits: rows sent to and received from each rank.
+            row_bytes: bytes of a row and of its scales.
+            tokens_per_expert: `[E_loc]` of a dispatch.
+        """
+        rows = torch.tensor([splits.send, splits.receive], device="cpu")
+        nbytes = rows * row_bytes
+        nbytes[:, self._rank] = 0
+        totals = self.totals
+        table = torch.cat([rows, nbytes]).to(totals.rows_sent.device, non_blocking=True)
+        totals.rows_sent.add_(table[0])
+        totals.rows_received.add_(table[1])
+        totals.bytes_sent.add_(table[2])
+        totals.bytes_received.add_(table[3])
+        if tokens_per_expert is not None:
+            totals.tokens_per_expert.add_(tokens_per_expert)

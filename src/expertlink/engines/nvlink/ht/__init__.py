@@ -1,0 +1,1 @@
+"""High-throughput mode: thousands of tokens, for training and prefill."""

@@ -1,0 +1,1 @@
+"""Low-latency mode: a few tokens, for decode, in CUDA graphs."""

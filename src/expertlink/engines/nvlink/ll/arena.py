@@ -1,0 +1,109 @@
+"""What low-latency calls share: the arena with its counters, and memory of routings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink.arena import Arena, Buffer
+from expertlink.engines.nvlink.capture import capture_of, is_capturing
+from expertlink.engines.nvlink.launch import raw_stream
+from expertlink.engines.nvlink.ll.halves import Halves
+from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.tables import Route, TableLayout
+
+
+class LatencyArena(Arena):
+    """An arena with the counters of low-latency calls, and the calls of which half is under way.
+
+    Attributes:
+        counters: int64, as `Counters` in kernels/latency/protocol.cuh.
+        masks: `[R]` int32, the part of `counters` that says who is masked.
+        halves: calls whose receiving half has not been launched.
+        epoch: how often the ranks have begun anew.
+    """
+
+    def __init__(
+        self, plan: LatencyPlan, *, rank: int, buffer: Buffer, device: torch.device
+    ) -> None:
+        super().__init__(plan, rank=rank, buffer=buffer, device=device)
+        ranks = self.num_ranks
+        self.counters = torch.zeros(2 + 3 * ranks + 2, dtype=torch.int64, device=device)
+        self.masks = self.counters[2 + 2 * ranks :].view(torch.int32)[ranks : 2 * ranks]
+        self.halves = Halves()
+        self.epoch = 0
+        self._current = raw_stream(device)
+        self._last_raw: int | None = None
+
+    def follow(self) -> None:
+        """Orders torch's current stream after the last call, where that was made on another."""
+        raw = self._current()
+        if raw != self._last_raw:
+            self._change_stream(raw)
+
+    def _change_stream(self, raw: int) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        if not is_capturing():
+            self.enter(stream, capturing=False)
+            self._last_raw = raw
+            return
+        if self._last_raw is not None and self._last is not None:
+            capture = capture_of(self._last_raw)
+            if capture == capture_of(raw):  # calls of this capture may have come on that stream
+                self._captured = capture, self._last
+        self.enter(stream, capturing=True)
+        self._last_raw = None  # every call looks, until an eager one comes
+
+    def capture(self) -> int:
+        """Number of the capture that torch's current stream is in, or 0."""
+        return capture_of(self._current()) if is_capturing() else 0
+
+    def restart(self) -> None:
+        """As before the first call. No rank may be in a call, nor begin one before all are here."""
+        torch.cuda.synchronize(self.device)
+        self.plan.prepare(self.local)
+        self.counters.zero_()
+        self.state.zero_()
+        self.halves = Halves()
+        self.epoch += 1
+        torch.cuda.synchronize(self.device)
+
+
+class LatencyTables(TableLayout):
+    """Tables of a low-latency routing: rows are numbered rank * T_max + position there."""
+
+    dense = False
+
+    def _table_shapes(self, config: MoECommunicatorConfig) -> dict[str, tuple[int, ...]]:
+        return {
+            **super()._table_shapes(config),
+            "rows_to": (self.num_ranks,),
+            "tokens": (self.rows,),
+            "own_weights": (self.max_tokens, config.topk),
+        }
+
+
+@dataclass(eq=False)
+class Tables:
+    """Memory of one routing, and arguments that name it.
+
+    Attributes:
+        block: the tables.
+        ids: `[T, K]` or larger: the ids, kept.
+        dispatch: arguments of dispatches into it.
+        combine: arguments of its combine.
+        routes: what was made of it, by T, whether there are weights, and by what ids and numbers
+            of transfers are kept.
+        named: what the arguments of dispatches say of the rows, where the caller made no scales.
+    """
+
+    block: Tensor
+    ids: Tensor
+    dispatch: Any
+    combine: Any
+    routes: dict[tuple[int, bool, bool, int], Route]
+    named: tuple[object, ...] | None = None

@@ -1,0 +1,95 @@
+"""What the host tells the kernels ll_dispatch and ll_combine: one definition for both sides."""
+
+from __future__ import annotations
+
+import enum
+
+from expertlink.engines.nvlink.ht.arguments import OUTPUTS, constants_of
+from expertlink.jit.kernel import Field, Struct
+
+
+class LatencyFlag(enum.IntFlag):
+    """What a launch does, and with what."""
+
+    SEND = 1
+    RECEIVE = 2
+    WIDE_IDS = 4
+    """`ids` are int64, else int32."""
+    NEW_WEIGHTS = 8
+    """Weights travel. (A rank without tokens has no address for them.)"""
+    GRADS = 16
+    """Gradients of the slots' weights travel."""
+    MASK_LOST = 32
+    """A peer that does not come is masked, and the call goes on without it."""
+    ALONE = 64
+    """The next launch takes no SM before this one leaves it."""
+
+
+FLAG_CONSTANTS = constants_of(LatencyFlag)
+
+# What both kernels begin with: latency/protocol.cuh reads these.
+_COMMON = (
+    Field("char* const*", "bases", "[R] arena of every rank"),
+    Field("State*", "state", "this rank's"),
+    Field("Counters*", "counters", "this rank's"),
+    Field("Control*", "control", "this rank's, in host memory"),
+    Field("int", "rank", "this rank"),
+    Field("int", "operation", "header.Operation"),
+    Field("unsigned", "communicator", "tells communicators apart"),
+    Field("unsigned", "signature", "what all ranks must say of their call alike"),
+    Field("const int*", "subject", "transfer of the dispatch that the call refers to, or null"),
+    Field("int", "flags", "LatencyFlag"),
+    Field("int", "num_tokens", "T"),
+    Field("int", "send_warps", "warps of a block that send rows first, unless there are few rows"),
+    Field("int", "row_bytes", "bytes of a row on the wire"),
+    Field("int", "max_slots", "rows that the output has room for"),
+    Field("const void*", "ids", "[T, K] global expert ids"),
+    Field("void*", "ids_copy", "[T, K] the ids, kept"),
+    Field("const int*", "home_of", "[E] rank * kHomeStride + local index of each expert"),
+    Field("int*", "slots_of_token", "[T, D] rank * T_max + position, ascending, then -1"),
+    Field("int*", "rows_from", "[R] rows received from each rank"),
+    Field("int*", "rows_to", "[R] rows sent to each rank"),
+    Field("int*", "choices_of_row", "[R * T_max, K] slot or local expert of each choice, or -1"),
+    Field("float*", "weights_of_row", "[R * T_max, K] weight of each choice, or null"),
+    Field("int*", "tokens_of_row", "[R * T_max] token that a row belongs to"),
+    Field("long long*", "rows_sent", "[R] statistics, or null"),
+    Field("long long*", "rows_received", "[R] statistics"),
+    Field("long long*", "bytes_sent", "[R] statistics"),
+    Field("long long*", "bytes_received", "[R] statistics"),
+    Field("long long*", "longest_wait_ns", "[R] statistics, or null"),
+)
+
+DISPATCH = Struct(
+    "DispatchArguments",
+    (
+        *_COMMON,
+        Field("const char*", "x", "[T] rows"),
+        Field("int", "input_bytes", "bytes of a row of x"),
+        Field("int", "scale_kind", "ScaleKind: what the kernel quantizes to"),
+        Field("int", "scale_bytes", "bytes of a row's scales"),
+        Field("int", "scale_item", "bytes of a scale"),
+        Field("int", "scale_stride", "slots from a column of scales to the next; 0: by rows"),
+        Field("const char*", "scales", "[T] the caller's scales, or null"),
+        Field("const float*", "weights", "[T, K] weights"),
+        Field("float*", "weights_copy", "[T, K] the weights, kept"),
+        Field("int", "num_local", "E_loc"),
+        Field("int*", "first_row", "[R] rows received from the ranks before"),
+        Field("int*", "first_slot", "[R, E_loc] where a source's rows of an expert start"),
+        Field("int*", "tokens_per_expert", "[E_loc]"),
+        Field("int*", "origin", "where the number of this transfer is kept with the tables"),
+        *OUTPUTS,
+        Field("long long*", "tokens_stat", "[E_loc] statistics, or null"),
+    ),
+)
+
+COMBINE = Struct(
+    "CombineArguments",
+    (
+        *_COMMON,
+        Field("const void*", "rows", "expert outputs in the layout's shape"),
+        Field("void*", "out", "[T] rows"),
+        Field("const float*", "slot_weights", "a weight for every slot, or null"),
+        Field("const float*", "slot_grads", "gradients of the slots' weights"),
+        Field("float*", "grads_out", "[T, K]"),
+    ),
+)

@@ -1,0 +1,288 @@
+"""What the ranks tell each other before rows move: a header per call, the configuration at start.
+
+Every rank sends its header to every rank. So all of them see the same table and come to the same
+verdict: go on, or all raise. Nobody waits for a rank that refused its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertlink.engines.ranks.header import (
+    NUM_FIELDS,
+    HeaderFields,
+    Operation,
+    Word,
+    build_header,
+    title_of,
+)
+from expertlink.engines.ranks.wire import Wire
+from expertlink.errors import InputError, PeerError
+
+_CHUNK = 1024  # words
+
+
+@dataclass(frozen=True)
+class Table:
+    """All ranks' headers.
+
+    Attributes:
+        rows: `[s][d]` rows that rank s sends to rank d.
+        choices: `[R, E]` choices of each global expert by each source rank.
+        capacity: rows each rank has room for, or UNBOUNDED.
+    """
+
+    rows: list[list[int]]
+    choices: Tensor
+    capacity: list[int]
+
+
+class Agreement:
+    """A header exchange under way.
+
+    Args:
+        wire: the ranks' connection.
+        operation: what this rank is about to do.
+        header: this rank's, see header.py.
+        refused: why this rank takes no part, where the header says so.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        operation: Operation,
+        header: Tensor,
+        *,
+        refused: Exception | None = None,
+    ) -> None:
+        self._wire = wire
+        self._operation = operation
+        self._refused = refused
+        words = header.numel()
+        if wire.device.type == "cpu":
+            header = _padded(header)
+        received = header.new_empty((wire.num_ranks, header.numel()))
+        self._received = received[:, :words]
+        self._transfer = wire.gather(header, received)
+
+    def conclude(self, explain: Callable[[], Exception] | None = None) -> Table:
+        """Waits for all headers and raises the same verdict on every rank, or returns the table.
+
+        Args:
+            explain: makes this rank's error where its ids turned out to be faulty.
+
+        Raises:
+            PeerError: the ranks are in different calls, or another rank refused.
+            InputError: the ranks' rows differ in width.
+        """
+        table = self._wire.to_host(self._received, self._transfer)
+        num_ranks = self._wire.num_ranks
+        head = table[:, : NUM_FIELDS + num_ranks].tolist()
+        fields = [words[:NUM_FIELDS] for words in head]
+        judge(self._wire, self._operation, fields, refused=self._refused, explain=explain)
+        return Table(
+            rows=[words[NUM_FIELDS:] for words in head],
+            choices=table[:, NUM_FIELDS + num_ranks :],
+            capacity=[words[Word.CAPACITY] for words in fields],
+        )
+
+
+def _padded(header: Tensor) -> Tensor:
+    """A header of at least 1024 words, so that those of a group's communicators have one size.
+
+    gloo ends the process where a rank sends more than the other one awaits.
+    """
+    return torch.nn.functional.pad(header, (0, -header.numel() % _CHUNK))
+
+
+def without_counts(
+    wire: Wire,
+    operation: Operation,
+    *,
+    num_experts: int,
+    refused: Exception | None = None,
+    row_bytes: int = 0,
+    extra_bytes: int = 0,
+    subject: int = 0,
+) -> Agreement:
+    """Starts to exchange headers of a call that counts nothing.
+
+    Args:
+        wire: the ranks' connection.
+        operation: what this rank is about to do.
+        num_experts: E, sizes the header.
+        refused: why this rank takes no part.
+        row_bytes: bytes of a row.
+        extra_bytes: bytes that travel beside a row.
+        subject: number of the dispatch whose routing the call uses; without meaning in a call that
+            this rank refuses.
+    """
+    fields = HeaderFields(
+        operation=operation,
+        communicator=wire.number,
+        call=wire.call & 0x7FFFFFFF,
+        status=refused is not None,
+        row_bytes=row_bytes,
+        extra_bytes=extra_bytes,
+        subject=subject & 0x7FFFFFFF,
+    )
+    header = build_header(
+        fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=wire.device
+    )
+    return Agreement(wire, operation, header, refused=refused)
+
+
+def judge(
+    wire: Wire,
+    operation: Operation,
+    fields: list[list[int]],
+    *,
+    refused: Exception | None = None,
+    explain: Callable[[], Exception] | None = None,
+    resynchronise: bool = True,
+) -> None:
+    """Raises the verdict that every rank reaches on the same fields, or returns.
+
+    Args:
+        wire: the ranks' connection.
+        operation: what this rank is about to do.
+        fields: `[R][NUM_FIELDS]` what every rank said of its call.
+        refused: why this rank takes no part, where its status says so.
+        explain: makes that error where the device found it out.
+        resynchronise: where the ranks are in different calls, they count on from one number.
+
+    Raises:
+        PeerError: the ranks are in different calls, or another rank refused.
+        InputError: the ranks' rows differ in width.
+    """
+    if not _in_one_call(fields):
+        own = _call_of(fields[wire.rank])
+        odd = [rank for rank, words in enumerate(fields) if _call_of(words) != own]
+        if resynchronise:
+            _resynchronise(wire, fields)
+        text = difference(fields, communicator=wire.number)
+        assert text is not None
+        raise PeerError(text, ranks=odd) from refused
+    _check_status(wire, operation, [words[Word.STATUS] for words in fields], refused, explain)
+    _check_widths(fields)
+
+
+def difference(fields: Sequence[Sequence[int]], *, communicator: int) -> str | None:
+    """What every rank said of its call, in words; None where all make the same call.
+
+    Local, and the same on every rank of a communicator.
+
+    Args:
+        fields: `[R][NUM_FIELDS]` words of the headers; those of widths and capacity are not read.
+        communicator: this rank's own, `Wire.number`.
+    """
+    refusing = [rank for rank, words in enumerate(fields) if words[Word.STATUS]]
+    if not _in_one_call(fields):
+        seen = "; ".join(
+            f"rank {rank} is in {_name_of(words, communicator)}"
+            + (", which it refused" if rank in refusing else "")
+            for rank, words in enumerate(fields)
+        )
+        return (
+            f"the ranks are not in the same call: {seen}. All ranks of a group make the same "
+            "dispatch and combine calls in the same order"
+        )
+    if refusing:
+        names = ", ".join(f"rank {rank}" for rank in refusing)
+        best = max(fields, key=lambda words: words[Word.SUBJECT])
+        return f"{names} refused {_name_of(best, communicator)}"
+    return None
+
+
+def _call_of(words: Sequence[int]) -> tuple[int, ...]:
+    return tuple(words[i] for i in (Word.OPERATION, Word.COMMUNICATOR, Word.CALL, Word.SUBJECT))
+
+
+def _in_one_call(fields: Sequence[Sequence[int]]) -> bool:
+    """A rank that refused its call may not know which dispatch the call belongs to."""
+    calls = {_call_of(words)[:-1] for words in fields}
+    subjects = {words[Word.SUBJECT] for words in fields if not words[Word.STATUS]}
+    return len(calls) == 1 and len(subjects) <= 1
+
+
+def _name_of(words: Sequence[int], communicator: int) -> str:
+    subject = words[Word.SUBJECT]
+    return (
+        f"{title_of(words[Word.OPERATION])} #{words[Word.CALL]}"
+        + (f" of dispatch #{subject}" if subject else "")
+        + ("" if words[Word.COMMUNICATOR] == communicator else " of another communicator")
+    )
+
+
+def _resynchronise(wire: Wire, fields: Sequence[Sequence[int]]) -> None:
+    """Brings all ranks back in step: nobody has made the call that they disagree about."""
+    if all(words[Word.COMMUNICATOR] == wire.number for words in fields):
+        # A rank that missed a call is back in step with the next one.
+        wire.call = max(words[Word.CALL] for words in fields)
+    else:
+        wire.call -= 1  # the ranks that are elsewhere have not counted it
+
+
+def _check_status(
+    wire: Wire,
+    operation: Operation,
+    status: list[int],
+    refused: Exception | None,
+    explain: Callable[[], Exception] | None,
+) -> None:
+    if not any(status):
+        return
+    own = refused
+    if own is None and status[wire.rank] and explain is not None:
+        own = explain()
+    text = "" if own is None else f"{type(own).__name__}: {own}"
+    texts = wire.gather_text(text)
+    if own is not None:
+        raise own
+    ranks = [rank for rank, code in enumerate(status) if code]
+    reasons = "; ".join(f"rank {rank} refused it: {texts[rank]}" for rank in ranks)
+    raise PeerError(f"{operation.title} #{wire.call} did not happen: {reasons}", ranks=ranks)
+
+
+def _check_widths(fields: Sequence[Sequence[int]]) -> None:
+    text = width_difference(fields)
+    if text is not None:
+        raise InputError(text)
+
+
+def width_difference(fields: Sequence[Sequence[int]]) -> str | None:
+    """In what the ranks' rows differ, in words; None where they do not. The same on every rank."""
+    for word, what in (
+        (Word.ROW_BYTES, "row"),
+        (Word.EXTRA_BYTES, "scales and weights beside a row"),
+    ):
+        values = [words[word] for words in fields]
+        if len(set(values)) > 1:
+            return (
+                f"ranks disagree about the bytes of {what}: {_by_value(values)}; every rank of a "
+                "group must pass the same dtype, width, scales and either weights or none"
+            )
+    return None
+
+
+def _by_value(values: Sequence[object]) -> str:
+    groups: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        groups.setdefault(str(value), []).append(rank)
+    return ", ".join(
+        f"{value} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        for value, ranks in groups.items()
+    )
+
+
+def compare(values: dict[str, Sequence[object]]) -> list[str]:
+    """One sentence part for every name whose values differ between ranks."""
+    return [
+        f"{name}: {_by_value(per_rank)}"
+        for name, per_rank in values.items()
+        if len(set(map(str, per_rank))) > 1
+    ]

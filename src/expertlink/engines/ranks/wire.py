@@ -1,0 +1,487 @@
+"""Bounded exchanges over a torch process group, and finding out who is missing when one fails.
+
+Everything the collective engine sends goes through `Wire.exchange`, an all-to-all. A wait that
+fails or expires ends in `PeerTimeoutError`: the ranks that are still there say so in the group's
+key-value store, the ones that do not are missing. A rank that gives up says so there as well, and
+those that wait for it raise `AbortError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
+
+from expertlink.engines.ranks.board import Board, StoreSilentError, Watch
+from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
+
+logger = logging.getLogger("expertlink")
+
+_GRACE_S = 2.0  # how long a rank whose wait failed listens for the others' signs of life
+_REASON_S = 0.5  # how long the reason of an abort that has been heard of is waited for
+_POLL_S = 0.02
+_SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
+_MARGIN_S = 5.0  # gloo ends its waits itself; the host only guards against itself
+_TEXT_BYTES = 2048
+_ABORT = "abort"  # name under which a rank posts that it gave up
+_UNUSED_TAG = 0x7EADBEE
+
+# Aborts that have been raised here. A meeting can be repeated under its old name, and then those of
+# the attempt before do not count.
+_heeded: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What identifies a rank's process."""
+
+    host: str
+    pid: int
+
+    @staticmethod
+    def here() -> Peer:
+        """This process."""
+        return Peer(socket.gethostname(), os.getpid())
+
+    def fate(self) -> str:
+        """What can be said about the process from here."""
+        if self.host != socket.gethostname():
+            return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} " + ("has exited" if self.has_exited() else "is alive")
+
+    def has_exited(self) -> bool:
+        """Whether the process is known to have ended."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+            with open(f"/proc/{self.pid}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0] in "ZX"
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+
+
+class Transfer:
+    """An exchange under way."""
+
+    def __init__(self, wait: Callable[[], None], keep: object = None) -> None:
+        self._wait = wait
+        self._keep = keep  # what refers to the tensors, which must outlive the transfer
+
+    def wait(self) -> None:
+        """CPU: blocks until the data is there. CUDA: orders the current stream after it."""
+        self._wait()
+
+
+class Wire:
+    """All-to-all exchanges of one communicator; without a group, of a single rank with itself."""
+
+    def __init__(self, group: Any | None, *, device: torch.device, timeout_s: float) -> None:
+        self.group = group
+        self.rank: int = 0 if group is None else group.rank()
+        self.num_ranks: int = 1 if group is None else group.size()
+        self.device = device
+        self.timeout_s = timeout_s
+        self.peers: list[Peer] = []
+        self.number = 0  # of the communicator, the same on all ranks
+        self.phase = "start"
+        self.call = 0  # sequence number of the current call, counted alike on all ranks
+        self._board: Board | None = None
+        if group is not None and self.num_ranks > 1:
+            self._board = Board(group.get_group_store())
+        self._under_way: set[Any] = set()  # CPU: operations that have not been seen to end
+        self._pinned: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        self._broken: str | None = None
+        self._closed = False
+
+    def name(self, key: str) -> None:
+        """Gives the communicator's texts in the store a name of their own."""
+        if self._board is not None:
+            self._board.key = f"expertlink/{key}"
+
+    def enter(self, phase: str, call: int) -> None:
+        """Names what the following exchanges belong to, for error messages.
+
+        Raises:
+            ClosedError: an earlier wait failed; the process group cannot be used any more.
+        """
+        if self._closed or self._broken is not None:
+            self.check()
+        self.phase, self.call = phase, call
+
+    def check(self) -> None:
+        """Raises ClosedError where an earlier wait failed, a rank aborted, or this is closed."""
+        if self._closed:
+            raise ClosedError("this communicator is closed")
+        if self._broken is not None:
+            raise ClosedError(
+                f"this communicator is unusable after an earlier failure: {self._broken}"
+            )
+
+    def close(self) -> None:
+        """Lets go of the group, also where results of old calls still refer to this wire.
+
+        A process group that outlives `destroy_process_group` can abort the process at its exit.
+        """
+        self._closed = True
+        self.group = self._board = None
+
+    def abort(self, reason: str) -> None:
+        """Gives up: later calls are refused here, and whoever waits for this rank learns why.
+
+        Takes a bounded time and raises nothing.
+        """
+        if self._broken is None:
+            self._broken = f"rank {self.rank} aborted: {reason}"
+        self.post_abort(reason)
+        if self.device.type == "cpu":
+            self._disconnect()
+
+    def post_abort(self, reason: str) -> None:
+        """Tells the others that this rank gave up. Takes a bounded time and raises nothing."""
+        if self._board is None:
+            return
+        text = f"{self.rank}:{uuid.uuid4().hex}:{reason[:_TEXT_BYTES]}"
+        try:
+            self._board.post(f"{_ABORT}/{self.rank}", text)
+            self._board.post_first(_ABORT, text)
+        except RuntimeError as error:
+            logger.debug("rank %d: the others do not learn of the abort: %s", self.rank, error)
+
+    def abort_reason(self, rank: int) -> str:
+        """Why a rank gave up, once that is known to have happened; empty if it does not say."""
+        if self._board is None:
+            return ""
+        deadline = time.monotonic() + _REASON_S
+        with contextlib.suppress(RuntimeError):
+            while True:
+                text = self._board.read(f"{_ABORT}/{rank}")
+                if text is not None:
+                    return text.split(":", 2)[2]
+                if time.monotonic() > deadline:
+                    return ""
+                time.sleep(_POLL_S)
+        return ""
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """What every rank must finish or refuse alike; where this one cannot, it aborts.
+
+        Errors of this library leave the ranks in step, or have been told to the others. Anything
+        else (ctrl-C, out of memory) ends in the middle of it: a later call of this rank would meet
+        other ranks in an earlier one.
+        """
+        try:
+            yield
+        except ExpertlinkError:
+            raise
+        except BaseException as error:
+            if self._broken is None:
+                name = type(error).__name__
+                self.abort(f"{name}: {error}" if str(error) else name)
+                if self.device.type == "cuda":
+                    self._disconnect()
+            raise
+
+    def exchange(
+        self,
+        send: Tensor,
+        receive: Tensor,
+        send_splits: Sequence[int] = (),
+        receive_splits: Sequence[int] = (),
+    ) -> Transfer:
+        """Starts an all-to-all over the first dimension; no splits: equal parts.
+
+        `send` and `receive` must stay referenced until the transfer has been waited for.
+        """
+        if self.group is None or self.num_ranks == 1:
+            receive.copy_(send)
+            return Transfer(lambda: None)
+        group, options = self.group, self._bounded(AllToAllOptions())
+        splits = (list(receive_splits), list(send_splits))
+        return self._start(lambda: group.alltoall_base(receive, send, *splits, options))
+
+    def gather(self, row: Tensor, rows: Tensor) -> Transfer:
+        """Starts sending `row` to every rank; `rows [R, ...]` receives one from each."""
+        if self.group is None or self.num_ranks == 1:
+            rows.copy_(row)
+            return Transfer(lambda: None)
+        if not row.is_cuda:  # gloo gathers in a ring, one neighbour after another
+            return self.exchange(row.repeat(self.num_ranks, 1), rows)
+        group, options = self.group, self._bounded(AllgatherOptions())
+        return self._start(lambda: group._allgather_base(rows, row, options))
+
+    def _bounded(self, options: Any) -> Any:
+        options.asyncOp = True
+        options.timeout = datetime.timedelta(seconds=self.timeout_s)
+        return options
+
+    def _start(self, issue: Callable[[], Any]) -> Transfer:
+        phase, call, started = self.phase, self.call, time.monotonic()
+        try:
+            work = issue()
+        except RuntimeError as error:
+            raise self._diagnose(error, phase=phase, call=call, started=started) from error
+        if self.device.type == "cpu":
+            self._under_way = {old for old in self._under_way if not old.is_completed()}
+            self._under_way.add(work)
+
+        def wait() -> None:
+            self.check()
+            with self.whole():
+                try:
+                    self._complete(work, phase=phase, call=call, started=started)
+                except ExpertlinkError:
+                    raise
+                except (RuntimeError, TimeoutError) as error:
+                    raise self._diagnose(error, phase=phase, call=call, started=started) from error
+
+        return Transfer(wait, keep=issue)
+
+    def _complete(self, work: Any, *, phase: str, call: int, started: float) -> None:
+        """Waits for an operation: on CPUs for its end, on CUDA the current stream does."""
+        if self.device.type != "cpu":
+            work.wait()
+            return
+        watch = self._watch()
+        while True:
+            try:
+                work.wait(_SLICE)
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # raises if that is how it ended
+            if work.is_completed():
+                self._under_way.discard(work)
+                return
+            self._heed(watch, phase=phase, call=call)
+            waited = time.monotonic() - started
+            if waited > self.timeout_s + _MARGIN_S:
+                raise TimeoutError(f"no end for {waited:.1f} s")
+
+    def _watch(self) -> Watch | None:
+        return None if self._board is None else self._board.watch(_ABORT)
+
+    def _heed(self, watch: Watch | None, *, phase: str, call: int) -> None:
+        """Raises AbortError if another rank has given up, as far as is known yet."""
+        text = None if watch is None else watch.look()
+        if text is not None and text not in _heeded:
+            raise self._aborted(text, phase=phase, call=call)
+
+    def _aborted(self, text: str, *, phase: str, call: int) -> AbortError:
+        _heeded.add(text)
+        rank, _, reason = text.split(":", 2)
+        self._broken = f"rank {rank} aborted: {reason}"
+        self._disconnect()
+        return AbortError(
+            f"rank {rank} aborted while rank {self.rank} was in {phase} #{call}: {reason}",
+            rank=int(rank),
+            reason=reason,
+        )
+
+    def _disconnect(self) -> None:
+        """Ends operations that are under way, after which the process group cannot be used.
+
+        Left alone they would block the stream, or the group's destructor, until their time-out.
+        """
+        group = self.group
+        if group is None or self.num_ranks == 1:
+            return
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError, AttributeError):
+                group.abort()
+            return
+        # gloo has no abort; but a receive that expires closes all connections. One from a rank
+        # that has closed its own fails at once, and closes nothing.
+        word = torch.empty(1, dtype=torch.uint8, device="cpu")
+        for step in range(1, self.num_ranks):
+            if all(work.is_completed() for work in self._under_way):
+                break
+            with contextlib.suppress(RuntimeError):
+                receive = group.recv([word], (self.rank + step) % self.num_ranks, _UNUSED_TAG)
+                receive.wait(datetime.timedelta(milliseconds=1))
+        self._under_way.clear()
+
+    def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
+        """Waits for `after` and copies `values` to the host, within the time-out.
+
+        The result is good until the next call with the same shape.
+        """
+        if after is not None:
+            after.wait()
+        if not values.is_cuda or self.num_ranks == 1:
+            return values.cpu()
+        key = (values.shape, values.dtype)
+        host = self._pinned.get(key)
+        if host is None:
+            with torch.inference_mode(False):  # calls of any mode write to it
+                host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+            self._pinned[key] = host
+        host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        with self.whole():
+            self._poll(arrived)
+        return host
+
+    def _poll(self, arrived: torch.cuda.Event) -> None:
+        started = time.monotonic()
+        watch = self._watch()
+        announced = False
+        while not arrived.query():
+            self._heed(watch, phase=self.phase, call=self.call)
+            waited = time.monotonic() - started
+            if waited > min(1.0, self.timeout_s / 4) and not announced:
+                announced = True
+                with contextlib.suppress(RuntimeError):  # a lost store is found out in due course
+                    self._post(waited)
+            if waited > self.timeout_s:
+                error = TimeoutError(f"no answer for {waited:.1f} s")
+                raise self._diagnose(error, phase=self.phase, call=self.call, started=started)
+
+    def assemble(self, attempt: int) -> None:
+        """Waits until every rank is here, through the store: nothing is lost if one is not.
+
+        A first collective cannot be bounded everywhere: NCCL connects all ranks before it looks at
+        the clock.
+        """
+        board = self._board
+        if board is None:
+            return
+        self.call = attempt
+        self.name(f"meeting {attempt}")
+        started = time.monotonic()
+        with self.whole():
+            try:
+                if (board.read(_ABORT) or "").startswith(f"{self.rank}:"):
+                    board.take_back(_ABORT)  # of an attempt that this rank repeats
+                self._post(0.0)
+                self._await_all(board, attempt, started)
+            except ExpertlinkError:
+                raise
+            except RuntimeError as error:
+                raise self._diagnose(
+                    error, phase=self.phase, call=attempt, started=started
+                ) from error
+
+    def _await_all(self, board: Board, attempt: int, started: float) -> None:
+        watch = self._watch()
+        silent = list(range(self.num_ranks))
+        try:
+            while True:
+                signs = {self._sign(rank): rank for rank in silent}
+                silence = None
+                try:
+                    silent = [signs[sign] for sign in board.missing(list(signs))]
+                except StoreSilentError as error:
+                    silence = error
+                if not silent:
+                    return
+                self._heed(watch, phase=self.phase, call=attempt)
+                waited = time.monotonic() - started
+                if waited > self.timeout_s:
+                    if silence is not None:
+                        raise silence
+                    names = ", ".join(f"rank {rank}" for rank in silent)
+                    raise PeerTimeoutError(
+                        f"rank {self.rank} waited {waited:.1f} s of at most {self.timeout_s:g} s "
+                        f"in {self.phase}; missing: {names}",
+                        rank=self.rank,
+                        missing=silent,
+                        phase=self.phase,
+                        call=attempt,
+                        waited_s=waited,
+                    )
+                time.sleep(_POLL_S / 10)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a later attempt starts afresh
+                board.take_back(self._sign(self.rank))
+            raise
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, cut to 2048 bytes. Collective; blocks."""
+        raw = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+        row = torch.tensor(list(raw), dtype=torch.uint8, device=self.device)
+        received = torch.empty((self.num_ranks, _TEXT_BYTES), dtype=torch.uint8, device=self.device)
+        rows = self.to_host(received, self.gather(row, received))
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows.unbind()]
+
+    def _diagnose(
+        self, cause: BaseException, *, phase: str, call: int, started: float
+    ) -> PeerTimeoutError | AbortError:
+        """Builds the error for a failed wait and marks the wire unusable."""
+        waited = time.monotonic() - started
+        self.phase, self.call = phase, call
+        with contextlib.suppress(RuntimeError):  # a silent store is found out below
+            text = None if self._board is None else self._board.read(_ABORT)
+            if text is not None and text not in _heeded:
+                return self._aborted(text, phase=phase, call=call)
+        missing, note = self._find_missing(waited)
+        names = ", ".join(
+            f"rank {rank}" + (f" ({self.peers[rank].fate()})" if self.peers else "")
+            for rank in missing
+        )
+        ended = "timed out" if waited >= 0.9 * self.timeout_s else "connection lost"
+        message = (
+            f"rank {self.rank} waited {waited:.1f} s of at most {self.timeout_s:g} s in {phase} "
+            f"#{call} ({ended}); missing: {names or 'unknown'}{note}. "
+            f"Close this communicator and its process group. Cause: {cause}"
+        )
+        self._broken = message
+        self._disconnect()
+        return PeerTimeoutError(
+            message, rank=self.rank, missing=missing, phase=phase, call=call, waited_s=waited
+        )
+
+    def _find_missing(self, waited: float) -> tuple[list[int], str]:
+        """Ranks without a sign of life in this call, and a remark about them."""
+        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
+        board = self._board
+        assert board is not None
+        signs = {self._sign(rank): rank for rank in others}
+        try:
+            self._post(waited)
+            deadline = time.monotonic() + _GRACE_S
+            silent = list(signs)
+            while silent and time.monotonic() < deadline:
+                silent = board.missing(silent)
+                time.sleep(_POLL_S)
+            if silent:
+                return [signs[sign] for sign in silent], ""
+            late = [signs[sign] for sign in signs if float(board.read(sign) or 0) < waited / 2]
+        except (RuntimeError, ValueError) as error:
+            return self._exited(), (
+                " (the group's store does not answer, so the process that hosts it, usually rank 0 "
+                f"or the launcher, is gone: {str(error).splitlines()[0]})"
+            )
+        if late:
+            return late, " (arrived, but too late)"
+        return [], " (every rank arrived; this one may have been the late one)"
+
+    def _exited(self) -> list[int]:
+        """Ranks of this host whose processes have ended."""
+        deadline = time.monotonic() + _GRACE_S
+        while True:  # connections are lost a little before the process is
+            gone = [rank for rank, peer in enumerate(self.peers) if peer.has_exited()]
+            if gone or time.monotonic() > deadline:
+                return gone
+            time.sleep(_POLL_S)
+
+    def _post(self, waited: float) -> None:
+        if self._board is not None:
+            self._board.post(self._sign(self.rank), f"{waited:.3f}")
+
+    def _sign(self, rank: int) -> str:
+        return f"{self.call}/{self.phase}/{rank}"

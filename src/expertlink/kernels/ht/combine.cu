@@ -1,0 +1,199 @@
+// combine: one partial sum per (token, rank) travels back to the token's rank, which adds them up.
+//
+// The first `num_senders` blocks make partial sums and send them, in the order in which the rows
+// arrived; the others, and in the end those too, add them up, token by token, as they come in. The
+// roundings are those of reduction.py.
+
+#include "ht/peers.cuh"
+#include "ht/ring.cuh"
+#include "ht/sum.cuh"
+
+// Where an arrival's choices and weights are kept; deduplicated layouts: also its row.
+__device__ __forceinline__ long long row_of(const CombineArguments& a, int source, int position) {
+    return kLayoutIsRankMajor ? source * kMaxTokens + position : a.first_row[source] + position;
+}
+
+// Static shapes: rows for which there was no room do not exist; that has been reported.
+__device__ __forceinline__ bool exists(const CombineArguments& a, long long row) {
+    return kExpanded || row < a.max_slots;
+}
+
+// Weight gradients of an arrival's choices, written beside the partial sum.
+__device__ __forceinline__ void write_grads(const CombineArguments& a, char* beside, long long row) {
+    const int lane = threadIdx.x % 32;
+    if (lane < kTopk) {
+        const long long at = row * kTopk + lane;
+        const int choice = a.choices_of_row[at];
+        float grad = 0.0f;
+        if (choice >= 0 && exists(a, row)) grad = a.slot_grads[kExpanded ? choice : at];
+        reinterpret_cast<float*>(beside)[lane] = grad;
+    }
+    fence_shared_to_bulk();
+}
+
+// One warp's share of the rows that go back.
+__device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ring, Slot slot,
+                                             const int* rows_from, int most) {
+    const int lane = threadIdx.x % 32;
+    const int turns = most * kNumRanks;
+    int written = -1;    // row before this one; lane 0
+    unsigned words = 0;  // rows left in the box
+    const auto tell = [&] {
+        bulk_wait_written();
+        leave_word(ring, written, words);
+    };
+    int ticket = take(&a.state->next_send);
+    for (int turn = taken(ticket); turn < turns; turn = taken(ticket)) {
+        ticket = take(&a.state->next_send);
+        const int position = turn / kNumRanks;
+        const int source = (turn + a.rank) % kNumRanks;
+        if (position >= rows_from[source]) continue;
+        // Own rows need no copy where they are partial sums already.
+        const bool own = source == a.rank;
+        if (own && !kExpanded && !(a.flags & kGrads)) continue;
+        const long long row = row_of(a, source, position);
+        const bool loads = !kExpanded && a.row_bytes != 0 && !own && exists(a, row);
+        bulk_wait_read();
+        __syncwarp();
+        if (loads && lane == 0)
+            slot.load(static_cast<const char*>(a.rows) + row * a.row_bytes, a.row_bytes);
+        if (a.flags & kGrads) write_grads(a, slot.row + a.row_bytes, row);
+        const int at = a.rank * kMaxTokens + position;
+        char* const peer = a.bases[source];
+        tell();
+        if (kExpanded && a.row_bytes != 0) {
+            sum_choices(a, slot, row, staged_row(peer, at));
+            __syncwarp();  // whoever leaves word of the row speaks for all lanes
+        }
+        if (loads) slot.loaded();
+        __syncwarp();
+        if (lane == 0) {
+            if (loads) bulk_store(staged_row(peer, at), slot.row, a.row_bytes);
+            if (a.flags & kGrads)
+                bulk_store(staged_row(peer, at) + a.row_bytes, slot.row + a.row_bytes, kGradBytes);
+            bulk_commit();
+            written = source * kMaxTokens + position;
+        }
+    }
+    tell();
+    leave_no_more(ring);
+}
+
+__device__ __forceinline__ bool return_rows(const CombineArguments& a, const Watch& watch,
+                                            char* shared, Ring& ring) {
+    __shared__ int rows_from[kNumRanks];
+    __shared__ int most;
+    const int movers = blockDim.x / 32 - 1;
+    const Slot slot = open_slot(ring, shared, a.slot_bytes);
+    if (threadIdx.x == 0) most = 0;
+    if (!peers_have_room(a, watch, false)) return false;
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        rows_from[r] = a.rows_from[r];
+        atomicMax(&most, rows_from[r]);
+    }
+    __syncthreads();
+    if (threadIdx.x / 32 < movers)
+        return_turns(a, ring, slot, rows_from, most);
+    else
+        announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
+    close_slot(ring);
+    return true;
+}
+
+// Gradients of a token's choices: each lies beside the partial sum from the choice's rank.
+__device__ __forceinline__ void collect_grads(const CombineArguments& a, int token, int code) {
+    const int lane = threadIdx.x % 32;
+    const long long at = static_cast<long long>(token) * kTopk + lane;
+    long long id = -1;
+    if (lane < kTopk)
+        id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
+                                : static_cast<const int*>(a.ids)[at];
+    const int rank = id >= 0 && id < kNumExperts ? rank_of(a.home_of[id]) : -1;
+    float grad = 0.0f;
+    for (int d = 0; d < kCopies; ++d) {
+        const int candidate = __shfl_sync(0xffffffffu, code, d);
+        if (candidate >= 0 && candidate / kMaxTokens == rank)
+            grad = __int_as_float(load_fresh(
+                reinterpret_cast<const int*>(staged_row(a.bases[a.rank], candidate) + a.row_bytes) +
+                lane));
+    }
+    if (lane < kTopk) a.grads_out[at] = grad;
+}
+
+// Any block of the grid, as soon as it has nothing else to do.
+__device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& watch,
+                                       char* shared) {
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x / 32 == blockDim.x / 32 - 1)  // the last warp has no slot
+        return blockIdx.x != gridDim.x - 1 || check_heads(a, watch);
+    char* const slot = shared + static_cast<long long>(threadIdx.x / 32) * a.slot_bytes;
+    char* const base = a.bases[a.rank];
+    const auto code_of = [&](int token) {
+        return lane < kCopies && token < a.num_tokens ? a.slots_of_token[token * kCopies + lane]
+                                                      : -1;
+    };
+    int token = taken(take(&a.state->next_place));
+    int next = taken(take(&a.state->next_place));
+    for (int next_code = code_of(token); token < a.num_tokens;) {
+        const int current = token, code = next_code;
+        const int ticket = take(&a.state->next_place);
+        next_code = code_of(next);
+        token = next;
+        const int source = code / kMaxTokens;
+        // An own row of a deduplicated layout is its own partial sum.
+        const bool direct = !kExpanded && code >= 0 && source == a.rank;
+        bool here = true;
+        if (code >= 0 && (!direct || a.flags & kGrads))
+            here = wait_until(arrival_flag(base, code), watch.transfer, watch, kPhaseRow, source,
+                              code % kMaxTokens);
+        if (!__all_sync(0xffffffffu, here)) return false;
+        __syncwarp();  // every lane may read what one of them has acquired
+        if (a.row_bytes != 0) {
+            const char* term = staged_row(base, max(code, 0));
+            if (direct) {
+                const long long row = row_of(a, source, code % kMaxTokens);
+                if (exists(a, row)) term = static_cast<const char*>(a.rows) + row * a.row_bytes;
+            }
+            const int terms = __popc(__ballot_sync(0xffffffffu, code >= 0));
+            sum_rows<false>(slot, a.slot_bytes, term, 0.0f, terms, a.row_bytes,
+                            static_cast<char*>(a.out) +
+                                static_cast<long long>(current) * a.row_bytes);
+        }
+        if (a.flags & kGrads) collect_grads(a, current, code);
+        next = taken(ticket);
+    }
+    return true;
+}
+
+__device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watch& watch,
+                                           char* shared, Ring& ring) {
+    say_ready(a, watch);
+    if (blockIdx.x < a.num_senders && !return_rows(a, watch, shared, ring)) return false;
+    return add_up(a, watch, shared);
+}
+
+__device__ __forceinline__ void combine_rank(const CombineArguments& a) {
+    extern __shared__ __align__(128) char shared[];
+    __shared__ Ring ring;
+    const Watch watch{a.state, a.control, a.state->sent + 1, static_cast<unsigned>(a.operation),
+                      ready_word(a.bases[a.rank], 0), a.rank, nullptr};
+    if (__syncthreads_or(threadIdx.x == 0 && gave_up(watch))) return;
+    if (!run_halves(a, watch, shared, ring)) return;
+    if (!last_to_leave(&a.state->left_send, gridDim.x)) return;
+    grant_credit(a, watch);
+    if (threadIdx.x == 0) {
+        a.state->sent = a.state->received = watch.transfer;
+        a.state->next_send = a.state->next_place = 0;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+    combine(const __grid_constant__ CombineArguments arguments) {
+    combine_rank(arguments);
+}
+
+// Several ranks on one GPU, each a row of the grid.
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+    combine_hosted(const CombineArguments* arguments) {
+    combine_rank(arguments[blockIdx.y]);
+}

@@ -1,0 +1,182 @@
+// Counting, first step of an uncached dispatch: for every token its slot at each destination, for
+// every choice its place among this rank's choices of that expert.
+//
+// Every block takes a span of tokens. Tokens of 32 (a warp's lanes) set one bit each in a mask per
+// column, a column being a destination rank or an expert; positions are counts of bits below one's
+// own. Bits do not depend on the order in which they are set, so the result is the same every time.
+#pragma once
+
+#include "common/choices.cuh"
+#include "ht/peers.cuh"
+
+struct Span {
+    int begin, end;
+};
+
+// Tokens of this block; spans are multiples of 32 but for the last.
+__device__ __forceinline__ Span token_span(const DispatchArguments& a) {
+    const int share = (a.num_tokens + gridDim.x - 1) / gridDim.x;
+    const int size = (share + 31) / 32 * 32;
+    const int begin = min(static_cast<int>(blockIdx.x) * size, a.num_tokens);
+    return {begin, min(begin + size, a.num_tokens)};
+}
+
+// Sets the bits of up to `groups` * 32 tokens from `first` on. Returns whether ids were faulty.
+__device__ __forceinline__ bool fill_masks(const DispatchArguments& a, unsigned* masks, int first,
+                                           int end) {
+    const int groups = min(a.groups, (end - first + 31) / 32);
+    for (int i = threadIdx.x; i < groups * kColumns; i += blockDim.x) masks[i] = 0;
+    __syncthreads();
+    bool faulty = false;
+    for (int i = threadIdx.x; i < groups * 32 && first + i < end; i += blockDim.x) {
+        unsigned* const row = masks + i / 32 * kColumns;
+        const unsigned bit = 1u << (i % 32);
+#pragma unroll 1
+        for (int begin = 0; begin < kTopk; begin += kChunk) {
+            const Choices choices = choices_of(a, first + i, begin, true);
+            faulty |= choices.faulty;
+            int homes[kChunk];
+#pragma unroll
+            for (int k = 0; k < kChunk; ++k)
+                homes[k] = choices.expert[k] >= 0 ? a.home_of[choices.expert[k]] : 0;
+#pragma unroll
+            for (int k = 0; k < kChunk; ++k) {
+                if (choices.expert[k] < 0) continue;
+                atomicOr(&row[rank_of(homes[k])], bit);
+                const unsigned before = atomicOr(&row[kNumRanks + choices.expert[k]], bit);
+                faulty |= (before & bit) != 0;  // chosen twice
+            }
+        }
+    }
+    __syncthreads();
+    return faulty;
+}
+
+// Bits of a column in the groups before `group`.
+__device__ __forceinline__ int bits_before(const unsigned* masks, int group, int column) {
+    int bits = 0;
+    for (int g = 0; g < group; ++g) bits += __popc(masks[g * kColumns + column]);
+    return bits;
+}
+
+// Writes what is known of one token: its slots in ascending rank, its choices' places.
+__device__ __forceinline__ void place_token(const DispatchArguments& a, const unsigned* masks,
+                                            const int* running, int token, int group, int lane) {
+    const unsigned* const row = masks + group * kColumns;
+    const unsigned below = (1u << lane) - 1u;
+    const auto place = [&](int column) {
+        return running[column] + bits_before(masks, group, column) + __popc(row[column] & below);
+    };
+    int found = 0;
+    for (int rank = 0; rank < kNumRanks; ++rank) {
+        if (!(row[rank] >> lane & 1u)) continue;
+        const int position = place(rank);
+        a.slots_of_token[token * kCopies + found++] = rank * kMaxTokens + position;
+        if (rank == a.rank) a.own_tokens[position] = token;
+    }
+    for (; found < kCopies; ++found) a.slots_of_token[token * kCopies + found] = -1;
+    if constexpr (kExpanded) {
+#pragma unroll 1
+        for (int begin = 0; begin < kTopk; begin += kChunk) {
+            const Choices choices = choices_of(a, token, begin, false);
+#pragma unroll
+            for (int k = 0; k < kChunk; ++k) {
+                if (begin + k >= kTopk) break;
+                a.ordinals[static_cast<long long>(token) * kTopk + begin + k] =
+                    choices.expert[k] < 0 ? -1 : place(kNumRanks + choices.expert[k]);
+            }
+        }
+    }
+}
+
+// Sends this rank's count row to the peers of this block: one block for each peer.
+__device__ __forceinline__ bool publish_counts(const DispatchArguments& a, const Watch& watch,
+                                               const int* totals) {
+    for (int step = blockIdx.x; step < kNumRanks; step += gridDim.x) {
+        const int peer = (a.rank + step) % kNumRanks;
+        __shared__ bool has_room;
+        // The peer may still be reading the count row of the last transfer.
+        if (threadIdx.x == 0)
+            has_room = wait_until(credit_word(a.bases[a.rank], peer), watch.transfer - 1, watch,
+                                  kPhaseCredit, peer);
+        __syncthreads();
+        if (!has_room) return false;
+        int* const row = count_row(a.bases[peer], a.rank);
+        for (int i = threadIdx.x; i < kColumns; i += blockDim.x) row[kHeadWords + i] = totals[i];
+        if (threadIdx.x < kHeadWords) {
+            int word = head_word(a, watch, threadIdx.x);
+            // Every block has added its findings before the blocks met.
+            if (threadIdx.x == kStatus) word |= load_fresh(a.faulty);
+            row[threadIdx.x] = word;
+        }
+        __syncthreads();  // the release below covers what all threads wrote
+        if (threadIdx.x == 0)
+            store_release_system(ready_word(a.bases[peer], a.rank), watch.transfer);
+    }
+    return true;
+}
+
+// Column sums of the blocks before this one, and of all blocks.
+__device__ __forceinline__ void add_blocks(const DispatchArguments& a, int* running, int* totals) {
+    constexpr int kAtOnce = 8;  // loads under way together
+    const int blocks = gridDim.x, own = blockIdx.x;
+    for (int c = threadIdx.x; c < kColumns; c += blockDim.x) {
+        int before = 0, all = 0;
+        for (int first = 0; first < blocks; first += kAtOnce) {
+            int counts[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                counts[i] = first + i < blocks ? load_fresh(&a.histogram[(first + i) * kColumns + c])
+                                               : 0;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (first + i < own) before += counts[i];
+                all += counts[i];
+            }
+        }
+        running[c] = before;
+        totals[c] = all;
+    }
+    __syncthreads();
+}
+
+// All blocks of the grid. Shared memory: (groups + 2) * kColumns words.
+__device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const Watch& watch,
+                                             unsigned* shared) {
+    unsigned* const masks = shared;
+    int* const running = reinterpret_cast<int*>(shared + a.groups * kColumns);
+    int* const totals = running + kColumns;
+    const Span span = token_span(a);
+    const int step = a.groups * 32;
+
+    // First pass: how many of this block's tokens go where.
+    for (int c = threadIdx.x; c < kColumns; c += blockDim.x) running[c] = 0;
+    bool faulty = false;
+    for (int first = span.begin; first < span.end; first += step) {
+        faulty |= fill_masks(a, masks, first, span.end);
+        const int groups = min(a.groups, (span.end - first + 31) / 32);
+        for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
+            running[c] += bits_before(masks, groups, c);
+        __syncthreads();
+    }
+    for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
+        a.histogram[blockIdx.x * kColumns + c] = running[c];
+    if (a.flags & kCheckIds && faulty) atomicOr(a.faulty, 1);
+    if (!meet_blocks(watch)) return false;
+    add_blocks(a, running, totals);
+    if (!publish_counts(a, watch, totals)) return false;
+
+    // Second pass: positions.
+    for (int first = span.begin; first < span.end; first += step) {
+        // A single pass finds its masks as the first loop left them.
+        if (span.end - span.begin > step) fill_masks(a, masks, first, span.end);
+        for (int i = threadIdx.x; i < step && first + i < span.end; i += blockDim.x)
+            place_token(a, masks, running, first + i, i / 32, i % 32);
+        __syncthreads();
+        if (first + step >= span.end) break;
+        for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
+            running[c] += bits_before(masks, a.groups, c);
+        __syncthreads();
+    }
+    return meet_blocks(watch);
+}

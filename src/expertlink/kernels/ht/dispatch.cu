@@ -1,0 +1,90 @@
+// dispatch: counts, plans, sends and places the rows of one dispatch; which of these a launch does
+// is in its flags.
+//
+//   (count + plan +) send + place  in one launch where the outputs exist already, or have a size that
+//                                  the host expects to be enough
+//   count + plan + send            while the host learns how much memory the rows need
+//   place                          follows that into this memory, beside it
+//
+// The first `num_senders` blocks send and then help the others, which place. The last block plans.
+
+#include "ht/place.cuh"
+#include "ht/plan.cuh"
+#include "ht/send.cuh"
+
+__device__ __forceinline__ bool wait_for_plan(const DispatchArguments& a, const Watch& watch) {
+    __shared__ bool known;
+    if (threadIdx.x == 0)
+        known = wait_until(&a.state->planned, watch.transfer, watch, kPhaseReady, -1);
+    __syncthreads();
+    return known;
+}
+
+// The rows need more memory than the host had guessed: it will launch the placing half again. Or the
+// ranks do not agree.
+__device__ __forceinline__ bool is_deferred(const DispatchArguments& a) {
+    return a.flags & kCount && load_acquire_device(&a.state->deferred) != 0;
+}
+
+__device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Watch& watch,
+                                           char* shared, Ring& ring) {
+    const int block = blockIdx.x, blocks = gridDim.x;
+    if (a.flags & kCount) {
+        if (!count_tokens(a, watch, reinterpret_cast<unsigned*>(shared))) return false;
+        // The launch that places what this one has no room for runs beside the sending half.
+        if (a.flags & kWantsMail) let_follower_start();
+        if (block == blocks - 1 && !plan_slots(a, watch, reinterpret_cast<int*>(shared)))
+            return false;
+    } else if (a.flags & kSend) {
+        say_ready(a, watch);
+        if (block == 0 && threadIdx.x == 0) *a.origin = static_cast<int>(watch.transfer);
+    }
+    __syncthreads();
+    if (a.flags & kSend && block < a.num_senders) {
+        if (a.flags & kZeroCopy && a.flags & kCount && !wait_for_plan(a, watch)) return false;
+        if (!send_rows(a, watch, shared, ring)) return false;
+    }
+    if (!(a.flags & kPlace)) return true;
+    if (a.flags & kCount && !wait_for_plan(a, watch)) return false;
+    __syncthreads();
+    return is_deferred(a) || place_rows(a, watch, shared, ring);
+}
+
+__device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
+    extern __shared__ __align__(128) char shared[];
+    __shared__ Ring ring;
+    const bool sends = a.flags & kSend, places = a.flags & kPlace || a.flags & kDiscard;
+    const Watch watch{a.state, a.control,
+                      (sends ? a.state->sent : a.state->received) + 1,
+                      static_cast<unsigned>(a.operation),
+                      ready_word(a.bases[a.rank], 0), a.rank, nullptr};
+    const bool over = __syncthreads_or(threadIdx.x == 0 && gave_up(watch));
+    const bool done = !over && run_halves(a, watch, shared, ring);
+    // Placing may have started before the sending half was over; the kernel after this one may not.
+    if (places && !sends) wait_for_predecessor();
+    if (!done) return;
+    const bool placed = places && !is_deferred(a);
+    if (sends && last_to_leave(&a.state->left_send, gridDim.x) && threadIdx.x == 0) {
+        a.state->sent = watch.transfer;
+        a.state->next_send = 0;
+        if (a.flags & kCount) *a.faulty = 0;
+    }
+    if (placed && last_to_leave(&a.state->left_place, gridDim.x)) {
+        grant_credit(a, watch);
+        if (threadIdx.x == 0) {
+            a.state->received = watch.transfer;
+            a.state->next_place = 0;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+    dispatch(const __grid_constant__ DispatchArguments arguments) {
+    dispatch_rank(arguments);
+}
+
+// Several ranks on one GPU, each a row of the grid.
+extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+    dispatch_hosted(const DispatchArguments* arguments) {
+    dispatch_rank(arguments[blockIdx.y]);
+}

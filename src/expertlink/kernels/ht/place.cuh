@@ -1,0 +1,276 @@
+// Receiving half of a dispatch: every row that has arrived goes to its slots in the output, together
+// with the ids, weights and scales that came beside it. With zero copy the rows are in place already.
+//
+// Warps take rows in the order in which they are sent: first row of every source, second row, and so
+// on. Blocks that send join in when they have sent everything. Rows of this rank's own tokens come straight from the input. Lane k carries the row to the slot
+// of choice k, or lane 0 to its one slot.
+#pragma once
+
+#include "ht/count.cuh"
+#include "ht/ring.cuh"
+
+struct Arrival {
+    int source;    // rank that sent it
+    int position;  // among the rows of that rank
+    int row;       // among all rows: where its choices and weights are kept
+    int token;     // of this rank, if it is an own row
+};
+
+// Tables that every row needs, in shared memory.
+struct Groups {
+    int rows_from[kNumRanks];
+    int first_row[kNumRanks];
+    int most;          // rows of the source that sends most, or of every source if padding is cleared
+    const int* slots;  // [R, E_loc] first slot of each source's rows of each local expert
+};
+
+__device__ __forceinline__ void load_groups(const DispatchArguments& a, Groups& groups,
+                                            int* shared_slots) {
+    const bool fits = kExpanded && shared_slots != nullptr && !(a.flags & kCached);
+    if (threadIdx.x == 0) {
+        groups.most = kLayoutIsRankMajor ? kMaxTokens : 0;
+        groups.slots = fits ? shared_slots : a.first_slot;
+    }
+    __syncthreads();
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        groups.rows_from[r] = load_fresh(&a.rows_from[r]);
+        groups.first_row[r] = load_fresh(&a.first_row[r]);
+        atomicMax(&groups.most, groups.rows_from[r]);
+    }
+    if (fits)
+        for (int i = threadIdx.x; i < kNumRanks * a.num_local; i += blockDim.x)
+            shared_slots[i] = load_fresh(&a.first_slot[i]);
+    __syncthreads();
+}
+
+__device__ __forceinline__ int load_slot(const Groups& groups, int at) {
+    return *reinterpret_cast<const volatile int*>(groups.slots + at);
+}
+
+// The `turn`-th row in the order of arrival; false where there is none.
+__device__ __forceinline__ bool arrival_at(const DispatchArguments& a, const Groups& groups,
+                                           int turn, Arrival& arrival) {
+    arrival.position = turn / kNumRanks;
+    arrival.source = (turn + a.rank) % kNumRanks;
+    arrival.row = kLayoutIsRankMajor ? arrival.source * kMaxTokens + arrival.position
+                                     : groups.first_row[arrival.source] + arrival.position;
+    return arrival.position < groups.rows_from[arrival.source];
+}
+
+__device__ __forceinline__ unsigned* flag_of(const DispatchArguments& a, const Arrival& arrival) {
+    return arrival_flag(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position);
+}
+
+__device__ __forceinline__ const char* beside_of(const DispatchArguments& a,
+                                                 const Arrival& arrival) {
+    return staged_beside(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position,
+                         a.row_bytes, a.flags & kZeroCopy);
+}
+
+// What came beside the row for choice k. Returns its slot (expanded layouts).
+__device__ __forceinline__ int read_beside(const DispatchArguments& a, const Groups& groups,
+                                           const Arrival& arrival, int k) {
+    const bool own = arrival.source == a.rank;
+    const long long at = static_cast<long long>(arrival.row) * kTopk + k;
+    const long long own_at = static_cast<long long>(arrival.token) * kTopk + k;
+    const int* const beside = reinterpret_cast<const int*>(beside_of(a, arrival));
+
+    int choice;  // slot (expanded layouts) or local expert (others), -1: lives on another rank
+    float weight = 0.0f;
+    if (a.flags & kNewWeights)
+        weight = own ? a.weights[own_at] : __int_as_float(load_fresh(beside + kWeightsAt / 4 + k));
+    if (a.flags & kCached) {
+        choice = a.choices_of_row[at];
+    } else {
+        int home, place = 0;
+        if (own) {
+            const int expert = expert_of(a, arrival.token, k);
+            if (kExpanded) place = load_fresh(&a.ordinals[own_at]);
+            home = expert < 0 ? -1 : a.home_of[expert];
+        } else {
+            home = load_fresh(beside + k);
+            if (kExpanded) place = load_fresh(beside + kPlacesAt / 4 + k);
+        }
+        const bool here = home >= 0 && rank_of(home) == a.rank && local_of(home) < a.num_local;
+        choice = here ? local_of(home) : -1;
+        if (kExpanded && choice >= 0) {
+            choice = load_slot(groups, arrival.source * a.num_local + choice) + place;
+            // Static shapes: reported, and dropped.
+            if (choice < 0 || choice >= a.max_slots) choice = -1;
+        }
+        a.choices_of_row[at] = choice;
+    }
+    if (a.flags & kNewWeights) {
+        if (choice < 0) weight = 0.0f;
+        a.weights_of_row[at] = weight;
+    } else if (a.weights_of_row != nullptr) {
+        weight = a.weights_of_row[at];
+    }
+    if (!kExpanded && arrival.row < a.max_slots) {
+        a.topk_ids[at] = choice;
+        if (a.topk_weights != nullptr) a.topk_weights[at] = weight;
+    }
+    return kExpanded ? choice : -1;
+}
+
+__device__ __forceinline__ const char* scales_of(const DispatchArguments& a, const Arrival& arrival) {
+    if (arrival.source == a.rank)
+        return a.scales + static_cast<long long>(arrival.token) * a.scale_bytes;
+    return beside_of(a, arrival) + kScalesAt;
+}
+
+__device__ __forceinline__ void fill_zeros(char* target, int bytes) {
+    const int lane = threadIdx.x % 32;
+    if ((reinterpret_cast<unsigned long long>(target) | bytes) % 16 == 0)
+        for (int i = lane; i < bytes / 16; i += 32)
+            reinterpret_cast<uint4*>(target)[i] = make_uint4(0, 0, 0, 0);
+    else
+        for (int i = lane; i < bytes; i += 32) target[i] = 0;
+}
+
+// FLAT: rows between an expert's last and the start of the next expert's group.
+__device__ __forceinline__ void zero_gaps(const DispatchArguments& a, int warp, int num_warps) {
+    for (int e = warp; e < a.num_local; e += num_warps) {
+        const int begin = load_fresh(&a.expert_offsets[e]) + load_fresh(&a.tokens_per_expert[e]);
+        const int end = min(load_fresh(&a.expert_offsets[e + 1]), a.max_slots);
+        for (int slot = begin; slot < end; ++slot) {
+            fill_zeros(a.tokens + static_cast<long long>(slot) * a.row_bytes, a.row_bytes);
+            if (a.scale_bytes)
+                fill_zeros(a.scales_out + static_cast<long long>(slot) * a.scale_bytes,
+                           a.scale_bytes);
+        }
+    }
+}
+
+constexpr int kBatch = 2;  // rows that a warp takes at a time
+
+// Moves one row that has arrived.
+__device__ __forceinline__ void place_row(const DispatchArguments& a, const Groups& groups, Slot& slot,
+                                          Arrival arrival) {
+    const int lane = threadIdx.x % 32;
+    const int staged = arrival.source * kMaxTokens + arrival.position;
+    const bool own = arrival.source == a.rank;
+    arrival.token = own ? load_fresh(&a.own_tokens[arrival.position]) : 0;
+    bulk_wait_read();
+    __syncwarp();
+    if (lane == 0) {
+        fence_global_to_bulk();
+        slot.load(own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
+                      : staged_row(a.bases[a.rank], staged),
+                  a.row_bytes);
+    }
+    int target = lane < kTopk ? read_beside(a, groups, arrival, lane) : -1;
+    if (!kExpanded && lane == 0 && arrival.row < a.max_slots) target = arrival.row;
+    if (a.scale_bytes)
+        for (int k = 0; k < (kExpanded ? kTopk : 1); ++k) {
+            const int to = __shfl_sync(0xffffffffu, target, k);
+            if (to >= 0)
+                copy_bytes(a.scales_out + static_cast<long long>(to) * a.scale_bytes,
+                           scales_of(a, arrival), a.scale_bytes);
+        }
+    slot.loaded();
+    if (target >= 0) {
+        bulk_store(a.tokens + static_cast<long long>(target) * a.row_bytes, slot.row, a.row_bytes);
+        bulk_commit();
+    }
+}
+
+// Moves the rows that this warp takes.
+__device__ __forceinline__ bool place_turns(const DispatchArguments& a, const Watch& watch,
+                                            const Groups& groups, Slot slot) {
+    const int lane = threadIdx.x % 32;
+    const int turns = groups.most * kNumRanks;
+    int ticket = take(&a.state->next_place, kBatch);
+    for (int first = taken(ticket); first < turns; first = taken(ticket)) {
+        ticket = take(&a.state->next_place, kBatch);
+        // Lane i looks whether the i-th row of the batch is there.
+        Arrival own;
+        const bool waits = arrival_at(a, groups, first + lane, own) && lane < kBatch &&
+                           first + lane < turns && own.source != a.rank;
+        const unsigned* const flag = flag_of(a, own);
+        const unsigned seen = waits ? load_acquire_system(flag) : watch.transfer;
+        const unsigned here = __ballot_sync(0xffffffffu, reached(seen, watch.transfer));
+        for (int i = 0; i < kBatch && first + i < turns; ++i) {
+            Arrival arrival;
+            if (!arrival_at(a, groups, first + i, arrival)) {
+                if (kLayoutIsRankMajor) clear_choices(a, arrival.row);
+                continue;
+            }
+            if (!(here >> i & 1u)) {
+                bool came = true;
+                if (lane == i)
+                    came = wait_until(flag, watch.transfer, watch, kPhaseRow, own.source,
+                                      own.position);
+                if (!__all_sync(0xffffffffu, came)) return false;
+            }
+            place_row(a, groups, slot, arrival);
+        }
+    }
+    return true;
+}
+
+// Zero copy: the rows are in place, what came beside them is not. Lanes share out rows and choices.
+__device__ __forceinline__ bool receive_turns(const DispatchArguments& a, const Watch& watch,
+                                              const Groups& groups) {
+    constexpr int kRows = kTopk <= 4 ? 8 : kTopk <= 8 ? 4 : kTopk <= 16 ? 2 : 1;  // of a warp
+    constexpr int kLanes = 32 / kRows;                                            // of a row
+    const int lane = threadIdx.x % 32, k = lane % kLanes;
+    const int turns = groups.most * kNumRanks;
+    int ticket = take(&a.state->next_place, kRows);
+    for (int first = taken(ticket); first < turns; first = taken(ticket)) {
+        ticket = take(&a.state->next_place, kRows);
+        const int turn = first + lane / kLanes;
+        Arrival arrival;
+        const bool exists = arrival_at(a, groups, turn, arrival) && turn < turns;
+        bool here = true;
+        if (exists)
+            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow,
+                              arrival.source, arrival.position);
+        if (!__all_sync(0xffffffffu, here)) return false;
+        if (exists) {
+            arrival.token =
+                arrival.source == a.rank ? load_fresh(&a.own_tokens[arrival.position]) : 0;
+            if (k < kTopk) read_beside(a, groups, arrival, k);
+        } else if (kLayoutIsRankMajor && turn < turns && k < kTopk) {
+            const long long at = static_cast<long long>(arrival.row) * kTopk + k;
+            a.topk_ids[at] = -1;
+            if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
+        }
+        if (a.scale_bytes && exists && arrival.row < a.max_slots)
+            for (int i = k; i < a.scale_bytes; i += kLanes)
+                a.scales_out[static_cast<long long>(arrival.row) * a.scale_bytes + i] =
+                    *reinterpret_cast<const volatile char*>(scales_of(a, arrival) + i);
+    }
+    return true;
+}
+
+// Any block of the grid, as soon as it has nothing else to do.
+__device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Watch& watch,
+                                           char* shared, Ring& ring) {
+    __shared__ Groups groups;
+    __shared__ int slots[kExpanded ? kMostSharedSlots : 1];
+    const int movers = blockDim.x / 32 - 1;
+    const Slot slot = open_slot(ring, shared, a.slot_bytes);
+    load_groups(a, groups, kNumRanks * a.num_local <= kMostSharedSlots ? slots : nullptr);
+    bool fine = true;
+    if (threadIdx.x / 32 < movers) {
+        fine = a.flags & kZeroCopy ? receive_turns(a, watch, groups)
+                                   : place_turns(a, watch, groups, slot);
+        const int num_warps = movers * gridDim.x;
+        const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+        if (fine && a.flags & kClearRest) {
+            const int last = kNumRanks - 1;
+            for (int row = groups.first_row[last] + groups.rows_from[last] + warp;
+                 row < a.max_slots; row += num_warps)
+                clear_choices(a, row);
+        }
+        if (fine && kExpanded && !kPadded && kAlignment > 1) zero_gaps(a, warp, num_warps);
+        bulk_wait_written();
+    }
+    // The last warp of the grid has no slot.
+    if (!(a.flags & kCount) && a.flags & kSend && blockIdx.x == gridDim.x - 1 &&
+        threadIdx.x / 32 == movers)
+        fine = check_heads(a, watch);
+    close_slot(ring);
+    return fine;
+}

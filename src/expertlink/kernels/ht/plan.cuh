@@ -1,0 +1,156 @@
+// Planning, second step of an uncached dispatch, done by one block: from the count rows of all ranks
+// to the first slot of every group of rows, the counts that the caller sees, and the host's mail.
+#pragma once
+
+#include "common/scan.cuh"
+#include "ht/count.cuh"
+
+// The mail: these words, then the heads of all ranks' count rows, the rows from each rank, and the
+// choices of each local expert.
+enum Mail { kMailVerdict, kMailRank, kMailRows, kMailCapacity, kMailArrivals, kMailSlots, kMailEnd };
+static_assert(kMailEnd == kMailWords);
+enum Verdict { kFine = 0, kDisagree = 1, kOverflow = 2 };
+
+// Count rows of all ranks are read once into shared memory where they fit there.
+constexpr int kTableWords = kNumRanks * kCountWords;
+constexpr bool kTableIsShared = kTableWords <= kMostSharedTable;
+
+// Shared memory: 2 * kNumRanks + num_local + 1 words, and the table.
+__device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Watch& watch,
+                                           int* shared) {
+    char* const base = a.bases[a.rank];
+    const int* const arrived = count_row(base, 0);
+    const unsigned* const ready = reinterpret_cast<const unsigned*>(base + kReadyAt);
+    bool here = true;
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
+        here &= wait_until(&ready[r], watch.transfer, watch, kPhaseReady, r);
+    if (!__syncthreads_and(here)) return false;
+
+    int* const arrivals = shared;                 // [R] rows from each rank
+    int* const groups = arrivals + kNumRanks;     // [E_loc] rows of each local expert
+    int* const needed = groups + a.num_local + 1;  // [R] rows each rank would receive
+    int* const table = needed + kNumRanks;
+    __shared__ int num_arrivals, num_slots, disagree, verdict, worst, room;
+    if (kTableIsShared)
+        for (int i = threadIdx.x; i < kTableWords; i += blockDim.x)
+            table[i] = load_fresh(&arrived[i / kCountWords * kCountStride + i % kCountWords]);
+    __syncthreads();
+    const auto word = [&](int source, int index) {
+        return kTableIsShared ? table[source * kCountWords + index]
+                              : load_fresh(&arrived[source * kCountStride + index]);
+    };
+    // Counts become addresses, so no peer's word is taken for more than there can be.
+    const auto count = [&](int source, int column) {
+        return min(max(word(source, kHeadWords + column), 0), kMaxTokens);
+    };
+    if (threadIdx.x == 0) disagree = worst = room = 0;
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        arrivals[r] = count(r, a.rank);
+        needed[r] = 0;
+        if (!kExpanded)
+            for (int s = 0; s < kNumRanks; ++s) needed[r] += count(s, r);
+    }
+    __syncthreads();
+
+    // Rows of each source rank and local expert: where they start inside the expert's group.
+    for (int e = threadIdx.x; e < a.num_local; e += blockDim.x) {
+        int sum = 0;
+        for (int s = 0; s < kNumRanks; ++s) {
+            const int own = count(s, kNumRanks + a.experts[e]);
+            if (kExpanded) a.first_slot[s * a.num_local + e] = sum;
+            sum += own;
+        }
+        groups[e] = sum;
+        a.tokens_per_expert[e] = a.counts_out[e] = sum;
+    }
+    if (kExpanded && !kPadded)
+        for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) {
+            int sum = 0;
+            for (int s = 0; s < kNumRanks; ++s) sum += count(s, kNumRanks + e);
+            atomicAdd(&needed[rank_of(a.home_of[e])], align_up(sum));
+        }
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        if (!is_same_call(a, watch, [&](int i) { return word(r, i); })) atomicOr(&disagree, 1);
+    }
+    __syncthreads();
+
+    unsigned* const mail = watch.control->mail;
+    const bool mails = a.flags & kWantsMail;
+    if (mails) {
+        for (int e = threadIdx.x; e < a.num_local; e += blockDim.x)
+            mail[kMailWords + kNumRanks * kHeadWords + kNumRanks + e] = groups[e];
+        for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
+            mail[kMailWords + kNumRanks * kHeadWords + r] = arrivals[r];
+        for (int i = threadIdx.x; i < kNumRanks * kHeadWords; i += blockDim.x)
+            mail[kMailWords + i] = word(i / kHeadWords, i % kHeadWords);
+    }
+    __syncthreads();  // counts of experts turn into offsets below
+
+    if (threadIdx.x < 32) {
+        for (int e = threadIdx.x; e < a.num_local; e += 32) groups[e] = align_up(groups[e]);
+        __syncwarp();
+        const int slots = scan_exclusive(groups, a.num_local);
+        const int total = scan_exclusive(arrivals, kNumRanks);
+        if (threadIdx.x == 0) {
+            groups[a.num_local] = slots;
+            num_arrivals = total;
+            num_slots = kExpanded ? slots : total;
+        }
+    }
+    __syncthreads();
+
+    if (kExpanded) {
+        for (int i = threadIdx.x; i < kNumRanks * a.num_local; i += blockDim.x) {
+            const int e = i % a.num_local;
+            a.first_slot[i] += kPadded ? e * kNumRanks * kMaxTokens : groups[e];
+        }
+        for (int e = threadIdx.x; e <= a.num_local; e += blockDim.x)
+            a.expert_offsets[e] = a.offsets_out[e] = groups[e];
+    }
+    if (threadIdx.x == 0) {
+        verdict = disagree ? kDisagree : kFine;
+        for (int r = 0; r < kNumRanks && verdict == kFine; ++r) {
+            room = word(r, kCapacity);
+            worst = r;
+            if (room >= 0 && needed[r] > room) verdict = kOverflow;
+        }
+    }
+    __syncthreads();
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        a.first_row[r] = arrivals[r];
+        const int own = count(r, a.rank);
+        a.rows_from[r] = a.rows_from_out[r] = own;
+        int before = 0;  // rows of the ranks before this one at rank r: where this one's start
+        for (int s = 0; s < a.rank; ++s) before += count(s, r);
+        a.first_sent[r] = kPadded ? a.rank * kMaxTokens : before;
+    }
+    __syncthreads();
+
+    if (threadIdx.x == 0) {
+        Control* const control = watch.control;
+        if (mails) {
+            mail[kMailVerdict] = verdict;
+            mail[kMailRank] = worst;
+            mail[kMailRows] = needed[worst];
+            mail[kMailCapacity] = room;
+            mail[kMailArrivals] = num_arrivals;
+            mail[kMailSlots] = num_slots;
+            store_release_system(&control->mail_number, watch.transfer);
+        } else if (verdict == kDisagree) {
+            report_heads(watch, worst, word);
+        } else if (verdict == kOverflow && control->overflowed == 0) {
+            control->overflow_rank = worst;
+            control->overflow_rows = needed[worst];
+            control->overflow_capacity = room;
+            store_release_system(&control->overflowed, watch.transfer);
+        }
+        *a.origin = static_cast<int>(watch.transfer);
+        // The host discards what it refuses, and finds more room for what does not fit. Tables of
+        // counts that do not belong together place nothing.
+        const int rows = kExpanded ? num_slots : num_arrivals;
+        const bool fits = kPadded || rows <= a.max_slots;
+        watch.state->deferred = verdict == kDisagree || (mails && (verdict != kFine || !fits));
+        store_release_device(&watch.state->planned, watch.transfer);
+    }
+    return mails || verdict != kDisagree;
+}

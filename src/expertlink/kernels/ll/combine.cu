@@ -1,0 +1,71 @@
+// ll_combine: a combine of few tokens in one launch, or its halves in two.
+//
+// First the warps return rows: one partial sum per arrival, or with kExact every expert row, stored
+// in staging memory of the token's rank. Then they add up what comes in, token by token. Rows are
+// cut into parts where there are more warps than rows. The roundings are those of reduction.py.
+
+#include "ll/totals.cuh"
+
+// Rows that travel, for the statistics; one thread for each rank.
+__device__ __forceinline__ void keep_statistics(const CombineArguments& a, const RowsFrom& in) {
+    if (a.rows_sent == nullptr || blockIdx.x != 0 || a.row_bytes == 0 || kExact) return;
+#pragma unroll 1
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        const long long sent = in.rows_from[r], received = a.rows_to[r];
+        a.rows_sent[r] += sent;
+        a.rows_received[r] += received;
+        if (r == a.rank) continue;
+        a.bytes_sent[r] += sent * a.row_bytes;
+        a.bytes_received[r] += received * a.row_bytes;
+    }
+}
+
+__device__ __forceinline__ void combine_rank(const CombineArguments& a) {
+    __shared__ Call shared_call;
+    __shared__ RowsFrom shared_rows;
+    Call& call = at_hand(shared_call);
+    RowsFrom& in = at_hand(shared_rows);
+    __shared__ int next_send, next_add;
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const bool sends = a.flags & kSend, receives = a.flags & kReceive;
+    // The others add up from the start.
+    const int senders = min(a.send_warps, receives ? warps - 1 : warps);
+    if (threadIdx.x == 0) {
+        next_send = senders;
+        next_add = 0;
+    }
+    const bool tells = blockIdx.x == 0 && warp == min(sends ? senders : 0, warps - 1);
+    unsigned subject = 0;
+    const auto loads = [&] {
+        if (tells) subject = load_subject(a);
+        if (sends && warp == 0)
+            in.fill([&](int rank) { return rank < kNumRanks ? a.rows_from[rank] : 0; });
+    };
+    if (!begin_call(a, call, [] {}, loads)) return;
+    // One warp of all says where this rank is. Where calls are received it does not send, and hears
+    // where the others are while its block adds up.
+    if (tells) {
+        if (sends) say_heads(a, call, subject);
+        say_where(a, call);
+        if (receives) {
+            hear_heads(a, call, subject);
+            return;
+        }
+    }
+    if (sends) {
+        keep_statistics(a, in);
+        if (warp < senders) return_rows(a, call, in, senders, &next_send);
+    }
+    if (receives) add_up(a, call, in, &next_add);
+}
+
+extern "C" __global__ void __launch_bounds__(kCombineWarps * 32, 1)
+    ll_combine(const __grid_constant__ CombineArguments arguments) {
+    combine_rank(arguments);
+}
+
+// Several ranks on one GPU, each a row of the grid.
+extern "C" __global__ void __launch_bounds__(kCombineWarps * 32, 1)
+    ll_combine_hosted(const CombineArguments* arguments) {
+    combine_rank(arguments[blockIdx.y]);
+}

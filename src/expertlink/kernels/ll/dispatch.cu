@@ -1,0 +1,96 @@
+// ll_dispatch: a dispatch of few tokens in one launch, or its halves in two.
+//
+// Every block counts its rank's tokens. Some warps load rows, wait for that and store the rows at
+// their ranks; the others tell and receive the counts; then all place what comes. What a warp tells
+// and sends it does before it waits for others.
+
+#include "ll/place.cuh"
+#include "ll/roles.cuh"
+
+__device__ __forceinline__ int arrivals_words(const DispatchArguments& a) {
+    return (kNumRanks + 2) * a.num_local + 2;
+}
+
+template <bool kQuantized>
+__device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
+    extern __shared__ __align__(128) int memory[];
+    __shared__ Call shared_call;
+    __shared__ Arrivals shared_arrivals;
+    Call& call = at_hand(shared_call);
+    Arrivals& in = at_hand(shared_arrivals);
+    __shared__ int next_place;
+    const bool sends = a.flags & kSend, receives = a.flags & kReceive;
+    const Roles roles(a, kQuantized);
+    if (threadIdx.x == 0) {
+        next_place = roles.others();
+        in.first_slot = memory;
+        in.totals = in.first_slot + kNumRanks * a.num_local;
+        in.starts = in.totals + a.num_local;
+    }
+    const Masks masks = masks_in(memory + (receives ? arrivals_words(a) : 0), a.num_tokens);
+    Sender<kQuantized> sender;
+    BlockChoices choices;
+    Told told;
+    unsigned subject = 0;
+    const auto prepare = [&] {
+        if (!sends) return;
+        prepare_masks(a, masks);
+        sender.prepare(a, roles.senders);
+        choices.find();
+        told.find(threadIdx.x - roles.senders * 32);
+    };
+    const auto loads = [&] {
+        if (!roles.sends()) subject = load_subject(a);
+        if (!sends) return;
+        choices.load(a);
+        if (!roles.sends()) told.load(a);
+        sender.load(a, sender.now, sender.part);
+    };
+    if (!begin_call(a, call, prepare, loads)) return;
+    if (roles.says_where()) say_where(a, call);
+
+    if (sends) {
+        Draws draws;
+        draws.begin(call, roles.senders, sender.items);
+#pragma unroll 1
+        for (int chunk = 0; chunk < kNumExperts; chunk += kExpertChunk) {
+            fill_masks(a, masks, chunk, choices);
+            if (!roles.sends()) {
+                // The last ones tell the counts, so that the first ones tell the rest meanwhile.
+                publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others(),
+                               subject);
+                send_beside(a, call, masks, chunk, told, roles.others() * 32);
+            }
+            if (chunk + kExpertChunk < kNumExperts) __syncthreads();
+        }
+        sender.run(a, call, masks, draws);
+    }
+    if (!receives) return;
+    if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters, subject);
+    roles.meet_others();
+    if (call.stopped) return;
+    if (blockIdx.x == 0 && roles.keeps())
+        keep_counts(a, in, call.watch.transfer,
+                    threadIdx.x - (roles.first_idle() - roles.keepers()) * 32,
+                    roles.keepers() * 32);
+    // Those who sent come here before the rows do.
+    const int clearing = roles.senders ? roles.senders : roles.warps;
+    if (roles.warp < clearing)
+        clear_rest(a, in, roles.warp * gridDim.x + blockIdx.x, clearing * gridDim.x);
+    const int first = roles.sends() ? next_item(&next_place) : roles.first_item();
+    place_rows<kQuantized>(a, call, in, first, &next_place);
+}
+
+// kQuantized: the kernel makes e4m3 rows of the input.
+template <bool kQuantized>
+__global__ void __launch_bounds__(kDispatchWarps * 32, 1)
+    ll_dispatch(const __grid_constant__ DispatchArguments arguments) {
+    dispatch_rank<kQuantized>(arguments);
+}
+
+// Several ranks on one GPU, each a row of the grid.
+template <bool kQuantized>
+__global__ void __launch_bounds__(kDispatchWarps * 32, 1)
+    ll_dispatch_hosted(const DispatchArguments* arguments) {
+    dispatch_rank<kQuantized>(arguments[blockIdx.y]);
+}

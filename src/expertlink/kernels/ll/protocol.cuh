@@ -1,0 +1,173 @@
+// Low latency: what a call's launches share. Numbers of transfers, and memory that peers write.
+//
+// Rows carry their own arrival flag. Staging memory that nobody has written holds kNothing in every
+// word; a reader polls the row itself until no word of it is kNothing, and puts kNothing back. A
+// sender whose data contain such a word says so with an escape word, after a fence. Small words
+// (counts, ids, weights) are stored together with the number of their transfer, eight bytes at a
+// time, and need no putting back. docs/architecture.md, "Low latency", says who writes what and
+// when.
+#pragma once
+
+#include "common/sync.cuh"
+#include "common/words.cuh"
+
+constexpr unsigned kNothing = 0xffffffffu;
+constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
+constexpr int kStepBytes = 512;         // of a row that a warp moves at once: 16 in every lane
+constexpr int kRankWords = (kNumRanks + 31) / 32;
+
+// Device memory of one rank, zeroed at start. `sent` and `received` count launches in units: each
+// adds exactly kUnits, a part by every block once it has read them. So all blocks of a launch read
+// the same number of launches, however late they start, and none has to wait for the last.
+struct Counters {
+    unsigned long long sent;
+    unsigned long long received;
+    unsigned long long decided[kNumRanks];   // transfer * 2 + whether the rank counts as lost in it
+    unsigned long long heard_at[kNumRanks];  // when the rank was last seen to be alive
+    unsigned heard[kNumRanks];               // what it said then
+    unsigned masked[kNumRanks];              // not 0: neither sent to nor waited for
+    unsigned drawn[kSets];  // work of the transfer's sending half that warps have drawn
+};
+
+// Transfers are numbered 1 ... kLastNumber, then from 1 again. None is 0, which memory holds before
+// anyone has written it, and neighbours never share a set. Differences modulo 2^32 still say which
+// of two numbers is the later one, unless 2^30 transfers lie between them.
+static_assert(kLastNumber % kSets == 0);
+
+__device__ __forceinline__ unsigned number_of(unsigned long long count) {
+    return count <= kLastNumber ? static_cast<unsigned>(count)
+                                : static_cast<unsigned>((count - 1) % kLastNumber) + 1;
+}
+
+constexpr int kUnitBits = 16;
+constexpr unsigned long long kUnits = 1ull << kUnitBits;
+
+// -- memory that peers write ----------------------------------------------------------------------
+
+// A rank that waits for others says now and then that it is there.
+__device__ __forceinline__ unsigned* alive_word(char* base, int rank) {
+    return reinterpret_cast<unsigned*>(base + kAliveAt) + rank;
+}
+
+// Rows are staged in kSets sets in turn.
+__device__ __forceinline__ int set_of(unsigned transfer) { return transfer % kSets; }
+
+constexpr int kDropped = -2;  // slot of a choice for whose row there was no room; that is reported
+
+// The first ones, in pairs, are the head: heads.cuh.
+enum CountColumn {
+    kSignatureColumn,
+    kRowsColumn,
+    kSubjectColumn,
+    kCommunicatorColumn,
+    kOverflowColumn,
+    kOverflowRowsColumn,
+    kRoomColumn,
+    kFirstCountColumn = 8
+};
+static_assert(kFirstCountColumn == kHostHeadColumns);
+
+// Tagged word: what `rank` says in its count row.
+__device__ __forceinline__ unsigned long long* count_word(char* base, unsigned transfer, int rank,
+                                                          int column) {
+    return reinterpret_cast<unsigned long long*>(base + kCountsAt) +
+           (static_cast<long long>(set_of(transfer)) * kNumRanks + rank) * kCountWords + column;
+}
+
+// Pair of tagged words: what belongs to choice k of the row in a slot.
+__device__ __forceinline__ unsigned long long* beside_words(char* base, unsigned transfer, int slot,
+                                                            int k) {
+    return reinterpret_cast<unsigned long long*>(base + kBesideAt) +
+           ((static_cast<long long>(set_of(transfer)) * kSlots + slot) * (kTopk + 1) + k) * 2;
+}
+
+__device__ __forceinline__ char* staged_row(char* base, unsigned transfer, int slot) {
+    return base + kRowsAt + (static_cast<long long>(set_of(transfer)) * kSlots + slot) * kRowStride;
+}
+
+// Word for each step of a row, and one for its scales.
+__device__ __forceinline__ unsigned* escape_words(char* base, unsigned transfer, int slot) {
+    return reinterpret_cast<unsigned*>(base + kEscapesAt) +
+           (static_cast<long long>(set_of(transfer)) * kSlots + slot) * (kMaxSteps + 1);
+}
+
+// -- stores and loads -----------------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned long long tagged(unsigned transfer, unsigned value) {
+    return static_cast<unsigned long long>(transfer) << 32 | value;
+}
+
+__device__ __forceinline__ void store_tagged(unsigned long long* word, unsigned transfer,
+                                             unsigned value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(tagged(transfer, value))
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_tagged_pair(unsigned long long* words, unsigned transfer,
+                                                  unsigned first, unsigned second) {
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(words),
+                 "l"(tagged(transfer, first)), "l"(tagged(transfer, second))
+                 : "memory");
+}
+
+__device__ __forceinline__ unsigned long long load_tagged(const unsigned long long* word) {
+    unsigned long long value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ ulonglong2 load_tagged_pair(const unsigned long long* words) {
+    ulonglong2 value;
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(value.x), "=l"(value.y)
+                 : "l"(words)
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_piece(char* to, const uint4& piece) {
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(piece.x),
+                 "r"(piece.y), "r"(piece.z), "r"(piece.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load_piece(const char* from) {
+    uint4 piece;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+                 : "l"(from)
+                 : "memory");
+    return piece;
+}
+
+__device__ __forceinline__ bool holds_nothing(const uint4& piece) {
+    return piece.x == kNothing || piece.y == kNothing || piece.z == kNothing || piece.w == kNothing;
+}
+
+__device__ __forceinline__ uint4 nothing() {
+    return make_uint4(kNothing, kNothing, kNothing, kNothing);
+}
+
+// -- a launch -------------------------------------------------------------------------------------
+
+// What a slow wait needs beside its Watch.
+struct Patience {
+    Counters* counters;
+    long long* longest_wait_ns;  // [R] statistics, or null
+    bool masks_lost;
+};
+
+// Static shared memory of a block. What waits need is there too: it would take many registers.
+struct Call {
+    Watch watch;
+    Patience patience;
+    char* bases[kNumRanks];
+    unsigned masked[kRankWords];  // bit r: rank r is masked
+    unsigned sending, receiving;  // transfers of this launch's halves
+    unsigned received;            // the last one whose rows this rank has put back
+    int stopped;                  // not 0: give up
+};
+
+__device__ __forceinline__ bool is_masked(const Call& call, int rank) {
+    return call.masked[rank / 32] >> (rank % 32) & 1u;
+}

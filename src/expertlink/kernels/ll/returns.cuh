@@ -1,0 +1,291 @@
+// Low latency, sending half of a combine: partial sums, or single rows, to the ranks of their
+// tokens.
+#pragma once
+
+#include "common/choices.cuh"
+#include "common/pieces.cuh"
+#include "ll/heads.cuh"
+#include "ll/rows.cuh"
+
+// Steps that a warp has under way for each term.
+constexpr int kSumDepth = kExpanded ? 3 : 4;
+constexpr int kTogether = 4;  // terms under way for a part of one step
+constexpr int kDrawnFrom = 5;  // parts for each warp; fewer are dealt out, which takes no time
+
+struct Sums {
+    float value[kSumDepth][kPack];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < kSumDepth; ++i)
+#pragma unroll
+            for (int j = 0; j < kPack; ++j) value[i][j] = 0.0f;
+    }
+
+    template <bool kWeighted>
+    __device__ __forceinline__ void add(const uint4 (&piece)[kSumDepth], float weight) {
+#pragma unroll
+        for (int i = 0; i < kSumDepth; ++i) add_piece<kWeighted>(value[i], piece[i], weight);
+    }
+
+    __device__ __forceinline__ void round(uint4 (&piece)[kSumDepth]) const {
+#pragma unroll
+        for (int i = 0; i < kSumDepth; ++i) piece[i] = round_piece(value[i]);
+    }
+};
+
+// Steps of a row into staging memory of a peer.
+template <int kDepth>
+__device__ __forceinline__ void return_steps(const CombineArguments& a, const Call& call, int peer,
+                                             int slot, const uint4 (&piece)[kDepth], int first,
+                                             int last) {
+    const Span span = span_of(first, last, a.row_bytes);
+    const unsigned strange = strange_steps(piece, span);
+    char* const base = call.bases[peer];
+    store_steps(staged_row(base, call.sending, slot), piece, span);
+    if (strange) escape_steps(escape_words(base, call.sending, slot), call.sending, first, strange);
+}
+
+__device__ __forceinline__ const char* row_at(const CombineArguments& a, long long slot) {
+    return static_cast<const char*>(a.rows) + slot * a.row_bytes;
+}
+
+// What is sent once for a row: weights of exact sums, gradients of weights. Lane k, for choice k.
+__device__ __forceinline__ void return_beside(const CombineArguments& a, const Call& call, int peer,
+                                              int slot, int token, long long at, int choice,
+                                              float weight) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= kTopk) return;
+    float grad = 0.0f;
+    // A row for which there was no room has no gradients either.
+    if (a.flags & kGrads && choice >= 0 && (kExpanded || at < a.max_slots))
+        grad = a.slot_grads[kExpanded ? choice : at * kTopk + lane];
+    char* const base = call.bases[peer];
+    if (kExact && choice != -1)
+        store_tagged_pair(beside_words(base, call.sending, token * kTopk + lane, 0), call.sending,
+                          __float_as_uint(weight), __float_as_uint(grad));
+    if (!kExact && a.flags & kGrads)
+        store_tagged(beside_words(base, call.sending, slot, lane), call.sending,
+                     __float_as_uint(grad));
+}
+
+// Exact sums: rows that travel are counted as they do; lane k, for choice k.
+__device__ __forceinline__ void count_row(const CombineArguments& a, int peer, long long* rows,
+                                          long long* bytes) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&rows[peer]), 1ull);
+    if (peer != a.rank)
+        atomicAdd(reinterpret_cast<unsigned long long*>(&bytes[peer]),
+                  static_cast<unsigned long long>(a.row_bytes));
+}
+
+// Own rows of deduplicated layouts are added up from where they are, if they are sure to be as they
+// were: both halves are in this launch.
+__device__ __forceinline__ bool takes_own_rows(const CombineArguments& a) {
+    return !kExpanded && (a.flags & (kSend | kReceive)) == (kSend | kReceive);
+}
+
+// Row of an arrival in deduplicated layouts.
+__device__ __forceinline__ long long dense_row(const CombineArguments& a, const RowsFrom& in,
+                                               int source, int position) {
+    return kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
+}
+
+// One part of what belongs to an arrival: what is known of it. With no bytes, part 0 has the
+// numbers only.
+struct Returning {
+    int item, source, position, part, token;
+    int choice;    // lane k: slot (expanded layouts) or local expert of choice k
+    float weight;  // lane k
+    Steps range;
+
+    // The next part that exists, from item `first` on; what is known of its choices is on its way.
+    template <typename Next>
+    __device__ __forceinline__ void open(const CombineArguments& a, const Call& call,
+                                         const RowsFrom& in, int first, int items, const Cut& cut,
+                                         const Next& next) {
+        const int lane = threadIdx.x % 32;
+        const Divider by_parts(cut.parts);
+        for (item = first; item < items; item = next()) {
+            const int turn = by_parts(item);
+            part = item - turn * cut.parts;
+            source = (turn + a.rank) % kNumRanks;
+            position = turn / kNumRanks;
+            if (position < in.rows_from[source] && !is_masked(call, source)) break;
+        }
+        if (item >= items) return;
+        range = cut.part(part);
+        choice = -1;
+        weight = 1.0f;  // a product with one is exact
+        token = kExact ? a.tokens_of_row[arrival()] : 0;
+        if (lane >= kTopk || !(kExpanded || a.flags & kGrads)) return;
+        const long long at = static_cast<long long>(arrival()) * kTopk + lane;
+        choice = a.choices_of_row[at];
+        if (a.slot_weights == nullptr && a.weights_of_row != nullptr) weight = a.weights_of_row[at];
+    }
+
+    __device__ __forceinline__ int arrival() const { return source * kMaxTokens + position; }
+
+    __device__ __forceinline__ bool stays(const CombineArguments& a) const {
+        return takes_own_rows(a) && source == a.rank;
+    }
+
+    // The choices are here. After this the row, or the first of those to be added up, is on its
+    // way.
+    __device__ __forceinline__ void begin(const CombineArguments& a, const RowsFrom& in,
+                                          uint4 (&piece)[kSumDepth]) {
+        if (a.slot_weights != nullptr && choice >= 0) weight = a.slot_weights[choice];
+        if (a.row_bytes == 0 || kExact) return;
+        if (kExpanded) {
+            load_choice(a, __ballot_sync(kAll, choice >= 0), piece);
+            return;
+        }
+        const long long row = dense_row(a, in, source, position);
+        if (!stays(a)) load_row(a, row < a.max_slots ? row : -1, piece);
+    }
+
+    // The row of the first of some choices, if there are any.
+    __device__ __forceinline__ void load_choice(const CombineArguments& a, unsigned choices,
+                                                uint4 (&piece)[kSumDepth]) const {
+        const long long slot = __shfl_sync(kAll, choice, choices ? __ffs(choices) - 1 : 0);
+        if (choices) load_row(a, slot, piece);
+    }
+
+    // A row for which there was no room is as one of zeros.
+    __device__ __forceinline__ void load_row(const CombineArguments& a, long long row,
+                                             uint4 (&piece)[kSumDepth]) const {
+        read_steps(piece, row_at(a, max(row, 0ll)),
+                   span_of(range.first, row < 0 ? range.first : range.last, a.row_bytes));
+    }
+};
+
+__device__ __forceinline__ void copy_steps(uint4 (&to)[kSumDepth], const uint4 (&from)[kSumDepth]) {
+#pragma unroll
+    for (int i = 0; i < kSumDepth; ++i) to[i] = from[i];
+}
+
+// What belongs to a part and is no row.
+__device__ __forceinline__ void return_notes(const CombineArguments& a, const Call& call,
+                                             const RowsFrom& in, const Returning& part) {
+    if (part.part != 0 || !(kExact || a.flags & kGrads)) return;
+    if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
+        count_row(a, part.source, a.rows_sent, a.bytes_sent);
+    return_beside(a, call, part.source, a.rank * kMaxTokens + part.position, part.token,
+                  dense_row(a, in, part.source, part.position), part.choice, part.weight);
+}
+
+// Returns `part`, whose first row is in `piece`; that of `ahead` is there afterwards.
+__device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
+                                            const RowsFrom& in, const Returning& part,
+                                            Returning& ahead, int items,
+                                            uint4 (&piece)[kSumDepth]) {
+    const int peer = part.source, slot = a.rank * kMaxTokens + part.position;
+    const Steps range = part.range;
+    const bool more = ahead.item < items;
+    return_notes(a, call, in, part);
+    if (a.row_bytes == 0 || part.stays(a)) {
+        if (more) ahead.begin(a, in, piece);
+        return;
+    }
+    if (kExact) {
+        if (more) ahead.begin(a, in, piece);
+#pragma unroll 1
+        for (unsigned left = __ballot_sync(kAll, part.choice != -1); left; left &= left - 1) {
+            const int k = __ffs(left) - 1;
+            part.load_row(a, __shfl_sync(kAll, part.choice, k), piece);
+            return_steps(a, call, peer, part.token * kTopk + k, piece, range.first, range.last);
+        }
+        return;
+    }
+    uint4 next[kSumDepth];
+    if (!kExpanded) {
+        if (more) ahead.begin(a, in, next);
+        return_steps(a, call, peer, slot, piece, range.first, range.last);
+        copy_steps(piece, next);
+        return;
+    }
+    Sums sums;
+    sums.clear();
+    unsigned left = __ballot_sync(kAll, part.choice >= 0);
+    if (left == 0 && more) ahead.begin(a, in, piece);
+#pragma unroll 1
+    while (left) {
+        const int k = __ffs(left) - 1;
+        left &= left - 1;
+        if (left)
+            part.load_choice(a, left, next);
+        else if (more)
+            ahead.begin(a, in, next);
+        sums.add<true>(piece, __shfl_sync(kAll, part.weight, k));
+        copy_steps(piece, next);
+    }
+    sums.round(next);
+    return_steps(a, call, peer, slot, next, range.first, range.last);
+}
+
+// Partial sums of parts of one step: the rows of some choices are on their way together.
+__device__ __forceinline__ void return_few(const CombineArguments& a, const Call& call,
+                                           const RowsFrom& in, const Cut& cut, int items,
+                                           int* counter) {
+    const auto next = [&] { return next_item(counter); };
+    Returning part;
+#pragma unroll 1
+    for (part.open(a, call, in, first_item(), items, cut, next); part.item < items;
+         part.open(a, call, in, next(), items, cut, next)) {
+        if (a.slot_weights != nullptr && part.choice >= 0)
+            part.weight = a.slot_weights[part.choice];
+        return_notes(a, call, in, part);
+        if (a.row_bytes == 0) continue;
+        const Span span = span_of(part.range.first, part.range.last, a.row_bytes);
+        float sum[kPack] = {};
+#pragma unroll 1
+        for (unsigned left = __ballot_sync(kAll, part.choice >= 0); left;) {
+            uint4 piece[kTogether][1];
+            unsigned rest = left;
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i, rest &= rest - 1) {
+                const long long slot = __shfl_sync(kAll, part.choice, rest ? __ffs(rest) - 1 : 0);
+                read_steps(piece[i], row_at(a, max(slot, 0ll)), {span.at, rest ? span.count : 0});
+            }
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                if (!left) break;
+                add_piece<true>(sum, piece[i][0], __shfl_sync(kAll, part.weight, __ffs(left) - 1));
+                left &= left - 1;
+            }
+        }
+        const uint4 one[1] = {round_piece(sum)};
+        return_steps(a, call, part.source, a.rank * kMaxTokens + part.position, one,
+                     part.range.first, part.range.last);
+    }
+}
+
+// While one part is returned the next is on its way, where there are more parts than warps.
+__device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
+                                            const RowsFrom& in, int warps, int* counter) {
+    const int all = warps * gridDim.x;
+    const Cut cut(in.total, a.row_bytes, all, kSumDepth);
+    const int items = in.most * kNumRanks * cut.parts;
+    const int parts = in.total * cut.parts;
+    const bool plenty = parts > all, drawn = parts >= kDrawnFrom * all;
+    if (kExpanded && !kExact && cut.length == 1) {
+        return_few(a, call, in, cut, items, counter);
+        return;
+    }
+    Draws draws;
+    if (drawn) draws.begin(call, warps, items);
+    const auto next = [&] { return drawn ? draws.next() : next_item(counter); };
+    Returning part, ahead;
+    uint4 piece[kSumDepth];
+    part.open(a, call, in, first_item(), items, cut, next);
+    if (part.item < items) part.begin(a, in, piece);
+#pragma unroll 1
+    while (part.item < items) {
+        ahead.item = items;
+        if (plenty) ahead.open(a, call, in, next(), items, cut, next);
+        return_part(a, call, in, part, ahead, items, piece);
+        part = ahead;
+        if (plenty) continue;
+        part.open(a, call, in, next(), items, cut, next);
+        if (part.item < items) part.begin(a, in, piece);
+    }
+}

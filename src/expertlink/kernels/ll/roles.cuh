@@ -1,0 +1,80 @@
+// Low latency: what each warp of a block of a dispatch does.
+#pragma once
+
+#include "ll/counts.cuh"
+
+constexpr int kTellingWarps = 4;  // of a block, at least, where there are so many
+constexpr int kFewSenders = 192;  // of all blocks, with a step of a row or less for each warp
+
+// The first warps send rows, the others tell what belongs to them. When that is done some of these
+// wait for counts, and as soon as the counts of rows are known all place rows. With few tokens the
+// first of the others is the one that tells of them.
+struct Roles {
+    int warp, warps;
+    int senders;                // the first warps
+    int first_waiter, waiters;  // the first of them waits for the counts of rows
+    int first_punctual;         // of those that nobody needs to wait for
+
+    __device__ __forceinline__ Roles(const DispatchArguments& a, bool quantizes)
+        : warp(threadIdx.x / 32), warps(blockDim.x / 32), senders(0) {
+        const int all = warps * static_cast<int>(gridDim.x);
+        const bool few = a.num_tokens * a.row_bytes <= all * kStepBytes;
+        if (a.flags & kSend) {
+            senders = a.send_warps;
+            if (few && !quantizes && a.flags & kReceive) {
+                const int blocks = gridDim.x;
+                senders = max(1, min((kFewSenders + blocks - 1) / blocks, warps - kTellingWarps));
+            }
+            senders = min(senders, warps - 1);
+        }
+        waiters = waiting_warps(a, others());
+        first_waiter = senders + min(1, others() - waiters);
+        first_punctual = few ? first_waiter : senders;
+    }
+
+    __device__ __forceinline__ int others() const { return warps - senders; }
+    __device__ __forceinline__ bool sends() const { return warp < senders; }
+    __device__ __forceinline__ int first_idle() const { return first_waiter + waiters; }
+    __device__ __forceinline__ bool waits() const {
+        return warp >= first_waiter && warp < first_idle();
+    }
+
+    // No row waits for counts that are only kept, nor for the warps that wait for those.
+    __device__ __forceinline__ int needed_waiters() const { return kExpanded ? waiters : 1; }
+    __device__ __forceinline__ bool is_late() const {
+        return warp < first_punctual || (waits() && warp >= first_waiter + needed_waiters());
+    }
+    __device__ __forceinline__ int late_warps() const {
+        return first_punctual + waiters - needed_waiters();
+    }
+
+    // Returns when the counts are known: whoever has nothing else to do begins to place at once,
+    // the others when all of them are done.
+    __device__ __forceinline__ void meet_others() const {
+        if (is_late()) {
+            meet(kOthersMayPlace, late_warps() + needed_waiters());
+        } else {
+            if (waits() && late_warps()) arrive(kOthersMayPlace, late_warps() + needed_waiters());
+            meet(kCountsAreKnown, warps - late_warps());
+        }
+    }
+
+    // Those that keep the counts: the last of the waiters, the first too if it is needed for that.
+    __device__ __forceinline__ int keepers() const {
+        return kExpanded || waiters == 1 ? waiters : waiters - 1;
+    }
+    __device__ __forceinline__ bool keeps() const {
+        return waits() && warp >= first_idle() - keepers();
+    }
+
+    // One that neither sends nor waits, if there is one.
+    __device__ __forceinline__ bool says_where() const {
+        return blockIdx.x == 0 && warp == min(first_idle(), warps - 1);
+    }
+
+    // The item that a warp which does not send begins with: idle ones come first.
+    __device__ __forceinline__ int first_item() const {
+        const int nth = warp - first_idle();
+        return (nth < 0 ? nth + others() : nth) * gridDim.x + blockIdx.x;
+    }
+};

@@ -1,0 +1,282 @@
+// Low latency, sending half: where every token of this rank goes. Every block finds it out for
+// itself, from masks with a bit per token for each rank and each expert: positions are counts of
+// bits below one's own.
+#pragma once
+
+#include "common/choices.cuh"
+#include "ll/heads.cuh"
+#include "ll/rows.cuh"
+
+// Dynamic shared memory of the sending half, in words.
+struct Masks {
+    int* homes;         // [E] as a.home_of
+    unsigned* ranks;    // [R, words] tokens that go to each rank
+    unsigned* experts;  // [kExpertChunk, words] tokens that choose each of some experts
+    int words;          // of 32 tokens
+};
+
+__device__ __forceinline__ Masks masks_in(int* memory, int num_tokens) {
+    constexpr int kMostWords = (kMaxTokens + 31) / 32;
+    unsigned* const ranks = reinterpret_cast<unsigned*>(memory + kNumExperts);
+    return {memory, ranks, ranks + kNumRanks * kMostWords, (num_tokens + 31) / 32};
+}
+
+__device__ __forceinline__ int bits_in(const unsigned* mask, int words) {
+    int bits = 0;
+#pragma unroll 1
+    for (int word = 0; word < words; ++word) bits += __popc(mask[word]);
+    return bits;
+}
+
+// Bits of the tokens before this one.
+__device__ __forceinline__ int place_in(const unsigned* mask, int token) {
+    return bits_in(mask, token / 32) + __popc(mask[token / 32] & ((1u << token % 32) - 1u));
+}
+
+// Whether an expert is among those whose masks are there.
+__device__ __forceinline__ bool is_in(int chunk, int expert) {
+    return kExpertChunk >= kNumExperts || (expert >= chunk && expert < chunk + kExpertChunk);
+}
+
+__device__ __forceinline__ bool has_token(const unsigned* mask, int token) {
+    return mask[token / 32] >> (token % 32) & 1u;
+}
+
+// One of a token's K choices.
+struct Choice {
+    int token, k;
+    long long id;
+
+    __device__ __forceinline__ void find(int number) {
+        token = number / kTopk;
+        k = number - token * kTopk;
+    }
+
+    template <typename Arguments>
+    __device__ __forceinline__ void load(const Arguments& a) {
+        const int number = token * kTopk + k;
+        id = -1;
+        if (token >= a.num_tokens) return;
+        id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[number]
+                                : static_cast<const int*>(a.ids)[number];
+    }
+
+    __device__ __forceinline__ int expert() const {
+        return id >= 0 && id < kNumExperts ? static_cast<int>(id) : -1;
+    }
+};
+
+// The choices that a thread looks at: with many tokens more, as many further as there are threads.
+struct BlockChoices {
+    Choice first, second;
+
+    __device__ __forceinline__ void find() {
+        first.find(threadIdx.x);
+        second.find(threadIdx.x + blockDim.x);
+    }
+
+    template <typename Arguments>
+    __device__ __forceinline__ void load(const Arguments& a) {
+        first.load(a);
+        second.load(a);
+    }
+
+    template <typename Arguments, typename Act>
+    __device__ __forceinline__ void for_all(const Arguments& a, const Act& act) const {
+        if (first.token >= a.num_tokens) return;
+        act(first);
+        if (second.token >= a.num_tokens) return;
+        act(second);
+        Choice choice = second;
+        int number = threadIdx.x + blockDim.x;
+#pragma unroll 1
+        while (true) {
+            number += blockDim.x;
+            choice.find(number);
+            if (choice.token >= a.num_tokens) return;
+            choice.load(a);
+            act(choice);
+        }
+    }
+};
+
+// What has to be told once is shared out: each block tells of some tokens, and those of its threads
+// that do not send take these tokens' choices, each for one rank.
+struct Told : Choice {
+    int number;       // among what the block tells
+    int peer;         // whom
+    unsigned weight;  // bits of a float
+
+    __device__ __forceinline__ void find(int which) {
+        constexpr int kEach = kTopk * kNumRanks;  // of a token
+        number = which;
+        const int nth = number / kEach, rest = number - nth * kEach;
+        peer = rest / kTopk;
+        Choice::find((nth * gridDim.x + blockIdx.x) * kTopk + rest - peer * kTopk);
+    }
+
+    template <typename Arguments>
+    __device__ __forceinline__ void load(const Arguments& a) {
+        Choice::load(a);
+        weight = 0;
+        if (token < a.num_tokens && a.flags & kNewWeights)
+            weight = __float_as_uint(a.weights[static_cast<long long>(token) * kTopk + k]);
+    }
+};
+
+__device__ __forceinline__ void clear_masks(const Masks& masks) {
+    const int experts = kExpertChunk * masks.words;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < experts; i += blockDim.x) masks.experts[i] = 0;
+}
+
+// Whole block, before the first masks are set.
+template <typename Arguments>
+__device__ __forceinline__ void prepare_masks(const Arguments& a, const Masks& masks) {
+    clear_masks(masks);
+    const int ranks = kNumRanks * masks.words;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ranks; i += blockDim.x) masks.ranks[i] = 0;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) masks.homes[e] = a.home_of[e];
+}
+
+// Whole block: sets the masks for the experts from `chunk` on, and those of the ranks in the first
+// chunk.
+template <typename Arguments>
+__device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& masks, int chunk,
+                                           const BlockChoices& choices) {
+    if (chunk != 0) {
+        clear_masks(masks);
+        __syncthreads();
+    }
+    choices.for_all(a, [&](const Choice& choice) {
+        const int expert = choice.expert();
+        if (expert < 0) return;
+        const int word = choice.token / 32;
+        const unsigned bit = 1u << choice.token % 32;
+        if (chunk == 0)
+            atomicOr(&masks.ranks[rank_of(masks.homes[expert]) * masks.words + word], bit);
+        if (is_in(chunk, expert))
+            atomicOr(&masks.experts[(expert - chunk) * masks.words + word], bit);
+    });
+    __syncthreads();
+}
+
+// Tells every rank how many rows it gets and how many choices each of its experts: blocks share
+// this.
+template <typename Arguments>
+__device__ __forceinline__ void publish_counts(const Arguments& a, const Call& call,
+                                               const Masks& masks, int chunk, int warp, int warps,
+                                               unsigned subject) {
+    const int lane = threadIdx.x % 32;
+    // Another block than the one with the first experts, where there are several.
+    for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32;
+         chunk == 0 && first < kNumRanks; first += warps * gridDim.x * 32) {
+        const int peer = first + lane;
+        if (peer >= kNumRanks) continue;
+        const bool masked = is_masked(call, peer);
+        const int count = masked ? 0 : bits_in(masks.ranks + peer * masks.words, masks.words);
+        a.rows_to[peer] = count;
+        if (masked) continue;
+        say_head(a, call, peer, count, subject);
+        if (a.rows_sent != nullptr) {
+            a.rows_sent[peer] += count;
+            if (peer != a.rank)
+                a.bytes_sent[peer] += static_cast<long long>(count) * (a.row_bytes + a.scale_bytes);
+        }
+    }
+    for (int first = (warp * gridDim.x + blockIdx.x) * 32; first < kExpertChunk;
+         first += warps * gridDim.x * 32) {
+        const int expert = chunk + first + lane;
+        if (first + lane >= kExpertChunk || expert >= kNumExperts) continue;
+        const int home = masks.homes[expert], peer = rank_of(home);
+        if (is_masked(call, peer)) continue;
+        const int count = bits_in(masks.experts + (first + lane) * masks.words, masks.words);
+        store_tagged(
+            count_word(call.bases[peer], call.sending, a.rank, kFirstCountColumn + local_of(home)),
+            call.sending, count);
+    }
+}
+
+// Lane i: position of the token among the rows for rank `first` + i, or -1: it does not go there.
+__device__ __forceinline__ int position_at(const Masks& masks, int token, int first) {
+    const int rank = first + threadIdx.x % 32;
+    if (rank >= kNumRanks) return -1;
+    const unsigned* const mask = masks.ranks + rank * masks.words;
+    return has_token(mask, token) ? place_in(mask, token) : -1;
+}
+
+// The same, with -1 also for ranks that are masked.
+__device__ __forceinline__ int target_at(const Call& call, const Masks& masks, int token,
+                                         int first) {
+    const int rank = first + threadIdx.x % 32;
+    return rank < kNumRanks && is_masked(call, rank) ? -1 : position_at(masks, token, first);
+}
+
+// How many of the ranks before `peer` a token goes to.
+__device__ __forceinline__ int ranks_before(const Masks& masks, int token, int peer) {
+    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;  // loads under way together
+    int ranks = 0;
+#pragma unroll 1
+    for (int first = 0; first < peer; first += kAtOnce)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int rank = first + i;
+            const unsigned* const mask = masks.ranks + min(rank, kNumRanks - 1) * masks.words;
+            ranks += has_token(mask, token) && rank < peer;
+        }
+    return ranks;
+}
+
+// One thread for each choice and rank. Tells a rank to which a token goes the local expert, place
+// and weight of the choice, or that it is another rank's; and which token it is. Chunks of experts
+// fill in the choices that they know. What the handle keeps of it likewise.
+template <typename Arguments>
+__device__ __forceinline__ void tell(const Arguments& a, const Call& call, const Masks& masks,
+                                     int chunk, const Told& told) {
+    const int token = told.token, k = told.k, peer = told.peer, expert = told.expert();
+    const int home = expert >= 0 ? masks.homes[expert] : -1;
+    const unsigned* const mask = masks.ranks + peer * masks.words;
+    const bool goes = has_token(mask, token), sent = goes && !is_masked(call, peer);
+    const bool local = home >= 0 && rank_of(home) == peer;
+    const bool known = local && is_in(chunk, expert);
+    const int position = goes ? place_in(mask, token) : 0;
+    const int place = known ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
+    unsigned long long* const words =
+        beside_words(call.bases[peer], call.sending, a.rank * kMaxTokens + position, 0);
+    // Absence, and which token it is, is said once.
+    if (sent && (known || (!local && chunk == 0)))
+        store_tagged_pair(words + 2 * k, call.sending,
+                          known ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u,
+                          told.weight);
+    if (chunk != 0) return;
+    if (sent && k == 0) store_tagged_pair(words + 2 * kTopk, call.sending, token, 0u);
+    if (k == 0) {
+        int* const slots = a.slots_of_token + token * kCopies;
+        int before = ranks_before(masks, token, peer);
+        if (goes) slots[before++] = peer * kMaxTokens + position;
+        if (peer == kNumRanks - 1)
+            for (; before < kCopies; ++before) slots[before] = -1;
+    }
+    if (peer != 0) return;
+    const long long at = static_cast<long long>(token) * kTopk + k;
+    if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(told.weight);
+    if (a.flags & kWideIds)
+        static_cast<long long*>(a.ids_copy)[at] = told.id;
+    else
+        static_cast<int*>(a.ids_copy)[at] = static_cast<int>(told.id);
+}
+
+// All that this block tells, by these threads.
+template <typename Arguments>
+__device__ __forceinline__ void send_beside(const Arguments& a, const Call& call,
+                                            const Masks& masks, int chunk, Told told,
+                                            int threads) {
+#pragma unroll 1
+    while (told.token < a.num_tokens) {
+        tell(a, call, masks, chunk, told);
+        told.find(told.number + threads);
+        told.load(a);
+    }
+}

@@ -1,0 +1,186 @@
+// Low latency: rows on their way. How they are stored at peers, and how their pieces are awaited.
+#pragma once
+
+#include "ll/shares.cuh"
+
+// -- steps of a row -------------------------------------------------------------------------------
+
+// What a lane has of some steps of a row: 16 bytes of each of `count` steps, the first at `at`.
+struct Span {
+    int at, count;
+};
+
+__device__ __forceinline__ Span span_of(int first, int last, int bytes) {
+    const int at = first * kStepBytes + threadIdx.x % 32 * 16;
+    return {at, min(last - first, (bytes - at + kStepBytes - 1) >> 9)};
+}
+static_assert(kStepBytes == 1 << 9);
+
+// Pieces that do not exist become zeros.
+template <int kDepth>
+__device__ __forceinline__ void read_steps(uint4 (&piece)[kDepth], const char* row, Span span) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+        piece[i] = make_uint4(0, 0, 0, 0);
+        if (i < span.count)
+            piece[i] = *reinterpret_cast<const uint4*>(row + span.at + i * kStepBytes);
+    }
+}
+
+template <int kDepth>
+__device__ __forceinline__ void write_steps(char* row, const uint4 (&piece)[kDepth], Span span) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+        if (i < span.count) *reinterpret_cast<uint4*>(row + span.at + i * kStepBytes) = piece[i];
+}
+
+// To the row of a peer.
+template <int kDepth>
+__device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth], Span span) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+        if (i < span.count) store_piece(row + span.at + i * kStepBytes, piece[i]);
+}
+
+// The same in all lanes: steps whose data look like nothing.
+template <int kDepth>
+__device__ __forceinline__ unsigned strange_steps(const uint4 (&piece)[kDepth], Span span) {
+    unsigned strange = 0;
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+        if (i < span.count && holds_nothing(piece[i])) strange |= 1u << i;
+    return __reduce_or_sync(kAll, strange);
+}
+
+// Pieces of a staged row as they come in: kDepth steps of one lane's 16 bytes.
+template <int kDepth>
+struct Pieces {
+    uint4 piece[kDepth];
+
+    // First look; pieces that do not exist are there.
+    __device__ __forceinline__ void look_at(const char* row, Span span) {
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            piece[i] = make_uint4(0, 0, 0, 0);
+            if (i < span.count) piece[i] = load_piece(row + span.at + i * kStepBytes);
+        }
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) piece[i] = make_uint4(0, 0, 0, 0);
+    }
+
+    // Bit i: this lane's piece i has not come.
+    __device__ __forceinline__ unsigned missing() const {
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i)
+            if (holds_nothing(piece[i])) bits |= 1u << i;
+        return bits;
+    }
+
+    // Waits until those of `which` are here; the warp finds the same. Where a rank is gone,
+    // `awaited` says for which piece it was waited.
+    template <typename Places>
+    __device__ __forceinline__ Found settle(const Call& call, const Places& places, unsigned which,
+                                            int& awaited) {
+        const unsigned bits = missing() & which, left = __reduce_or_sync(kAll, bits);
+        if (left == 0) return kHere;
+        awaited = __ffs(left) - 1;
+        return poll(call, places, bits, awaited);
+    }
+
+    template <typename Places>
+    __device__ __forceinline__ void load(const Places& places, unsigned which) {
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i)
+            if (which & 1u << i) piece[i] = load_piece(places.at(i));
+    }
+
+    template <typename Places>
+    __device__ __forceinline__ Found poll(const Call& call, const Places& places, unsigned bits,
+                                          int& awaited) {
+        unsigned long long since = 0;
+        long long* const longest = call.patience.longest_wait_ns;
+        const unsigned long long began = longest != nullptr ? nanoseconds() : 0;
+        Found found = kHere;
+        // Looks keep the memory system from what is awaited. So, if there is much of it, only one
+        // piece is looked at until it is here, then all.
+        unsigned looked_at = kAll;
+        for (unsigned spins = 1;; ++spins) {
+            load(places, bits & looked_at);
+            bits &= missing();
+            const unsigned left = __reduce_or_sync(kAll, bits);
+            if (left == 0) break;
+            awaited = __ffs(left) - 1;
+            const bool came = (looked_at & (looked_at - 1)) == 0 && !(looked_at & left);
+            looked_at = came || places.are_few() ? left : left & -left;
+            if (spins > 2) __nanosleep(32);
+            if (spins % 16 != 0) continue;
+            // The data themselves may look like nothing; then the sender has said that they are
+            // here.
+            const unsigned here = places.escaped(call) & left;
+            __syncwarp();  // every lane may read what one of them has acquired
+            if (here) {
+                load(places, bits & here);
+                bits &= ~here;
+                continue;
+            }
+            if (spins % kSpinsBetweenLooks != 0) continue;
+            const int peer = places.peer(awaited), index = places.index(awaited);
+            if (threadIdx.x % 32 == 0)
+                found = look(call, kPhaseRow, peer, call.watch.transfer, 0, index, since);
+            found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
+            if (found != kHere) break;
+        }
+        if (began) {
+            const int peer = places.peer(awaited);
+            if (threadIdx.x % 32 == 0)
+                atomicMax(&longest[peer], static_cast<long long>(nanoseconds() - began));
+        }
+        return found;
+    }
+
+    // The memory is free again; who may write it next has to be told first.
+    __device__ __forceinline__ void put_back(char* row, Span span) const {
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i)
+            if (i < span.count)
+                *reinterpret_cast<uint4*>(row + span.at + i * kStepBytes) = nothing();
+    }
+};
+
+// Where pieces are looked for: steps of one row.
+struct StepsOfRow {
+    const char* row;
+    const unsigned* escapes;
+    int first, length;  // steps of the whole part
+    int source, position;
+
+    __device__ __forceinline__ const char* at(int i) const {
+        return row + (first + i) * kStepBytes + threadIdx.x % 32 * 16;
+    }
+
+    // Bit i: the data of piece i look like nothing, and are here.
+    __device__ __forceinline__ unsigned escaped(const Call& call) const {
+        const int lane = threadIdx.x % 32;
+        return __ballot_sync(kAll, first + lane < kMaxSteps &&
+                                       load_acquire_system(escapes + first + lane) ==
+                                           call.watch.transfer);
+    }
+
+    __device__ __forceinline__ bool are_few() const { return length <= 2; }
+    __device__ __forceinline__ int peer(int) const { return source; }
+    __device__ __forceinline__ int index(int) const { return position; }
+};
+
+// After stores of a warp to a peer: bit i of `steps` says that the data of step `first` + i look
+// like nothing; the same in all lanes.
+__device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfer, int first,
+                                             unsigned steps) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+    fence_system();  // the word says that all lanes' bytes are there
+    if (steps >> lane & 1u) store_relaxed_system(escapes + first + lane, transfer);
+}

@@ -1,0 +1,224 @@
+// Low latency, sending half of a dispatch: rows to their staging slots, in parts, quantized on the
+// way.
+#pragma once
+
+#include "common/quantize.cuh"
+#include "ll/route.cuh"
+
+constexpr int kInStep = kStepBytes / kScaleBlock;  // scales of a step
+
+// Some steps of a token's row: loaded, then made what travels.
+template <bool kQuantized>
+struct Part {
+    static constexpr int kDepth = kQuantized ? 3 : 4;
+    uint4 piece[kDepth];
+    uint4 rest[kQuantized ? kDepth : 1];  // second half of what a piece is made of
+
+    __device__ __forceinline__ void load(const char* row, Span span) {
+        if constexpr (!kQuantized) {
+            read_steps(piece, row, span);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kDepth; ++i) {
+                piece[i] = rest[i] = make_uint4(0, 0, 0, 0);
+                if (i >= span.count) continue;
+                // Sixteen elements are twice as long before they are quantized.
+                const char* const from = row + 2 * span.at + 2 * i * kStepBytes;
+                piece[i] = reinterpret_cast<const uint4*>(from)[0];
+                rest[i] = reinterpret_cast<const uint4*>(from)[1];
+            }
+        }
+    }
+};
+
+// The scales that a part was made with, as they travel: a word of this lane, or none.
+struct PartScales {
+    unsigned word;
+    int index;  // among the row's words, or -1
+
+    // Every lane has the scale of its block in each of the steps.
+    template <int kDepth>
+    __device__ __forceinline__ void gather(const float (&scale)[kDepth], int first, int steps,
+                                           bool packed) {
+        const int lane = threadIdx.x % 32;
+        word = 0;
+        index = -1;
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) {
+            if (packed) {
+                // A word with the exponents of a step's blocks, those of the row only.
+                const int block = (first + i) * kInStep + lane / 8;
+                unsigned exponent = __float_as_uint(scale[i]) >> 23 & 0xffu;
+                if (block >= kNumBlocks || lane % 8 != 0) exponent = 0;
+                const unsigned four = __reduce_or_sync(kAll, exponent << lane / 8 * 8);
+                if (lane == i) word = four;
+            } else {
+                const float own = __shfl_sync(kAll, scale[i], lane % kInStep * 8);
+                if (lane / kInStep == i) word = __float_as_uint(own);
+            }
+        }
+        const int here = packed ? lane : lane / kInStep, at = packed ? first : first * kInStep;
+        if (here < min(steps, kDepth) && (packed || at + lane < kNumBlocks)) index = at + lane;
+    }
+
+    // Packed scales may look like nothing: bit i for step i, in all lanes.
+    __device__ __forceinline__ unsigned strange() const {
+        return __ballot_sync(kAll, index >= 0 && word == kNothing);
+    }
+};
+
+// Rows of this rank's own tokens are taken from the input, where they need no quantizing and the
+// input is sure to be as it was: both halves are in this launch.
+template <bool kQuantized>
+__device__ __forceinline__ bool takes_own_rows(const DispatchArguments& a) {
+    return !kQuantized && (a.flags & (kSend | kReceive)) == (kSend | kReceive);
+}
+
+__device__ __forceinline__ unsigned byte_at(const char* bytes, int at, int end) {
+    return at < end ? static_cast<unsigned char>(bytes[at]) : 0u;
+}
+
+// Scales that the caller made, as words; the last may be incomplete.
+__device__ __forceinline__ void send_scales(const DispatchArguments& a, char* row, unsigned* escape,
+                                            unsigned transfer, int token) {
+    const char* const from = a.scales + static_cast<long long>(token) * a.scale_bytes;
+    unsigned* const to = reinterpret_cast<unsigned*>(row + kScalesAt);
+    unsigned strange = 0;
+#pragma unroll 1
+    for (int word = threadIdx.x % 32; word * 4 < a.scale_bytes; word += 32) {
+        unsigned value = 0;
+#pragma unroll 1
+        for (int i = 3; i >= 0; --i)
+            value = value << 8 | byte_at(from, word * 4 + i, a.scale_bytes);
+        store_relaxed_system(to + word, value);
+        if (value == kNothing) strange = 1;
+    }
+    if (__any_sync(kAll, strange)) escape_steps(escape, transfer, 0, 1u);
+}
+
+// One part of a token's row, for the ranks of one split.
+struct Stretch {
+    int item, token, part, split;
+    Steps steps;
+};
+
+// One warp's way through the rows that its rank sends: in parts, and with few tokens each part to
+// some of its ranks only, so that there is work for all warps.
+template <bool kQuantized>
+struct Sender {
+    static constexpr int kDepth = Part<kQuantized>::kDepth;
+    Cut cut;
+    int splits, items;
+    Stretch now;
+    Part<kQuantized> part;
+
+    // The first `warps` warps of every block that sends take part.
+    __device__ __forceinline__ void prepare(const DispatchArguments& a, int warps) {
+        const int all = warps * gridDim.x;
+        cut = {a.num_tokens, a.row_bytes, all, kDepth};
+        const int pieces = a.num_tokens * cut.parts;
+        splits = pieces ? max(1, min(kCopies, all / pieces)) : 1;
+        items = threadIdx.x / 32 < warps ? pieces * splits : 0;
+        now = open(first_item());
+    }
+
+    __device__ __forceinline__ Stretch open(int item) const {
+        const Divider by_splits(splits), by_parts(cut.parts);
+        const int piece = by_splits(item), token = by_parts(piece);
+        const int number = piece - token * cut.parts;
+        return {item, token, number, item - piece * splits, cut.part(number)};
+    }
+
+    __device__ __forceinline__ void load(const DispatchArguments& a, const Stretch& at,
+                                         Part<kQuantized>& into) const {
+        if (at.item < items)
+            into.load(a.x + static_cast<long long>(at.token) * a.input_bytes,
+                      span_of(at.steps.first, at.steps.last, a.row_bytes));
+    }
+
+    // What has been loaded, to the ranks of this split. Every token begins with another rank.
+    __device__ __forceinline__ void store(const DispatchArguments& a, const Call& call,
+                                          const Masks& masks) {
+        const int token = now.token, first = now.steps.first, last = now.steps.last;
+        const bool with_scales = now.part == cut.parts - 1 && a.scales != nullptr;
+        const Span span = span_of(first, last, a.row_bytes);
+        PartScales scales;
+        unsigned strange = 0;
+        if constexpr (kQuantized) {
+            float scale[kDepth];
+            if (last - first == 1) {  // with few tokens
+                uint4 low[1] = {part.piece[0]}, high[1] = {part.rest[0]};
+                float own[1];
+                quantize_pieces(low, high, a.scale_kind, own);
+                part.piece[0] = low[0];
+                scale[0] = own[0];
+                for (int i = 1; i < kDepth; ++i) scale[i] = 0.0f;
+            } else {
+                quantize_pieces(part.piece, part.rest, a.scale_kind, scale);
+            }
+            const bool packed = a.scale_kind == kPackedScales;
+            scales.gather(scale, first, last - first, packed);
+            if (packed) strange = scales.strange();
+        }
+        strange |= strange_steps(part.piece, span);
+        const int turn = (a.rank + token) % kNumRanks;
+        const long long offset =
+            staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
+        int skip = now.split;  // ranks of the token that are another warp's
+#pragma unroll 1
+        for (int part_of = 0; part_of < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1);
+             ++part_of) {
+            // More ranks than lanes: groups of 32, ranks from `turn` on, then those before it.
+            const int groups = (kNumRanks + 31) / 32, group = part_of % groups * 32;
+            const int position = target_at(call, masks, token, group);
+            unsigned there = __ballot_sync(kAll, position >= 0);
+            int shift = 0;
+            if constexpr (kNumRanks > 32) {
+                const int before = min(max(turn - group, 0), 32);
+                const unsigned below = before == 32 ? kAll : (1u << before) - 1u;
+                there &= part_of < groups ? ~below : below;
+            } else if (turn != 0) {
+                shift = turn;  // bit i stands for rank (i + turn) % R
+                there = (there >> turn | there << (kNumRanks - turn)) & (kAll >> (32 - kNumRanks));
+            }
+#pragma unroll 1
+            for (; there; there &= there - 1) {
+                if (skip-- > 0) continue;
+                skip = splits - 1;
+                int lane_of = __ffs(there) - 1 + shift;
+                if (kNumRanks <= 32 && lane_of >= kNumRanks) lane_of -= kNumRanks;
+                const int slot = __shfl_sync(kAll, position, lane_of);
+                const int peer = group + lane_of;
+                char* const base = call.bases[peer];
+                char* const row = base + offset + static_cast<long long>(slot) * kRowStride;
+                const bool stays = takes_own_rows<kQuantized>(a) && peer == a.rank;
+                if (!stays) store_steps(row, part.piece, span);
+                if (kQuantized && scales.index >= 0)
+                    store_relaxed_system(
+                        reinterpret_cast<unsigned*>(row + kScalesAt) + scales.index, scales.word);
+                if (strange && !stays)
+                    escape_steps(escape_words(base, call.sending, a.rank * kMaxTokens + slot),
+                                 call.sending, first, strange);
+                if (!kQuantized && with_scales)
+                    send_scales(
+                        a, row,
+                        escape_words(base, call.sending, a.rank * kMaxTokens + slot) + kMaxSteps,
+                        call.sending, token);
+            }
+        }
+    }
+
+    // All items, once the block has counted. While one part is sent the next is on its way.
+    __device__ __forceinline__ void run(const DispatchArguments& a, const Call& call,
+                                        const Masks& masks, Draws& draws) {
+#pragma unroll 1
+        while (now.item < items) {
+            const Stretch then = open(draws.next());
+            Part<kQuantized> ahead;
+            load(a, then, ahead);
+            store(a, call, masks);
+            part = ahead;
+            now = then;
+        }
+    }
+};

@@ -1,0 +1,133 @@
+// Low latency: how the work is shared out between blocks and warps.
+#pragma once
+
+#include "ll/begin.cuh"
+
+// How many rows come from each rank, in shared memory.
+struct RowsFrom {
+    int rows_from[kNumRanks];  // rows from each rank
+    int first_row[kNumRanks];  // rows from the ranks before
+    int most, total;           // rows of the rank that sends most, and of all
+
+    // One warp, whose lanes ask `rows_of` together how many come from a rank; from none, where
+    // there is no such rank.
+    template <typename RowsOf>
+    __device__ __forceinline__ void fill(const RowsOf& rows_of) {
+        const int lane = threadIdx.x % 32;
+        int before = 0, largest = 0;
+#pragma unroll 1
+        for (int first = 0; first < kNumRanks; first += 32) {
+            const int rank = first + lane, rows = rows_of(rank);
+            int sum = rows;  // of the lanes up to this one
+#pragma unroll
+            for (int step = 1; step < min(32, kNumRanks); step *= 2) {
+                const int other = __shfl_up_sync(kAll, sum, step);
+                if (lane >= step) sum += other;
+            }
+            if (rank < kNumRanks) {
+                rows_from[rank] = rows;
+                first_row[rank] = before + sum - rows;
+            }
+            before += __shfl_sync(kAll, sum, min(32, kNumRanks) - 1);
+            largest = max(largest, __reduce_max_sync(kAll, rows));
+        }
+        if (lane == 0) {
+            total = before;
+            most = largest;
+        }
+        __syncwarp();
+    }
+};
+
+// The item of the sending half that a warp begins with.
+__device__ __forceinline__ int first_item() {
+    return threadIdx.x / 32 * gridDim.x + blockIdx.x;
+}
+
+// Items are dealt out to the blocks in turn, and inside a block to whoever is free.
+__device__ __forceinline__ int next_item(int* counter) {
+    int taken = 0;
+    // One lane asks; an atomicAdd would be compiled for any number of them.
+    if (threadIdx.x % 32 == 0)
+        asm volatile("atom.shared.add.u32 %0, [%1], 1;"
+                     : "=r"(taken)
+                     : "r"(static_cast<unsigned>(__cvta_generic_to_shared(counter)))
+                     : "memory");
+    return __shfl_sync(kAll, taken, 0) * gridDim.x + blockIdx.x;
+}
+
+// Items that all blocks draw from one counter: for what is sent, since some SMs reach the wire much
+// faster than others. Each draw is on its way while the item before is sent.
+struct Draws {
+    unsigned* drawn;
+    int first;        // of the items that are drawn
+    unsigned ticket;  // lane 0
+    bool any;         // there are so many items
+
+    __device__ __forceinline__ void begin(const Call& call, int warps, int items) {
+        drawn = &call.patience.counters->drawn[set_of(call.sending)];
+        first = warps * gridDim.x;
+        any = first < items;
+        draw();
+    }
+
+    __device__ __forceinline__ void draw() {
+        ticket = 0;
+        if (any && threadIdx.x % 32 == 0)
+            asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;"
+                         : "=r"(ticket)
+                         : "l"(drawn)
+                         : "memory");
+    }
+
+    // Past the last item if there are no more.
+    __device__ __forceinline__ int next() {
+        const int item = first + static_cast<int>(__shfl_sync(kAll, ticket, 0));
+        draw();
+        return item;
+    }
+};
+
+// Quotients of small numbers by one divisor: an ordinary division takes as long as a row's checks.
+struct Divider {
+    int divisor;
+    float reciprocal;
+
+    __device__ __forceinline__ explicit Divider(int d) : divisor(d) {
+        // Near is enough.
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(static_cast<float>(d)));
+    }
+
+    __device__ __forceinline__ int operator()(int n) const {
+        const int near = static_cast<int>(static_cast<float>(n) * reciprocal);
+        const int rest = n - near * divisor;
+        return near + (rest >= divisor) - (rest < 0);
+    }
+};
+
+struct Steps {
+    int first, last;
+};
+
+// How rows are cut, so that there is work for all warps and no part is longer than `most` steps.
+struct Cut {
+    int parts, length, steps;  // of a row; of a part, in steps; of a row
+
+    Cut() = default;
+
+    __device__ __forceinline__ Cut(int rows, int row_bytes, int warps, int most)
+        : steps((row_bytes + kStepBytes - 1) / kStepBytes) {
+        if (rows * steps <= warps) {  // few rows: a warp for every step
+            length = 1;
+            parts = max(1, steps);
+            return;
+        }
+        const int wanted = max(1, Divider(rows)(warps));
+        length = min(most, Divider(wanted)(steps + wanted - 1));
+        parts = Divider(length)(steps + length - 1);
+    }
+
+    __device__ __forceinline__ Steps part(int index) const {
+        return {index * length, min((index + 1) * length, steps)};
+    }
+};

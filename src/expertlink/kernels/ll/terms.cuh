@@ -1,0 +1,119 @@
+// Low latency, receiving half of a combine: what belongs to a token, and where it is.
+#pragma once
+
+#include "ll/returns.cuh"
+
+// Lane i: where the i-th term of a token is staged (slot) and whose it is, or -1.
+struct Term {
+    int slot, peer;
+};
+
+__device__ __forceinline__ Term term_of(const CombineArguments& a, int token) {
+    const int lane = threadIdx.x % 32;
+    Term term{-1, -1};
+    if (kExact) {
+        if (lane < kTopk) {
+            const int expert = expert_of(a, token, lane);
+            if (expert >= 0) term = {token * kTopk + lane, rank_of(a.home_of[expert])};
+        }
+    } else if (lane < kCopies) {
+        const int code = a.slots_of_token[token * kCopies + lane];
+        if (code >= 0) term = {code, code / kMaxTokens};
+    }
+    return term;
+}
+
+// Exact sums: the weight of a term, and the gradient that came with it; lane k waits for its own.
+__device__ __forceinline__ bool receive_beside(const CombineArguments& a, const Call& call,
+                                               Term& term, float& weight, float& grad) {
+    Found found = kHere;
+    unsigned first = 0, second = 0;
+    if (term.slot >= 0) {
+        unsigned long long* const words =
+            beside_words(call.bases[a.rank], call.watch.transfer, term.slot, 0);
+        found = wait_tagged(call, words, term.peer, kPhaseRow, first);
+        if (found == kHere) found = wait_tagged(call, words + 1, term.peer, kPhaseRow, second);
+        if (found == kGone) term.slot = -1;
+    }
+    weight = __uint_as_float(first);
+    grad = __uint_as_float(second);
+    return !__any_sync(kAll, found == kStop);
+}
+
+// Gradients of a token's choices: each lies beside the term from the choice's rank.
+__device__ __forceinline__ bool receive_grads(const CombineArguments& a, const Call& call,
+                                              const Term& term, int token) {
+    const int lane = threadIdx.x % 32;
+    const int expert = lane < kTopk ? expert_of(a, token, lane) : -1;
+    const int rank = expert >= 0 ? rank_of(a.home_of[expert]) : -1;
+    float grad = 0.0f;
+    bool fine = true;
+    for (unsigned left = __ballot_sync(kAll, term.slot >= 0); left; left &= left - 1) {
+        const int i = __ffs(left) - 1;
+        const int slot = __shfl_sync(kAll, term.slot, i), peer = __shfl_sync(kAll, term.peer, i);
+        if (peer != rank) continue;
+        unsigned bits = 0;
+        fine &= wait_tagged(call, beside_words(call.bases[a.rank], call.watch.transfer, slot, lane),
+                            peer, kPhaseRow, bits) != kStop;
+        grad = __uint_as_float(bits);
+    }
+    if (lane < kTopk) a.grads_out[static_cast<long long>(token) * kTopk + lane] = grad;
+    return __all_sync(kAll, fine);
+}
+
+// One part of one token: its terms.
+struct Adding {
+    int item, token, part;
+    Steps range;
+    Term term;
+
+    // The next part; its terms are on their way.
+    __device__ __forceinline__ void open(const CombineArguments& a, int number, int items,
+                                         const Cut& cut) {
+        item = number;
+        if (item >= items) return;
+        const Divider by_parts(cut.parts);
+        token = by_parts(item);
+        part = item - token * cut.parts;
+        range = cut.part(part);
+        term = term_of(a, token);
+    }
+
+    __device__ __forceinline__ void leave_out_masked(const Call& call) {
+        if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
+    }
+
+    // The terms are here; the first of them is looked at.
+    __device__ __forceinline__ void begin(const CombineArguments& a, const Call& call,
+                                          const RowsFrom& in, int items,
+                                          Pieces<kSumDepth>& pieces) {
+        if (item >= items) return;
+        leave_out_masked(call);
+        look_at(a, call, in, __ballot_sync(kAll, term.slot >= 0), pieces);
+    }
+
+    __device__ __forceinline__ bool is_own(const CombineArguments& a, int slot) const {
+        return takes_own_rows(a) && slot / kMaxTokens == a.rank;
+    }
+
+    // The first of some terms, if there are any.
+    __device__ __forceinline__ void look_at(const CombineArguments& a, const Call& call,
+                                            const RowsFrom& in, unsigned terms,
+                                            Pieces<kSumDepth>& pieces) const {
+        const int slot = __shfl_sync(kAll, term.slot, terms ? __ffs(terms) - 1 : 0);
+        if (!terms || a.row_bytes == 0) return;
+        bool exists = true;
+        const char* const row = row_of(a, call, in, slot, exists);
+        const int last = exists ? range.last : range.first;
+        pieces.look_at(row, span_of(range.first, last, a.row_bytes));
+    }
+
+    // Where a term is; an own row, which is only read, may have found no room.
+    __device__ __forceinline__ char* row_of(const CombineArguments& a, const Call& call,
+                                            const RowsFrom& in, int slot, bool& exists) const {
+        if (!is_own(a, slot)) return staged_row(call.bases[a.rank], call.watch.transfer, slot);
+        const long long own = dense_row(a, in, a.rank, slot % kMaxTokens);
+        exists = own < a.max_slots;
+        return const_cast<char*>(row_at(a, own));
+    }
+};

@@ -1,0 +1,140 @@
+// Low latency: bounded waits for what peers write, and who is lost when one ends.
+#pragma once
+
+#include "ll/protocol.cuh"
+
+enum Found { kHere, kGone, kStop };  // came; its rank is masked; give up
+
+// What is not inlined takes the block's `Call` by its address and returns one word: results by
+// reference would cost a stack.
+constexpr unsigned long long kLookedGone = 1, kLookedStop = 2;
+
+// A rank that is only waiting itself must not be taken for lost: tells peers that this one is there,
+// and returns when the awaited one was last heard of. Masked ones are told nothing: one that comes
+// back would wait for ever for what nobody sends it any more.
+__device__ __noinline__ unsigned long long listen(const Call* call, int peer,
+                                                  unsigned long long now) {
+    const int rank = call->watch.rank;
+    Counters* const counters = call->patience.counters;
+    for (int r = 0; r < kNumRanks; ++r)
+        if (load_relaxed_system(&counters->masked[r]) == 0)
+            store_relaxed_system(alive_word(call->bases[r], rank), static_cast<unsigned>(now));
+    const unsigned said = load_relaxed_system(alive_word(call->bases[rank], peer));
+    // Several warps may do this at once, with the same outcome.
+    if (said != load_relaxed_system(&counters->heard[peer])) {
+        store_relaxed_system(&counters->heard[peer], said);
+        atomicExch(&counters->heard_at[peer], now);
+    }
+    return load_tagged(&counters->heard_at[peer]);
+}
+
+// The slow half of a wait, by one lane or several alike: when it began, or that it is over.
+__device__ __noinline__ unsigned long long look_slowly(const Call* call, Phase phase, int peer,
+                                                       unsigned expected, unsigned seen, int index,
+                                                       unsigned long long since) {
+    const Watch& watch = call->watch;
+    const Patience& patience = call->patience;
+    if (load_relaxed_system(&watch.masked[peer]) != 0) return kLookedGone;
+    if (gave_up(watch)) return kLookedStop;
+    const int own = has_aborted(watch, watch.rank) ? watch.rank : -1;
+    const int aborter = patience.masks_lost ? own : aborted_by(watch);
+    if (aborter >= 0) {
+        report(watch, kPhaseAborted, aborter, 0, 0, 0, 0);
+        return kLookedStop;
+    }
+    // Only where lost ranks are masked: the word may have come since it was looked at above.
+    if (patience.masks_lost && has_aborted(watch, peer)) {
+        atomicExch(&patience.counters->masked[peer], 1u);
+        return kLookedGone;
+    }
+    const unsigned long long now = nanoseconds();
+    if (since == 0) since = now;
+    const unsigned long long limit =
+        *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
+    unsigned long long quiet_since = since;
+    if (patience.masks_lost) quiet_since = max(since, listen(call, peer, now));
+    const bool quiet = now - min(now, quiet_since) >= limit;
+    // Each peer may have waited in vain for all others, one after the other. After that they wait
+    // for each other, as in different calls.
+    if (!quiet && now - since < kNumRanks * limit) return since;
+    if (quiet && patience.masks_lost && peer != watch.rank) {
+        // Whoever waits for this rank learns it at the next look.
+        atomicExch(&patience.counters->masked[peer], 1u);
+        return kLookedGone;
+    }
+    report(watch, phase, peer, expected, seen, index, now - since);
+    return kLookedStop;
+}
+
+__device__ __forceinline__ Found look(const Call& call, Phase phase, int peer, unsigned expected,
+                                      unsigned seen, int index, unsigned long long& since) {
+    since = look_slowly(&call, phase, peer, expected, seen, index, since);
+    return since == kLookedGone ? kGone : since == kLookedStop ? kStop : kHere;
+}
+
+// A tagged word is of the awaited transfer.
+__device__ __forceinline__ bool is_of(const Call& call, unsigned long long word) {
+    return static_cast<unsigned>(word >> 32) == call.watch.transfer;
+}
+
+// Waits for a word that carries its transfer: what it carries, with what was found above it.
+__device__ __noinline__ unsigned long long wait_slowly(const Call* call,
+                                                       const unsigned long long* word, int peer,
+                                                       Phase phase) {
+    const unsigned transfer = call->watch.transfer;
+    long long* const longest = call->patience.longest_wait_ns;
+    const unsigned long long began = nanoseconds();
+    unsigned long long since = 0, result = 0;
+    for (unsigned spins = 1;; ++spins) {
+        const unsigned long long now = load_tagged(word);
+        if (static_cast<unsigned>(now >> 32) == transfer) {
+            result = tagged(kHere, static_cast<unsigned>(now));
+            break;
+        }
+        if (spins % kSpinsBetweenLooks != 0) continue;
+        since =
+            look_slowly(call, phase, peer, transfer, static_cast<unsigned>(now >> 32), 0, since);
+        if (since == kLookedGone || since == kLookedStop) {
+            result = tagged(since == kLookedGone ? kGone : kStop, 0);
+            break;
+        }
+    }
+    if (longest != nullptr)
+        atomicMax(&longest[peer], static_cast<long long>(nanoseconds() - began));
+    return result;
+}
+
+// One lane for itself.
+__device__ __forceinline__ Found wait_tagged(const Call& call, const unsigned long long* word,
+                                             int peer, Phase phase, unsigned& value) {
+    unsigned long long now = load_tagged(word);
+    Found found = kHere;
+    if (!is_of(call, now)) {
+        now = wait_slowly(&call, word, peer, phase);
+        found = static_cast<Found>(now >> 32);
+    }
+    value = static_cast<unsigned>(now);
+    return found;
+}
+
+// Peers have read what this rank sent kSets transfers ago, up to number `needed`. One warp; false:
+// give up.
+__device__ __noinline__ bool peers_have_room(const Call& call, unsigned needed) {
+    bool fine = true;
+    __syncwarp();  // what this warp has written of `call` is all that is needed
+#pragma unroll 1
+    for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32) {
+        const unsigned* const word = credit_word(call.bases[call.watch.rank], peer);
+        unsigned long long since = 0;
+        for (unsigned spins = 0;; ++spins) {
+            const unsigned now = load_acquire_system(word);
+            if (reached(now, needed)) break;
+            // At once first: the peer may be masked.
+            if (spins % kSpinsBetweenLooks != 0) continue;
+            const Found found = look(call, kPhaseCredit, peer, needed, now, 0, since);
+            if (found == kStop) fine = false;
+            if (found != kHere) break;
+        }
+    }
+    return __all_sync(kAll, fine);
+}

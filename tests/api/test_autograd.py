@@ -1,0 +1,117 @@
+"""Gradients: numerically right, equal to a dense layer, for every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from expertlink import DispatchLayout
+from support import train_jobs
+from support.oracle import Case
+from support.small_calls import H, T, good, make
+
+LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_gradcheck(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    case = Case((3,) * ranks, 2, experts=4, topk=2, layout=layout, dtype=torch.float64, masked=0.2)
+    assert all(rank_pools(ranks).run(train_jobs.gradcheck, case, timeout_s=120))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gradients_equal_a_dense_layer(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    tokens = (5, 0, 7, 3)[:ranks]
+    case = Case(tokens, 8, experts=6, topk=3, layout=layout, dtype=torch.float64, masked=0.2)
+    scattered = dataclasses.replace(case, placement="scattered", seed=4)
+    aligned = [dataclasses.replace(case, alignment=4)] if layout is DispatchLayout.FLAT else []
+    exact = [dataclasses.replace(scattered, precision="exact")] if layout.expanded else []
+    for drawn in (case, scattered, *aligned, *exact):
+        for worst in rank_pools(ranks).run(train_jobs.gradients, drawn, timeout_s=60):
+            assert max(worst.values()) < 1e-12, (drawn, worst)
+
+
+@LAYOUTS
+def test_gradients_with_a_rank_without_experts(rank_pools, layout: DispatchLayout) -> None:
+    case = Case((5, 4), 8, experts=3, topk=2, layout=layout, dtype=torch.float64, placement="bare")
+    counted = dataclasses.replace(case, placement="even", experts=1, topk=1)
+    for drawn in (case, counted):  # the second: as many as can be, which is none
+        for worst in rank_pools(2).run(train_jobs.gradients, drawn, timeout_s=60):
+            assert max(worst.values()) < 1e-12, (drawn, worst)
+
+
+@LAYOUTS
+def test_gradients_in_bfloat16(rank_pools, layout: DispatchLayout) -> None:
+    """Only rounding separates bfloat16 rows from the dense layer: a few of its 2^-8 steps."""
+    case = Case((6, 6), 16, experts=4, topk=2, layout=layout, dtype=torch.bfloat16)
+    for worst in rank_pools(2).run(train_jobs.gradients, case, timeout_s=60):
+        assert max(worst.values()) < 0.05, worst
+
+
+@LAYOUTS
+def test_weight_gradients_return_to_their_choice(rank_pools, layout: DispatchLayout) -> None:
+    case = Case((5, 0, 4), 4, experts=7, topk=3, layout=layout, dtype=torch.float32, masked=0.3)
+    assert all(rank_pools(3).run(train_jobs.weight_grads, case, timeout_s=60))
+
+
+@LAYOUTS
+def test_backward_again_and_in_part(rank_pools, layout: DispatchLayout) -> None:
+    case = Case((5, 4), 4, experts=4, topk=2, layout=layout, dtype=torch.float64)
+    for outcome in rank_pools(2).run(train_jobs.repeated_backward, case, timeout_s=60):
+        assert outcome == (True, True, False, True)
+
+
+@LAYOUTS
+def test_weights_beside_quantized_rows(rank_pools, layout: DispatchLayout) -> None:
+    case = Case((5, 4), 8, experts=4, topk=2, layout=layout, dtype=torch.float32, masked=0.2)
+    assert all(rank_pools(2).run(train_jobs.quantized_weights, case, timeout_s=60))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("leaves", [("rows",), ("weights",), ("rows", "weights")])
+def test_gradients_of_kept_weights(rank_pools, layout: DispatchLayout, leaves) -> None:
+    case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float64, masked=0.2)
+    for worst in rank_pools(2).run(train_jobs.kept_weights, case, leaves, timeout_s=60):
+        assert worst < 1e-12
+
+
+@LAYOUTS
+def test_combines_that_autograd_follows(rank_pools, layout: DispatchLayout) -> None:
+    """All where gradients are enabled, but those whose form excludes gradients."""
+    case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float32)
+    for seen in rank_pools(2).run(train_jobs.followed, case, timeout_s=60):
+        assert [name for name, followed in seen.items() if followed] == ["plain", "later"]
+
+
+def test_a_combined_handle_keeps_no_graph() -> None:
+    """Handles kept for cached dispatches must not keep what the model needed for backward."""
+
+    class Kept:
+        tensor: torch.Tensor
+
+    with make() as comm:
+        fields = good()
+        saved: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        def pack(tensor: torch.Tensor) -> Any:
+            kept = Kept()
+            kept.tensor = tensor
+            saved.add(kept)
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            rows = fields.pop("input").requires_grad_().square()
+        out, handle = comm.dispatch(rows, **fields)
+        result = comm.combine(out.tokens, handle)
+        assert len(saved) == 1
+        del rows, out, result
+        gc.collect()
+        assert len(saved) == 0
+        comm.dispatch(torch.zeros(T, H), None, previous_handle=handle)

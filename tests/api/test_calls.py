@@ -1,0 +1,144 @@
+"""What an engine is asked to do: the same by the quick and by the detailed way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from expertlink import BlockFormat, DispatchBuffers, InputError, MoECommunicatorConfig
+from expertlink.calls import CallBuilder
+from expertlink.engines.base import Dispatched
+from expertlink.engines.outputs import largest_output
+from expertlink.types import DispatchHandle, DispatchOutput
+
+T, H, K, E, RANKS = 3, 16, 2, 4, 2
+CPU = torch.device("cpu")
+CONFIG: dict[str, Any] = {
+    "num_experts": E,
+    "hidden_size": H,
+    "topk": K,
+    "max_tokens_per_rank": T,
+    "mode": "ll",
+    "device": "cpu",
+}
+
+
+def builder_of(**fields: Any) -> tuple[CallBuilder, MoECommunicatorConfig]:
+    config = MoECommunicatorConfig(**{**CONFIG, **fields})
+    builder = CallBuilder(config, device=CPU, num_ranks=RANKS, identity=1)
+    builder.num_local_experts = E // RANKS
+    return builder, config
+
+
+def buffers_of(builder: CallBuilder, config: MoECommunicatorConfig) -> DispatchBuffers:
+    kind = builder.kind(None, None, weighted=True)
+    output = largest_output(config, kind, num_ranks=RANKS, num_local=E // RANKS, device=CPU)
+    return DispatchBuffers(output=output, tables=None, kind=kind, owner=1)
+
+
+def arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(T, H).bfloat16(), torch.tensor([[0, 1]] * T), torch.rand(T, K)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_ways_make_the_same_dispatch(weighted: bool, halves: bool, given: bool) -> None:
+    builder, config = builder_of()
+    x, ids, weights = arguments()
+    buffers = buffers_of(builder, config) if given else None
+    calls = []
+    for tracking in (False, True):
+        with torch.set_grad_enabled(tracking):
+            call = builder.dispatch(
+                x, ids, weights if weighted else None, None, buffers, None, None, False, halves
+            )
+        calls.append(vars(call))
+        assert buffers is None or buffers.generation == len(calls)
+    quick, detailed = calls
+    assert not quick.pop("zero_padding")
+    assert detailed.pop("zero_padding")
+    assert quick.keys() == detailed.keys()
+    assert all(quick[name] is detailed[name] for name in quick)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("weighted", ["by the routing", "by the combine", "not"])
+def test_both_ways_make_the_same_combine(weighted: str, halves: bool) -> None:
+    builder, _ = builder_of()
+    x, ids, weights = arguments()
+    rows = torch.randn(E // RANKS, RANKS * T, H).bfloat16()
+    handle = DispatchHandle(
+        owner=1,
+        call=1,
+        num_tokens=T,
+        layout=builder._layout,
+        rows_shape=tuple(rows.shape),
+        topk_ids=ids,
+        topk_weights=weights if weighted == "by the routing" else None,
+        state=object(),
+    )
+    given = torch.rand(rows.shape[:-1]) if weighted == "by the combine" else None
+    calls = []
+    for tracking in (False, True):
+        with torch.set_grad_enabled(tracking):
+            call = builder.combine(rows, handle, x, None, given, None, False, halves)
+        calls.append(vars(call))
+    quick, detailed = calls
+    assert quick.keys() == detailed.keys()
+    assert all(quick[name] is detailed[name] for name in quick)
+    assert quick["weighted"] == (weighted != "not")
+
+
+@pytest.mark.parametrize("tracking", [False, True])
+def test_engines_that_quantize_get_rows_as_they_are(tracking: bool) -> None:
+    builder, config = builder_of(quantization="e4m3_ue8m0")
+    x, ids, weights = arguments()
+    with torch.set_grad_enabled(tracking):
+        before = builder.dispatch(x, ids, weights, None, None, None)
+        assert before.quantize_to is None
+        assert before.x_TW.dtype is torch.float8_e4m3fn
+        builder.engine_quantizes = True
+        call = builder.dispatch(x, ids, weights, None, buffers_of(builder, config), None)
+        assert call.x_TW is x
+        assert call.scales is None
+        assert call.quantize_to is BlockFormat.E4M3_UE8M0
+        # Rows that the caller has quantized stay as they are.
+        call = builder.dispatch(before.x_TW, ids, weights, before.scales, None, None)
+        assert call.quantize_to is None
+        assert call.x_TW is before.x_TW
+        # A given tensor takes the rows as they arrive.
+        shape = (E // RANKS, RANKS * T, H)
+        arrived = torch.empty(shape, dtype=torch.float8_e4m3fn)
+        assert builder.dispatch(x, ids, None, None, arrived, None).output_buffer is arrived
+        with pytest.raises(InputError, match="output_buffer has dtype torch.bfloat16"):
+            builder.dispatch(x, ids, None, None, torch.empty(shape).bfloat16(), None)
+
+
+def test_rows_of_the_pool_need_no_buffers() -> None:
+    builder, config = builder_of(output_layout="token_major", zero_copy=True)
+    x, ids, weights = arguments()
+    with pytest.raises(InputError, match="create_buffers and zero_copy=True exclude each other"):
+        builder.kind(None, None, weighted=True)
+    plain, _ = builder_of(output_layout="token_major")
+    with torch.no_grad(), pytest.raises(InputError, match="output_buffer and zero_copy=True"):
+        builder.dispatch(x, ids, weights, None, buffers_of(plain, config), None)
+
+
+def test_handles_keep_what_the_engine_copied() -> None:
+    """Else a copy of their own: the caller may write to the ids after the call."""
+    builder, _ = builder_of()
+    x, ids, weights = arguments()
+    kept = torch.zeros_like(ids)
+    output = DispatchOutput(
+        torch.empty(2, 6, H), torch.zeros(2, dtype=torch.int32), layout=builder._layout
+    )
+    call = builder.dispatch(x, ids, weights, None, None, None)
+    for own in (kept, None):
+        started = Dispatched(output, object(), lambda: None, 7, own)
+        handle = builder.handle(call, started, None, ids)
+        assert handle.topk_ids is kept if own is kept else handle.topk_ids is not ids
+        assert (handle.call, handle.num_tokens, handle.rows_shape) == (7, T, (2, 6, H))
+        assert handle.topk_weights is weights

@@ -1,0 +1,80 @@
+"""torch.compile around a model: calls to other ranks stay out of its graphs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.exc import Unsupported
+
+from expertlink import DispatchLayout
+from support import compile_jobs
+from support.oracle import Case
+from support.small_calls import T, good, make, works
+
+
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [("aot_eager", "plain"), ("aot_eager", "request"), ("eager", "later"), ("eager", "hook")],
+)
+def test_compiled_models_give_the_same(rank_pools, backend: str, form: str) -> None:
+    layout = DispatchLayout.EXPERT_MAJOR
+    case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float64)
+    for worst in rank_pools(2).run(compile_jobs.compiled, case, backend, form, timeout_s=120):
+        assert worst < 1e-12
+
+
+def test_every_call_is_one_break() -> None:
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with make(output_layout="expert_major") as comm:
+        fields = good()
+
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            out, handle = comm.dispatch(x.sin(), fields["topk_ids"], fields["weights"])
+            return comm.combine(out.tokens.cos(), handle).tan()
+
+        fast: Any = torch.compile(layer, backend=count)
+        torch.testing.assert_close(fast(fields["input"]), layer(fields["input"]))
+        assert len(graphs) == 3
+        fast(fields["input"] + 1)
+        assert len(graphs) == 3, "compiled again"
+        works(comm)
+
+
+def test_a_graph_of_all_is_refused() -> None:
+    torch._dynamo.reset()
+    with make() as comm:
+        fields = good()
+        fast: Any = torch.compile(
+            lambda x: comm.dispatch(x, fields["topk_ids"])[0].tokens,
+            backend="eager",
+            fullgraph=True,
+        )
+        with pytest.raises(Unsupported, match="calls to other ranks are no part"):
+            fast(torch.randn(T, 8))
+        works(comm)
+
+
+def test_calls_do_not_load_the_compiler() -> None:
+    """Importing it takes seconds."""
+    source = """
+        import sys, torch
+        from expertlink import MoECommunicator, MoECommunicatorConfig
+        config = MoECommunicatorConfig(num_experts=2, hidden_size=4, topk=1, max_tokens_per_rank=3)
+        comm = MoECommunicator(config)
+        x = torch.ones(3, 4, dtype=torch.bfloat16, requires_grad=True)
+        out, handle = comm.dispatch_async(x, torch.zeros(3, 1).long()).wait()
+        comm.combine_async(out.tokens, handle).wait().sum().backward()
+        assert "torch._dynamo" not in sys.modules
+    """
+    lines = [line.strip() for line in source.strip().splitlines()]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=120)

@@ -1,0 +1,238 @@
+"""Which engine serves a communicator, and the sentence that says why."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from expertlink import (
+    ConfigurationError,
+    DispatchLayout,
+    EngineUnavailableError,
+    MoECommunicator,
+    MoECommunicatorConfig,
+)
+from expertlink.engines.nvlink import build
+from expertlink.engines.ranks.meeting import resolve_device
+from expertlink.engines.select import choose_engine
+from expertlink.routing import Placement, even_blocks
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+ON_CPU = "tensors live on cpu, it moves rows between GPUs"
+
+
+def config_with(**fields: Any) -> MoECommunicatorConfig:
+    defaults: dict[str, Any] = {
+        "num_experts": 8,
+        "hidden_size": 64,
+        "topk": 2,
+        "max_tokens_per_rank": 4,
+    }
+    return MoECommunicatorConfig(**{**defaults, **fields})
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets GPUs look like ones that the engine runs on, with a compiler beside them."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(build.compiler, "obstacle", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"dtype": torch.float32}, "rows are torch.float32, it adds up"),
+        ({"dtype": torch.float64}, "rows are torch.float64, it adds up"),
+        ({"hidden_size": 3}, "rows have 6 bytes, it moves multiples of 16"),
+        ({"hidden_size": 300}, "rows have 600 bytes, it moves multiples of 16"),
+    ],
+)
+def test_rows_that_cannot_be_moved(hopper: None, fields: dict[str, Any], sentence: str) -> None:
+    """Left to the library another engine does it; asked for, this one refuses in the same words."""
+    choice = choose_engine(config_with(**fields), device=CUDA)
+    assert choice.name == "collective"
+    assert f"the nvlink engine cannot be used: {sentence}" in choice.reason
+    with pytest.raises(EngineUnavailableError) as info:
+        choose_engine(config_with(**fields, engine="nvlink"), device=CUDA)
+    assert f"engine='nvlink' cannot be used: {sentence}" in str(info.value)
+
+
+def test_gpus_that_are_too_old(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    assert build.obstacle(config_with(), CUDA) == (
+        "the GPU has compute capability 8.6, it needs 9.0"
+    )
+
+
+def test_a_missing_compiler(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.compiler, "obstacle", lambda: "cuda.core is not installed")
+    assert choose_engine(config_with(), device=CUDA).name == "collective"
+    with pytest.raises(EngineUnavailableError, match="cuda.core is not installed"):
+        choose_engine(config_with(engine="nvlink"), device=CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine", ["auto", "nvlink"])
+def test_nothing_in_the_way(hopper: None, engine: str, dtype: torch.dtype) -> None:
+    choice = choose_engine(config_with(engine=engine, dtype=dtype), device=CUDA)
+    assert choice.name == "nvlink"
+    assert choice.reason
+
+
+def test_exact_sums_need_the_low_latency_kernels(hopper: None) -> None:
+    choice = choose_engine(config_with(combine_precision="exact"), device=CUDA)
+    assert choice.name == "collective"
+    assert "combine_precision='exact' with mode='ll' only" in choice.reason
+    with pytest.raises(EngineUnavailableError, match="with mode='ll' only"):
+        choose_engine(config_with(combine_precision="exact", engine="nvlink"), device=CUDA)
+    assert choose_engine(config_with(combine_precision="exact", mode="ll"), device=CUDA).name == (
+        "nvlink"
+    )
+
+
+def test_asking_for_the_collective_engine(hopper: None) -> None:
+    choice = choose_engine(config_with(engine="collective"), device=CUDA)
+    assert choice.name == "collective"
+    assert "asked for" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({"engine": "nvlink"}, "engine='nvlink'"),
+        (
+            {"zero_copy": True, "output_layout": "token_major"},
+            "zero_copy=True, which needs the nvlink engine,",
+        ),
+        ({"static_shapes": True}, "static_shapes=True, which needs the nvlink engine,"),
+        (
+            {"mask_lost_peers": True, "mode": "ll"},
+            "mask_lost_peers=True, which needs the nvlink engine,",
+        ),
+    ],
+)
+def test_what_needs_gpus_is_refused_on_cpus(fields: dict[str, Any], asked: str) -> None:
+    """When the communicator is built: no rank has to wait for another to learn it."""
+    with pytest.raises(EngineUnavailableError) as info:
+        MoECommunicator(config_with(device="cpu", **fields))
+    assert str(info.value) == f"{asked} cannot be used: {ON_CPU}"
+    with pytest.raises(EngineUnavailableError) as info:
+        choose_engine(config_with(**fields), device=CPU)
+    assert str(info.value) == f"{asked} cannot be used: {ON_CPU}"
+
+
+def test_the_reason_can_be_read_from_the_communicator() -> None:
+    comm = MoECommunicator(config_with(device="cpu"))
+    assert comm.engine_name == "collective"
+    assert comm.engine_reason == f"the nvlink engine cannot be used: {ON_CPU}"
+
+
+@pytest.mark.parametrize("layout", [DispatchLayout.FLAT, DispatchLayout.EXPERT_MAJOR])
+def test_expanded_layouts_cannot_be_views(layout: DispatchLayout) -> None:
+    with pytest.raises(ConfigurationError, match=f"zero_copy=True .* layout {layout.value}"):
+        config_with(zero_copy=True, output_layout=layout)
+    with pytest.raises(ConfigurationError, match="zero_copy=True .* layout expert_major"):
+        config_with(zero_copy=True, mode="ll")
+
+
+@pytest.mark.parametrize("name", ["zero_copy", "static_shapes"])
+def test_switches_are_true_or_false(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}=1 .* True or False"):
+        config_with(**{name: 1})
+
+
+@pytest.mark.parametrize("field", ["zero_copy", "static_shapes", "mask_lost_peers"])
+def test_what_the_collective_engine_does_not_have_is_refused(field: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{field}=True .* engine='collective'"):
+        MoECommunicatorConfig(
+            num_experts=8,
+            hidden_size=16,
+            topk=2,
+            max_tokens_per_rank=4,
+            engine="collective",
+            mode="ll" if field == "mask_lost_peers" else "ht",
+            output_layout="token_major",
+            **{field: True},  # pyright: ignore[reportArgumentType]
+        )
+
+
+# -- kernels of mode="ll" -------------------------------------------------------------------------
+
+LATENCY = {"mode": "ll", "engine": "nvlink"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "served"),
+    [
+        ({}, True),  # expert_major
+        ({"output_layout": "rank_major"}, True),
+        ({"output_layout": "flat"}, False),
+        ({"output_layout": "flat", "static_shapes": True}, True),
+        ({"output_layout": "token_major", "static_shapes": True}, True),
+        ({"output_layout": "rank_major", "zero_copy": True}, False),
+        ({"mode": "ht", "static_shapes": True}, False),
+    ],
+)
+def test_what_low_latency_kernels_serve(fields: dict[str, Any], served: bool) -> None:
+    """Calls whose shapes the host knows; the others have the kernels of mode="ht"."""
+    config = config_with(**{**LATENCY, **fields})
+    placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=CPU)
+    assert build.serves_latency(config, placement) is served
+
+
+def test_masks_need_low_latency_kernels() -> None:
+    config = config_with(**LATENCY, mask_lost_peers=True, output_layout="flat")
+    placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=CPU)
+    with pytest.raises(EngineUnavailableError, match="mask_lost_peers needs low-latency kernels"):
+        build.serves_latency(config, placement)
+
+
+# -- process groups -------------------------------------------------------------------------------
+
+
+class Group:
+    """A process group of two ranks with backends by device type, as torch's own answers."""
+
+    def __init__(self, **backends: str) -> None:
+        self._backends = backends
+
+    def size(self) -> int:
+        return 2
+
+    def name(self) -> str:
+        return "undefined"
+
+    def _get_backend(self, device: torch.device) -> SimpleNamespace:
+        if device.type not in self._backends:
+            raise RuntimeError(f"No backend type associated with device type {device.type}")
+        return SimpleNamespace(name=lambda: self._backends[device.type])
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "backends", "reason"),
+    [
+        ("cuda", {"cpu": "gloo", "cuda": "gloo"}, "backend for cuda tensors is gloo"),
+        ("cuda", {"cpu": "gloo"}, "no backend for cuda tensors"),
+        ("cpu", {"cuda": "nccl"}, "no backend for cpu tensors"),
+    ],
+)
+def test_groups_that_cannot_move_the_tensors(
+    one_gpu: None, device: str, backends: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"device='{device}' .*{reason}"):
+        resolve_device(device, Group(**backends))
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_groups_that_can(one_gpu: None, device: torch.device) -> None:
+    assert resolve_device(device, Group(cpu="gloo", cuda="nccl")) == device

@@ -1,0 +1,154 @@
+"""The ceilings: what every rank is told to move, and that the kernels move it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import RankPools
+from expertlink.bench.cases import Case, Plan
+from expertlink.bench.ceilings import (
+    BulkCopies,
+    Ceilings,
+    Share,
+    get_share,
+    most_rows,
+    put_share,
+)
+from expertlink.bench.raw import WireRows
+from expertlink.bench.records import PHASES
+from expertlink.bench.results import Measured, make_record
+from expertlink.errors import EngineUnavailableError
+from expertlink.launch import RankContext
+
+
+@st.composite
+def exchanges(draw: st.DrawFn) -> Tensor:
+    """Rows from every rank to every other one."""
+    ranks = draw(st.integers(2, 6))
+    counts = draw(st.lists(st.integers(0, 9), min_size=ranks**2, max_size=ranks**2))
+    return torch.tensor(counts).view(ranks, ranks).fill_diagonal_(0)
+
+
+def spans(share: Share, starts: list[int]) -> list[tuple[int, int]]:
+    return [(start, start + rows) for start, rows in zip(starts, share.rows, strict=True)]
+
+
+def assert_apart(places: list[tuple[int, int]], room: int) -> None:
+    """Filled spans of a buffer do not overlap and stay inside."""
+    filled = sorted(span for span in places if span[0] < span[1])
+    for (_, end), (start, _) in pairwise(filled):
+        assert end <= start
+    assert all(start >= 0 and end <= room for start, end in filled)
+
+
+@given(exchanges())
+def test_puts_fill_buffers_without_overlap(rows_SD: Tensor) -> None:
+    ranks, room = len(rows_SD), most_rows(rows_SD)
+    shares = [put_share(rows_SD, rank) for rank in range(ranks)]
+    for rank, share in enumerate(shares):
+        assert share.rows == rows_SD[rank].tolist()
+        assert_apart(spans(share, share.near), room)
+    for peer in range(ranks):
+        assert_apart([spans(share, share.far)[peer] for share in shares], room)
+
+
+@given(exchanges())
+def test_gets_read_what_lies_there_to_be_put(rows_SD: Tensor) -> None:
+    ranks = len(rows_SD)
+    for rank in range(ranks):
+        share = get_share(rows_SD, rank)
+        assert share.rows == rows_SD[:, rank].tolist()
+        assert share.far == [put_share(rows_SD, source).near[rank] for source in range(ranks)]
+
+
+def note_on_a_rank(context: RankContext) -> str | None:
+    wire = WireRows(
+        rank=context.rank,
+        rows_to=[1] * context.num_ranks,
+        rows_from=[1] * context.num_ranks,
+        dispatch_row_bytes=16,
+        combine_row_bytes=16,
+    )
+    with Ceilings([wire], device=context.device, control=None, num_sms=1) as ceilings:
+        assert ceilings.calls(0, "dispatch") == {}
+        return ceilings.note
+
+
+def test_where_there_is_no_wire_the_reason_is_noted(rank_pools: RankPools) -> None:
+    assert rank_pools(1).run(note_on_a_rank) == ["one rank sends nothing to others"]
+    assert rank_pools(2).run(note_on_a_rank) == ["rows do not cross a wire between cpu ranks"] * 2
+
+
+def test_a_record_compares_with_the_right_ceiling() -> None:
+    medians = {
+        ("dispatch", "time"): 100.0,
+        ("dispatch", "put"): 80.0,
+        ("dispatch", "get"): 70.0,
+        ("combine", "time"): 120.0,
+        ("combine", "put"): 90.0,
+        ("combine", "get"): 60.0,
+        ("pair", "time"): 200.0,
+    }
+    for phase in PHASES:
+        medians[phase, "host"] = medians[phase, "raw"] = 10.0
+    measured = Measured(
+        device=torch.device("cpu"),
+        engine_name="nvlink",
+        aligned="device",
+        num_inputs=1,
+        times={key: torch.tensor([[value / 2], [value]]) for key, value in medians.items()},
+        traffic=torch.full((2, 3, 3), 8000.0),
+        ceiling_note=None,
+    )
+    case = Case(ranks=2, tokens=16, hidden=64, topk=2, experts=4)
+    dispatch, combine, pair = (make_record(phase, case, Plan(), measured) for phase in PHASES)
+    assert (dispatch.ceiling, dispatch.ceiling_ratio) == ("put", 0.8)
+    assert (combine.ceiling, combine.ceiling_ratio) == ("get", 0.5)
+    assert (combine.put_ratio, combine.get_ratio) == (0.75, 0.5)
+    assert (pair.ceiling, pair.ceiling_ratio) == ("put+get", 0.7)
+    assert pair.put_us is not None
+    assert pair.put_us.median == 170.0
+    assert dispatch.ceiling_gbps == 0.1
+    assert dispatch.ceiling_num_sms == Plan().ceiling_num_sms
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_sms", [1, 24])
+@pytest.mark.parametrize("row_bytes", [16, 7392, 14336, 100_000])
+def test_puts_move_every_row_to_its_place(num_sms: int, row_bytes: int) -> None:
+    """All ranks in one process, one after the other: they need not meet."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("bulk copies need sm_90 or later")
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows_SD = torch.tensor([[0, 5, 40], [1, 0, 0], [17, 300, 0]])
+    ranks, room = len(rows_SD), most_rows(rows_SD)
+    copies = BulkCopies(device, row_bytes=row_bytes, num_sms=num_sms)
+    numbers = torch.randint(256, (ranks, room, row_bytes), dtype=torch.uint8, device=device)
+    arrived = torch.zeros_like(numbers)
+    expected = torch.zeros_like(numbers)
+    for rank in range(ranks):
+        share = put_share(rows_SD, rank)
+        far = [arrived[peer].data_ptr() for peer in range(ranks)]
+        near = numbers[rank].data_ptr()
+        copies.prepare("put", share, rank=rank, near=near, far=far)()
+        gets = get_share(rows_SD, rank)
+        sources = [numbers[peer].data_ptr() for peer in range(ranks)]
+        copies.prepare("get", gets, rank=rank, near=0, far=sources)()
+        for peer, rows in enumerate(share.rows):
+            here, there = share.near[peer], share.far[peer]
+            expected[peer, there : there + rows] = numbers[rank, here : here + rows]
+    torch.cuda.synchronize()
+    torch.testing.assert_close(arrived, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_rows_that_do_not_fit_are_refused() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    with pytest.raises(EngineUnavailableError, match="1000000 bytes"):
+        BulkCopies(device, row_bytes=10**6, num_sms=1)

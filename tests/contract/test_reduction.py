@@ -1,0 +1,126 @@
+"""The sequence of roundings: every implementation of `ordered_sum` gives the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from expertlink import reduction
+from expertlink.engines.collective.ordered_sum import OrderedSum
+from expertlink.jit.compiler import Launcher
+from expertlink.reduction import ordered_sum
+from support.depth import deep
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def reference(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
+    """Term by term, one result at a time."""
+    wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
+    out = torch.zeros((slots.shape[0], rows.shape[1]), dtype=wide)
+    for m, result in enumerate(slots.tolist()):
+        for c, slot in enumerate(result):
+            if slot >= 0:
+                term = rows[slot].to(wide)
+                out[m] = out[m] + (term if weights is None else term * weights[m, c].to(wide))
+    return out.to(rows.dtype)
+
+
+@st.composite
+def sums(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    dtype = draw(st.sampled_from(DTYPES))
+    results, terms = draw(st.integers(0, 6)), draw(st.integers(1, 9))
+    hidden, total = draw(st.sampled_from([1, 7, 8, 64, 136])), draw(st.integers(0, 12))
+    rows = torch.randn((total, hidden), generator=gen, dtype=torch.float64)
+    rows *= draw(st.sampled_from([1.0, 1e-5, 1e-25, 1e-38]))  # products and results that underflow
+    rows[torch.rand(rows.shape, generator=gen) < 0.2] = -0.0
+    absent = torch.rand((results, terms), generator=gen) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    slots = torch.randint(0, max(total, 1), (results, terms), generator=gen)
+    slots = torch.where(absent | (total == 0), -1, slots)
+    weights = None
+    if draw(st.booleans()):
+        weights = torch.randn((results, terms), generator=gen, dtype=torch.float64)
+        weights *= draw(st.sampled_from([1.0, 1e-20]))
+        weights = weights.to(torch.float64 if dtype is torch.float64 else torch.float32)
+    return rows.to(dtype), slots, weights
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    return torch.equal(actual.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2000, 1 << 21])
+def test_plain_torch_equals_the_definition(chunk_bytes: int, monkeypatch) -> None:
+    monkeypatch.setattr(reduction, "_CHUNK_BYTES", chunk_bytes)
+
+    @settings(max_examples=deep(60))
+    @given(sums())
+    def check(drawn: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        rows, slots, weights = drawn
+        expected = reference(rows, slots, weights)
+        out = torch.full_like(expected, float("nan"))
+        ordered_sum(rows, slots, weights, out=out)
+        assert same(out, expected), (out, expected)
+        if rows.numel():
+            out = torch.full_like(expected, float("nan"))
+            reduction._sum_by_columns(rows, slots, weights, out)
+            assert same(out, expected), (out, expected)
+
+    check()
+
+
+def test_rows_that_no_slot_names_are_not_read() -> None:
+    rows = torch.full((3, 8), float("nan"))
+    rows[1] = 2.0
+    out = torch.empty(1, 8)
+    slots = torch.tensor([[-1, 1, -1]])
+    ordered_sum(
+        rows, slots, torch.full((1, 3), float("nan")).index_fill(1, torch.tensor(1), 3.0), out=out
+    )
+    assert torch.equal(out, torch.full((1, 8), 6.0))
+
+
+@pytest.mark.gpu
+def test_kernel_equals_the_definition() -> None:
+    device = torch.device("cuda", 0)
+    launcher = Launcher(device)
+    kernels = {dtype: OrderedSum(launcher, dtype=dtype) for dtype in DTYPES}
+
+    @settings(max_examples=deep(150))
+    @given(sums(), st.booleans())
+    def check(drawn: tuple[Tensor, Tensor, Tensor | None], odd: bool) -> None:
+        rows, slots, weights = drawn
+        expected = reference(rows, slots, weights)
+        # An odd start address forbids 16-byte accesses.
+        padded = torch.full((rows.numel() + 1,), float("nan"), dtype=rows.dtype, device=device)
+        placed = padded[1:] if odd else padded[:-1]
+        placed = placed.view(rows.shape).copy_(rows)
+        out = torch.full(expected.shape, float("nan"), dtype=rows.dtype, device=device)
+        moved = None if weights is None else weights.to(device)
+        ordered_sum(placed, slots.to(device), moved, out=out, kernel=kernels[rows.dtype])
+        assert same(out, expected), (out, expected)
+        if rows.numel() and expected.numel():
+            ordered_sum(placed, slots.to(device), moved, out=out.fill_(float("nan")))
+            assert same(out, expected), "plain torch on the GPU"
+
+    check()
+
+
+@pytest.mark.gpu
+def test_kernel_on_many_rows() -> None:
+    """More results than blocks, and a shape as a model has it."""
+    gen = torch.Generator().manual_seed(0)
+    rows = torch.randn((5000, 7168), generator=gen).bfloat16()
+    slots = torch.randint(-3, 5000, (3000, 8), generator=gen).clamp(min=-1)
+    weights = torch.rand((3000, 8), generator=gen)
+    out = torch.empty((3000, 7168), dtype=torch.bfloat16)
+    ordered_sum(rows, slots, weights, out=out)
+    device = torch.device("cuda", 0)
+    kernel = OrderedSum(Launcher(device), dtype=torch.bfloat16)
+    moved = torch.empty_like(out, device=device)
+    ordered_sum(rows.to(device), slots.to(device), weights.to(device), out=moved, kernel=kernel)
+    assert same(moved, out)

@@ -1,0 +1,74 @@
+"""Every kernel compiles for every target, without a GPU, within its budget of resources."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import pytest
+import torch
+
+from expertlink import EngineUnavailableError
+from expertlink.bench import ceilings, flag_latency
+from expertlink.engines.collective.ordered_sum import instances
+from expertlink.engines.collective.send_order import count_instances, order_instances
+from expertlink.jit import compiler
+from expertlink.jit.compiler import compile_kernel
+
+ARCHITECTURES = ("sm_90a", "sm_100a")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# Most registers per thread and bytes of shared memory per block: 256 threads a block.
+BUDGETS = {
+    "bench/ceiling": (64, 1024),
+    "bench/flag_latency": (32, 0),
+    "collective/ordered_sum": (64, 1024),
+    "collective/send_order": (96, 24 << 10),
+}
+PRELUDES = {
+    "bench/ceiling": ceilings.ARGUMENTS.declaration,
+    "bench/flag_latency": flag_latency.ARGUMENTS.declaration,
+}
+INSTANCES = [
+    ("bench/flag_latency", "flag_latency"),
+    *(("bench/ceiling", f"{kind}_rows") for kind in ceilings.KINDS),
+    *(
+        ("collective/ordered_sum", instance)
+        for dtype in DTYPES
+        for instance in instances(dtype).values()
+    ),
+    *(("collective/send_order", instance) for instance in count_instances().values()),
+    *(("collective/send_order", instance) for instance in order_instances().values()),
+]
+
+
+def test_every_kernel_is_covered() -> None:
+    folders = [item for item in resources.files("expertlink.kernels").iterdir() if item.is_dir()]
+    names = {
+        f"{folder.name}/{item.name.removesuffix('.cu')}"
+        for folder in folders
+        for item in folder.iterdir()
+        if item.name.endswith(".cu")
+    }
+    others = {f"{mode}/{call}" for mode in ("ht", "ll") for call in ("dispatch", "combine")}
+    assert names - others == set(BUDGETS) == {name for name, _ in INSTANCES}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "instance"), INSTANCES)
+def test_resources(name: str, instance: str, arch: str) -> None:
+    report = compile_kernel(name, instance, arch, prelude=PRELUDES.get(name, "")).report
+    registers, shared = BUDGETS[name]
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, report
+    assert "0 bytes stack frame" in report, report
+    used = re.search(r"Used (\d+) registers", report)
+    assert used is not None, report
+    assert int(used[1]) <= registers, report
+    memory = re.search(r"(\d+) bytes smem", report)
+    assert memory is None or int(memory[1]) <= shared, report
+
+
+def test_missing_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "obstacle", lambda: "cuda.core is not installed")
+    with pytest.raises(EngineUnavailableError, match="cuda.core is not installed"):
+        compile_kernel("collective/ordered_sum", "ordered_sum<float, 1, false>", "sm_80")

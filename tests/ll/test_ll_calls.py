@@ -1,0 +1,175 @@
+"""Low-latency mode on one GPU: calls in halves, shared memory, buffers, ranges, statistics."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from expertlink import BlockFormat, DispatchLayout, MoECommunicator
+from expertlink.engines.nvlink.ll.plan import LAST_NUMBER
+from support import decode_jobs, ll_halves_jobs, ll_jobs, nvlink_jobs
+from support.hosted import DEVICE, HostedCommunicator, run_hosted
+from support.ll_fleets import EXPANDED, LAYOUTS, ORDERS, fleet_of, run
+from support.nvlink_cases import aligned, blocks_of_scales, exact, routings, usual
+from support.rank_jobs import check_contract
+
+pytestmark = pytest.mark.gpu(1)
+
+
+# -- numbers of transfers -------------------------------------------------------------------------
+
+
+def begin_after(comm: HostedCommunicator, transfers: int) -> None:
+    """As if so many transfers had been: counted by 2^16, and granted by all peers."""
+    arena = comm._engine.arena  # type: ignore[union-attr]
+    arena.counters[:2] = transfers << 16
+    offset = arena.plan.offsets(comm.num_ranks)["kCreditsAt"]
+    number = (transfers - 1) % LAST_NUMBER + 1
+    words = arena.local[offset : offset + 4 * comm.num_ranks].view(torch.int32)
+    words.fill_(number - (number >> 31 << 32))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("transfers", [LAST_NUMBER, 2 * LAST_NUMBER, 1 << 32])
+def test_numbers_begin_again(layout: DispatchLayout, transfers: int) -> None:
+    """Calls and halves before and after the last number, and where words of four bytes wrap."""
+    cases = routings(usual(3, layout))
+
+    def job(comm: HostedCommunicator) -> None:
+        comm.initialize()
+        begin_after(comm, transfers - 5)
+        nvlink_jobs.contracts(comm, cases)
+        ll_halves_jobs.many_turns(comm, cases)
+
+    run_hosted(fleet_of(cases[0]), job)
+
+
+# -- halves ---------------------------------------------------------------------------------------
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_halves(ranks: int, layout: DispatchLayout) -> None:
+    cases = routings(usual(ranks, layout))
+    fleet = fleet_of(cases[0])
+    run(fleet, decode_jobs.halves, cases[:3])
+    run(fleet, decode_jobs.in_turns, cases[:3])
+    run(fleet, ll_halves_jobs.forgotten_hooks, cases[:2])
+    run(fleet, ll_halves_jobs.three_in_flight, cases[:2])
+    run(fleet, ll_halves_jobs.dropped_results, cases[:2])
+
+
+@LAYOUTS
+def test_micro_batches(layout: DispatchLayout) -> None:
+    cases = routings(usual(3, layout))
+    fleet = fleet_of(cases[0])
+    run_hosted(fleet, ll_halves_jobs.many_turns, cases)
+    run_hosted(fleet, ll_halves_jobs.halves_and_whole_calls, cases)
+
+
+@EXPANDED
+def test_halves_of_exact_combines(layout: DispatchLayout) -> None:
+    cases = routings(exact(usual(3, layout)))
+    fleet = fleet_of(cases[0])
+    run_hosted(fleet, ll_halves_jobs.many_turns, cases)
+    run_hosted(fleet, ll_halves_jobs.halves_and_whole_calls, cases)
+
+
+@LAYOUTS
+def test_halves_of_quantized_dispatches(layout: DispatchLayout) -> None:
+    case = blocks_of_scales(layout).case(seed=1)
+    fleet = fleet_of(case, quantization="e4m3_ue8m0")
+
+    def job(comm: MoECommunicator) -> None:
+        with torch.no_grad():
+            own = ll_jobs.inputs_of(case, comm.rank)
+            x_TH, ids_TK = own.x_TH.to(DEVICE), own.ids_TK.to(DEVICE)
+            calls = [comm.dispatch(x_TH, ids_TK, return_recv_hook=True) for _ in range(2)]
+            for out, _, hook in calls:
+                hook()
+                ll_jobs.check_quantized(
+                    case, comm.rank, out, BlockFormat.E4M3_UE8M0, order="row_major"
+                )
+
+    run_hosted(fleet, job)
+
+
+@LAYOUTS
+def test_communicators_that_share_memory(layout: DispatchLayout) -> None:
+    """Their calls are one sequence, whole or in halves."""
+    cases = routings(usual(3, layout))
+    fleet = fleet_of(cases[0])
+
+    def job(first: MoECommunicator) -> None:
+        assert isinstance(first, HostedCommunicator)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            second = stack.enter_context(
+                HostedCommunicator(fleet, first.rank, share_with=first, num_sms_dispatch=2)
+            )
+            comms = [first, second]
+            for case in cases[:4]:
+                for comm in comms:
+                    check_contract(comm, case)
+            for case, other in ((cases[0], cases[1]), (cases[1], cases[3])):
+                pairs = list(zip(comms, (case, other), strict=True))
+                sent = [
+                    ll_jobs.dispatch_case(comm, own, return_recv_hook=True) for comm, own in pairs
+                ]
+                sent[1][2]()  # finishes the other communicator's call, too
+                for (comm, own), (out, handle, _) in zip(pairs, sent, strict=True):
+                    ll_jobs.check_output(own, comm.rank, out, static=True)
+                    ll_jobs.combine_case(comm, own, handle, "combine")
+
+    run_hosted(fleet, job)
+
+
+# -- buffers, ranges, statistics ------------------------------------------------------------------
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_buffers(ranks: int, layout: DispatchLayout) -> None:
+    cases = routings(usual(ranks, layout))
+    fleet = fleet_of(cases[0])
+    run_hosted(fleet, ll_jobs.buffers_of_every_call, cases)
+    run(fleet, decode_jobs.buffers, cases[:3])
+    run(fleet, decode_jobs.stale_handles, cases[:1])
+
+
+@LAYOUTS
+@ORDERS
+def test_buffers_of_packed_rows(order: str, layout: DispatchLayout) -> None:
+    case = blocks_of_scales(layout).case(masked=0.2, weighted=False)
+    fleet = fleet_of(case, quantization="e4m3_pow2", scale_order=order)
+    run(fleet, decode_jobs.buffers_of_packed_rows, [case])
+
+
+@EXPANDED
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_ranges(ranks: int, layout: DispatchLayout) -> None:
+    cases = routings(usual(ranks, layout))
+    run(fleet_of(cases[0]), decode_jobs.ranges, cases)
+    if layout is DispatchLayout.FLAT and ranks > 1:
+        case = aligned(ranks).case(seed=1)
+        run(fleet_of(case), decode_jobs.ranges, [case])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_statistics(ranks: int, layout: DispatchLayout) -> None:
+    shapes = [usual(ranks, layout)]
+    if layout.expanded:
+        shapes.append(exact(shapes[0]))
+    for shape in shapes:
+        for case in routings(shape)[:3]:
+            run(fleet_of(case), decode_jobs.statistics, [case])
+
+
+@LAYOUTS
+def test_statistics_of_packed_rows(layout: DispatchLayout) -> None:
+    case = blocks_of_scales(layout).case(seed=1)
+    fleet = fleet_of(case, quantization="e4m3_ue8m0")
+    run(fleet, ll_jobs.statistics_of_packed_rows, [case])

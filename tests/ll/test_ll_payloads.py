@@ -1,0 +1,84 @@
+"""Low-latency mode on one GPU: whatever rows hold, set bits too, and quantization on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expertlink import BlockFormat, DispatchLayout
+from support import decode_jobs, ll_jobs, nvlink_jobs
+from support.hosted import run_hosted
+from support.ll_fleets import EXPANDED, FORMATS, LAYOUTS, ORDERS, fleet_of, run
+from support.nvlink_cases import aligned, blocks_of_scales, exact, half, special, usual
+
+pytestmark = pytest.mark.gpu(1)
+
+
+@LAYOUTS
+def test_rows_of_set_bits(layout: DispatchLayout) -> None:
+    """They look like memory that nobody has written to."""
+    for shape in (usual(3, layout), half(layout), special("model", layout)):
+        cases = [shape.case(seed=1, content="ones"), shape.case(seed=2, masked=0.5, content="ones")]
+        run(fleet_of(cases[0]), ll_jobs.any_bits, cases)
+
+
+@EXPANDED
+def test_rows_of_set_bits_in_exact_sums(layout: DispatchLayout) -> None:
+    for shape in (exact(usual(3, layout)), exact(special("model", layout))):
+        cases = [shape.case(seed=1, content="ones"), shape.case(seed=2, masked=0.5, content="ones")]
+        run(fleet_of(cases[0]), ll_jobs.any_bits, cases)
+
+
+@LAYOUTS
+@ORDERS
+def test_packed_rows_of_set_bits(order: str, layout: DispatchLayout) -> None:
+    case = usual(3, layout).case(seed=1, weighted=False)
+    run(fleet_of(case, scale_order=order), ll_jobs.any_packed_bits, [case])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("kind", [BlockFormat.E4M3_FLOAT32, BlockFormat.E4M3_UE8M0, "opaque"])
+def test_rows_that_the_caller_quantized(kind: str, layout: DispatchLayout) -> None:
+    shape = usual(3, layout)
+    for case in (shape.case(seed=1), shape.case(masked=0.5, weighted=False, seed=2)):
+        run_hosted(fleet_of(case), nvlink_jobs.packed_rows, case, kind)
+
+
+def test_gaps_of_packed_rows_are_zero() -> None:
+    case = aligned(3).case(seed=1)
+    run_hosted(fleet_of(case), nvlink_jobs.packed_rows, case, "opaque")
+
+
+@LAYOUTS
+@ORDERS
+@FORMATS
+def test_rows_quantized_on_the_way(fmt: BlockFormat, order: str, layout: DispatchLayout) -> None:
+    shape = blocks_of_scales(layout)
+    cases = [
+        shape.case(seed=1),
+        shape.case(seed=2, masked=0.4, weighted=False, content="extreme"),
+        shape.case((33, 40, 0), seed=3, content="extreme", ids_dtype=torch.int32),
+    ]
+    fleet = fleet_of(cases[0], quantization=fmt, scale_order=order)
+    run(fleet, ll_jobs.quantized, cases)
+
+
+@LAYOUTS
+@FORMATS
+def test_other_widths_quantized_on_the_way(fmt: BlockFormat, layout: DispatchLayout) -> None:
+    """float16, a row of one step, parts of several steps, groups with gaps."""
+    shapes = [half(layout), usual(3, layout), special("model", layout)]
+    if layout is DispatchLayout.FLAT:
+        shapes.append(aligned(3))
+    for shape in shapes:
+        case = shape.case(seed=4, content="extreme")
+        run(fleet_of(case, quantization=fmt), ll_jobs.quantized, [case])
+
+
+@LAYOUTS
+@ORDERS
+@FORMATS
+def test_order_of_scales(fmt: BlockFormat, order: str, layout: DispatchLayout) -> None:
+    case = blocks_of_scales(layout).case(seed=5)
+    fleet = fleet_of(case, quantization=fmt, scale_order=order)
+    run(fleet, decode_jobs.scales_in_order, [case])

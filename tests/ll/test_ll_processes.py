@@ -1,0 +1,222 @@
+"""Low-latency mode over NVLink, a process for each rank: graphs, streams, other engines, deaths."""
+
+from __future__ import annotations
+
+import pytest
+
+from expertlink import BlockFormat, DispatchLayout, PeerTimeoutError
+from expertlink.launch import RankPool
+from support import (
+    async_jobs,
+    decode_jobs,
+    ll_graph_jobs,
+    ll_halves_jobs,
+    ll_jobs,
+    nvlink_jobs,
+    train_jobs,
+)
+from support import ll_process_jobs as jobs
+from support.nvlink_cases import LATENCY, exact, routings, usual
+from support.oracle import Case
+from support.rank_jobs import contract
+
+LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
+RANKS = pytest.mark.parametrize(
+    "ranks", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (1, 2, 4)]
+)
+MANY = pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (2, 4)])
+ALL = pytest.mark.parametrize(
+    "ranks", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (1, 2, 4, 8)]
+)
+
+
+def steady(ranks: int, layout: DispatchLayout) -> list[Case]:
+    """Routings with the same number of tokens on every rank, as graphs need them."""
+    tokens = (40, 0, 23, 38, 7, 40, 1, 12)[:ranks]
+    shape = usual(ranks, layout)
+    return [
+        shape.case(tokens, seed=1),
+        shape.case(tokens, masked=0.4, seed=2),
+        shape.case(tokens, skew=3.0, seed=3),
+        shape.case(tokens, only_rank=ranks - 1, seed=4),
+        shape.case(tokens, masked=1.0, seed=5),
+    ]
+
+
+@ALL
+@LAYOUTS
+def test_bits_equal_the_oracle(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    pool = rank_pools(ranks, "cuda")
+    shape = usual(ranks, layout)
+    drawn = [*routings(shape), shape.case(placement="scattered", seed=8)]
+    done = pool.run(contract, drawn, timeout_s=200, **LATENCY)
+    assert done == [len(drawn)] * ranks
+    if layout.expanded and ranks == 2:
+        drawn = routings(exact(shape))
+        done = pool.run(contract, drawn, timeout_s=200, **LATENCY)
+        assert done == [len(drawn)] * ranks
+
+
+@MANY
+@LAYOUTS
+def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    pool = rank_pools(ranks, "cuda")
+    drawn = routings(usual(ranks, layout))
+    some = drawn[:3]
+    for job in (
+        decode_jobs.halves,
+        decode_jobs.in_turns,
+        decode_jobs.buffers,
+        ll_halves_jobs.forgotten_hooks,
+        ll_halves_jobs.three_in_flight,
+        ll_halves_jobs.dropped_results,
+        ll_jobs.any_bits,
+    ):
+        assert all(pool.run(jobs.on_a_rank, job, some, timeout_s=100))
+    for whole in (
+        ll_halves_jobs.many_turns,
+        ll_halves_jobs.halves_and_whole_calls,
+        ll_jobs.buffers_of_every_call,
+    ):
+        assert all(pool.run(jobs.with_all, whole, drawn, timeout_s=100))
+    for fmt in BlockFormat:
+        done = pool.run(jobs.on_a_rank, ll_jobs.quantized, some, timeout_s=100, quantization=fmt)
+        assert all(done)
+    if layout.expanded:
+        for job in (decode_jobs.own_weights, decode_jobs.ranges):
+            assert all(pool.run(jobs.on_a_rank, job, some, timeout_s=100))
+    assert all(pool.run(jobs.on_a_rank, decode_jobs.statistics, drawn[:1], timeout_s=100))
+
+
+@MANY
+@LAYOUTS
+def test_gradients_and_requests(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    pool = rank_pools(ranks, "cuda")
+    case = usual(ranks, layout).case(masked=0.2)
+    assert all(pool.run(train_jobs.weight_grads, case, timeout_s=60, **LATENCY))
+    if layout is not DispatchLayout.TOKEN_MAJOR:  # see test_latency.py
+        for worst in pool.run(train_jobs.gradients, case, timeout_s=60, **LATENCY):
+            assert max(worst.values()) < 0.05, worst
+    for job in (async_jobs.overlapping, async_jobs.finished_later):
+        assert all(pool.run(job, case, timeout_s=60, **LATENCY))
+
+
+# -- graphs ---------------------------------------------------------------------------------------
+
+
+@RANKS
+@LAYOUTS
+def test_graphs(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    """Replays with other routings, weights and rows, between them eager calls."""
+    pool = rank_pools(ranks, "cuda")
+    drawn = steady(ranks, layout)
+    assert all(pool.run(ll_graph_jobs.graphs, drawn, timeout_s=120))
+    assert all(pool.run(ll_graph_jobs.graphs_of_halves, drawn, timeout_s=120))
+
+
+# -- several communicators and streams ------------------------------------------------------------
+
+
+@MANY
+@LAYOUTS
+def test_modes_side_by_side(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    drawn = routings(usual(ranks, layout))
+    assert all(rank_pools(ranks, "cuda").run(jobs.mixed_modes, drawn, timeout_s=120))
+
+
+@MANY
+@LAYOUTS
+def test_shared_memory(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    pool = rank_pools(ranks, "cuda")
+    drawn = routings(usual(ranks, layout))
+    assert all(pool.run(jobs.shared_memory, drawn, timeout_s=120))
+    assert all(pool.run(jobs.other_streams, drawn[0], timeout_s=120))
+
+
+@MANY
+def test_waits_are_measured(rank_pools, ranks: int) -> None:
+    """Whoever comes late is seen by all others; it has not waited for them as long itself."""
+    case = usual(ranks, DispatchLayout.EXPERT_MAJOR).case((24,) * ranks, seed=1)
+    for late in range(ranks):
+        waits = rank_pools(ranks, "cuda").run(jobs.longest_waits, case, late, timeout_s=60)
+        for rank, longest in enumerate(waits):
+            if rank != late:
+                assert longest[late] > 0
+                assert longest[late] == max(longest), f"rank {rank}: {longest}"
+
+
+# -- ranks that die -------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu(4)
+@pytest.mark.parametrize("phase", ["dispatch", "cached dispatch", "combine"])
+def test_a_killed_rank_is_named(phase: str) -> None:
+    layout = DispatchLayout.EXPERT_MAJOR
+    with RankPool(num_ranks=4, device="cuda") as pool:
+        results = pool.run(
+            nvlink_jobs.killed,
+            1,
+            phase,
+            layout,
+            timeout_s=90,
+            return_exceptions=True,
+            **LATENCY,
+        )
+    for rank in (0, 2, 3):
+        seen = results[rank]
+        assert isinstance(seen, nvlink_jobs.Lost), seen
+        assert isinstance(seen.error, PeerTimeoutError), seen.error
+        assert seen.error.missing == (1,), seen.error
+        assert 3.0 <= seen.error.waited_s < 5.0
+        assert seen.later == ("ClosedError", "ClosedError")
+        assert seen.gpu_works
+
+
+@pytest.mark.gpu(4)
+@pytest.mark.parametrize("phase", ["dispatch", "combine", "halves"])
+@LAYOUTS
+def test_survivors_of_a_killed_rank_go_on(layout: DispatchLayout, phase: str) -> None:
+    shape = usual(4, layout)
+    cases = [shape.case((9, 4, 7, 5), seed=1), shape.case((5, 40, 0, 2), masked=0.3, seed=2)]
+    with RankPool(num_ranks=4, device="cuda") as pool:
+        results = pool.run(jobs.killed, cases, 1, phase, timeout_s=120, return_exceptions=True)
+    for rank in (0, 2, 3):
+        assert results[rank] == ("nvlink",), results[rank]
+
+
+@pytest.mark.gpu(4)
+@LAYOUTS
+def test_a_rank_killed_at_any_moment(layout: DispatchLayout) -> None:
+    shape = usual(4, layout)
+    cases = [shape.case((9, 4, 7, 5), seed=1), shape.case((5, 40, 0, 2), masked=0.3, seed=2)]
+    with RankPool(num_ranks=4, device="cuda") as pool:
+        results = pool.run(
+            jobs.killed_in_the_middle, cases, 2, timeout_s=120, return_exceptions=True
+        )
+    for rank in (0, 1, 3):
+        assert results[rank] == 400, results[rank]
+
+
+@pytest.mark.gpu(2)
+@LAYOUTS
+def test_ranks_that_wait_for_each_other_end(rank_pools, layout: DispatchLayout) -> None:
+    """Both are alive, so neither masks the other one; no wait is without an end for all that."""
+    case, timeout_s = usual(2, layout).case((40, 0), seed=1), 0.5
+    seen = rank_pools(2, "cuda").run(jobs.different_calls, case, timeout_s, timeout_s=60)
+    for rank, lost in enumerate(seen):
+        assert isinstance(lost.error, PeerTimeoutError), lost.error
+        assert lost.error.missing == (1 - rank,), lost.error
+        assert lost.error.waited_s >= 2 * timeout_s
+        assert lost.later == ("ClosedError", "ClosedError")
+        assert lost.gpu_works
+
+
+@MANY
+@LAYOUTS
+def test_a_rank_that_was_given_up_comes_back(
+    rank_pools, ranks: int, layout: DispatchLayout
+) -> None:
+    shape = usual(ranks, layout)
+    cases = [shape.case((9, 4, 7, 5)[:ranks], seed=1), shape.case((40,) * ranks, seed=2)]
+    done = rank_pools(ranks, "cuda").run(jobs.late_beyond_the_timeout, cases, 1, timeout_s=60)
+    assert done == [True] * ranks

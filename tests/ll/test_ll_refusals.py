@@ -1,0 +1,235 @@
+"""Low-latency calls that cannot happen: refusals, disagreement, no room; what every rank learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from expertlink import (
+    CapacityError,
+    DispatchLayout,
+    ExpertlinkError,
+    InputError,
+    MoECommunicator,
+    PeerError,
+)
+from expertlink.launch import RankPool
+from support import ll_process_jobs, nvlink_jobs
+from support.fault_jobs import CULPRIT, FAULTY_IDS, RANKS, dispatch_with, judge, rows_of, with_ids
+from support.hosted import DEVICE, run_hosted
+from support.ll_fault_cases import SHAPES, fleet_of, usual_case
+from support.ll_fleets import LAYOUTS
+from support.nvlink_cases import Shape, exact, usual
+from support.oracle import Case, inputs_of
+from support.rank_jobs import dispatch_case, rows_for
+
+pytestmark = pytest.mark.gpu(1)
+FLAT, TOKEN_MAJOR = DispatchLayout.FLAT, DispatchLayout.TOKEN_MAJOR
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@LAYOUTS
+def test_a_wrong_form_on_one_rank(layout: DispatchLayout) -> None:
+    """Ranks that agree beforehand name it, and the next call works."""
+    case = usual_case(layout)
+    call = dispatch_with(case, input=lambda x_TH: x_TH[:, :3])
+    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    judge(errors, own="InputError", text="input has shape (4, 3)")
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("first", "text"), FAULTY_IDS)
+def test_faulty_ids_on_one_rank(first: list[int], text: str, layout: DispatchLayout) -> None:
+    case = usual_case(layout)
+    call = dispatch_with(case, topk_ids=with_ids(first))
+    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    judge(errors, own="InputError", text=text)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("first", [first for first, _ in FAULTY_IDS])
+def test_unchecked_ids_stay_memory_safe(first: list[int], shape: Shape) -> None:
+    """An id that is out of range counts as no expert; a double one is the caller's affair."""
+    case = shape.case((9, 4, 7), seed=1)
+    change = dispatch_with(case, topk_ids=with_ids(first))
+
+    def call(comm: MoECommunicator) -> None:
+        result: Any = change(comm)
+        rows = torch.zeros(result[1].rows_shape, dtype=case.dtype, device=DEVICE)
+        comm.combine(rows, result[1])
+
+    assert run_hosted(fleet_of(case), nvlink_jobs.fails_once, case, call) == [None] * RANKS
+
+
+@LAYOUTS
+def test_weights_on_some_ranks_only(layout: DispatchLayout) -> None:
+    case = usual_case(layout)
+    call = dispatch_with(case, weights=lambda _: None)
+    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    for error in errors:
+        assert isinstance(error, InputError), errors
+        assert "either weights or none" in str(error)
+
+
+@LAYOUTS
+def test_one_rank_changes_its_routing(layout: DispatchLayout) -> None:
+    case = usual_case(layout)
+
+    def call(comm: MoECommunicator) -> object:
+        own = inputs_of(case, comm.rank)
+        _, handle = dispatch_case(comm, case)
+        if comm.rank == CULPRIT:
+            own.ids_TK[0] = -1
+        x_TH, ids_TK = own.x_TH.to(DEVICE), own.ids_TK.to(DEVICE)
+        return comm.dispatch(x_TH, ids_TK, previous_handle=handle)
+
+    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    judge(errors, own="RoutingChangedError", text="topk_ids[0]=[-1, -1")
+
+
+@LAYOUTS
+def test_one_rank_refuses_its_combine(layout: DispatchLayout) -> None:
+    case = usual_case(layout)
+
+    def call(comm: MoECommunicator) -> object:
+        _, handle = dispatch_case(comm, case)
+        rows = rows_for(case, comm.rank, handle)
+        return comm.combine(rows.float() if comm.rank == CULPRIT else rows, handle)
+
+    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    judge(errors, own="InputError", text="expert_output has dtype torch.float32")
+
+
+# -- disagreement that only the kernels see -------------------------------------------------------
+
+
+def packed_of_width(case: Case) -> Callable[[MoECommunicator], object]:
+    """A dispatch of bytes; those of one rank are fewer."""
+
+    def call(comm: MoECommunicator) -> object:
+        count, width = case.tokens[comm.rank], 32 if comm.rank == CULPRIT else 48
+        rows = torch.zeros((count, width), dtype=torch.uint8, device=DEVICE)
+        ids_TK = inputs_of(case, comm.rank).ids_TK.to(DEVICE)
+        return comm.dispatch(rows, ids_TK, scales=rows[:, :4].contiguous())
+
+    return call
+
+
+DISAGREEMENTS: list[tuple[str, Callable[[Case], Callable[..., object]], str]] = [
+    (
+        "refused",
+        lambda case: dispatch_with(case, input=lambda x_TH: x_TH[:, :3]),
+        "PeerError: rank 1 refused dispatch #",
+    ),
+    (
+        "weights",
+        lambda case: dispatch_with(case, weights=lambda _: None),
+        "did not happen: some ranks pass weights, others do not",
+    ),
+    ("width", packed_of_width, "bytes of row: 48 on ranks 0, 2, 32 on rank 1"),
+]
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("what", "make", "text"), DISAGREEMENTS, ids=[name for name, *_ in DISAGREEMENTS]
+)
+def test_disagreement_without_agreement(
+    what: str, make: Callable[[Case], Callable[..., object]], text: str, layout: DispatchLayout
+) -> None:
+    """All ranks learn the same at their next call; from then on only `clear_mask` helps."""
+    case = usual_case(layout)
+    call = make(case)
+
+    def job(comm: MoECommunicator) -> tuple[ExpertlinkError | None, ...]:
+        with torch.no_grad():
+            nvlink_jobs.contracts(comm, [case])
+            own = nvlink_jobs.error_of(lambda: call(comm))
+            torch.cuda.synchronize(DEVICE)
+            later = [nvlink_jobs.error_of(comm.check_health) for _ in range(2)]
+            later.append(nvlink_jobs.error_of(lambda: dispatch_case(comm, case)))
+            comm.clear_mask()
+            nvlink_jobs.contracts(comm, [case])
+        return (own, *later)
+
+    said: set[str] = set()
+    for rank, (own, *later) in enumerate(run_hosted(fleet_of(case), job)):
+        refused = rank == CULPRIT and what == "refused"
+        assert isinstance(own, InputError) if refused else own is None, own
+        assert isinstance(later[0], (PeerError, InputError)), later
+        said.add(f"{type(later[0]).__name__}: {later[0]}")
+        assert [type(error).__name__ for error in later[1:]] == ["ClosedError"] * 2
+    assert len(said) == 1, said
+    assert text in said.pop()
+
+
+# -- capacity -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [usual(RANKS, FLAT), usual(RANKS, TOKEN_MAJOR), exact(usual(RANKS, FLAT))],
+    ids=["flat", "token_major", "flat-exact"],
+)
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("room_for", ["limit", "buffer"])
+def test_what_found_no_room_is_reported(room_for: str, at_once: bool, shape: Shape) -> None:
+    """Rows are dropped, nothing else is touched, nobody waits, and all ranks are told alike."""
+    fits, large = shape.case((9, 4, 7), seed=1), shape.case((40, 2, 40), seed=2)
+    room = max(rows_of(fits)) + 3
+    needed = rows_of(large)
+
+    def job(comm: MoECommunicator) -> ExpertlinkError | None:
+        with torch.no_grad():
+            guarded = torch.full((room + 64, large.hidden), 7.0, dtype=large.dtype, device=DEVICE)
+            options: dict[str, Any] = {}
+            if room_for == "buffer":
+                options["output_buffer"] = guarded[:room]
+            _, handle = dispatch_case(comm, large, **options)
+            rows = torch.zeros(handle.rows_shape, dtype=large.dtype, device=DEVICE)
+            if not at_once:
+                torch.cuda.synchronize(DEVICE)
+                comm.check_health()  # others cannot know of it yet, so nobody does
+            comm.combine(rows, handle)
+            torch.cuda.synchronize(DEVICE)
+            error = nvlink_jobs.error_of(comm.check_health)
+            comm.check_health()
+            assert (guarded[room:] == 7.0).all()
+            nvlink_jobs.contracts(comm, [fits])
+            return error
+
+    limit = {"max_recv_tokens_per_rank": room} if room_for == "limit" else {}
+    fleet = fleet_of(fits, timeout_s=2.0, **limit)
+    first = next(rank for rank, rows in enumerate(needed) if rows > room)
+    for error in run_hosted(fleet, job):
+        assert isinstance(error, CapacityError), error
+        assert (error.rank, error.rows, error.capacity) == (first, needed[first], room)
+
+
+def test_no_room_at_all() -> None:
+    """In a process of its own: a fault would end the CUDA context."""
+    with RankPool(num_ranks=1, device="cuda") as pool:
+        for layout in (FLAT, TOKEN_MAJOR):
+            case = usual(1, layout).case((9,), seed=1)
+            assert pool.run(ll_process_jobs.no_room_at_all, case, timeout_s=60) == [9]
+
+
+@pytest.mark.parametrize("layout", [FLAT, TOKEN_MAJOR], ids=lambda layout: layout.value)
+def test_a_buffer_larger_than_anything_that_can_arrive(layout: DispatchLayout) -> None:
+    case = usual_case(layout)
+    buffer_rows = RANKS * case.max_tokens * case.topk + 5
+
+    def job(comm: MoECommunicator) -> None:
+        guard = torch.full((1 << 16,), 7, dtype=torch.int64, device=DEVICE)
+        buffer = torch.zeros((buffer_rows, case.hidden), dtype=case.dtype, device=DEVICE)
+        out, _ = dispatch_case(comm, case, output_buffer=buffer)
+        torch.cuda.synchronize(DEVICE)
+        nvlink_jobs.check_output(case, comm.rank, out, static=True)
+        assert (guard == 7).all()
+
+    run_hosted(fleet_of(case), job)

@@ -1,0 +1,256 @@
+"""What the host of the nvlink engine does around its launches; needs no GPU."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from expertlink import ClosedError, HandleError, InputError
+from expertlink.engines.nvlink import watchdog
+from expertlink.engines.nvlink.ll.arguments import LatencyFlag
+from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.ranks.header import Operation
+from support.fake_gpu import FakeGpu, inputs
+
+LL: dict[str, Any] = {"mode": "ll", "output_layout": "expert_major"}
+STATIC: dict[str, Any] = {"output_layout": "token_major", "static_shapes": True}
+MODES = pytest.mark.parametrize("fields", [STATIC, LL], ids=["ht", "ll"])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    return FakeGpu(monkeypatch)
+
+
+@MODES
+@torch.no_grad()
+def test_every_call_names_the_dispatch_that_it_belongs_to(
+    gpu: FakeGpu, fields: dict[str, Any]
+) -> None:
+    """By the address of the number that the dispatch's kernel leaves."""
+    comm = gpu.communicator(**fields)
+    x, ids, weights = inputs()
+    out, first = comm.dispatch(x, ids, weights)
+    again, second = comm.dispatch(x, ids, previous_handle=first)
+    comm.combine(again.tokens, second)
+    comm.combine(out.tokens, first)
+    made, cached, of_second, of_first = gpu.launched
+    assert made["subject"] is None
+    assert cached["subject"] == made["origin"] == of_first["subject"]
+    assert cached["origin"] == of_second["subject"] != made["origin"]
+    operations = [launch["operation"] for launch in gpu.launched]
+    assert operations == [
+        Operation.DISPATCH,
+        Operation.CACHED_DISPATCH,
+        Operation.COMBINE,
+        Operation.COMBINE,
+    ]
+
+
+@torch.no_grad()
+def test_a_cached_dispatch_into_the_same_buffers_has_a_number_of_its_own(gpu: FakeGpu) -> None:
+    comm = gpu.communicator(**LL)
+    buffers = comm.create_buffers()
+    x, ids, weights = inputs()
+    _, handle = comm.dispatch(x, ids, weights, output_buffer=buffers)
+    comm.dispatch(x, ids, previous_handle=handle, output_buffer=buffers)
+    comm.dispatch(x, ids, weights, output_buffer=buffers)
+    first, cached, later = gpu.launched
+    assert cached["subject"] == first["origin"] != cached["origin"]
+    assert later["subject"] is None
+
+
+@MODES
+@torch.no_grad()
+def test_a_capture_is_no_call(gpu: FakeGpu, fields: dict[str, Any]) -> None:
+    comm = gpu.communicator(**{**fields, "check_inputs": False})
+    engine: Any = comm._engine
+    engine._check = True  # agreement of a single rank
+    x, ids, weights = inputs()
+    comm.dispatch(x, ids, weights)
+    before = engine._wire.call
+    gpu.capture = 3
+    for _ in range(3):
+        out, handle = comm.dispatch(x, ids, weights)
+        comm.combine(out.tokens, handle)
+    launched = len(gpu.launched)
+    with pytest.raises(InputError, match="input has shape"):
+        comm.dispatch(x[:, :3], ids, weights)
+    assert len(gpu.launched) == launched, "nobody is told of a refusal in a capture"
+    gpu.capture = 0
+    assert engine._wire.call == before
+    comm.dispatch(x, ids, weights)
+    assert engine._wire.call == before + 1
+
+
+@torch.no_grad()
+def test_a_dispatch_that_waits_is_refused_in_a_capture(gpu: FakeGpu) -> None:
+    comm = gpu.communicator(output_layout="token_major")
+    x, ids, weights = inputs()
+    out, handle = comm.dispatch(x, ids, weights)
+    gpu.capture = 3
+    launched = len(gpu.launched)
+    with pytest.raises(InputError, match="static_shapes=True"):
+        comm.dispatch(x, ids, weights)
+    assert len(gpu.launched) == launched
+    comm.dispatch(x, ids, previous_handle=handle)
+    comm.combine(out.tokens, handle)
+    comm.check_health()
+
+
+@torch.no_grad()
+def test_buffers_are_not_used_under_a_half_that_is_left(gpu: FakeGpu) -> None:
+    comm = gpu.communicator(**LL)
+    buffers = comm.create_buffers()
+    x, ids, weights = inputs()
+    out, handle = comm.dispatch(x, ids, weights, output_buffer=buffers)
+    _, hook = comm.combine(out.tokens, handle, return_recv_hook=True)
+    comm.dispatch(x, ids, weights, output_buffer=buffers, return_recv_hook=True)
+    halves = [launch["flags"] & 3 for launch in gpu.launched]
+    both, send, receive = (
+        LatencyFlag.SEND | LatencyFlag.RECEIVE,
+        LatencyFlag.SEND,
+        LatencyFlag.RECEIVE,
+    )
+    assert halves == [both, send, receive, send], "the combine is received before the dispatch"
+    hook()
+    assert len(gpu.launched) == 4
+
+
+@torch.no_grad()
+def test_a_hook_of_a_closed_communicator_launches_nothing(gpu: FakeGpu) -> None:
+    comm = gpu.communicator(**LL)
+    _, _, hook = comm.dispatch(*inputs(), return_recv_hook=True)
+    comm.close()
+    launched = len(gpu.launched)
+    with pytest.raises(ClosedError):
+        hook()
+    assert len(gpu.launched) == launched
+
+
+@torch.no_grad()
+def test_handles_from_before_clear_mask_are_refused(gpu: FakeGpu) -> None:
+    comm = gpu.communicator(**LL)
+    x, ids, weights = inputs()
+    out, handle = comm.dispatch(x, ids, weights)
+    comm.clear_mask()
+    for call in (
+        lambda: comm.combine(out.tokens, handle),
+        lambda: comm.dispatch(x, ids, previous_handle=handle),
+    ):
+        with pytest.raises(HandleError, match="clear_mask"):
+            call()
+    comm.dispatch(x, ids, weights)
+
+
+@torch.no_grad()
+def test_launches_leave_sms_to_other_arenas(gpu: FakeGpu) -> None:
+    """A launch lets the next one begin early only while its arena is alone on the GPU."""
+
+    def is_alone(comm: Any) -> bool:
+        comm.dispatch(*inputs())
+        return not gpu.launched[-1]["flags"] & LatencyFlag.ALONE
+
+    gc.collect()
+    first = gpu.communicator(**LL)
+    assert is_alone(first)
+    second = gpu.communicator(**LL)
+    assert not is_alone(first)
+    assert not is_alone(second)
+    second.close()
+    assert is_alone(first)
+    third = gpu.communicator(**LL)
+    assert not is_alone(first)
+    del third  # nobody closes it
+    gc.collect()
+    assert is_alone(first)
+
+
+@pytest.mark.parametrize("fields", [{"output_layout": "token_major"}, LL], ids=["ht", "ll"])
+@torch.no_grad()
+def test_a_dropped_communicator_is_freed_without_a_collector(
+    gpu: FakeGpu, fields: dict[str, Any]
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        comm = gpu.communicator(**fields)
+        out, handle = comm.dispatch(*inputs())
+        comm.combine(out.tokens, handle)
+        engine: Any = comm._engine
+        seen = [weakref.ref(engine), weakref.ref(engine.arena), weakref.ref(engine.watchdog)]
+        words = engine.watchdog.address
+        del comm, engine, out, handle
+        assert [ref() for ref in seen] == [None] * 3
+    finally:
+        gc.enable()
+    kept = [memory.data_ptr() for memory in watchdog._abandoned]
+    assert words in kept, "a kernel may still read the words of what nobody closed"
+
+
+@torch.no_grad()
+def test_an_interrupted_wait_aborts(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    comm = gpu.communicator(output_layout="token_major")
+    comm.dispatch(*inputs())
+    gpu.mails = False
+
+    class Clock:
+        monotonic = time.monotonic
+
+        @staticmethod
+        def sleep(_: float) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(watchdog, "time", Clock)
+    with pytest.raises(KeyboardInterrupt):
+        comm.dispatch(*inputs())
+    engine: Any = comm._engine
+    assert engine.arena._abort_words[0].tolist() == [1], "its kernels, and those of peers, end"
+    with pytest.raises(ClosedError, match="interrupted by KeyboardInterrupt"):
+        comm.check_health()
+
+
+HEAD = [int(Operation.COMBINE), 11, 5, 0, -1, 128, 0, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "text"),
+    [
+        ({7: 3}, "PeerError", "rank 0 is in combine #5 of dispatch #2; rank 1 is in combine #5 of"),
+        ({0: 2}, "PeerError", "rank 1 is in cached dispatch #5 of dispatch #2"),
+        ({1: 12}, "PeerError", "rank 1 is in combine #5 of dispatch #2 of another communicator"),
+        ({0: 77}, "PeerError", "rank 1 is in an unknown operation (77) #5"),
+        ({3: 1}, "PeerError", "rank 1 refused combine #5 of dispatch #2"),
+        ({5: 64}, "InputError", "bytes of row: 128 on rank 0, 64 on rank 1"),
+        ({8: 1}, "InputError", "some ranks pass weights, others do not"),
+    ],
+)
+def test_heads_that_differ_are_one_text_on_all_ranks(
+    gpu: FakeGpu, changed: dict[int, int], kind: str, text: str
+) -> None:
+    heads = [HEAD, [changed.get(i, word) for i, word in enumerate(HEAD)]]
+    errors = [
+        Watchdog(rank=rank, num_ranks=2, counts=8, timeout_s=1.0).disagreement(heads)
+        for rank in range(2)
+    ]
+    assert {type(error).__name__ for error in errors} == {kind}
+    assert len({str(error) for error in errors}) == 1
+    assert text in str(errors[0])
+
+
+@torch.no_grad()
+def test_reports_of_the_device_become_errors_once(gpu: FakeGpu) -> None:
+    comm = gpu.communicator(**LL)
+    engine: Any = comm._engine
+    words = engine.watchdog._words
+    words.phase, words.expected, words.seen, words.operation = 7, 4, 3, int(Operation.DISPATCH)
+    words.reported = 4
+    with pytest.raises(InputError, match="between the halves of another one"):
+        comm.dispatch(*inputs())
+    with pytest.raises(ClosedError, match="between the halves"):
+        comm.check_health()

@@ -1,0 +1,162 @@
+"""The nvlink engine's kernels compile for every target, without a GPU, within their budgets."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from expertlink import MoECommunicatorConfig
+from expertlink.engines.nvlink import launch
+from expertlink.engines.nvlink.arena import ArenaPlan, RowShape
+from expertlink.engines.nvlink.launch import (
+    SHARED_BYTES,
+    STATIC_BYTES,
+    BlockShape,
+    KernelPlan,
+    compile_for,
+    latency_warps,
+)
+from expertlink.engines.nvlink.ll import plan as ll_plan
+from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.jit import compiler
+from expertlink.jit.compiler import CompiledKernel
+
+ARCHITECTURES = ("sm_90a", "sm_100a")
+REGISTERS = 65536  # of a multiprocessor; threads get them in eights
+MODEL = {"num_experts": 256, "hidden_size": 7168, "topk": 8, "max_tokens_per_rank": 4096}
+
+Compiled = dict[str, CompiledKernel]
+
+CASES: list[tuple[int, dict[str, Any]]] = [
+    (8, {"output_layout": "flat", "expert_alignment": 128}),
+    (8, {"output_layout": "token_major"}),
+    (4, {"output_layout": "rank_major", "zero_copy": True}),
+    (4, {"output_layout": "expert_major", "dtype": torch.float16}),
+    (1, {"num_experts": 1, "topk": 1, "hidden_size": 8, "max_tokens_per_rank": 1}),
+    (72, {"num_experts": 2048, "topk": 32, "hidden_size": 16384}),
+    (33, {"output_layout": "token_major", "num_experts": 99, "topk": 32}),
+]
+
+
+DECODE = {**MODEL, "mode": "ll", "static_shapes": True, "max_tokens_per_rank": 128}
+LATENCY_CASES: list[tuple[int, dict[str, Any]]] = [
+    (8, {"output_layout": "expert_major"}),
+    (8, {"output_layout": "flat", "expert_alignment": 128, "quantization": "e4m3_ue8m0"}),
+    (8, {"output_layout": "token_major", "quantization": "e4m3_float32"}),
+    (4, {"output_layout": "rank_major", "dtype": torch.float16}),
+    (4, {"combine_precision": "exact", "dtype": torch.float16}),
+    (1, {"num_experts": 1, "topk": 1, "hidden_size": 8, "max_tokens_per_rank": 1}),
+    (72, {"num_experts": 2048, "topk": 32, "hidden_size": 16384, "max_tokens_per_rank": 64}),
+    (72, {"num_experts": 576, "topk": 32, "combine_precision": "exact"}),
+    (33, {"output_layout": "token_major", "num_experts": 99, "topk": 32}),
+    (3, {"num_experts": 1000, "max_tokens_per_rank": 1024}),
+]
+
+
+def config_of(fields: dict[str, Any]) -> MoECommunicatorConfig:
+    return MoECommunicatorConfig(device="cpu", **{**MODEL, **fields})
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("ranks", "fields"), CASES)
+def test_resources(ranks: int, fields: dict[str, Any], arch: str) -> None:
+    config = config_of(fields)
+    compiled = compiled_here(config, ArenaPlan.of(config, ranks), num_ranks=ranks, arch=arch)
+    assert set(compiled) == {"dispatch", "combine"}
+    check_budgets(compiled)
+
+
+# Several ranks on one GPU are for tests, which run on sm_90a.
+@pytest.mark.parametrize(
+    ("arch", "hosted"), [*((arch, False) for arch in ARCHITECTURES), ("sm_90a", True)]
+)
+@pytest.mark.parametrize(("ranks", "fields"), LATENCY_CASES)
+def test_resources_of_low_latency(
+    ranks: int, fields: dict[str, Any], hosted: bool, arch: str
+) -> None:
+    config = config_of({**DECODE, **fields})
+    plan = LatencyPlan.of(config, ranks)
+    compiled = compiled_here(config, plan, num_ranks=ranks, arch=arch, hosted=hosted)
+    names = {"ll_dispatch", "ll_combine"}
+    if config.quantization is not None:
+        names.add("ll_dispatch_quantized")
+    assert set(compiled) == names
+    check_budgets(compiled)
+
+
+def compiled_here(config: MoECommunicatorConfig, plan: KernelPlan, **options: Any) -> Compiled:
+    """`compile_for` with a report of the compiler; a communicator's kernels side by side."""
+    compiler.cuda_core().Program  # noqa: B018 - the module loads it here rather than in threads
+    with ThreadPoolExecutor() as threads, pytest.MonkeyPatch.context() as patch:
+        # NVRTC reports nothing of a kernel that it finds in a cache of its own.
+        patch.setitem(compiler._OPTIONS, "no_cache", True)
+        compile_anew = partial(threads.submit, compiler.compile_kernel.__wrapped__)
+        patch.setattr(launch, "compile_kernel", compile_anew)
+        coming: dict[str, Any] = dict(compile_for(config, plan, **options))
+        return {name: future.result() for name, future in coming.items()}
+
+
+def check_budgets(compiled: Compiled) -> None:
+    for name, code in compiled.items():
+        report = code.report
+        warps = latency_warps(name) if name.startswith("ll_") else 16
+        assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
+        assert set(re.findall(r"(\d+) bytes stack frame", report)) == {"0"}, report
+        registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+        assert registers
+        assert max(registers) <= REGISTERS // (32 * warps) // 8 * 8, report
+        memory = [int(size) for size in re.findall(r"(\d+) bytes smem", report)]
+        assert max(memory) <= STATIC_BYTES, report
+
+
+@pytest.mark.parametrize(("ranks", "fields"), CASES)
+def test_blocks_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None:
+    config = config_of(fields)
+    shape = BlockShape(config, num_ranks=ranks, num_local=-(-config.num_experts // ranks))
+    for row_bytes in (0, 16, RowShape.of(config).row):
+        assert shape.obstacle(row_bytes) is None
+        assert shape.threads(row_bytes) <= 512
+        for counts in (True, False):
+            needed = shape.shared_bytes(row_bytes, counts=counts)
+            assert shape.warps(row_bytes) * shape.slot_bytes(row_bytes) <= needed
+            assert needed + STATIC_BYTES <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(("ranks", "fields"), LATENCY_CASES)
+def test_blocks_of_low_latency_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None:
+    config = config_of({**DECODE, **fields})
+    local = -(-config.num_experts // ranks)
+    assert ll_plan.obstacle(config, num_ranks=ranks, num_local=local) is None
+    for half in ("send", "receive", "both"):
+        words = ll_plan.shared_words(config, num_ranks=ranks, num_local=local, half=half)
+        assert 4 * words + STATIC_BYTES <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fields", "reason"),
+    [
+        (8, {"output_layout": "token_major", "zero_copy": True}, "views"),
+        (8, {"output_layout": "flat", "static_shapes": False}, "without static_shapes"),
+        (72, {"num_experts": 2048, "max_tokens_per_rank": 16384}, "shared memory"),
+        (2, {"num_experts": 8, "max_tokens_per_rank": 1 << 16}, "16 bits"),
+    ],
+)
+def test_what_low_latency_does_not_serve(ranks: int, fields: dict[str, Any], reason: str) -> None:
+    config = config_of({**DECODE, **fields})
+    local = -(-config.num_experts // ranks)
+    text = ll_plan.obstacle(config, num_ranks=ranks, num_local=local)
+    assert text is not None
+    assert reason in text
+
+
+def test_rows_that_are_too_large_are_refused() -> None:
+    config = config_of({"hidden_size": 128 << 10})
+    shape = BlockShape(config, num_ranks=8, num_local=32)
+    reason = shape.obstacle(RowShape.of(config).row)
+    assert reason is not None
+    assert "shared memory" in reason

@@ -1,0 +1,66 @@
+"""A rank that gives up: the others learn it from their waits, at once, and nothing hangs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from support import abort_jobs
+
+RANKS, CULPRIT = 3, 1
+OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
+SOON_S = 5.0  # half a second on an idle machine; the time-out of these jobs is a minute
+
+
+@pytest.mark.parametrize("fields", [{}, {"check_inputs": False}])
+@pytest.mark.parametrize("phase", ["combine", "backward", "dispatch"])
+def test_experts_that_raise_end_the_others_waits(
+    rank_pools, phase: str, fields: dict[str, Any]
+) -> None:
+    pool = rank_pools(RANKS)
+    results = pool.run(abort_jobs.experts_raise, CULPRIT, phase, fields, timeout_s=60)
+    text, later = results[CULPRIT]
+    assert text == "boom"
+    assert later[0] == "ClosedError"
+    for rank in OTHERS:
+        (kind, message, who, why, waited), again, health = results[rank]
+        assert kind == "AbortError", message
+        assert who == CULPRIT
+        assert why == "ValueError: boom"
+        assert f"rank {CULPRIT} aborted" in message
+        assert "ValueError: boom" in message
+        assert waited < SOON_S
+        for later in (again, health):
+            assert later[0] == "ClosedError"
+            assert "ValueError: boom" in later[1]
+
+
+@pytest.mark.parametrize("phase", ["dispatch", "initialize"])
+def test_a_signal_ends_a_wait(rank_pools, phase: str) -> None:
+    results = rank_pools(RANKS).run(abort_jobs.interrupted, CULPRIT, phase, timeout_s=60)
+    waited, health = results[CULPRIT]
+    assert waited < SOON_S
+    if phase == "dispatch":
+        assert health[0] == "ClosedError"
+        assert "Stopped: by a signal" in health[1]
+    for rank in OTHERS if phase == "initialize" else OTHERS[:1]:
+        kind, message, who, why, waited = results[rank]
+        assert kind == "AbortError", message
+        assert who == CULPRIT
+        assert why == "Stopped: by a signal"
+        assert waited < SOON_S
+
+
+@pytest.mark.parametrize("call", ["dispatch", "cached", "combine"])
+def test_a_call_that_fails_on_one_rank_ends_on_all(rank_pools, call: str) -> None:
+    results = rank_pools(RANKS).run(abort_jobs.fails_within, CULPRIT, call, timeout_s=60)
+    assert results[CULPRIT][0] == ("MemoryError", "no room")
+    assert results[CULPRIT][1][0] == "ClosedError"
+    for rank in OTHERS:
+        (kind, message, who, why, waited), again = results[rank]
+        assert kind == "AbortError", message
+        assert who == CULPRIT
+        assert why == "MemoryError: no room"
+        assert waited < SOON_S
+        assert again[0] == "ClosedError"

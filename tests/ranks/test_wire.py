@@ -1,0 +1,109 @@
+"""What ranks can still find out when a connection is lost, and a call that is finished twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from expertlink import PeerTimeoutError, layouts
+from expertlink.engines.ranks import board
+from expertlink.engines.ranks.wire import Peer, Wire
+from support.small_calls import good, make
+
+CPU = torch.device("cpu")
+
+
+class Store:
+    """A store that answers as it is told to."""
+
+    def __init__(self, answer: Callable[[], object]) -> None:
+        self._answer = answer
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return lambda *args: self._answer()
+
+
+class LostGroup:
+    """A process group of two ranks that has lost its connections."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def rank(self) -> int:
+        return 1
+
+    def size(self) -> int:
+        return 2
+
+    def get_group_store(self) -> Store:
+        return self._store
+
+    def alltoall_base(self, *args: object) -> object:
+        raise RuntimeError("connection closed")
+
+
+def lost() -> object:
+    raise RuntimeError("broken pipe")
+
+
+def exchange(wire: Wire) -> None:
+    wire.enter("dispatch", 1)
+    wire.exchange(torch.zeros(2, 1, device=CPU), torch.zeros(2, 1, device=CPU)).wait()
+
+
+@pytest.mark.parametrize("exited", [True, False])
+def test_processes_are_looked_at_where_the_store_is_gone(exited: bool) -> None:
+    """It is hosted by a rank, as a rule; on this host it can be told which one has ended."""
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        if exited:
+            other.kill()
+        wire = Wire(LostGroup(Store(lost)), device=CPU, timeout_s=5.0)
+        wire.peers = [Peer(Peer.here().host, other.pid), Peer.here()]
+        with pytest.raises(PeerTimeoutError, match="store does not answer") as info:
+            exchange(wire)
+        assert info.value.missing == ((0,) if exited else ())
+        assert ("has exited" in str(info.value)) == exited
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_silent_store_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a rank that has been stopped."""
+    monkeypatch.setattr(board, "ANSWER_S", 0.2)
+    over = threading.Event()
+    try:
+        wire = Wire(LostGroup(Store(over.wait)), device=CPU, timeout_s=5.0)
+        started = time.monotonic()
+        with pytest.raises(PeerTimeoutError, match="store does not answer"):
+            exchange(wire)
+        wire.abort("no hope")
+        assert time.monotonic() - started < 20.0
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize("layout", ["flat", "token_major", "rank_major", "expert_major"])
+def test_a_call_that_failed_to_finish_can_be_finished(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that it had borrowed is given back once."""
+    with make(output_layout=layout) as comm:
+        fields = good()
+        request = comm.dispatch_async(fields["input"], fields["topk_ids"], fields["weights"])
+        with monkeypatch.context() as patch:
+            patch.setattr(layouts, "place", lambda *args, **options: lost())
+            with pytest.raises(RuntimeError, match="broken pipe"):
+                request.wait()
+        request.wait()
+        engine: Any = comm._engine
+        free = [storage.data_ptr() for storage in engine._workspace._free]
+        assert len(set(free)) == len(free)

@@ -1,0 +1,1 @@
+"""What tests share: the oracle, ranks in one process, jobs that run on every rank."""

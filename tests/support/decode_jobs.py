@@ -1,0 +1,341 @@
+"""What decode asks of a communicator, on every rank, bit for bit against the oracle.
+
+Jobs take a communicator that is there already, so that hosted ranks run them too; `on_a_rank` makes
+one in a rank's own process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertlink import (
+    DispatchBuffers,
+    DispatchHandle,
+    DispatchOutput,
+    HandleError,
+    InputError,
+    MoECommunicator,
+)
+from expertlink.launch import RankContext
+from expertlink.quantization import quantize
+from support.oracle import Case, expected_of, inputs_of, received_of
+from support.oracle_results import combined_of, ranges_of, slot_weights
+from support.rank_jobs import (
+    check_output,
+    config_of,
+    dispatch_case,
+    filled_up,
+    rows_for,
+    same_bits,
+)
+
+Job = Callable[..., None]
+
+
+def on_a_rank(ctx: RankContext, job: Job, cases: list[Case], *args: Any, **fields: Any) -> int:
+    """Runs a job for each case, without gradients, as decode does."""
+    for case in cases:
+        with torch.no_grad(), MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+            try:
+                job(comm, case, *args)
+            except AssertionError as error:
+                raise AssertionError(f"{error}\nin {case}") from error
+    return len(cases)
+
+
+# -- weights of the combine -----------------------------------------------------------------------
+
+
+def own_weights(comm: MoECommunicator, case: Case) -> None:
+    """`weights` of a combine replace the routing weights, of which there may be none."""
+    _, handle = dispatch_case(comm, case)
+    given = slot_weights_for(case, comm.rank, handle)
+    rows = rows_for(case, comm.rank, handle)
+    expected = combined_of(case, comm.rank, own_weights=True)
+    same_bits(comm.combine(rows, handle, weights=given), expected, "combine with weights")
+    # The routing weights are as they were.
+    own = inputs_of(case, comm.rank)
+    _, cached = comm.dispatch(own.x_TH.to(comm.device), None, previous_handle=handle)
+    same_bits(comm.combine(rows, cached), combined_of(case, comm.rank), "combine without weights")
+
+
+def slot_weights_for(case: Case, rank: int, handle: DispatchHandle) -> Tensor:
+    """`slot_weights` in the shape that the handle's combine takes."""
+    return filled_up(slot_weights(case, rank), handle.rows_shape[:-1], handle.topk_ids.device)
+
+
+# -- halves ---------------------------------------------------------------------------------------
+
+
+def halves(comm: MoECommunicator, case: Case) -> None:
+    """Both halves of every call apart; hooks called once, repeatedly, or by the next call."""
+    rank, static = comm.rank, comm.config.static_shapes
+    x_TH = inputs_of(case, rank).x_TH.to(comm.device)
+    expected = combined_of(case, rank)
+
+    out, handle, hook = dispatch_case(comm, case, return_recv_hook=True)
+    for _ in range(2):
+        hook()
+    check_output(case, rank, out, static=static)
+    rows = rows_for(case, rank, handle)
+    result, hook = comm.combine(rows, handle, return_recv_hook=True)
+    for _ in range(2):
+        hook()
+    same_bits(result, expected, "combine in halves")
+
+    _, handle, _ = dispatch_case(comm, case, return_recv_hook=True)
+    same_bits(comm.combine(rows, handle), expected, "combine of half a dispatch")
+
+    _, handle, hook = dispatch_case(comm, case, return_recv_hook=True)
+    out, cached, again = comm.dispatch(x_TH, None, previous_handle=handle, return_recv_hook=True)
+    hook()
+    again()
+    check_output(case, rank, out, static=static)
+    result, _ = comm.combine(rows, cached, return_recv_hook=True)
+    cached.wait()
+    same_bits(result, expected, "combine that its handle finished")
+
+
+def in_turns(comm: MoECommunicator, case: Case) -> None:
+    """Two micro-batches: while one computes the other communicates."""
+    rank, static = comm.rank, comm.config.static_shapes
+    first, first_handle, first_hook = dispatch_case(comm, case, return_recv_hook=True)
+    second, second_handle, second_hook = dispatch_case(comm, case, return_recv_hook=True)
+    first_hook()
+    check_output(case, rank, first, static=static)
+    rows = [rows_for(case, rank, first_handle, round_=round_) for round_ in range(2)]
+    result, first_hook = comm.combine(rows[0], first_handle, return_recv_hook=True)
+    second_hook()
+    check_output(case, rank, second, static=static)
+    other, second_hook = comm.combine(rows[1], second_handle, return_recv_hook=True)
+    first_hook()
+    second_hook()
+    same_bits(result, combined_of(case, rank), "first combine")
+    same_bits(other, combined_of(case, rank, round_=1), "second combine")
+
+
+# -- buffers --------------------------------------------------------------------------------------
+
+
+def buffers(comm: MoECommunicator, case: Case) -> None:
+    """All that is returned lies in them; two of them hold two dispatches."""
+    rank = comm.rank
+    own = inputs_of(case, rank)
+    x_TH = own.x_TH.to(comm.device)
+    pair = [poisoned(comm.create_buffers()) for _ in range(2)]
+    outputs = [dispatch_case(comm, case, output_buffer=one) for one in pair]
+    for round_, (one, (out, handle)) in enumerate(zip(pair, outputs, strict=True)):
+        check_buffered(comm, case, one, out)
+        rows = rows_for(case, rank, handle, round_=round_)
+        expected = combined_of(case, rank, round_=round_)
+        same_bits(comm.combine(rows, handle), expected, "combine")
+
+    # Cached: into the same buffers, into the others, into none.
+    handle, rows = outputs[0][1], rows_for(case, rank, outputs[0][1])
+    for one in (pair[0], pair[1], None):
+        out, cached = comm.dispatch(x_TH, None, previous_handle=handle, output_buffer=one)
+        if one is pair[0]:
+            handle = cached  # that of the dispatch before is stale now
+        if one is not None:
+            check_buffered(comm, case, one, out)
+        same_bits(comm.combine(rows, cached), combined_of(case, rank), "combine after a cached one")
+
+    # Again, into what holds an old result, in halves.
+    out, handle, hook = dispatch_case(comm, case, output_buffer=pair[1], return_recv_hook=True)
+    hook()
+    check_buffered(comm, case, pair[1], out)
+    same_bits(comm.combine(rows, handle), combined_of(case, rank), "combine, buffers reused")
+
+
+def poisoned(buffers: DispatchBuffers) -> DispatchBuffers:
+    """The same with NaN and -1 in every output."""
+    for tensor in tensors_of(buffers.output):
+        tensor.copy_(torch.full_like(tensor, -1))
+        if tensor.dtype.is_floating_point:
+            tensor.copy_(torch.full_like(tensor, float("nan")))
+    return buffers
+
+
+def tensors_of(output: DispatchOutput) -> list[Tensor]:
+    scales = None if output.scales is None else output.scales.tensor
+    members = [*vars(output).values(), scales]
+    return [member for member in members if isinstance(member, Tensor)]
+
+
+def check_buffered(
+    comm: MoECommunicator, case: Case, buffers: DispatchBuffers, out: DispatchOutput
+) -> None:
+    check_output(case, comm.rank, out, static=comm.config.static_shapes)
+    homes = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(buffers.output)}
+    for tensor in tensors_of(out):
+        assert tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in homes
+
+
+def stale_handles(comm: MoECommunicator, case: Case) -> None:
+    """Whatever a later dispatch has overwritten cannot be used by mistake."""
+    own = inputs_of(case, comm.rank)
+    x_TH, ids_TK = own.x_TH.to(comm.device), own.ids_TK.to(comm.device)
+    one, other = comm.create_buffers(), comm.create_buffers()
+    _, stale = dispatch_case(comm, case, output_buffer=one)
+    _, through = comm.dispatch(x_TH, None, previous_handle=stale, output_buffer=other)
+    _, fresh = dispatch_case(comm, case, output_buffer=one)
+    rows = rows_for(case, comm.rank, fresh)
+    uses: list[Callable[[DispatchHandle], object]] = [lambda handle: comm.wire_rows(handle)]
+    if case.layout.expanded:
+        uses.append(lambda handle: comm.expert_ranges(handle))
+    # Each of these is refused before the ranks talk to each other, so all of them may be tried.
+    for handle in (stale, through):
+        for use in uses:
+            with pytest.raises(HandleError, match="is stale: a later dispatch used its"):
+                use(handle)
+    with pytest.raises(HandleError, match="is stale"):
+        comm.combine(rows, stale)
+    with pytest.raises(HandleError, match="is stale"):
+        comm.dispatch(x_TH, ids_TK, previous_handle=through)
+    # A cached dispatch keeps the tables but not the outputs: its handle replaces the one before.
+    _, cached = comm.dispatch(x_TH, None, previous_handle=fresh, output_buffer=one)
+    with pytest.raises(HandleError, match="is stale"):
+        comm.combine(rows, fresh)
+    same_bits(comm.combine(rows, cached), combined_of(case, comm.rank), "combine of the fresh one")
+
+
+def buffers_of_packed_rows(comm: MoECommunicator, case: Case) -> None:
+    """Rows with scales, quantized by the caller, by the library, and bytes nobody understands."""
+    fmt = comm.config.block_format
+    assert fmt is not None
+    own = inputs_of(case, comm.rank)
+    x_TH, ids_TK = own.x_TH.to(comm.device), own.ids_TK.to(comm.device)
+    q, scales = quantize(x_TH, fmt)
+    plain = poisoned(comm.create_buffers())
+    packed = poisoned(comm.create_buffers(q, scales))
+    for rows, beside, one in ((x_TH, None, plain), (q, scales, packed), (q, scales, plain)):
+        out, _ = comm.dispatch(rows, ids_TK, scales=beside, output_buffer=one)
+        check_rows_with_scales(case, comm.rank, out, lambda x: quantize(x, fmt))
+        homes = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(one.output)}
+        for tensor in tensors_of(out):
+            assert tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in homes
+
+
+# -- scales ---------------------------------------------------------------------------------------
+
+
+def scales_in_order(comm: MoECommunicator, case: Case) -> None:
+    """Shape and values do not depend on the memory order; strides do."""
+    fmt = comm.config.block_format
+    assert fmt is not None
+    own = inputs_of(case, comm.rank)
+    x_TH, ids_TK = own.x_TH.to(comm.device), own.ids_TK.to(comm.device)
+    out, handle = comm.dispatch(x_TH, ids_TK)
+    again, _ = comm.dispatch(x_TH, None, previous_handle=handle)
+    for arrived in (out, again):
+        check_rows_with_scales(case, comm.rank, arrived, lambda x: quantize(x, fmt))
+        assert arrived.scales is not None
+        tensor = arrived.scales.tensor
+        plain = tensor.transpose(-1, -2) if comm.config.scale_order == "column_major" else tensor
+        assert plain.is_contiguous()
+
+
+def check_rows_with_scales(
+    case: Case,
+    rank: int,
+    out: DispatchOutput,
+    packed: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    """Rows and scales of every slot equal those of its token at the source."""
+    received = received_of(case, rank)
+    theirs = [packed(inputs_of(case, source).x_TH) for source in range(case.ranks)]
+    assert out.scales is not None
+    assert out.scales.tensor.shape[:-1] == out.tokens.shape[:-1]
+    for values, index in ((out.tokens, 0), (out.scales.tensor, 1)):
+        held = values.cpu()
+        held = held if case.layout.padded else held[: len(received.filled)]
+        expected = received.gather([pair[index].view(torch.uint8) for pair in theirs])
+        same_bits(held[received.filled].view(torch.uint8), expected, f"member {index} of the rows")
+
+
+# -- counting -------------------------------------------------------------------------------------
+
+
+def ranges(comm: MoECommunicator, case: Case) -> None:
+    """Of a dispatch, and the same of a cached one."""
+    own = inputs_of(case, comm.rank)
+    _, handle = dispatch_case(comm, case)
+    _, cached = comm.dispatch(own.x_TH.to(comm.device), None, previous_handle=handle)
+    starts, counts = ranges_of(case, comm.rank)
+    for used in (handle, cached):
+        starts_ER, counts_ER = comm.expert_ranges(used)
+        assert starts_ER.dtype is counts_ER.dtype is torch.int32
+        assert starts_ER.shape == counts_ER.shape == (len(counts), case.ranks)
+        assert counts_ER.tolist() == counts
+        present = [[bool(count) for count in group] for group in counts]
+        for row, expected, there in zip(starts_ER.tolist(), starts, present, strict=True):
+            found = [start if here else -1 for start, here in zip(row, there, strict=True)]
+            assert found == expected
+        # Groups are dense: a range ends where the next begins, also where it is empty.
+        for start, count in zip(starts_ER.tolist(), counts_ER.tolist(), strict=True):
+            assert all(
+                a + n == b for a, n, b in zip(start[:-1], count[:-1], start[1:], strict=True)
+            )
+
+
+def statistics(comm: MoECommunicator, case: Case) -> None:
+    """Totals of an uncached and a cached dispatch and of one combine."""
+    rank, own = comm.rank, inputs_of(case, comm.rank)
+    _, handle = dispatch_case(comm, case)  # not counted yet
+    totals = comm.enable_statistics()
+    assert comm.enable_statistics() is totals
+    before = [tensor.data_ptr() for tensor in vars(totals).values()]
+    for tensor in vars(totals).values():
+        assert tensor.dtype is torch.int64
+        assert not tensor.any()
+    out, handle = dispatch_case(comm, case)
+    comm.dispatch(own.x_TH.to(comm.device), None, previous_handle=handle)
+    comm.combine(rows_for(case, rank, handle), handle)
+
+    expected = expected_of(case, rank)
+    assert totals.tokens_per_expert.tolist() == [2 * count for count in expected.counts]
+    received = expected.rows_per_rank
+    sent = [expected_of(case, dest).rows_per_rank[rank] for dest in range(case.ranks)]
+    back, returned = received, sent
+    if case.precision == "exact":  # a row per choice
+        back = [sum(c.source == source for c in expected.copies) for source in range(case.ranks)]
+        returned = [
+            sum(c.source == rank for c in expected_of(case, dest).copies)
+            for dest in range(case.ranks)
+        ]
+    rows_sent = [2 * a + b for a, b in zip(sent, back, strict=True)]
+    rows_received = [2 * a + b for a, b in zip(received, returned, strict=True)]
+    row_bytes = case.hidden * case.dtype.itemsize
+    assert totals.rows_sent.tolist() == rows_sent
+    assert totals.rows_received.tolist() == rows_received
+    for total, rows in (
+        (totals.bytes_sent, rows_sent),
+        (totals.bytes_received, rows_received),
+    ):
+        away = [0 if other == rank else count for other, count in enumerate(rows)]
+        assert total.tolist() == [count * row_bytes for count in away]
+    assert [tensor.data_ptr() for tensor in vars(totals).values()] == before
+
+    for tensor in vars(totals).values():
+        tensor.zero_()
+    dispatch_case(comm, case)
+    assert totals.rows_sent.tolist() == sent
+    del out
+
+
+# -- disagreement ---------------------------------------------------------------------------------
+
+
+def weights_on_one_rank(comm: MoECommunicator, case: Case) -> None:
+    """Exact combines send weights beside the rows: all ranks pass them or none."""
+    _, handle = dispatch_case(comm, dataclasses.replace(case, weighted=False))
+    rows = rows_for(case, comm.rank, handle)
+    given = slot_weights_for(case, comm.rank, handle) if comm.rank == 0 else None
+    with pytest.raises(InputError, match="weights beside a row: 4 on rank 0, 0 on ranks? 1"):
+        comm.combine(rows, handle, weights=given)

@@ -1,0 +1,135 @@
+"""The host side of the nvlink engine without a GPU: launches are noted and do nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertlink import MoECommunicator, MoECommunicatorConfig
+from expertlink import session as session_module
+from expertlink.engines.nvlink import arena, engine
+from expertlink.engines.nvlink.arena import ArenaPlan
+from expertlink.engines.nvlink.build import assemble, make_arena
+from expertlink.engines.nvlink.ht import engine as ht_engine
+from expertlink.engines.nvlink.ll import arena as ll_arena
+from expertlink.engines.nvlink.ll import engine as ll_engine
+from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.ranks.wire import Wire
+from expertlink.engines.select import EngineChoice
+from expertlink.jit.kernel import Arguments
+from expertlink.routing import Placement, even_blocks
+
+CPU = torch.device("cpu")
+E, H, K, T_MAX = 8, 64, 2, 16
+
+
+class _Stream:
+    cuda_stream = 7
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Memory:
+    """A rank's arena, alone."""
+
+    def __init__(self, local: Tensor) -> None:
+        self.local, self.addresses = local, [local.data_ptr()]
+
+    def word(self, rank: int, offset: int) -> Tensor:
+        assert rank == 0
+        return self.local[offset : offset + 4].view(torch.int32)
+
+
+class FakeGpu:
+    """What launches and captures look like to the host.
+
+    Attributes:
+        capture: number of the capture that every call is in, 0 for none.
+        launched: name, operation, subject and pool or flags of every launch, oldest first.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capture = 0
+        self.launched: list[dict[str, Any]] = []
+        self.mails = True
+        stream = _Stream()
+        patch = monkeypatch.setattr
+        patch(torch.cuda, "Stream", _Stream)
+        patch(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        patch(torch.cuda, "current_stream", lambda *_: stream)
+        patch(torch.cuda, "synchronize", lambda *_: None)
+        properties = types.SimpleNamespace(multi_processor_count=132)
+        patch(torch.cuda, "get_device_properties", lambda _: properties)
+        for name in ("zeros", "ones"):
+            patch(torch, name, _unpinned(getattr(torch, name)))
+        patch(ll_arena, "raw_stream", lambda _: lambda: stream.cuda_stream)
+        for module in (ll_arena, engine, ht_engine, ll_engine):
+            patch(module, "is_capturing", lambda: self.capture != 0)
+        for module in (ll_arena, arena):
+            patch(module, "capture_of", lambda _: self.capture)
+        patch(session_module, "choose_engine", lambda *_, **__: EngineChoice("nvlink", "a test"))
+
+    def communicator(self, **fields: Any) -> MoECommunicator:
+        """A communicator of one rank."""
+        usual: dict[str, Any] = {
+            "num_experts": E,
+            "hidden_size": H,
+            "topk": K,
+            "max_tokens_per_rank": T_MAX,
+            "device": "cpu",
+            "check_inputs": False,
+        }
+        config = MoECommunicatorConfig(**{**usual, **fields})
+        comm = MoECommunicator(config)
+        placement = Placement.from_ranks(even_blocks(E, 1), num_ranks=1, device=CPU)
+        plan: Any = (LatencyPlan if config.mode == "ll" else ArenaPlan).of(config, 1)
+        memory = torch.zeros(plan.total, dtype=torch.uint8)
+        watchdog = Watchdog(rank=0, num_ranks=1, counts=2 * E, timeout_s=5.0)
+
+        def run(name: str, arguments: Arguments, launch: object) -> None:
+            fields = ("operation", "subject", "flags", "origin")
+            self.launched.append(
+                {"name": name, **{field: getattr(arguments, field, None) for field in fields}}
+            )
+            if self.mails and config.mode == "ht" and not config.static_shapes:
+                watchdog._words.mail_number += 1
+
+        comm._engine = assemble(
+            config,
+            wire=Wire(None, device=CPU, timeout_s=5.0),
+            placement=placement,
+            arena=make_arena(plan, rank=0, buffer=_Memory(memory), device=CPU),
+            watchdog=watchdog,
+            run=run,
+            check_inputs=False,
+        )
+        comm._placement = placement
+        comm._calls.num_local_experts = E
+        comm._calls.engine_quantizes = comm._engine.quantizes
+        return comm
+
+
+def _unpinned(make: Any) -> Any:
+    def made(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return make(*sizes, **options)
+
+    return made
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights_TK, ids_TK = torch.rand(5, E, generator=generator).topk(K)
+    return torch.randn(5, H, generator=generator).to(torch.bfloat16), ids_TK, weights_TK

@@ -1,0 +1,78 @@
+"""Calls in which one rank does something else than the others, and what all of them raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from expertlink import CapacityError, ExpertlinkError, MoECommunicator, PeerError
+from support.oracle import Case, expected_of, inputs_of
+
+RANKS, CULPRIT = 3, 1
+OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
+Errors = list[ExpertlinkError | None]
+
+# Faulty ids of `usual` shapes, and what the error says of them.
+FAULTY_IDS: list[tuple[list[int], str]] = [
+    ([96], "topk_ids[2]=[96,"),
+    ([-2], "topk_ids[2]=[-2,"),
+    ([2**40 + 1], f"topk_ids[2]=[{2**40 + 1},"),
+    ([5, 5], "an expert is chosen twice"),
+]
+
+
+def dispatch_with(case: Case, **changed: Callable[[torch.Tensor], Any]) -> Callable[..., object]:
+    """A dispatch in which one rank passes arguments that were changed."""
+
+    def call(comm: MoECommunicator) -> object:
+        own = inputs_of(case, comm.rank)
+        arguments: dict[str, Any] = {"input": own.x_TH, "topk_ids": own.ids_TK}
+        if own.weights_TK is not None:
+            arguments["weights"] = own.weights_TK
+        if comm.rank == CULPRIT:
+            arguments.update({name: change(arguments[name]) for name, change in changed.items()})
+        on_gpu: dict[str, Any] = {
+            k: None if v is None else v.to(comm.device) for k, v in arguments.items()
+        }
+        return comm.dispatch(**on_gpu)
+
+    return call
+
+
+def judge(errors: Errors, *, own: str, text: str) -> None:
+    """The culprit raised its own error, the others name it and repeat it."""
+    assert type(errors[CULPRIT]).__name__ == own, errors
+    assert text in str(errors[CULPRIT])
+    for rank in OTHERS:
+        error = errors[rank]
+        assert isinstance(error, PeerError), errors
+        assert error.ranks == (CULPRIT,)
+        assert f"rank {CULPRIT} refused it: {own}" in str(error)
+        assert text in str(error)
+
+
+def with_ids(first: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Token 2 chooses these experts first."""
+
+    def change(ids_TK: torch.Tensor) -> torch.Tensor:
+        ids_TK[2, : len(first)] = torch.tensor(first)
+        return ids_TK
+
+    return change
+
+
+def check_overflow(errors: Errors, rank: int, rows: int, room: int) -> None:
+    """One error, the same on all ranks."""
+    for error in errors:
+        assert isinstance(error, CapacityError), errors
+        assert (error.rank, error.rows, error.capacity) == (rank, rows, room)
+        assert f"rank {rank} " in str(error)
+        assert f" {rows} rows" in str(error)
+    assert len({str(error) for error in errors}) == 1
+
+
+def rows_of(case: Case) -> list[int]:
+    """Rows that every rank receives, gaps of FLAT included."""
+    return [expected_of(case, rank).shape[0] for rank in range(case.ranks)]

@@ -1,0 +1,359 @@
+"""Several ranks of the nvlink engine in one process on one GPU: threads that launch together.
+
+Every rank runs the engine's own host code in a thread of its own. A launch waits until all ranks
+have come to it and starts one kernel with a row of blocks per rank, so all are resident at once.
+All ranks share one stream, so calls cannot be captured here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink import MoECommunicator, MoECommunicatorConfig
+from expertlink.calls import CallBuilder
+from expertlink.engines.nvlink.arena import ArenaPlan
+from expertlink.engines.nvlink.build import assemble, make_arena, serves_latency
+from expertlink.engines.nvlink.launch import (
+    LATENCY_WARPS,
+    SHARED_BYTES,
+    STATIC_BYTES,
+    BlockShape,
+    Launch,
+    architecture,
+    compile_for,
+)
+from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.ranks.wire import Transfer, Wire
+from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
+from expertlink.routing import Placement, even_blocks
+
+_POINTER = Struct("Table", (Field("const void*", "table", "[R] arguments"),))
+_PATIENCE_S = 60.0
+DEVICE = torch.device("cuda", 0)
+
+
+class Meeting:
+    """Where the threads of all ranks exchange values: `swap` returns everybody's.
+
+    Args:
+        num_ranks: R.
+        act: called with all values by the last thread to come, before any of them goes on.
+    """
+
+    def __init__(self, num_ranks: int, act: Callable[[list[Any]], None] | None = None) -> None:
+        self.num_ranks = num_ranks
+        self._values: list[Any] = [None] * num_ranks
+        self._everyone: list[Any] = []
+        self._act = act
+        self.reasons: dict[int, str] = {}  # of ranks that have called abort
+        self._numbers = [0] * num_ranks
+        self._barrier = threading.Barrier(num_ranks, self._close)
+
+    def _close(self) -> None:
+        # Replaced as a whole: nobody can come to the next exchange before all have read this one.
+        self._everyone = list(self._values)
+        if self._act is not None:
+            self._act(self._everyone)
+
+    def swap(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait(_PATIENCE_S)
+        return self._everyone
+
+    def next_number(self, rank: int) -> int:
+        """Tells the communicators of a rank apart, alike on all ranks."""
+        self._numbers[rank] += 1
+        return self._numbers[rank]
+
+    def break_up(self) -> None:
+        """Lets everybody who waits fail: a rank has failed."""
+        self._barrier.abort()
+
+
+class HostedWire(Wire):
+    """What ranks say in words, through the meeting."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(None, device=DEVICE, timeout_s=30.0)
+        self.rank, self.num_ranks, self._meeting = rank, meeting.num_ranks, meeting
+        self.number = meeting.next_number(rank)
+
+    def gather_text(self, text: str) -> list[str]:
+        return self._meeting.swap(self.rank, text)
+
+    def post_abort(self, reason: str) -> None:
+        self._meeting.reasons[self.rank] = reason
+
+    def abort_reason(self, rank: int) -> str:
+        deadline = time.monotonic() + 1.0  # the word in memory comes first
+        while rank not in self._meeting.reasons and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return self._meeting.reasons.get(rank, "")
+
+    def gather(self, row: Tensor, rows: Tensor) -> Transfer:
+        everyone = self._meeting.swap(self.rank, row)
+        torch.stack(everyone, out=rows)
+        return Transfer(lambda: None)
+
+    def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
+        return values.cpu()
+
+
+@dataclass
+class Memory:
+    """A rank's buffer, and where all of them are."""
+
+    local: Tensor
+    addresses: list[int]
+    buffers: list[Tensor]
+
+    def word(self, rank: int, offset: int) -> Tensor:
+        return self.buffers[rank][offset : offset + 4].view(torch.int32)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One rank's part of a launch."""
+
+    name: str
+    arguments: bytes
+    launch: Launch
+    stream: torch.cuda.Stream
+
+
+class Fleet:
+    """The ranks' common launches for one configuration; serves one `run_hosted` after another.
+
+    Args:
+        config: of every rank's communicator.
+        num_ranks: R.
+        max_warps: warps of a block; few, so that many blocks fit on the GPU.
+        latency_warps: warps of a block of the low-latency kernels.
+        host: another fleet, whose memory this one uses as well.
+        skip: called with the number of a launch that all ranks make together (one per dispatch or
+            combine); ranks it returns do not take part in it.
+    """
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        num_ranks: int,
+        *,
+        max_warps: int = 4,
+        latency_warps: int = LATENCY_WARPS,
+        host: Fleet | None = None,
+        skip: Callable[[int], Sequence[int]] = lambda number: (),
+    ) -> None:
+        self.config, self.num_ranks, self.skip = config, num_ranks, skip
+        owners = (
+            even_blocks(config.num_experts, num_ranks)
+            if config.expert_map is None
+            else [int(rank) for rank in config.expert_map]
+        )
+        self.placement = Placement.from_ranks(owners, num_ranks=num_ranks, device=DEVICE)
+        self.latency = serves_latency(config, self.placement)
+        self.plan: Any = (LatencyPlan if self.latency else ArenaPlan).of(config, num_ranks)
+        self._host = host
+        if host is not None:
+            assert host.plan.holds(self.plan)
+            self.plan = host.plan
+        torch.cuda.init()
+        compiled = compile_for(
+            config, self.plan, num_ranks=num_ranks, arch=architecture(DEVICE), hosted=True
+        )
+        self._kernels = {
+            name: load_kernel(DEVICE, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
+            for name, code in compiled.items()
+        }
+        self.max_warps, self.latency_warps = max_warps, latency_warps
+        self._buffers: list[Tensor] = []
+        if host is not None:
+            self._buffers = host._buffers
+        for _ in range(num_ranks - len(self._buffers)):
+            memory = torch.zeros(self.plan.total, dtype=torch.uint8, device=DEVICE)
+            self._buffers.append(memory)
+        self.addresses = [buffer.data_ptr() for buffer in self._buffers]
+        self.reset()
+
+    def reset(self) -> None:
+        """For new communicators: flags as in fresh memory, and NaN and -1 everywhere else."""
+        torch.cuda.synchronize(DEVICE)
+        for buffer in self._buffers if self._host is None else ():
+            if isinstance(self.plan, LatencyPlan):
+                self.plan.prepare(buffer)
+            else:
+                buffer[: self.plan.flags].zero_()
+                buffer[self.plan.flags :].fill_(0xFF)
+        torch.cuda.synchronize(DEVICE)
+        self._number = 0
+        self.meeting = Meeting(self.num_ranks)
+        self._launches = Meeting(self.num_ranks, self._start)
+
+    def memory(self, rank: int) -> Memory:
+        return Memory(self._buffers[rank], self.addresses, self._buffers)
+
+    def run(self, rank: int, name: str, arguments: Arguments, launch: Launch) -> None:
+        """One rank's share of a launch; the last rank to come starts it for all."""
+        if launch.local:
+            # Rows that the common launch has sent are placed, or dropped: nobody is waited for, and
+            # other ranks may have nothing to place.
+            self._launch(name, [bytes(arguments)], launch)
+            return
+        stream = torch.cuda.current_stream(DEVICE)
+        self._launches.swap(rank, _Share(name, bytes(arguments), launch, stream))
+
+    def _start(self, everyone: list[_Share]) -> None:
+        first = everyone[0]
+        for other in everyone:
+            assert other.name == first.name, f"{first.name} meets {other.name}"
+            assert other.stream == first.stream, "hosted ranks launch on one common stream"
+            same = (other.launch.grid, other.launch.block)
+            assert same == (first.launch.grid, first.launch.block), f"{first} meets {other}"
+        # Ranks with more experts plan in larger tables.
+        shared = max(other.launch.shared_bytes for other in everyone)
+        absent = set(self.skip(self._number))
+        self._number += 1
+        present = [share.arguments for rank, share in enumerate(everyone) if rank not in absent]
+        launch = dataclasses.replace(first.launch, shared_bytes=shared)
+        blocks_per_sm = min(
+            SHARED_BYTES // max(shared + STATIC_BYTES, 1), 65536 // (launch.block * 128)
+        )
+        sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+        assert launch.grid * len(present) <= sms * blocks_per_sm, "blocks would wait for blocks"
+        with torch.cuda.device(DEVICE), torch.cuda.stream(first.stream):
+            self._launch(first.name, present, launch)
+
+    def _launch(self, name: str, arguments: list[bytes], launch: Launch) -> None:
+        host = torch.frombuffer(bytearray(b"".join(arguments)), dtype=torch.uint8).pin_memory()
+        table = host.to(DEVICE, non_blocking=True)
+        self._kernels[name].launch(
+            _POINTER.new(table=table.data_ptr()),
+            grid=(launch.grid, len(arguments)),
+            block=launch.block,
+            shared_bytes=launch.shared_bytes,
+            stream=torch.cuda.current_stream(DEVICE).cuda_stream,
+            follows=False,
+        )
+
+    def break_up(self) -> None:
+        """Ends all waiting between threads."""
+        self.meeting.break_up()
+        self._launches.break_up()
+
+
+class HostedCommunicator(MoECommunicator):
+    """A communicator whose ranks are threads.
+
+    Args:
+        fleet: launches of all ranks.
+        rank: this one.
+        share_with: another communicator of the rank, whose memory the fleet uses; both take turns.
+        fields: where its configuration differs from the fleet's; nothing that kernels fix.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        rank: int,
+        *,
+        share_with: HostedCommunicator | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(dataclasses.replace(fleet.config, **fields))
+        self._fleet, self._memory_of = fleet, share_with
+        self.rank, self.num_ranks = rank, fleet.num_ranks
+        self._calls = CallBuilder(
+            self.config, device=DEVICE, num_ranks=fleet.num_ranks, identity=self._identity
+        )
+
+    def initialize(self) -> None:
+        if self._engine is not None:
+            return
+        fleet, config = self._fleet, self.config
+        wire = HostedWire(self.rank, fleet.meeting)
+        self._placement = fleet.placement
+        num_local = len(fleet.placement.experts_of_rank[self.rank])
+        buffer = fleet.memory(self.rank)
+        if self._memory_of is None:
+            watchdog = Watchdog(
+                rank=self.rank,
+                num_ranks=fleet.num_ranks,
+                counts=config.num_experts,
+                timeout_s=self._timeout_s,
+            )
+        else:
+            watchdog = self._memory_of._engine.watchdog  # type: ignore[union-attr]
+
+        def run(name: str, arguments: Arguments, launch: Launch) -> None:
+            fleet.run(self.rank, name, arguments, launch)
+
+        if self._memory_of is None:
+            arena = make_arena(fleet.plan, rank=self.rank, buffer=buffer, device=DEVICE)
+        else:
+            arena = self._memory_of._engine.arena  # type: ignore[union-attr]
+        engine = assemble(
+            config,
+            wire=wire,
+            placement=fleet.placement,
+            arena=arena,
+            watchdog=watchdog,
+            run=run,
+            check_inputs=self._check,
+            blocks=BlockShape(
+                config,
+                num_ranks=fleet.num_ranks,
+                num_local=num_local,
+                max_warps=fleet.max_warps,
+            ),
+            latency_warps=fleet.latency_warps,
+        )
+        self._engine = engine
+        self._calls.num_local_experts = num_local
+        self._calls.engine_quantizes = engine.quantizes
+
+
+def run_hosted(fleet: Fleet, job: Callable[..., Any], *args: Any) -> list[Any]:
+    """`job(communicator, *args)` on every rank; results by rank, or the first failure."""
+    fleet.reset()
+    stream = torch.cuda.current_stream(DEVICE)
+
+    def one(rank: int) -> Any:
+        try:
+            with (
+                torch.cuda.device(DEVICE),
+                torch.cuda.stream(stream),
+                HostedCommunicator(fleet, rank) as comm,
+            ):
+                result = job(comm, *args)
+                torch.cuda.synchronize(DEVICE)
+                return result
+        except BaseException:
+            fleet.break_up()
+            raise
+
+    with ThreadPoolExecutor(fleet.num_ranks) as threads:
+        futures = [threads.submit(one, rank) for rank in range(fleet.num_ranks)]
+    return results_of(futures)
+
+
+def results_of(futures: Sequence[Future[Any]]) -> list[Any]:
+    """Results of the ranks' threads, or the first failure."""
+    errors = [future.exception() for future in futures]
+    # A rank that failed by itself says more than those that lost it.
+    own = [error for error in errors if error is not None]
+    for error in own:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    if own:
+        raise own[0]
+    return [future.result() for future in futures]

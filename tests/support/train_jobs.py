@@ -1,0 +1,259 @@
+"""A differentiable MoE layer on every rank, and the dense layer it must equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink import DispatchLayout, DispatchOutput, MoECommunicator
+from expertlink.launch import RankContext
+from support.oracle import Case, inputs_of
+from support.rank_jobs import config_of
+
+
+def expert_weights(case: Case) -> Tensor:
+    """`[E, H, H]` one matrix per expert, the same on all ranks."""
+    gen = torch.Generator().manual_seed(case.seed + 77)
+    shape = (case.experts, case.hidden, case.hidden)
+    return torch.randn(shape, generator=gen, dtype=torch.float64).to(case.dtype) / case.hidden**0.5
+
+
+def experts_of(out: DispatchOutput, weights: Tensor) -> Tensor:
+    """The rank's experts (`weights [E_loc, H, H]`) over received rows of any layout."""
+    if out.layout is DispatchLayout.FLAT:
+        assert out.expert_offsets is not None
+        ends = out.expert_offsets.tolist()
+        groups = [
+            torch.tanh(out.tokens[ends[e] : ends[e + 1]] @ weights[e]) for e in range(len(weights))
+        ]
+        return torch.cat([*groups, out.tokens[ends[-1] :]])
+    if out.layout is DispatchLayout.EXPERT_MAJOR:
+        return torch.tanh(torch.bmm(out.tokens, weights))
+    assert out.topk_ids is not None
+    assert out.topk_weights is not None
+    total = out.tokens * 0.0
+    for e in range(len(weights)):
+        share = (out.topk_weights * (out.topk_ids == e)).sum(-1, keepdim=True)
+        total = total + share.to(out.tokens.dtype) * torch.tanh(out.tokens @ weights[e])
+    return total
+
+
+def layer(
+    comm: MoECommunicator, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts_EHH: Tensor
+) -> Tensor:
+    out, handle = comm.dispatch(x_TH, ids_TK, weights_TK)
+    return comm.combine(experts_of(out, experts_EHH), handle)
+
+
+def dense(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts_EHH: Tensor) -> Tensor:
+    """The same layer on one process: every token through its experts."""
+    all_ETH = torch.tanh(torch.einsum("th,ehg->etg", x_TH, experts_EHH))
+    chosen = torch.nn.functional.one_hot(ids_TK + 1, len(experts_EHH) + 1)[..., 1:]
+    share_TE = (weights_TK.unsqueeze(-1) * chosen).sum(1)
+    return torch.einsum("te,eth->th", share_TE.to(x_TH.dtype), all_ETH)
+
+
+def gradients(ctx: RankContext, case: Case, **fields: Any) -> dict[str, float]:
+    """Largest differences to the dense layer: outputs, and gradients of rows, weights, experts."""
+    with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+        return gradients_on(comm, case)
+
+
+def gradients_on(comm: MoECommunicator, case: Case) -> dict[str, float]:
+    """`gradients` with a communicator that is there already."""
+    own, device = inputs_of(case, comm.rank), comm.device
+    assert own.weights_TK is not None
+    experts_EHH = expert_weights(case).to(device)
+    x_TH = own.x_TH.to(device, copy=True).requires_grad_()
+    weights_TK = own.weights_TK.to(device).requires_grad_()
+    mine = experts_EHH[comm.local_experts].clone().requires_grad_()
+    result = layer(comm, x_TH, own.ids_TK.to(device), weights_TK, mine)
+    probe = torch.cos(torch.arange(case.hidden, device=device, dtype=result.dtype))
+    (result * probe).sum().backward()
+    local = comm.local_experts
+
+    worst: dict[str, float] = {"experts": 0.0}
+    full = experts_EHH.clone().requires_grad_()
+    for rank in range(case.ranks):
+        theirs = inputs_of(case, rank)
+        assert theirs.weights_TK is not None
+        xd = theirs.x_TH.to(device).requires_grad_()
+        wd = theirs.weights_TK.to(device).requires_grad_()
+        expected = dense(xd, theirs.ids_TK.to(device).long(), wd, full)
+        (expected * probe).sum().backward()  # gradients of the experts add up over all ranks
+        if rank == comm.rank:
+            worst["result"] = gap(result, expected)
+            worst["rows"] = gap(x_TH.grad, xd.grad)
+            worst["weights"] = gap(weights_TK.grad, wd.grad)
+    if local:
+        assert full.grad is not None
+        worst["experts"] = gap(mine.grad, full.grad[local])
+    return worst
+
+
+def gap(actual: Tensor | None, expected: Tensor | None) -> float:
+    if actual is None or expected is None:
+        raise AssertionError(f"missing gradient: {actual}, {expected}")
+    if actual.numel() == 0:
+        return 0.0
+    scale = expected.abs().max().clamp(min=1.0)
+    return float(((actual - expected).abs().max() / scale).item())
+
+
+def gradcheck(ctx: RankContext, case: Case) -> bool:
+    """torch's numerical check of the whole layer, in float64.
+
+    Perturbing one rank's inputs changes only that rank's results as long as experts are fixed, so
+    every rank checks its own slice while all make the same calls: all ranks have equal T and K.
+    """
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    with MoECommunicator(config_of(case, ctx.device)) as comm:
+        experts = expert_weights(case)[comm.local_experts].to(ctx.device)
+
+        def run(x_TH: Tensor, weights_TK: Tensor) -> Tensor:
+            return layer(comm, x_TH, own.ids_TK.to(ctx.device), weights_TK, experts)
+
+        return torch.autograd.gradcheck(
+            run,
+            (
+                own.x_TH.to(ctx.device).requires_grad_(),
+                own.weights_TK.to(ctx.device).requires_grad_(),
+            ),
+            # Other ranks take part in every evaluation: their number must not depend on data.
+            fast_mode=False,
+            raise_exception=True,
+        )
+
+
+def weight_grads(ctx: RankContext, case: Case, **fields: Any) -> bool:
+    """Per-slot numbers come back to the choice they belong to, with and beside the combine."""
+    with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+        return weight_grads_on(comm, case)
+
+
+def weight_grads_on(comm: MoECommunicator, case: Case) -> bool:
+    """`weight_grads` with a communicator that is there already."""
+    # The weights themselves serve as numbers: each must return to where it came from.
+    own, device = inputs_of(case, comm.rank), comm.device
+    given = own.weights_TK
+    assert given is not None
+    given = given.to(device)
+    ids_TK = own.ids_TK.to(device)
+    out, handle = comm.dispatch(own.x_TH.to(device), ids_TK, given)
+    engine: Any = comm._engine
+    marks = engine.slot_weights(handle.state) if case.layout.expanded else out.topk_weights
+    rows = torch.zeros(handle.rows_shape, dtype=case.dtype, device=device)
+    _, back = comm.combine(rows, handle, weight_grads=marks)
+    beside = engine.weight_grads(handle.state, marks)
+    expected = torch.where(ids_TK >= 0, given, 0.0)
+    return torch.equal(back, expected) and torch.equal(beside, expected)
+
+
+def repeated_backward(ctx: RankContext, case: Case) -> Any:
+    """Backward twice through one graph, and frozen parts: gradients only where asked for."""
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    ids_TK, given = own.ids_TK.to(ctx.device), own.weights_TK.to(ctx.device)
+    with MoECommunicator(config_of(case, ctx.device)) as comm:
+        mine = expert_weights(case)[comm.local_experts].to(ctx.device)
+        x_TH = own.x_TH.to(ctx.device, copy=True).requires_grad_()
+        result = layer(comm, x_TH, ids_TK, given, mine)
+        result.sum().backward(retain_graph=True)
+        first = x_TH.grad
+        assert first is not None
+        first = first.clone()
+        x_TH.grad = None
+        result.sum().backward()
+        assert x_TH.grad is not None
+        same = torch.equal(first, x_TH.grad)
+
+        weights_TK = given.clone().requires_grad_()
+        result = layer(comm, x_TH.detach(), ids_TK, weights_TK, mine)
+        result.sum().backward()
+        only_weights = weights_TK.grad is not None
+        with torch.no_grad():
+            plain = layer(comm, x_TH, ids_TK, weights_TK, mine)
+        return same, only_weights, plain.requires_grad, torch.equal(plain, result)
+
+
+def kept_weights(ctx: RankContext, case: Case, leaves: tuple[str, ...]) -> float:
+    """A cached dispatch that keeps the weights: largest difference to a dense layer's gradients."""
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    ids_TK, device = own.ids_TK.to(ctx.device), ctx.device
+    tracked, expected = (
+        [
+            own.x_TH.to(device, copy=True).requires_grad_("rows" in leaves),
+            own.weights_TK.to(device, copy=True).requires_grad_("weights" in leaves),
+        ]
+        for _ in range(2)
+    )
+    full = expert_weights(case).to(device)
+    with MoECommunicator(config_of(case, device)) as comm:
+        x_TH, weights_TK = tracked
+        mine = full[comm.local_experts]
+        out, first = comm.dispatch(x_TH, ids_TK, weights_TK)
+        once = comm.combine(experts_of(out, mine), first)
+        out, again = comm.dispatch(2 * x_TH, None, previous_handle=first)
+        twice = comm.combine(experts_of(out, mine), again)
+        (once.square().sum() + twice.square().sum()).backward()
+    x_TH, weights_TK = expected
+    once, twice = (dense(rows, ids_TK.long(), weights_TK, full) for rows in (x_TH, 2 * x_TH))
+    (once.square().sum() + twice.square().sum()).backward()
+    pairs = zip(tracked, expected, strict=True)
+    return max(gap(a.grad, b.grad) for a, b in pairs if b.requires_grad)
+
+
+def followed(ctx: RankContext, case: Case) -> dict[str, bool]:
+    """Whether a combine's result requires grad where nothing else does, by the form of the call."""
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    x_TH, ids_TK, weights_TK = (
+        part.to(ctx.device) for part in (own.x_TH, own.ids_TK, own.weights_TK)
+    )
+    seen = {}
+    with MoECommunicator(config_of(case, ctx.device)) as comm:
+
+        def combine(name: str, output_buffer: Any = None, **options: Any) -> None:
+            out, handle = comm.dispatch(x_TH, ids_TK, weights_TK, output_buffer=output_buffer)
+            assert not out.tokens.requires_grad
+            result = comm.combine(out.tokens, handle, **options)
+            handle.wait()
+            result = result[0] if isinstance(result, tuple) else result
+            seen[name] = result.requires_grad
+
+        combine("plain")
+        combine("later", async_finish=True)
+        with torch.no_grad():
+            combine("no_grad")
+        with torch.inference_mode():
+            combine("inference")
+            with torch.enable_grad():
+                combine("inference, gradients enabled")
+        combine("out", out=torch.empty_like(x_TH))
+        combine("buffers", comm.create_buffers())
+        combine("hook", return_recv_hook=True)
+        if case.layout.expanded:
+            out, _ = comm.dispatch(x_TH, ids_TK, weights_TK)
+            combine("weights", weights=torch.ones(out.tokens.shape[:-1], device=ctx.device))
+    return seen
+
+
+def quantized_weights(ctx: RankContext, case: Case) -> bool:
+    """Quantized rows carry no gradients, the routing weights beside them do."""
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    with MoECommunicator(config_of(case, ctx.device, quantization="e4m3_float32")) as comm:
+        weights_TK = own.weights_TK.to(ctx.device).requires_grad_()
+        out, handle = comm.dispatch(own.x_TH.to(ctx.device), own.ids_TK.to(ctx.device), weights_TK)
+        assert not out.tokens.requires_grad
+        rows = torch.ones(handle.rows_shape, dtype=case.dtype, device=ctx.device)
+        if out.topk_weights is not None:
+            rows = rows * out.topk_weights.sum(-1, keepdim=True)
+        comm.combine(rows, handle).sum().backward()
+    expected = torch.where(own.ids_TK >= 0, float(case.hidden), 0.0)
+    assert weights_TK.grad is not None
+    return torch.equal(weights_TK.grad.cpu(), expected)
