@@ -17,9 +17,8 @@ struct alignas(sizeof(Row) * VEC) Pack {
 template <typename Row, int VEC, bool WEIGHTED>
 __global__ void __launch_bounds__(256)
     ordered_sum(const Row* __restrict__ rows, const long long* __restrict__ slots,
-                const typename Accumulator<Row>::type* __restrict__ weights,
-                Row* __restrict__ out, long long num_results, long long num_terms,
-                long long hidden) {
+                const typename Accumulator<Row>::type* __restrict__ weights, Row* __restrict__ out,
+                long long num_results, long long num_terms, long long hidden) {
     using Wide = typename Accumulator<Row>::type;
     using Chunk = Pack<Row, VEC>;
     __shared__ const Chunk* term_row[kMaxTerms];

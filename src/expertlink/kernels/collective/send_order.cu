@@ -1,7 +1,8 @@
 // send_order: routing.py on a GPU, in two launches of the same grid, one thread per token.
 //
 //   count_rows   rows for every rank and choices of every expert, written into the call's header,
-//                and the rows of every block of tokens, from which the second launch finds its place
+//                and the rows of every block of tokens, from which the second launch finds its
+//                place
 //   order_rows   the rows' order (destination rank, token), and what travels beside every row
 //
 // Counts are sums of integers and positions are prefix sums in token order: nothing depends on the
@@ -48,11 +49,11 @@ __device__ __forceinline__ bool has_rank(const unsigned short* ranks, long long 
 // header: [kNumFields + R + E] zeroed by the caller. block_rows: [gridDim.x, R].
 template <typename Id>
 __global__ void __launch_bounds__(kThreads, 2)
-    count_rows(const Id* __restrict__ ids, const long long* __restrict__ rank_of,
-               long long tokens, long long topk, long long ranks, long long experts,
-               long long operation, long long communicator, long long call, long long capacity,
-               long long row_bytes, long long extra_bytes, long long check,
-               int* __restrict__ header, int* __restrict__ block_rows) {
+    count_rows(const Id* __restrict__ ids, const long long* __restrict__ rank_of, long long tokens,
+               long long topk, long long ranks, long long experts, long long operation,
+               long long communicator, long long call, long long capacity, long long row_bytes,
+               long long extra_bytes, long long check, int* __restrict__ header,
+               int* __restrict__ block_rows) {
     const Shape shape{tokens, topk, ranks, experts};
     extern __shared__ int rows[];  // [R]
     __shared__ int choices[kSharedExperts];
@@ -114,14 +115,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                long long tokens, long long topk, long long num_ranks, long long experts,
                const int* __restrict__ header, const int* __restrict__ block_rows,
                long long* __restrict__ token_of_row, long long* __restrict__ rows_of_token,
-               long long* __restrict__ row_of_choice, int* __restrict__ extras,
-               long long copies) {
+               long long* __restrict__ row_of_choice, int* __restrict__ extras, long long copies) {
     const Shape shape{tokens, topk, num_ranks, experts};
     // Weights are moved as words: in a row they may sit at any multiple of four bytes.
     constexpr int kWeightWords = sizeof(Weight) / sizeof(int);
     const int* const weight_words = reinterpret_cast<const int*>(weights);
     const long long row_words = topk * (1 + (weights ? kWeightWords : 0));
-    extern __shared__ int shared[];  // [R] first rows of this block, [kThreads / 32, R] rows per warp
+    extern __shared__ int
+        shared[];  // [R] first rows of this block, [kThreads / 32, R] rows per warp
     __shared__ unsigned short token_ranks[kThreads][kMaxTopk];
     int* const base = shared;
     int* const warp_rows = shared + shape.ranks;
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int r = threadIdx.x; r < shape.ranks; r += kThreads) {
         int first = 0;
         for (int lower = 0; lower < r; ++lower) first += header[kNumFields + lower];
-        for (int block = 0; block < blockIdx.x; ++block) first += block_rows[block * shape.ranks + r];
+        for (int block = 0; block < blockIdx.x; ++block)
+            first += block_rows[block * shape.ranks + r];
         base[r] = first;
     }
 
@@ -155,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         const unsigned members = __ballot_sync(0xffffffffu, member);
         if (!member) continue;
         long long row = base[r] + __popc(members & ((1u << lane) - 1u));
-        for (int earlier = 0; earlier < warp; ++earlier) row += warp_rows[earlier * shape.ranks + r];
+        for (int earlier = 0; earlier < warp; ++earlier)
+            row += warp_rows[earlier * shape.ranks + r];
         token_of_row[row] = token;
         rows_of_token[token * copies + copy++] = row;
         int* const row_ids = extras + row * row_words;

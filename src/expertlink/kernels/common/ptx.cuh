@@ -1,9 +1,9 @@
 // The few PTX instructions that C++ has no words for: bulk copies, memory order, time.
 //
-// A bulk copy runs beside the thread that issues it. Loads into shared memory report to an mbarrier;
-// stores out of it belong to a group of the issuing thread, which waits either until the group's
-// shared memory has been read (it may be overwritten) or until its bytes are written (it may be
-// announced to others).
+// A bulk copy runs beside the thread that issues it. Loads into shared memory report to an
+// mbarrier; stores out of it belong to a group of the issuing thread, which waits either until the
+// group's shared memory has been read (it may be overwritten) or until its bytes are written (it
+// may be announced to others).
 #pragma once
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
@@ -21,7 +21,8 @@ __device__ __forceinline__ T& at_hand(T& shared) {
 // -- bulk copies ----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(unsigned long long* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier))
+                 : "memory");
     // The copy engine must see the initialised barrier.
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -32,10 +33,10 @@ __device__ __forceinline__ void barrier_inval(unsigned long long* barrier) {
 
 // The barrier's current phase will wait for `bytes` more.
 __device__ __forceinline__ void barrier_expect(unsigned long long* barrier, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 
 // Copies `bytes` (a multiple of 16) that the barrier expects.
@@ -123,9 +124,7 @@ __device__ __forceinline__ void store_relaxed_system(unsigned* word, unsigned va
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void fence_system() {
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
-}
+__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 __device__ __forceinline__ unsigned load_relaxed_system(const unsigned* word) {
     unsigned value;

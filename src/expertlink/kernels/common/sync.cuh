@@ -51,8 +51,8 @@ struct State {
 };
 static_assert(sizeof(State) <= 4 * kHostStateWords);
 
-// Work is taken, not assigned: some multiprocessors reach the wire much faster than others. The number
-// is on its way while the warp does something else; `taken` waits for it.
+// Work is taken, not assigned: some multiprocessors reach the wire much faster than others. The
+// number is on its way while the warp does something else; `taken` waits for it.
 __device__ __forceinline__ int take(unsigned* counter, int count = 1) {
     return threadIdx.x % 32 == 0 ? static_cast<int>(atomicAdd(counter, count)) : 0;
 }
@@ -68,7 +68,7 @@ struct Control {
     unsigned overflow_rank, overflow_rows, overflow_capacity;
     unsigned unused[2];
     unsigned mail_number;  // transfer that the mail below belongs to
-    unsigned mail[1];      // see plan.cuh; reports of disagreement leave the heads of all ranks there
+    unsigned mail[1];  // see plan.cuh; reports of disagreement leave the heads of all ranks there
 };
 
 constexpr int kMailWords = 6;  // of a mail, before the heads
@@ -96,12 +96,14 @@ __device__ __forceinline__ bool reached(unsigned now, unsigned wanted) {
 __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, unsigned expected,
                                     unsigned seen, int index, unsigned long long waited_ns) {
     if (atomicCAS(&watch.state->failed, 0u, 1u) != 0u) return;  // the first wait to expire speaks
-    // A rank that has not begun this transfer, the one furthest behind, keeps the others from going on.
+    // A rank that has not begun this transfer, the one furthest behind, keeps the others from going
+    // on.
     for (int rank = 0; rank < kNumRanks && phase < kPhaseAgreement; ++rank) {
         if (rank == watch.rank) continue;
         if (watch.masked != nullptr && load_relaxed_system(&watch.masked[rank]) != 0) continue;
         const unsigned begun = load_relaxed_system(&watch.ready[rank]);
-        if (reached(begun, watch.transfer) || (phase == kPhaseReady && reached(begun, seen) && peer >= 0))
+        if (reached(begun, watch.transfer) ||
+            (phase == kPhaseReady && reached(begun, seen) && peer >= 0))
             continue;
         phase = kPhaseReady;
         peer = rank;
@@ -161,7 +163,8 @@ __device__ __noinline__ unsigned long long look_at_clock(const Watch watch, Phas
     if (since == 0) return now;
     const unsigned long long limit =
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
-    // What this rank's own blocks wait for is late because of a peer: whoever waits for that one speaks.
+    // What this rank's own blocks wait for is late because of a peer: whoever waits for that one
+    // speaks.
     if (now - since < (peer < 0 ? 2 * limit : limit)) return since;
     report(watch, phase, peer, expected, seen, index, now - since);
     return 0;

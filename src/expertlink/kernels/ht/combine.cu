@@ -19,7 +19,8 @@ __device__ __forceinline__ bool exists(const CombineArguments& a, long long row)
 }
 
 // Weight gradients of an arrival's choices, written beside the partial sum.
-__device__ __forceinline__ void write_grads(const CombineArguments& a, char* beside, long long row) {
+__device__ __forceinline__ void write_grads(const CombineArguments& a, char* beside,
+                                            long long row) {
     const int lane = threadIdx.x % 32;
     if (lane < kTopk) {
         const long long at = row * kTopk + lane;
@@ -155,9 +156,9 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& w
                 if (exists(a, row)) term = static_cast<const char*>(a.rows) + row * a.row_bytes;
             }
             const int terms = __popc(__ballot_sync(0xffffffffu, code >= 0));
-            sum_rows<false>(slot, a.slot_bytes, term, 0.0f, terms, a.row_bytes,
-                            static_cast<char*>(a.out) +
-                                static_cast<long long>(current) * a.row_bytes);
+            sum_rows<false>(
+                slot, a.slot_bytes, term, 0.0f, terms, a.row_bytes,
+                static_cast<char*>(a.out) + static_cast<long long>(current) * a.row_bytes);
         }
         if (a.flags & kGrads) collect_grads(a, current, code);
         next = taken(ticket);
@@ -175,8 +176,13 @@ __device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watc
 __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Ring ring;
-    const Watch watch{a.state, a.control, a.state->sent + 1, static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[a.rank], 0), a.rank, nullptr};
+    const Watch watch{a.state,
+                      a.control,
+                      a.state->sent + 1,
+                      static_cast<unsigned>(a.operation),
+                      ready_word(a.bases[a.rank], 0),
+                      a.rank,
+                      nullptr};
     if (__syncthreads_or(threadIdx.x == 0 && gave_up(watch))) return;
     if (!run_halves(a, watch, shared, ring)) return;
     if (!last_to_leave(&a.state->left_send, gridDim.x)) return;

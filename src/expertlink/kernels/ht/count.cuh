@@ -126,8 +126,8 @@ __device__ __forceinline__ void add_blocks(const DispatchArguments& a, int* runn
             int counts[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i)
-                counts[i] = first + i < blocks ? load_fresh(&a.histogram[(first + i) * kColumns + c])
-                                               : 0;
+                counts[i] =
+                    first + i < blocks ? load_fresh(&a.histogram[(first + i) * kColumns + c]) : 0;
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 if (first + i < own) before += counts[i];

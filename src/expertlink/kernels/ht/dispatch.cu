@@ -1,7 +1,8 @@
 // dispatch: counts, plans, sends and places the rows of one dispatch; which of these a launch does
 // is in its flags.
 //
-//   (count + plan +) send + place  in one launch where the outputs exist already, or have a size that
+//   (count + plan +) send + place  in one launch where the outputs exist already, or have a size
+//   that
 //                                  the host expects to be enough
 //   count + plan + send            while the host learns how much memory the rows need
 //   place                          follows that into this memory, beside it
@@ -20,8 +21,8 @@ __device__ __forceinline__ bool wait_for_plan(const DispatchArguments& a, const 
     return known;
 }
 
-// The rows need more memory than the host had guessed: it will launch the placing half again. Or the
-// ranks do not agree.
+// The rows need more memory than the host had guessed: it will launch the placing half again. Or
+// the ranks do not agree.
 __device__ __forceinline__ bool is_deferred(const DispatchArguments& a) {
     return a.flags & kCount && load_acquire_device(&a.state->deferred) != 0;
 }
@@ -54,10 +55,13 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Ring ring;
     const bool sends = a.flags & kSend, places = a.flags & kPlace || a.flags & kDiscard;
-    const Watch watch{a.state, a.control,
+    const Watch watch{a.state,
+                      a.control,
                       (sends ? a.state->sent : a.state->received) + 1,
                       static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[a.rank], 0), a.rank, nullptr};
+                      ready_word(a.bases[a.rank], 0),
+                      a.rank,
+                      nullptr};
     const bool over = __syncthreads_or(threadIdx.x == 0 && gave_up(watch));
     const bool done = !over && run_halves(a, watch, shared, ring);
     // Placing may have started before the sending half was over; the kernel after this one may not.

@@ -7,7 +7,7 @@
 #include "common/sync.cuh"
 #include "common/words.cuh"
 
-constexpr int kColumns = kNumRanks + kNumExperts;  // ranks first
+constexpr int kColumns = kNumRanks + kNumExperts;   // ranks first
 constexpr int kCountWords = kHeadWords + kColumns;  // of this communicator's count rows
 static_assert(kCountWords <= kCountStride, "the arena has room for fewer experts");
 
@@ -23,15 +23,14 @@ __device__ __forceinline__ int head_word(const Arguments& a, const Watch& watch,
         case kRowBytes: return a.row_bytes;
         case kExtraBytes: return a.extra_bytes;
         case kSubject: return a.subject == nullptr ? 0 : load_fresh(a.subject);
-        case kForm:
-            return ((a.flags & kNewWeights) != 0) | ((a.flags & kWantsMail) != 0) << 1;
+        case kForm: return ((a.flags & kNewWeights) != 0) | ((a.flags & kWantsMail) != 0) << 1;
         case kPool: return a.pool;
         default: return 0;
     }
 }
 
-// Row `rank` is written by that rank alone, whatever communicator it is in: so the stride is that of
-// the arena, and communicators that share it write to the same row.
+// Row `rank` is written by that rank alone, whatever communicator it is in: so the stride is that
+// of the arena, and communicators that share it write to the same row.
 __device__ __forceinline__ int* count_row(char* base, int rank) {
     return reinterpret_cast<int*>(base + kCountsAt) + rank * kCountStride;
 }
@@ -54,8 +53,8 @@ __device__ __forceinline__ void say_ready(const Arguments& a, const Watch& watch
     for (int step = threadIdx.x; step < kNumRanks; step += 32) {
         const int peer = (a.rank + step) % kNumRanks;
         // The peer may still be reading what this rank said of the call before.
-        if (!wait_until(credit_word(a.bases[a.rank], peer), watch.transfer - 1, watch,
-                        kPhaseCredit, peer))
+        if (!wait_until(credit_word(a.bases[a.rank], peer), watch.transfer - 1, watch, kPhaseCredit,
+                        peer))
             return;
         for (int word = 0; word < kHeadWords; ++word)
             count_row(a.bases[peer], a.rank)[word] = head_word(a, watch, word);
@@ -63,8 +62,9 @@ __device__ __forceinline__ void say_ready(const Arguments& a, const Watch& watch
     }
 }
 
-// Calls that count nothing: all ranks are in this very call. One warp of the grid, which has nothing
-// else to do; the kernel does not end before it is done, so heads stay until they have been read.
+// Calls that count nothing: all ranks are in this very call. One warp of the grid, which has
+// nothing else to do; the kernel does not end before it is done, so heads stay until they have been
+// read.
 template <typename Arguments>
 __device__ __forceinline__ bool check_heads(const Arguments& a, const Watch& watch) {
     const int lane = threadIdx.x % 32;

@@ -1,9 +1,11 @@
-// Receiving half of a dispatch: every row that has arrived goes to its slots in the output, together
-// with the ids, weights and scales that came beside it. With zero copy the rows are in place already.
+// Receiving half of a dispatch: every row that has arrived goes to its slots in the output,
+// together with the ids, weights and scales that came beside it. With zero copy the rows are in
+// place already.
 //
-// Warps take rows in the order in which they are sent: first row of every source, second row, and so
-// on. Blocks that send join in when they have sent everything. Rows of this rank's own tokens come straight from the input. Lane k carries the row to the slot
-// of choice k, or lane 0 to its one slot.
+// Warps take rows in the order in which they are sent: first row of every source, second row, and
+// so on. Blocks that send join in when they have sent everything. Rows of this rank's own tokens
+// come straight from the input. Lane k carries the row to the slot of choice k, or lane 0 to its
+// one slot.
 #pragma once
 
 #include "ht/count.cuh"
@@ -20,7 +22,7 @@ struct Arrival {
 struct Groups {
     int rows_from[kNumRanks];
     int first_row[kNumRanks];
-    int most;          // rows of the source that sends most, or of every source if padding is cleared
+    int most;  // rows of the source that sends most, or of every source if padding is cleared
     const int* slots;  // [R, E_loc] first slot of each source's rows of each local expert
 };
 
@@ -113,7 +115,8 @@ __device__ __forceinline__ int read_beside(const DispatchArguments& a, const Gro
     return kExpanded ? choice : -1;
 }
 
-__device__ __forceinline__ const char* scales_of(const DispatchArguments& a, const Arrival& arrival) {
+__device__ __forceinline__ const char* scales_of(const DispatchArguments& a,
+                                                 const Arrival& arrival) {
     if (arrival.source == a.rank)
         return a.scales + static_cast<long long>(arrival.token) * a.scale_bytes;
     return beside_of(a, arrival) + kScalesAt;
@@ -145,8 +148,8 @@ __device__ __forceinline__ void zero_gaps(const DispatchArguments& a, int warp, 
 constexpr int kBatch = 2;  // rows that a warp takes at a time
 
 // Moves one row that has arrived.
-__device__ __forceinline__ void place_row(const DispatchArguments& a, const Groups& groups, Slot& slot,
-                                          Arrival arrival) {
+__device__ __forceinline__ void place_row(const DispatchArguments& a, const Groups& groups,
+                                          Slot& slot, Arrival arrival) {
     const int lane = threadIdx.x % 32;
     const int staged = arrival.source * kMaxTokens + arrival.position;
     const bool own = arrival.source == a.rank;
@@ -224,8 +227,8 @@ __device__ __forceinline__ bool receive_turns(const DispatchArguments& a, const 
         const bool exists = arrival_at(a, groups, turn, arrival) && turn < turns;
         bool here = true;
         if (exists)
-            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow,
-                              arrival.source, arrival.position);
+            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow, arrival.source,
+                              arrival.position);
         if (!__all_sync(0xffffffffu, here)) return false;
         if (exists) {
             arrival.token =

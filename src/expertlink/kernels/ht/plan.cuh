@@ -1,5 +1,6 @@
-// Planning, second step of an uncached dispatch, done by one block: from the count rows of all ranks
-// to the first slot of every group of rows, the counts that the caller sees, and the host's mail.
+// Planning, second step of an uncached dispatch, done by one block: from the count rows of all
+// ranks to the first slot of every group of rows, the counts that the caller sees, and the host's
+// mail.
 #pragma once
 
 #include "common/scan.cuh"
@@ -7,7 +8,15 @@
 
 // The mail: these words, then the heads of all ranks' count rows, the rows from each rank, and the
 // choices of each local expert.
-enum Mail { kMailVerdict, kMailRank, kMailRows, kMailCapacity, kMailArrivals, kMailSlots, kMailEnd };
+enum Mail {
+    kMailVerdict,
+    kMailRank,
+    kMailRows,
+    kMailCapacity,
+    kMailArrivals,
+    kMailSlots,
+    kMailEnd
+};
 static_assert(kMailEnd == kMailWords);
 enum Verdict { kFine = 0, kDisagree = 1, kOverflow = 2 };
 
@@ -26,8 +35,8 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         here &= wait_until(&ready[r], watch.transfer, watch, kPhaseReady, r);
     if (!__syncthreads_and(here)) return false;
 
-    int* const arrivals = shared;                 // [R] rows from each rank
-    int* const groups = arrivals + kNumRanks;     // [E_loc] rows of each local expert
+    int* const arrivals = shared;                  // [R] rows from each rank
+    int* const groups = arrivals + kNumRanks;      // [E_loc] rows of each local expert
     int* const needed = groups + a.num_local + 1;  // [R] rows each rank would receive
     int* const table = needed + kNumRanks;
     __shared__ int num_arrivals, num_slots, disagree, verdict, worst, room;

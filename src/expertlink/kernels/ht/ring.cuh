@@ -42,7 +42,8 @@ __device__ __forceinline__ Slot open_slot(Ring& ring, char* shared, int slot_byt
     if (threadIdx.x == 0) ring.finished = 0;
     fence_shared_to_bulk();  // the memory may have been used by ordinary stores
     __syncthreads();
-    return {shared + static_cast<long long>(warp) * slot_bytes, &ring.barriers[min(warp, kMaxWarps - 1)], 0};
+    return {shared + static_cast<long long>(warp) * slot_bytes,
+            &ring.barriers[min(warp, kMaxWarps - 1)], 0};
 }
 
 __device__ __forceinline__ void close_slot(Ring& ring) {
@@ -85,8 +86,9 @@ __device__ __forceinline__ void copy_bytes(char* target, const char* source, int
 }
 
 // -- announcing rows ------------------------------------------------------------------------------
-// A release at system scope takes longer than a row does. So the warps that move rows only leave word
-// of those whose bytes are written, and one warp announces the rows of all of them after one fence.
+// A release at system scope takes longer than a row does. So the warps that move rows only leave
+// word of those whose bytes are written, and one warp announces the rows of all of them after one
+// fence.
 
 // Lane d: the row at its d-th destination, `code`, has been written; -1: none.
 __device__ __forceinline__ void leave_word(Ring& ring, int code, unsigned& count) {

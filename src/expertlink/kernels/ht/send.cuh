@@ -1,8 +1,8 @@
 // Sending half of a dispatch: every token is loaded once and stored once at each destination rank.
 //
-// Warps take tokens in turn; the last warp of the block announces what the others have written. Lane d
-// carries the row to the token's d-th destination: it issues the bulk stores and waits for them, while
-// the next row is being loaded.
+// Warps take tokens in turn; the last warp of the block announces what the others have written.
+// Lane d carries the row to the token's d-th destination: it issues the bulk stores and waits for
+// them, while the next row is being loaded.
 #pragma once
 
 #include "ht/count.cuh"
@@ -22,8 +22,8 @@ __device__ __forceinline__ void write_beside(const DispatchArguments& a, char* b
             reinterpret_cast<float*>(beside + kWeightsAt)[lane] = a.weights[at];
     }
     if (a.scale_bytes)
-        copy_bytes(beside + kScalesAt,
-                   a.scales + static_cast<long long>(token) * a.scale_bytes, a.scale_bytes);
+        copy_bytes(beside + kScalesAt, a.scales + static_cast<long long>(token) * a.scale_bytes,
+                   a.scale_bytes);
     fence_shared_to_bulk();
 }
 
@@ -55,17 +55,16 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
         }
         bulk_wait_read();
         __syncwarp();
-        if (lane == 0)
-            slot.load(a.x + static_cast<long long>(current) * a.row_bytes, a.row_bytes);
+        if (lane == 0) slot.load(a.x + static_cast<long long>(current) * a.row_bytes, a.row_bytes);
         if (a.beside_bytes) write_beside(a, slot.row + a.row_bytes, current);
         const int rank = max(code, 0) / kMaxTokens, position = max(code, 0) % kMaxTokens;
         const int at = a.rank * kMaxTokens + position;
         char* const base = a.bases[rank];
         char* target = staged_row(base, at);
         if (a.flags & kZeroCopy)
-            target = base + kPoolAt + pools[rank] * kPoolBytes +
-                     static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) *
-                         a.row_bytes;
+            target =
+                base + kPoolAt + pools[rank] * kPoolBytes +
+                static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) * a.row_bytes;
         bulk_wait_written();
         leave_word(ring, written, words);
         slot.loaded();

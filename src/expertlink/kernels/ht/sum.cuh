@@ -14,7 +14,9 @@ __device__ __forceinline__ void load_piece(char* shared, const char* global) {
                  : "memory");
 }
 
-__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void close_group() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // The oldest of kDepth groups is here.
 __device__ __forceinline__ void wait_oldest() {
@@ -31,8 +33,8 @@ __device__ __forceinline__ void sum_staged(char* memory, int stage_bytes, const 
         char* const to = memory + stage * stage_bytes + lane * 16;
 #pragma unroll
         for (int t = 0; t < count; ++t) {
-            const char* const row = reinterpret_cast<const char*>(__shfl_sync(
-                0xffffffffu, reinterpret_cast<unsigned long long>(term), t));
+            const char* const row = reinterpret_cast<const char*>(
+                __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(term), t));
 #pragma unroll
             for (int w = 0; w < kWide; ++w) {
                 const int at = first + w * kStep + lane * 16;
@@ -60,8 +62,8 @@ __device__ __forceinline__ void sum_staged(char* memory, int stage_bytes, const 
 #pragma unroll
             for (int w = 0; w < kWide; ++w)
                 add_piece<kWeighted>(
-                    sums[w],
-                    *reinterpret_cast<const uint4*>(from + (t * kWide + w) * kStep), factor);
+                    sums[w], *reinterpret_cast<const uint4*>(from + (t * kWide + w) * kStep),
+                    factor);
         }
 #pragma unroll
         for (int w = 0; w < kWide; ++w) {
@@ -85,8 +87,8 @@ __device__ __forceinline__ void sum_many(const char* term, float weight, int ter
         for (int i = 0; i < kPack; ++i) sum[i] = 0.0f;
 #pragma unroll 1
         for (int t = 0; t < terms; ++t) {
-            const char* const row = reinterpret_cast<const char*>(__shfl_sync(
-                0xffffffffu, reinterpret_cast<unsigned long long>(term), t));
+            const char* const row = reinterpret_cast<const char*>(
+                __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(term), t));
             const float factor = kWeighted ? __shfl_sync(0xffffffffu, weight, t) : 1.0f;
             if (at < row_bytes)
                 add_piece<kWeighted>(sum, load_fresh(reinterpret_cast<const uint4*>(row + at)),
@@ -96,7 +98,8 @@ __device__ __forceinline__ void sum_many(const char* term, float weight, int ter
     }
 }
 
-// Sum of `terms` rows: lane i has the address (and weight) of the i-th; `memory` is the warp's slot.
+// Sum of `terms` rows: lane i has the address (and weight) of the i-th; `memory` is the warp's
+// slot.
 template <bool kWeighted>
 __device__ __forceinline__ void sum_rows(char* memory, int slot_bytes, const char* term,
                                          float weight, int terms, int row_bytes, char* out) {

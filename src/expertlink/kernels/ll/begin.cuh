@@ -19,8 +19,9 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
 #pragma unroll 1
         for (int rank = lane; rank < kNumRanks; rank += 32) call.bases[rank] = a.bases[rank];
     if (is_last) {
-        call.watch = {a.state, a.control, 0, static_cast<unsigned>(a.operation),
-                      ready_word(base, 0), a.rank, a.counters->masked};
+        call.watch = {
+            a.state, a.control,         0, static_cast<unsigned>(a.operation), ready_word(base, 0),
+            a.rank,  a.counters->masked};
         call.patience = {a.counters, a.longest_wait_ns, (a.flags & kMaskLost) != 0};
     }
     prepare();
@@ -81,8 +82,8 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
         atomicAdd(counter, blockIdx.x == 0 ? kUnits - (gridDim.x - 1) : 1ull);
     if (is_last && sends && blockIdx.x == 0)
         a.counters->drawn[(set_of(call.sending) + 1) % kSets] = 0;
-    // A whole call begins where no half of another one is left, and a receiving half where a sending
-    // one has been. What this launch does otherwise is wrong, but reported.
+    // A whole call begins where no half of another one is left, and a receiving half where a
+    // sending one has been. What this launch does otherwise is wrong, but reported.
     if (is_last && blockIdx.x == 0 && (a.flags & kReceive) &&
         sends != (call.sending == call.receiving))
         report(call.watch, kPhaseHalves, -1, call.sending, call.receiving, 0, 0);

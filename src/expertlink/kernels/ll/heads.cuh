@@ -1,5 +1,5 @@
-// Low latency: what ranks say of their calls, in every transfer, so that none takes another call for
-// its own. A head is the start of a count row: tagged pairs of words.
+// Low latency: what ranks say of their calls, in every transfer, so that none takes another call
+// for its own. A head is the start of a count row: tagged pairs of words.
 #pragma once
 
 #include "ll/shares.cuh"
@@ -7,7 +7,8 @@
 // Only layouts that may find no room have the last two pairs.
 constexpr int kHeadPairs = kPadded ? 2 : 4;
 
-// The transfer of the dispatch that a call refers to; 0: a new routing. May be on its way for a while.
+// The transfer of the dispatch that a call refers to; 0: a new routing. May be on its way for a
+// while.
 template <typename Arguments>
 __device__ __forceinline__ unsigned load_subject(const Arguments& a) {
     return a.subject == nullptr ? 0u : static_cast<unsigned>(load_fresh(a.subject));
@@ -77,8 +78,8 @@ struct Heard {
 
 // One warp, each lane for a rank: waits for its head; how many rows it sends. Lanes wait together.
 template <typename Arguments>
-__device__ __forceinline__ int hear_head(const Arguments& a, Call& call, int rank,
-                                         unsigned subject, Heard& heard) {
+__device__ __forceinline__ int hear_head(const Arguments& a, Call& call, int rank, unsigned subject,
+                                         Heard& heard) {
     const unsigned long long began = a.longest_wait_ns != nullptr ? nanoseconds() : 0;
     const unsigned long long* const words =
         count_word(call.bases[a.rank], call.watch.transfer, min(rank, kNumRanks - 1), 0);
@@ -94,7 +95,8 @@ __device__ __forceinline__ int hear_head(const Arguments& a, Call& call, int ran
 #pragma unroll
         for (int i = 0; i < kHeadPairs; ++i) pair[i] = load_tagged_pair(words + 2 * i);
 #pragma unroll
-        for (int i = 0; i < kHeadPairs; ++i) all &= is_of(call, pair[i].x) && is_of(call, pair[i].y);
+        for (int i = 0; i < kHeadPairs; ++i)
+            all &= is_of(call, pair[i].x) && is_of(call, pair[i].y);
         here = all;
         if (here) {
             rows = static_cast<unsigned>(pair[0].y);
@@ -125,8 +127,8 @@ __device__ __forceinline__ int hear_head(const Arguments& a, Call& call, int ran
 // A word of a rank's head as other calls have them. Masked ranks count as being where this one is.
 template <typename Arguments>
 __device__ __forceinline__ int head_word(const Arguments& a, const Call& call, int rank, int word) {
-    const unsigned long long* const words =
-        count_word(call.bases[a.rank], call.watch.transfer, is_masked(call, rank) ? a.rank : rank, 0);
+    const unsigned long long* const words = count_word(call.bases[a.rank], call.watch.transfer,
+                                                       is_masked(call, rank) ? a.rank : rank, 0);
     const unsigned signature = static_cast<unsigned>(load_tagged(words + kSignatureColumn));
     const bool refused = signature == kRefused;
     switch (word) {

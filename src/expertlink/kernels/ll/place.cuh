@@ -7,8 +7,7 @@
 // lanes learn the token. Once for a row, with `keeps`, it is kept.
 __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, const Call& call,
                                                 const Staging& at, const Arrivals& in, int source,
-                                                int position, bool keeps, int& target,
-                                                int& token) {
+                                                int position, bool keeps, int& target, int& token) {
     const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
     const long long row = staged;
@@ -53,9 +52,8 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
     }
     unsigned number = code;  // K < 32: lane K has the token
     if (kTopk >= 32 && lane == 0 && found == kHere)
-        found =
-            wait_tagged(call, beside_words(at.base, at.transfer, staged, kTopk), source, kPhaseRow,
-                        number);
+        found = wait_tagged(call, beside_words(at.base, at.transfer, staged, kTopk), source,
+                            kPhaseRow, number);
     number = min(number, static_cast<unsigned>(kMaxTokens - 1));
     if (keeps && lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(number);
     token = __shfl_sync(kAll, static_cast<int>(number), kTopk % 32);

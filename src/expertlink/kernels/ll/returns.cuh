@@ -9,7 +9,7 @@
 
 // Steps that a warp has under way for each term.
 constexpr int kSumDepth = kExpanded ? 3 : 4;
-constexpr int kTogether = 4;  // terms under way for a part of one step
+constexpr int kTogether = 4;   // terms under way for a part of one step
 constexpr int kDrawnFrom = 5;  // parts for each warp; fewer are dealt out, which takes no time
 
 struct Sums {

@@ -271,8 +271,7 @@ __device__ __forceinline__ void tell(const Arguments& a, const Call& call, const
 // All that this block tells, by these threads.
 template <typename Arguments>
 __device__ __forceinline__ void send_beside(const Arguments& a, const Call& call,
-                                            const Masks& masks, int chunk, Told told,
-                                            int threads) {
+                                            const Masks& masks, int chunk, Told told, int threads) {
 #pragma unroll 1
     while (told.token < a.num_tokens) {
         tell(a, call, masks, chunk, told);

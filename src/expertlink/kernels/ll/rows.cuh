@@ -165,9 +165,9 @@ struct StepsOfRow {
     // Bit i: the data of piece i look like nothing, and are here.
     __device__ __forceinline__ unsigned escaped(const Call& call) const {
         const int lane = threadIdx.x % 32;
-        return __ballot_sync(kAll, first + lane < kMaxSteps &&
-                                       load_acquire_system(escapes + first + lane) ==
-                                           call.watch.transfer);
+        return __ballot_sync(
+            kAll, first + lane < kMaxSteps &&
+                      load_acquire_system(escapes + first + lane) == call.watch.transfer);
     }
 
     __device__ __forceinline__ bool are_few() const { return length <= 2; }

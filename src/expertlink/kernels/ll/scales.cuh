@@ -91,9 +91,8 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
         if (exists && !gone) {
             // The kernel's own packed scales belong to a step, those of the caller are sent at
             // once.
-            const unsigned* const escape =
-                escape_words(at.base, at.transfer, staged) +
-                (a.scale_kind == kNotQuantized ? kMaxSteps : word);
+            const unsigned* const escape = escape_words(at.base, at.transfer, staged) +
+                                           (a.scale_kind == kNotQuantized ? kMaxSteps : word);
             unsigned long long since = 0;
             for (unsigned spins = 1; value == kNothing; ++spins) {
                 value = words.load(row, word);

@@ -40,9 +40,7 @@ struct RowsFrom {
 };
 
 // The item of the sending half that a warp begins with.
-__device__ __forceinline__ int first_item() {
-    return threadIdx.x / 32 * gridDim.x + blockIdx.x;
-}
+__device__ __forceinline__ int first_item() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
 
 // Items are dealt out to the blocks in turn, and inside a block to whoever is free.
 __device__ __forceinline__ int next_item(int* counter) {

@@ -17,9 +17,8 @@ struct PlacesOfTerms {
     __device__ __forceinline__ unsigned escaped(const Call& call) const {
         const unsigned* const words =
             escape_words(call.bases[call.watch.rank], call.watch.transfer, max(term.slot, 0));
-        const unsigned found =
-            __ballot_sync(kAll, term.slot >= 0 && load_acquire_system(words + step) ==
-                                                      call.watch.transfer);
+        const unsigned found = __ballot_sync(
+            kAll, term.slot >= 0 && load_acquire_system(words + step) == call.watch.transfer);
         unsigned bits = 0;
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) bits |= (found >> lane[i] & 1u) << i;
@@ -148,11 +147,10 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
                 escape_words(call.bases[a.rank], call.watch.transfer, slot);
             int awaited = 0;
             if (!own && found == kHere)
-                found = pieces.settle(
-                    call,
-                    StepsOfRow{row, escapes, range.first, range.last - range.first, peer,
-                               slot % kMaxTokens},
-                    kAll, awaited);
+                found = pieces.settle(call,
+                                      StepsOfRow{row, escapes, range.first,
+                                                 range.last - range.first, peer, slot % kMaxTokens},
+                                      kAll, awaited);
             if (found == kStop) return false;
             if (found == kHere) {
                 if (kExact)

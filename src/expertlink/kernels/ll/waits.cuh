@@ -9,9 +9,9 @@ enum Found { kHere, kGone, kStop };  // came; its rank is masked; give up
 // reference would cost a stack.
 constexpr unsigned long long kLookedGone = 1, kLookedStop = 2;
 
-// A rank that is only waiting itself must not be taken for lost: tells peers that this one is there,
-// and returns when the awaited one was last heard of. Masked ones are told nothing: one that comes
-// back would wait for ever for what nobody sends it any more.
+// A rank that is only waiting itself must not be taken for lost: tells peers that this one is
+// there, and returns when the awaited one was last heard of. Masked ones are told nothing: one that
+// comes back would wait for ever for what nobody sends it any more.
 __device__ __noinline__ unsigned long long listen(const Call* call, int peer,
                                                   unsigned long long now) {
     const int rank = call->watch.rank;
