@@ -38,7 +38,7 @@ def config_with(**fields: Any) -> MoECommunicatorConfig:
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets GPUs look like ones that the engine runs on, with a compiler beside them."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(build.compiler, "obstacle", lambda: None)
+    monkeypatch.setattr(build.compiler, "unavailable_reason", lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_rows_that_cannot_be_moved(hopper: None, fields: dict[str, Any], sentenc
 
 def test_gpus_that_are_too_old(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    assert build.obstacle(config_with(), CUDA) == (
+    assert build.unavailable_reason(config_with(), CUDA) == (
         "the GPU has compute capability 8.6, it needs 9.0"
     )
 
 
 def test_a_missing_compiler(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.compiler, "obstacle", lambda: "cuda.core is not installed")
+    monkeypatch.setattr(build.compiler, "unavailable_reason", lambda: "cuda.core is not installed")
     assert choose_engine(config_with(), device=CUDA).name == "collective"
     with pytest.raises(EngineUnavailableError, match="cuda.core is not installed"):
         choose_engine(config_with(engine="nvlink"), device=CUDA)

@@ -69,6 +69,6 @@ def test_resources(name: str, instance: str, arch: str) -> None:
 
 
 def test_missing_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "obstacle", lambda: "cuda.core is not installed")
+    monkeypatch.setattr(compiler, "unavailable_reason", lambda: "cuda.core is not installed")
     with pytest.raises(EngineUnavailableError, match="cuda.core is not installed"):
         compile_kernel("collective/ordered_sum", "ordered_sum<float, 1, false>", "sm_80")

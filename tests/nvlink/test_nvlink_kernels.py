@@ -119,7 +119,7 @@ def test_blocks_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None
     config = config_of(fields)
     shape = BlockShape(config, num_ranks=ranks, num_local=-(-config.num_experts // ranks))
     for row_bytes in (0, 16, RowShape.of(config).row):
-        assert shape.obstacle(row_bytes) is None
+        assert shape.unavailable_reason(row_bytes) is None
         assert shape.threads(row_bytes) <= 512
         for counts in (True, False):
             needed = shape.shared_bytes(row_bytes, counts=counts)
@@ -131,7 +131,7 @@ def test_blocks_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None
 def test_blocks_of_low_latency_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None:
     config = config_of({**DECODE, **fields})
     local = -(-config.num_experts // ranks)
-    assert ll_plan.obstacle(config, num_ranks=ranks, num_local=local) is None
+    assert ll_plan.unavailable_reason(config, num_ranks=ranks, num_local=local) is None
     for half in ("send", "receive", "both"):
         words = ll_plan.shared_words(config, num_ranks=ranks, num_local=local, half=half)
         assert 4 * words + STATIC_BYTES <= SHARED_BYTES
@@ -149,7 +149,7 @@ def test_blocks_of_low_latency_fit_a_multiprocessor(ranks: int, fields: dict[str
 def test_what_low_latency_does_not_serve(ranks: int, fields: dict[str, Any], reason: str) -> None:
     config = config_of({**DECODE, **fields})
     local = -(-config.num_experts // ranks)
-    text = ll_plan.obstacle(config, num_ranks=ranks, num_local=local)
+    text = ll_plan.unavailable_reason(config, num_ranks=ranks, num_local=local)
     assert text is not None
     assert reason in text
 
@@ -157,6 +157,6 @@ def test_what_low_latency_does_not_serve(ranks: int, fields: dict[str, Any], rea
 def test_rows_that_are_too_large_are_refused() -> None:
     config = config_of({"hidden_size": 128 << 10})
     shape = BlockShape(config, num_ranks=8, num_local=32)
-    reason = shape.obstacle(RowShape.of(config).row)
+    reason = shape.unavailable_reason(RowShape.of(config).row)
     assert reason is not None
     assert "shared memory" in reason

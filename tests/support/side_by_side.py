@@ -152,7 +152,7 @@ class Rank(MoECommunicator):
 
 def run_ranks(num_ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     """`job(world, rank, *args)` in a thread and on a stream for each rank; results by rank."""
-    assert compiler.obstacle() is None  # imports what threads must not import at once
+    assert compiler.unavailable_reason() is None  # imports what threads must not import at once
     world = World(num_ranks)
     streams = [torch.cuda.Stream(DEVICE) for _ in range(num_ranks)]
 

@@ -32,13 +32,13 @@ def choose_engine(config: MoECommunicatorConfig, *, device: torch.device) -> Eng
     """
     if config.engine == "collective":
         return EngineChoice("collective", "engine='collective' was asked for")
-    obstacle = build.obstacle(config, device) or _not_in_mode(config)
-    if obstacle is None:
+    reason = build.unavailable_reason(config, device) or _not_in_mode(config)
+    if reason is None:
         asked = "engine='nvlink' was asked for" if config.engine == "nvlink" else "GPUs are direct"
         return EngineChoice("nvlink", asked)
     if _must_be_nvlink(config):
-        raise _unavailable(config, obstacle)
-    return EngineChoice("collective", f"the nvlink engine cannot be used: {obstacle}")
+        raise _unavailable(config, reason)
+    return EngineChoice("collective", f"the nvlink engine cannot be used: {reason}")
 
 
 def build_engine(
@@ -98,9 +98,9 @@ def _must_be_nvlink(config: MoECommunicatorConfig) -> bool:
     return config.engine == "nvlink" or any(getattr(config, name) for name in NVLINK_ONLY)
 
 
-def _unavailable(config: MoECommunicatorConfig, obstacle: str) -> EngineUnavailableError:
+def _unavailable(config: MoECommunicatorConfig, reason: str) -> EngineUnavailableError:
     asked = "engine='nvlink'"
     if config.engine != "nvlink":
         name = next(name for name in NVLINK_ONLY if getattr(config, name))
         asked = f"{name}=True, which needs the nvlink engine,"
-    return EngineUnavailableError(f"{asked} cannot be used: {obstacle}")
+    return EngineUnavailableError(f"{asked} cannot be used: {reason}")

@@ -64,7 +64,7 @@ class CompiledKernel:
         return cls(cubin, *json.loads(texts))
 
 
-def obstacle() -> str | None:
+def unavailable_reason() -> str | None:
     """Why kernels cannot be compiled here, or None."""
     for module in ("cuda.core", "cuda.bindings"):
         try:
@@ -163,7 +163,7 @@ def compile_kernel(name: str, instance: str, arch: str, *, prelude: str = "") ->
 
 def compile_source(source: str, instance: str, arch: str) -> CompiledKernel:
     """`compile_kernel` for a text that includes nothing."""
-    reason = obstacle()
+    reason = unavailable_reason()
     if reason is not None:
         raise EngineUnavailableError(f"kernels cannot be compiled: {reason}")
     key = _key(source, instance, arch)
@@ -213,7 +213,7 @@ class Launcher:
     """
 
     def __init__(self, device: torch.device) -> None:
-        reason = obstacle()
+        reason = unavailable_reason()
         if reason is not None:
             raise EngineUnavailableError(f"kernels cannot be compiled: {reason}")
         assert device.index is not None

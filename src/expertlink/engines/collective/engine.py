@@ -30,7 +30,7 @@ from expertlink.engines.ranks.agreement import Agreement, Table, without_counts
 from expertlink.engines.ranks.header import HeaderFields, Operation
 from expertlink.engines.ranks.wire import Transfer, Wire
 from expertlink.engines.unmasked import Unmasked
-from expertlink.jit.compiler import Launcher, obstacle
+from expertlink.jit.compiler import Launcher, unavailable_reason
 from expertlink.reduction import SumKernel
 from expertlink.routing import Placement
 from expertlink.types import CallStatistics, DispatchBuffers, DispatchLayout, RowKind
@@ -82,7 +82,7 @@ class CollectiveEngine(Unmasked):
 
     def _compile_kernels(self) -> SumKernel | None:
         """On GPUs, kernels replace long chains of small operations where they can be compiled."""
-        reason = obstacle()
+        reason = unavailable_reason()
         if reason is not None:
             logger.warning(
                 "the collective engine falls back to slower torch operations: %s", reason

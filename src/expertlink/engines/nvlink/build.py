@@ -41,7 +41,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _OLDEST = (9, 0)
 
 
-def obstacle(config: MoECommunicatorConfig, device: torch.device) -> str | None:
+def unavailable_reason(config: MoECommunicatorConfig, device: torch.device) -> str | None:
     """Why this rank cannot use the engine, or None."""
     if device.type != "cuda":
         return f"tensors live on {device.type}, it moves rows between GPUs"
@@ -53,7 +53,7 @@ def obstacle(config: MoECommunicatorConfig, device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, it needs 9.0"
-    return compiler.obstacle()
+    return compiler.unavailable_reason()
 
 
 def build(
@@ -75,17 +75,17 @@ def build(
     blocks = BlockShape(config, num_ranks=num_ranks, num_local=num_local)
     latency = serves_latency(config, placement)
     plan: KernelPlan = (LatencyPlan if latency else ArenaPlan).of(config, num_ranks)
-    in_the_way = blocks.obstacle(RowShape.of(config).row) or _unreachable(wire)
+    reason = blocks.unavailable_reason(RowShape.of(config).row) or _unreachable(wire)
     runner: DeviceRunner | None = None
-    if in_the_way is None:
+    if reason is None:
         if share_with is not None:
             shared: Any = _shared_arena(share_with, plan).plan
             plan = shared
         try:
             runner = DeviceRunner(config, plan, num_ranks=num_ranks, device=device)
         except ExpertlinkError as error:
-            in_the_way = str(error)
-    _all_or_none(wire, in_the_way)
+            reason = str(error)
+    _all_or_none(wire, reason)
     assert runner is not None
     if share_with is not None:
         arena, watchdog = share_with.arena, share_with.watchdog
@@ -183,7 +183,7 @@ def serves_latency(config: MoECommunicatorConfig, placement: Placement) -> bool:
     if config.mode != "ll":
         return False
     most = max(len(experts) for experts in placement.experts_of_rank)
-    why_not = ll_plan.obstacle(config, num_ranks=placement.num_ranks, num_local=most)
+    why_not = ll_plan.unavailable_reason(config, num_ranks=placement.num_ranks, num_local=most)
     if why_not is None:
         return True
     if config.mask_lost_peers:
@@ -218,9 +218,9 @@ def _has_fabric(device: torch.device) -> bool:
     return not status and bool(value)
 
 
-def _all_or_none(wire: Wire, in_the_way: str | None) -> None:
+def _all_or_none(wire: Wire, reason: str | None) -> None:
     """Goes on only if nothing is in the way of any rank."""
-    texts = wire.gather_text(in_the_way or "")
+    texts = wire.gather_text(reason or "")
     blocked = {rank: text for rank, text in enumerate(texts) if text}
     if blocked:
         rank, text = next(iter(blocked.items()))

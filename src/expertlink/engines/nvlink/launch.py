@@ -245,7 +245,7 @@ class BlockShape:
             return ring
         return max(ring, 4 * (self.groups(warps) + 2) * self._columns, self._plan_bytes)
 
-    def obstacle(self, row_bytes: int) -> str | None:
+    def unavailable_reason(self, row_bytes: int) -> str | None:
         """Why a communicator is too large for these kernels, or None."""
         if self.slot_bytes(row_bytes) > self._room:
             return f"rows of {row_bytes} bytes exceed the shared memory of a block"

@@ -169,7 +169,9 @@ def shared_words(
     return (arrivals if half != "send" else 0) + (masks if half != "receive" else 0)
 
 
-def obstacle(config: MoECommunicatorConfig, *, num_ranks: int, num_local: int) -> str | None:
+def unavailable_reason(
+    config: MoECommunicatorConfig, *, num_ranks: int, num_local: int
+) -> str | None:
     """Why calls of few tokens cannot have kernels of their own, or None."""
     if config.zero_copy:
         return "zero_copy=True gives views, which they do not write"
