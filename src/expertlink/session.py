@@ -15,7 +15,7 @@ from torch import Tensor
 from expertlink.calls import CallBuilder
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import Engine
-from expertlink.engines.ranks.meeting import meet, resolve_device
+from expertlink.engines.ranks.handshake import handshake, resolve_device
 from expertlink.engines.ranks.wire import Wire
 from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.errors import ConfigurationError, InputError, NotPicklableError
@@ -91,7 +91,7 @@ class Session:
         asked = self.config.engine + ("" if self._share_with is None else ", memory shared")
         other = self._share_with
         shared = None if other is None else other._ready()
-        self._placement = meet(
+        self._placement = handshake(
             wire,
             self.config,
             engine=asked,

@@ -16,7 +16,7 @@ from expertlink import (
     MoECommunicatorConfig,
 )
 from expertlink.engines.nvlink import build
-from expertlink.engines.ranks.meeting import resolve_device
+from expertlink.engines.ranks.handshake import resolve_device
 from expertlink.engines.select import choose_engine
 from expertlink.routing import Placement, even_blocks
 

@@ -19,7 +19,7 @@ def pieces(sending: Sending) -> dict[str, Tensor]:
     sending.order()
     count = int(sending.rows_per_rank.sum())
     token_of_row = sending.token_of_row(count)
-    beside = sending.extras(count)
+    beside = sending.metadata(count)
     paths = sending.paths()
     assert beside is not None
     return {
@@ -73,7 +73,7 @@ def test_kernels_equal_plain_torch(
             call=3,
             capacity=11,
             row_bytes=16,
-            extra_bytes=metadata.width(call),
+            metadata_bytes=metadata.width(call),
         )
         expected = pieces(TorchSender(placement)(call, fields, True))
         actual = pieces(KernelSender(Launcher(device), placement)(call, fields, True))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from expertlink import PeerTimeoutError, layouts
-from expertlink.engines.ranks import board
+from expertlink.engines.ranks import status
 from expertlink.engines.ranks.wire import Peer, Wire
 from support.small_calls import good, make
 
@@ -78,7 +78,7 @@ def test_processes_are_looked_at_where_the_store_is_gone(exited: bool) -> None:
 
 def test_a_silent_store_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a rank that has been stopped."""
-    monkeypatch.setattr(board, "ANSWER_S", 0.2)
+    monkeypatch.setattr(status, "ANSWER_S", 0.2)
     over = threading.Event()
     try:
         wire = Wire(LostGroup(Store(over.wait)), device=CPU, timeout_s=5.0)

@@ -16,7 +16,7 @@ from expertlink import (
     MoECommunicator,
     MoECommunicatorConfig,
 )
-from expertlink.engines.ranks.meeting import meet
+from expertlink.engines.ranks.handshake import handshake
 from expertlink.engines.ranks.wire import Wire
 from expertlink.launch import RankContext
 
@@ -144,7 +144,7 @@ def sharing(ctx: RankContext, culprit: int) -> tuple[str, str]:
     wire = Wire(dist.group.WORLD, device=ctx.device, timeout_s=20.0)
     other = 8 if ctx.rank == culprit else 7
     return outcome(
-        lambda: meet(wire, comm.config, engine="any", check_inputs=True, shared_with=other)
+        lambda: handshake(wire, comm.config, engine="any", check_inputs=True, shared_with=other)
     )
 
 

@@ -26,7 +26,7 @@ from expertlink.engines.collective.sending import Sender, Sending, TorchSender
 from expertlink.engines.collective.tally import Tally
 from expertlink.engines.outputs import into_buffers, into_tokens, largest_output
 from expertlink.engines.ranks import capacity, metadata
-from expertlink.engines.ranks.agreement import Agreement, Table, without_counts
+from expertlink.engines.ranks.agreement import Agreement, Table, begin_agreement
 from expertlink.engines.ranks.header import HeaderFields, Operation
 from expertlink.engines.ranks.wire import Transfer, Wire
 from expertlink.engines.unmasked import Unmasked
@@ -187,7 +187,7 @@ class CollectiveEngine(Unmasked):
             Operation.DISPATCH,
             capacity=capacity.announced(self._config, call.output_buffer),
             row_bytes=metadata.row_bytes(call.x_TW),
-            extra_bytes=metadata.width(call),
+            metadata_bytes=metadata.width(call),
         )
         sending = self._sender(call, fields, self._check)
         agreement = Agreement(self._wire, Operation.DISPATCH, sending.header)
@@ -228,7 +228,7 @@ class CollectiveEngine(Unmasked):
                 Operation.CACHED_DISPATCH,
                 subject=cached.call,
                 row_bytes=metadata.row_bytes(call.x_TW),
-                extra_bytes=metadata.width(call),
+                metadata_bytes=metadata.width(call),
             )
         rows_out = self._pack_rows(call.x_TW, route.token_of_row)
         extras_out = None
@@ -336,7 +336,7 @@ class CollectiveEngine(Unmasked):
         agreement = None
         if self._agrees:
             beside = self._way_back.bytes_beside(call)
-            agreement = self._agree(Operation.COMBINE, subject=route.call, extra_bytes=beside)
+            agreement = self._agree(Operation.COMBINE, subject=route.call, metadata_bytes=beside)
         outgoing = self._way_back.pack(call, route)
         if agreement is not None:
             agreement.conclude()
@@ -388,17 +388,17 @@ class CollectiveEngine(Unmasked):
         *,
         refused: Exception | None = None,
         row_bytes: int = 0,
-        extra_bytes: int = 0,
+        metadata_bytes: int = 0,
         subject: int = 0,
     ) -> Agreement:
         """Exchanges headers without counts."""
-        return without_counts(
+        return begin_agreement(
             self._wire,
             operation,
             num_experts=self._placement.num_experts,
             refused=refused,
             row_bytes=row_bytes,
-            extra_bytes=extra_bytes,
+            metadata_bytes=metadata_bytes,
             subject=subject,
         )
 
@@ -406,7 +406,7 @@ class CollectiveEngine(Unmasked):
         """The rows to send, and what travels beside them."""
         token_of_row = sending.token_of_row(count)
         rows = self._pack_rows(call.x_TW, token_of_row)
-        return Packed(token_of_row, rows, sending.extras(count))
+        return Packed(token_of_row, rows, sending.metadata(count))
 
     def _pack_rows(self, x_TW: Tensor, token_of_row: Tensor) -> Tensor:
         """`[n, words]` the rows to send, in borrowed memory."""

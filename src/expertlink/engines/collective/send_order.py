@@ -85,7 +85,7 @@ class KernelSending:
             fields.call,
             fields.capacity,
             fields.row_bytes,
-            fields.extra_bytes,
+            fields.metadata_bytes,
             int(check),
             self.header.data_ptr(),
             self._block_rows,
@@ -129,7 +129,7 @@ class KernelSending:
     def token_of_row(self, count: int) -> Tensor:
         return self._tables[:count]
 
-    def extras(self, count: int) -> Tensor | None:
+    def metadata(self, count: int) -> Tensor | None:
         packed = as_bytes(self._extras[:count])
         scales = self._call.scales
         if scales is None:

@@ -36,8 +36,8 @@ class Sending(Protocol):
         """`[count]` int64: the source token of every row."""
         ...
 
-    def extras(self, count: int) -> Tensor | None:
-        """`[count, bytes]` uint8: what travels beside the rows."""
+    def metadata(self, count: int) -> Tensor | None:
+        """`[count, bytes]` uint8: the metadata of every row."""
         ...
 
     def paths(self) -> ReturnPaths:
@@ -99,7 +99,7 @@ class TorchSending:
         self._token_of_row = self._order.token_of_row[:count].clone()
         return self._token_of_row
 
-    def extras(self, count: int) -> Tensor | None:
+    def metadata(self, count: int) -> Tensor | None:
         local_ids_nK = routing.local_ids_of_rows(self._members, self._order, count, self._placement)
         return metadata.pack(self._call, self._token_of_row, local_ids_nK)
 

@@ -13,7 +13,7 @@ from expertlink.engines.nvlink.arena import Arena, RowShape
 from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.tables import Route, as_route
 from expertlink.engines.nvlink.watchdog import Watchdog
-from expertlink.engines.ranks.agreement import without_counts
+from expertlink.engines.ranks.agreement import begin_agreement
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError
@@ -118,17 +118,17 @@ class NvlinkBase:
         *,
         refused: Exception | None = None,
         row_bytes: int = 0,
-        extra_bytes: int = 0,
+        metadata_bytes: int = 0,
         subject: int = 0,
     ) -> None:
         """Exchanges headers between the hosts."""
-        without_counts(
+        begin_agreement(
             self._wire,
             operation,
             num_experts=self._placement.num_experts,
             refused=refused,
             row_bytes=row_bytes,
-            extra_bytes=extra_bytes,
+            metadata_bytes=metadata_bytes,
             subject=subject,
         ).conclude()
 

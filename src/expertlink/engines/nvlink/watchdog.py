@@ -19,7 +19,7 @@ import torch
 
 from expertlink.engines.nvlink.arena import HEAD_WORDS
 from expertlink.engines.ranks.agreement import difference, width_difference
-from expertlink.engines.ranks.header import NUM_FIELDS, Operation, Word, title_of
+from expertlink.engines.ranks.header import NUM_FIELDS, HeaderWord, Operation, title_of
 from expertlink.errors import (
     AbortError,
     CapacityError,
@@ -258,27 +258,28 @@ class Watchdog:
     def disagreement(self, heads: Sequence[Sequence[int]]) -> PeerError | InputError:
         """The error of ranks that said this of their calls; the same text on all of them."""
         fields = [words[:NUM_FIELDS] for words in heads]
-        communicators = {words[Word.COMMUNICATOR] for words in fields}
+        communicators = {words[HeaderWord.COMMUNICATOR] for words in fields}
         text = difference(fields, communicator=min(communicators))
         if text is not None:
             own = fields[self._rank]
-            same = (Word.OPERATION, Word.COMMUNICATOR, Word.SUBJECT)
+            same = (HeaderWord.OPERATION, HeaderWord.COMMUNICATOR, HeaderWord.SUBJECT)
             odd = [
                 rank
                 for rank, words in enumerate(fields)
-                if words[Word.STATUS] or any(words[i] != own[i] for i in same)
+                if words[HeaderWord.STATUS] or any(words[i] != own[i] for i in same)
             ]
             return PeerError(f"{text}. Close this communicator", ranks=odd)
         what = width_difference(fields) or "some ranks pass weights, others do not"
         return InputError(
-            f"{title_of(fields[0][Word.OPERATION])} #{fields[0][Word.CALL]} did not happen: {what}"
+            f"{title_of(fields[0][HeaderWord.OPERATION])} #{fields[0][HeaderWord.CALL]} did not "
+            f"happen: {what}"
         )
 
     @staticmethod
     def is_fatal(heads: Sequence[Sequence[int]]) -> bool:
         """Whether some rank cannot go on: its call does not wait for what all say."""
         return any(
-            words[Word.OPERATION] != Operation.DISPATCH or not words[NUM_FIELDS] & _FORM_MAILS
+            words[HeaderWord.OPERATION] != Operation.DISPATCH or not words[NUM_FIELDS] & _FORM_MAILS
             for words in heads
         )
 

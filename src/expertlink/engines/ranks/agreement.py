@@ -15,8 +15,8 @@ from torch import Tensor
 from expertlink.engines.ranks.header import (
     NUM_FIELDS,
     HeaderFields,
+    HeaderWord,
     Operation,
-    Word,
     build_header,
     title_of,
 )
@@ -24,6 +24,12 @@ from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError, PeerError
 
 _CHUNK = 1024  # words
+_CALL_WORDS = (
+    HeaderWord.OPERATION,
+    HeaderWord.COMMUNICATOR,
+    HeaderWord.CALL,
+    HeaderWord.SUBJECT,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Agreement:
         return Table(
             rows=[words[NUM_FIELDS:] for words in head],
             choices=table[:, NUM_FIELDS + num_ranks :],
-            capacity=[words[Word.CAPACITY] for words in fields],
+            capacity=[words[HeaderWord.CAPACITY] for words in fields],
         )
 
 
@@ -99,27 +105,27 @@ def _padded(header: Tensor) -> Tensor:
     return torch.nn.functional.pad(header, (0, -header.numel() % _CHUNK))
 
 
-def without_counts(
+def begin_agreement(
     wire: Wire,
     operation: Operation,
     *,
     num_experts: int,
     refused: Exception | None = None,
     row_bytes: int = 0,
-    extra_bytes: int = 0,
+    metadata_bytes: int = 0,
     subject: int = 0,
 ) -> Agreement:
-    """Starts to exchange headers of a call that counts nothing.
+    """Starts the header exchange of a call that counts nothing.
 
     Args:
-        wire: the ranks' connection.
+        wire: the ranks' connection, which has entered the call.
         operation: what this rank is about to do.
-        num_experts: E, sizes the header.
-        refused: why this rank takes no part.
+        num_experts: E; every header has room for E counts.
+        refused: why this rank refuses the call, or None.
         row_bytes: bytes of a row.
-        extra_bytes: bytes that travel beside a row.
-        subject: number of the dispatch whose routing the call uses; without meaning in a call that
-            this rank refuses.
+        metadata_bytes: bytes of metadata per row.
+        subject: number of the dispatch whose routing the call uses; ignored where this rank
+            refuses the call.
     """
     fields = HeaderFields(
         operation=operation,
@@ -127,13 +133,39 @@ def without_counts(
         call=wire.call & 0x7FFFFFFF,
         status=refused is not None,
         row_bytes=row_bytes,
-        extra_bytes=extra_bytes,
+        metadata_bytes=metadata_bytes,
         subject=subject & 0x7FFFFFFF,
     )
     header = build_header(
         fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=wire.device
     )
     return Agreement(wire, operation, header, refused=refused)
+
+
+def agree(
+    wire: Wire,
+    operation: Operation,
+    *,
+    num_experts: int,
+    refused: Exception | None = None,
+    row_bytes: int = 0,
+    metadata_bytes: int = 0,
+    subject: int = 0,
+) -> None:
+    """Exchanges headers and waits: returns where every rank makes this call, else raises.
+
+    Arguments as in `begin_agreement`, errors as in `Agreement.conclude`. Where this rank refuses,
+    `refused` is raised here and `PeerError` on the other ranks.
+    """
+    begin_agreement(
+        wire,
+        operation,
+        num_experts=num_experts,
+        refused=refused,
+        row_bytes=row_bytes,
+        metadata_bytes=metadata_bytes,
+        subject=subject,
+    ).conclude()
 
 
 def judge(
@@ -167,7 +199,7 @@ def judge(
         text = difference(fields, communicator=wire.number)
         assert text is not None
         raise PeerError(text, ranks=odd) from refused
-    _check_status(wire, operation, [words[Word.STATUS] for words in fields], refused, explain)
+    _check_status(wire, operation, [words[HeaderWord.STATUS] for words in fields], refused, explain)
     _check_widths(fields)
 
 
@@ -180,7 +212,7 @@ def difference(fields: Sequence[Sequence[int]], *, communicator: int) -> str | N
         fields: `[R][NUM_FIELDS]` words of the headers; those of widths and capacity are not read.
         communicator: this rank's own, `Wire.number`.
     """
-    refusing = [rank for rank, words in enumerate(fields) if words[Word.STATUS]]
+    refusing = [rank for rank, words in enumerate(fields) if words[HeaderWord.STATUS]]
     if not _in_one_call(fields):
         seen = "; ".join(
             f"rank {rank} is in {_name_of(words, communicator)}"
@@ -193,36 +225,44 @@ def difference(fields: Sequence[Sequence[int]], *, communicator: int) -> str | N
         )
     if refusing:
         names = ", ".join(f"rank {rank}" for rank in refusing)
-        best = max(fields, key=lambda words: words[Word.SUBJECT])
+        best = max(fields, key=lambda words: words[HeaderWord.SUBJECT])
         return f"{names} refused {_name_of(best, communicator)}"
     return None
 
 
 def _call_of(words: Sequence[int]) -> tuple[int, ...]:
-    return tuple(words[i] for i in (Word.OPERATION, Word.COMMUNICATOR, Word.CALL, Word.SUBJECT))
+    return tuple(
+        words[i]
+        for i in (
+            HeaderWord.OPERATION,
+            HeaderWord.COMMUNICATOR,
+            HeaderWord.CALL,
+            HeaderWord.SUBJECT,
+        )
+    )
 
 
 def _in_one_call(fields: Sequence[Sequence[int]]) -> bool:
     """A rank that refused its call may not know which dispatch the call belongs to."""
     calls = {_call_of(words)[:-1] for words in fields}
-    subjects = {words[Word.SUBJECT] for words in fields if not words[Word.STATUS]}
+    subjects = {words[HeaderWord.SUBJECT] for words in fields if not words[HeaderWord.STATUS]}
     return len(calls) == 1 and len(subjects) <= 1
 
 
 def _name_of(words: Sequence[int], communicator: int) -> str:
-    subject = words[Word.SUBJECT]
+    subject = words[HeaderWord.SUBJECT]
     return (
-        f"{title_of(words[Word.OPERATION])} #{words[Word.CALL]}"
+        f"{title_of(words[HeaderWord.OPERATION])} #{words[HeaderWord.CALL]}"
         + (f" of dispatch #{subject}" if subject else "")
-        + ("" if words[Word.COMMUNICATOR] == communicator else " of another communicator")
+        + ("" if words[HeaderWord.COMMUNICATOR] == communicator else " of another communicator")
     )
 
 
 def _resynchronise(wire: Wire, fields: Sequence[Sequence[int]]) -> None:
     """Brings all ranks back in step: nobody has made the call that they disagree about."""
-    if all(words[Word.COMMUNICATOR] == wire.number for words in fields):
+    if all(words[HeaderWord.COMMUNICATOR] == wire.number for words in fields):
         # A rank that missed a call is back in step with the next one.
-        wire.call = max(words[Word.CALL] for words in fields)
+        wire.call = max(words[HeaderWord.CALL] for words in fields)
     else:
         wire.call -= 1  # the ranks that are elsewhere have not counted it
 
@@ -257,8 +297,8 @@ def _check_widths(fields: Sequence[Sequence[int]]) -> None:
 def width_difference(fields: Sequence[Sequence[int]]) -> str | None:
     """In what the ranks' rows differ, in words; None where they do not. The same on every rank."""
     for word, what in (
-        (Word.ROW_BYTES, "row"),
-        (Word.EXTRA_BYTES, "scales and weights beside a row"),
+        (HeaderWord.ROW_BYTES, "row"),
+        (HeaderWord.METADATA_BYTES, "scales and weights beside a row"),
     ):
         values = [words[word] for words in fields]
         if len(set(values)) > 1:

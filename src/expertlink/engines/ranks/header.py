@@ -48,7 +48,7 @@ class HeaderFields:
         status: 0, or 1 where the rank takes no part because its input is faulty.
         capacity: rows this rank has room for, or UNBOUNDED.
         row_bytes: bytes of a row; all ranks must agree.
-        extra_bytes: bytes that travel beside a row; all ranks must agree.
+        metadata_bytes: bytes that travel beside a row; all ranks must agree.
         subject: number of the dispatch whose routing the call uses: the call number of the
             dispatch, cached or not, that made the handle; 0 for a new routing.
     """
@@ -59,11 +59,11 @@ class HeaderFields:
     status: int = 0
     capacity: int = UNBOUNDED
     row_bytes: int = 0
-    extra_bytes: int = 0
+    metadata_bytes: int = 0
     subject: int = 0
 
 
-class Word(enum.IntEnum):
+class HeaderWord(enum.IntEnum):
     """Positions of the fields."""
 
     OPERATION = 0
@@ -72,11 +72,11 @@ class Word(enum.IntEnum):
     STATUS = 3
     CAPACITY = 4
     ROW_BYTES = 5
-    EXTRA_BYTES = 6
+    METADATA_BYTES = 6
     SUBJECT = 7
 
 
-NUM_FIELDS = len(Word)
+NUM_FIELDS = len(HeaderWord)
 
 
 def build_header(
@@ -105,5 +105,5 @@ def build_header(
     if choices is not None:
         header[NUM_FIELDS + num_ranks :] = choices
     if suspect is not None:
-        header[Word.STATUS] += suspect
+        header[HeaderWord.STATUS] += suspect
     return header

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
-from expertlink.engines.ranks.board import Board, StoreSilentError, Watch
+from expertlink.engines.ranks.status import StatusStore, StoreSilentError, Watch
 from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
 
 logger = logging.getLogger("expertlink")
@@ -99,9 +99,9 @@ class Wire:
         self.number = 0  # of the communicator, the same on all ranks
         self.phase = "start"
         self.call = 0  # sequence number of the current call, counted alike on all ranks
-        self._board: Board | None = None
+        self._status: StatusStore | None = None
         if group is not None and self.num_ranks > 1:
-            self._board = Board(group.get_group_store())
+            self._status = StatusStore(group.get_group_store())
         self._under_way: set[Any] = set()  # CPU: operations that have not been seen to end
         self._pinned: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._broken: str | None = None
@@ -109,8 +109,8 @@ class Wire:
 
     def name(self, key: str) -> None:
         """Gives the communicator's texts in the store a name of their own."""
-        if self._board is not None:
-            self._board.key = f"expertlink/{key}"
+        if self._status is not None:
+            self._status.key = f"expertlink/{key}"
 
     def enter(self, phase: str, call: int) -> None:
         """Names what the following exchanges belong to, for error messages.
@@ -137,7 +137,7 @@ class Wire:
         A process group that outlives `destroy_process_group` can abort the process at its exit.
         """
         self._closed = True
-        self.group = self._board = None
+        self.group = self._status = None
 
     def abort(self, reason: str) -> None:
         """Gives up: later calls are refused here, and whoever waits for this rank learns why.
@@ -152,23 +152,23 @@ class Wire:
 
     def post_abort(self, reason: str) -> None:
         """Tells the others that this rank gave up. Takes a bounded time and raises nothing."""
-        if self._board is None:
+        if self._status is None:
             return
         text = f"{self.rank}:{uuid.uuid4().hex}:{reason[:_TEXT_BYTES]}"
         try:
-            self._board.post(f"{_ABORT}/{self.rank}", text)
-            self._board.post_first(_ABORT, text)
+            self._status.post(f"{_ABORT}/{self.rank}", text)
+            self._status.post_first(_ABORT, text)
         except RuntimeError as error:
             logger.debug("rank %d: the others do not learn of the abort: %s", self.rank, error)
 
     def abort_reason(self, rank: int) -> str:
         """Why a rank gave up, once that is known to have happened; empty if it does not say."""
-        if self._board is None:
+        if self._status is None:
             return ""
         deadline = time.monotonic() + _REASON_S
         with contextlib.suppress(RuntimeError):
             while True:
-                text = self._board.read(f"{_ABORT}/{rank}")
+                text = self._status.read(f"{_ABORT}/{rank}")
                 if text is not None:
                     return text.split(":", 2)[2]
                 if time.monotonic() > deadline:
@@ -272,7 +272,7 @@ class Wire:
                 raise TimeoutError(f"no end for {waited:.1f} s")
 
     def _watch(self) -> Watch | None:
-        return None if self._board is None else self._board.watch(_ABORT)
+        return None if self._status is None else self._status.watch(_ABORT)
 
     def _heed(self, watch: Watch | None, *, phase: str, call: int) -> None:
         """Raises AbortError if another rank has given up, as far as is known yet."""
@@ -357,18 +357,18 @@ class Wire:
         A first collective cannot be bounded everywhere: NCCL connects all ranks before it looks at
         the clock.
         """
-        board = self._board
-        if board is None:
+        status = self._status
+        if status is None:
             return
         self.call = attempt
         self.name(f"meeting {attempt}")
         started = time.monotonic()
         with self.whole():
             try:
-                if (board.read(_ABORT) or "").startswith(f"{self.rank}:"):
-                    board.take_back(_ABORT)  # of an attempt that this rank repeats
+                if (status.read(_ABORT) or "").startswith(f"{self.rank}:"):
+                    status.take_back(_ABORT)  # of an attempt that this rank repeats
                 self._post(0.0)
-                self._await_all(board, attempt, started)
+                self._await_all(status, attempt, started)
             except ExpertlinkError:
                 raise
             except RuntimeError as error:
@@ -376,7 +376,7 @@ class Wire:
                     error, phase=self.phase, call=attempt, started=started
                 ) from error
 
-    def _await_all(self, board: Board, attempt: int, started: float) -> None:
+    def _await_all(self, status: StatusStore, attempt: int, started: float) -> None:
         watch = self._watch()
         silent = list(range(self.num_ranks))
         try:
@@ -384,7 +384,7 @@ class Wire:
                 signs = {self._sign(rank): rank for rank in silent}
                 silence = None
                 try:
-                    silent = [signs[sign] for sign in board.missing(list(signs))]
+                    silent = [signs[sign] for sign in status.missing(list(signs))]
                 except StoreSilentError as error:
                     silence = error
                 if not silent:
@@ -407,7 +407,7 @@ class Wire:
                 time.sleep(_POLL_S / 10)
         except BaseException:
             with contextlib.suppress(RuntimeError):  # a later attempt starts afresh
-                board.take_back(self._sign(self.rank))
+                status.take_back(self._sign(self.rank))
             raise
 
     def gather_text(self, text: str) -> list[str]:
@@ -425,7 +425,7 @@ class Wire:
         waited = time.monotonic() - started
         self.phase, self.call = phase, call
         with contextlib.suppress(RuntimeError):  # a silent store is found out below
-            text = None if self._board is None else self._board.read(_ABORT)
+            text = None if self._status is None else self._status.read(_ABORT)
             if text is not None and text not in _heeded:
                 return self._aborted(text, phase=phase, call=call)
         missing, note = self._find_missing(waited)
@@ -448,19 +448,19 @@ class Wire:
     def _find_missing(self, waited: float) -> tuple[list[int], str]:
         """Ranks without a sign of life in this call, and a remark about them."""
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]
-        board = self._board
-        assert board is not None
+        status = self._status
+        assert status is not None
         signs = {self._sign(rank): rank for rank in others}
         try:
             self._post(waited)
             deadline = time.monotonic() + _GRACE_S
             silent = list(signs)
             while silent and time.monotonic() < deadline:
-                silent = board.missing(silent)
+                silent = status.missing(silent)
                 time.sleep(_POLL_S)
             if silent:
                 return [signs[sign] for sign in silent], ""
-            late = [signs[sign] for sign in signs if float(board.read(sign) or 0) < waited / 2]
+            late = [signs[sign] for sign in signs if float(status.read(sign) or 0) < waited / 2]
         except (RuntimeError, ValueError) as error:
             return self._exited(), (
                 " (the group's store does not answer, so the process that hosts it, usually rank 0 "
@@ -480,8 +480,8 @@ class Wire:
             time.sleep(_POLL_S)
 
     def _post(self, waited: float) -> None:
-        if self._board is not None:
-            self._board.post(self._sign(self.rank), f"{waited:.3f}")
+        if self._status is not None:
+            self._status.post(self._sign(self.rank), f"{waited:.3f}")
 
     def _sign(self, rank: int) -> str:
         return f"{self.call}/{self.phase}/{rank}"

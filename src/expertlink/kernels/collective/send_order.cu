@@ -20,7 +20,7 @@ enum {
     kStatus,
     kCapacity,
     kRowBytes,
-    kExtraBytes,
+    kMetadataBytes,
     kSubject,
     kNumFields
 };
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     count_rows(const Id* __restrict__ ids, const long long* __restrict__ rank_of, long long tokens,
                long long topk, long long ranks, long long experts, long long operation,
                long long communicator, long long call, long long capacity, long long row_bytes,
-               long long extra_bytes, long long check, int* __restrict__ header,
+               long long metadata_bytes, long long check, int* __restrict__ header,
                int* __restrict__ block_rows) {
     const Shape shape{tokens, topk, ranks, experts};
     extern __shared__ int rows[];  // [R]
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         header[kCall] = static_cast<int>(call);
         header[kCapacity] = static_cast<int>(capacity);
         header[kRowBytes] = static_cast<int>(row_bytes);
-        header[kExtraBytes] = static_cast<int>(extra_bytes);
+        header[kMetadataBytes] = static_cast<int>(metadata_bytes);
     }
 }
 

@@ -24,7 +24,7 @@ enum Head {
     kStatus,
     kCapacity,
     kRowBytes,
-    kExtraBytes,
+    kMetadataBytes,
     kSubject,  // transfer of the dispatch whose routing the call uses; 0: a new routing
     kForm,     // bit 0: new weights travel, bit 1: the host waits for the counts
     kPool,     // zero copy: which pool has the view of this rank

@@ -21,7 +21,7 @@ __device__ __forceinline__ int head_word(const Arguments& a, const Watch& watch,
         case kStatus: return a.status;
         case kCapacity: return a.capacity;
         case kRowBytes: return a.row_bytes;
-        case kExtraBytes: return a.extra_bytes;
+        case kMetadataBytes: return a.header_metadata_bytes;
         case kSubject: return a.subject == nullptr ? 0 : load_fresh(a.subject);
         case kForm: return ((a.flags & kNewWeights) != 0) | ((a.flags & kWantsMail) != 0) << 1;
         case kPool: return a.pool;
@@ -41,7 +41,7 @@ template <typename Arguments, typename Word>
 __device__ __forceinline__ bool is_same_call(const Arguments& a, const Watch& watch,
                                              const Word& word) {
     bool same = word(kStatus) == 0;
-    for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kExtraBytes, kSubject, kForm})
+    for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kMetadataBytes, kSubject, kForm})
         same &= word(i) == head_word(a, watch, i);
     return same;
 }

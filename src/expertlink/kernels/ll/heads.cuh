@@ -138,7 +138,7 @@ __device__ __forceinline__ int head_word(const Arguments& a, const Call& call, i
         case kStatus: return refused;
         case kCapacity: return -1;
         case kRowBytes: return refused ? 0 : (signature >> 6 & 0x1fff) * 16;
-        case kExtraBytes: return refused ? 0 : signature >> 19;
+        case kMetadataBytes: return refused ? 0 : signature >> 19;
         case kSubject: return static_cast<int>(load_tagged(words + kSubjectColumn));
         case kForm: return refused ? 0 : signature >> 3 & 7;
         default: return 0;

@@ -102,7 +102,7 @@ class Combiner:
             flags |= _GRADS
         tables, block = route.layout, route.block.data_ptr()
         a.operation, a.row_bytes, a.flags = int(operation), row_bytes, flags
-        a.extra_bytes = 0 if grads is None else 4 * config.topk
+        a.header_metadata_bytes = 0 if grads is None else 4 * config.topk
         a.subject = route.origin
         a.num_tokens = route.num_tokens
         a.max_slots = math.prod(route.shape)

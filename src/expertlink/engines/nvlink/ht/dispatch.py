@@ -316,7 +316,7 @@ class HighThroughput:
             a.scales = scales.data_ptr()
         a.operation, a.flags = int(operation), flags
         a.row_bytes, a.scale_bytes, a.beside_bytes = row_bytes, scale_bytes, beside
-        a.extra_bytes = scale_bytes + (0 if weights is None else 4 * self._tables.topk)
+        a.header_metadata_bytes = scale_bytes + (0 if weights is None else 4 * self._tables.topk)
         a.num_tokens, a.x = x.shape[0], x.data_ptr()
         if self._always:
             a.pool, self._pool_at = self._arena.next_pool(capturing=number == 0)

@@ -123,7 +123,7 @@ class NvlinkEngine(NvlinkBase, Unmasked):
             self._agree(
                 kind,
                 row_bytes=metadata.row_bytes(call.x_TW),
-                extra_bytes=metadata.width(call),
+                metadata_bytes=metadata.width(call),
                 subject=as_route(call.previous).number,
             )
         self._begin(number)

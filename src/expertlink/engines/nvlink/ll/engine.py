@@ -183,7 +183,7 @@ class LatencyEngine(NvlinkBase):
             kind,
             refused=refused,
             row_bytes=metadata.row_bytes(call.x_TW),
-            extra_bytes=metadata.width(call),
+            metadata_bytes=metadata.width(call),
             subject=0 if previous is None else previous.number,
         )
 

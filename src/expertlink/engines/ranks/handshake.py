@@ -1,0 +1,200 @@
+"""The first meeting of the ranks: do they agree, where do the experts live, who is who."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import uuid
+from typing import Any
+
+import torch
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.ranks.agreement import compare
+from expertlink.engines.ranks.wire import Peer, Wire
+from expertlink.errors import ConfigurationError
+from expertlink.routing import Placement, even_blocks
+
+_COMMON_FIELDS = (
+    "num_experts",
+    "hidden_size",
+    "topk",
+    "max_tokens_per_rank",
+    "mode",
+    "expert_alignment",
+    "max_recv_tokens_per_rank",
+    "zero_copy",
+    "static_shapes",
+    "mask_lost_peers",
+    "combine_precision",
+    "scale_order",
+)
+
+
+# Ranks of a group meet in the same order, so counting tells their meetings apart. One that failed
+# for want of a rank counts for nobody and can be tried again.
+_meetings: collections.Counter[str] = collections.Counter()
+
+
+def handshake(
+    wire: Wire,
+    config: MoECommunicatorConfig,
+    *,
+    engine: str,
+    check_inputs: bool,
+    shared_with: int | None = None,
+) -> Placement:
+    """Compares configurations and returns the placement of the experts. Collective.
+
+    Gives the wire the ranks' identities and a key of this communicator's own.
+
+    Args:
+        wire: the ranks' connection.
+        config: this rank's.
+        engine: what this rank would use.
+        check_inputs: as configured, or the device's default.
+        shared_with: `Wire.number` of the communicator whose memory this one uses, or None.
+
+    Raises:
+        ConfigurationError: on every rank, naming the fields and the ranks that differ, or what is
+            wrong with the placement.
+        PeerTimeoutError: a rank did not come within `wire.timeout_s`.
+    """
+    wire.enter("initialize", 0)
+    name = getattr(wire.group, "group_name", "")
+    wire.assemble(_meetings[name])
+    _meetings[name] += 1
+    here = Peer.here()
+    common: dict[str, object] = {name: getattr(config, name) for name in _COMMON_FIELDS}
+    common |= {
+        "output_layout": config.layout.value,
+        "dtype": str(config.dtype),
+        "quantization": config.block_format and config.block_format.value,
+        "expert_map": _fingerprint(config.expert_map),
+        "num_local_experts given": config.num_local_experts is not None,
+        "local_expert_start given": config.local_expert_start is not None,
+        "check_inputs": check_inputs,
+        "device type": wire.device.type,
+        "engine": engine,
+        "share_with": shared_with,
+    }
+    mine = {
+        "common": common,
+        "block": [config.local_expert_start, config.num_local_experts],
+        "peer": [here.host, here.pid],
+        "key": uuid.uuid4().hex,
+    }
+    answers: list[dict[str, Any]] = []
+    for rank, text in enumerate(wire.gather_text(json.dumps(mine))):
+        try:
+            answers.append(json.loads(text))
+        except ValueError as error:
+            raise ConfigurationError(
+                f"rank {rank} sent an unreadable configuration; does it run another version of "
+                "expertlink, or another collective on this group?"
+            ) from error
+    names = dict.fromkeys(name for answer in answers for name in answer["common"])
+    differing = compare({name: [a["common"].get(name) for a in answers] for name in names})
+    if differing:
+        raise ConfigurationError("ranks disagree about the configuration; " + "; ".join(differing))
+    wire.peers = [Peer(*answer["peer"]) for answer in answers]
+    wire.name(answers[0]["key"])
+    wire.number = int(answers[0]["key"][:7], 16)
+    wire.call = 0
+    return Placement.from_ranks(
+        _rank_of_expert(config, [tuple(answer["block"]) for answer in answers]),
+        num_ranks=wire.num_ranks,
+        device=wire.device,
+    )
+
+
+def _fingerprint(expert_map: object) -> str | None:
+    if expert_map is None:
+        return None
+    return hashlib.sha256(json.dumps(expert_map).encode()).hexdigest()[:16]
+
+
+def _rank_of_expert(
+    config: MoECommunicatorConfig, blocks: list[tuple[int | None, int | None]]
+) -> list[int]:
+    if config.expert_map is not None:
+        return [int(rank) for rank in config.expert_map]
+    if config.num_local_experts is None:
+        return even_blocks(config.num_experts, len(blocks))
+    owner: list[int | None] = [None] * config.num_experts
+    next_start = 0
+    for rank, (given_start, count) in enumerate(blocks):
+        assert count is not None
+        start = next_start if given_start is None else given_start
+        next_start = start + count
+        if next_start > config.num_experts:
+            raise ConfigurationError(
+                f"local_expert_start={start} with num_local_experts={count} on rank {rank} ends "
+                f"beyond num_experts={config.num_experts}"
+            )
+        for expert in range(start, next_start):
+            if owner[expert] is not None:
+                raise ConfigurationError(
+                    f"expert {expert} is local to ranks {owner[expert]} and {rank}: check "
+                    "local_expert_start and num_local_experts"
+                )
+            owner[expert] = rank
+    homeless = [expert for expert, rank in enumerate(owner) if rank is None]
+    if homeless:
+        raise ConfigurationError(
+            f"no rank holds expert {homeless[0]} ({len(homeless)} of {config.num_experts} experts "
+            "are without a rank): num_local_experts must add up to num_experts"
+        )
+    return [rank for rank in owner if rank is not None]
+
+
+def resolve_device(requested: torch.device | str | None, group: Any | None) -> torch.device:
+    """The device of a communicator, with its index where it is a GPU.
+
+    None: CUDA's current device where there is one and the group can use it, else CPU.
+
+    Raises:
+        ConfigurationError: there is no such device, or the group cannot move its tensors.
+    """
+    if requested is None:
+        usable = group is None or "nccl" in str(group.name()).lower()
+        requested = "cuda" if torch.cuda.is_available() and usable else "cpu"
+    device = torch.device(requested)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"device={str(requested)!r} is not possible: CUDA is not available to torch here"
+            )
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise ConfigurationError(
+                f"device={str(requested)!r} is not possible: there are {found} GPUs"
+            )
+        device = torch.device("cuda", index)
+    reason = None if group is None or group.size() == 1 else _cannot_move(group, device)
+    if reason is not None:
+        raise ConfigurationError(f"device={str(requested)!r} is not possible: {reason}")
+    return device
+
+
+def _cannot_move(group: Any, device: torch.device) -> str | None:
+    """Why a process group cannot exchange tensors of a device, as far as is known."""
+    try:
+        backend = group._get_backend(device).name().lower()
+    except RuntimeError:
+        backend = None
+    except AttributeError:  # not one of torch's own groups
+        return None
+    if backend is None:
+        return (
+            f"the process group has no backend for {device.type} tensors; "
+            'init_process_group("cpu:gloo,cuda:nccl") gives it one for each device'
+        )
+    if device.type == "cuda" and backend == "gloo":
+        return (
+            "the process group's backend for cuda tensors is gloo, which does not exchange them; "
+            'init_process_group("cpu:gloo,cuda:nccl") does'
+        )
+    return None
