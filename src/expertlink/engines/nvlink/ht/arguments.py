@@ -57,9 +57,7 @@ _COMMON = (
     Field("int", "status", "1: this rank refuses the call"),
     Field("int", "capacity", "rows this rank has room for, or -1"),
     Field("int", "row_bytes", "bytes of a row"),
-    Field(
-        "int", "header_metadata_bytes", "bytes of a row's weights and scales, alike on all ranks"
-    ),
+    Field("int", "header_metadata_bytes", "bytes of a row's weights and scales, as announced"),
     Field("int", "beside_bytes", "bytes that travel beside a row, a multiple of 16"),
     Field("int", "flags", "Flag"),
     Field("int", "num_tokens", "T"),
