@@ -29,13 +29,13 @@ from expertlink.bench.overlap import (
     print_overlap,
 )
 from expertlink.bench.records import Line, Record, latest, read_records, write_records
-from expertlink.bench.report import print_records
 from expertlink.bench.runner import (
     CaseResult,
     measure_any,
     run_on_own_ranks,
     run_under_torchrun,
 )
+from expertlink.bench.terminal import print_records
 from expertlink.errors import ConfigurationError, ExpertlinkError
 from expertlink.launch import RankContext, torchrun_context
 

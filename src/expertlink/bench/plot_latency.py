@@ -16,7 +16,7 @@ from expertlink.bench.plot_style import (
     split_names,
 )
 from expertlink.bench.records import PHASES, Record
-from expertlink.bench.report import dtype_label
+from expertlink.bench.terminal import dtype_label
 
 _LINES = ("-", "--", "-.", ":")  # by element type on the wire
 _FLOOR_NAME = "floor: bytes at the bandwidth of large copies, and two flags"

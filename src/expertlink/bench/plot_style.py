@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from expertlink.bench.records import PHASES, Record
-from expertlink.bench.report import dtype_label, routing_label, sms_label
+from expertlink.bench.terminal import dtype_label, routing_label, sms_label
 
 # Okabe and Ito, "Color Universal Design": told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#882255")

@@ -1,151 +1,97 @@
-"""Records as a table for the terminal."""
+"""Pages about recorded figures: docs/results/*.md, and the table of figures in the README."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from expertlink.bench.records import Record
-
-_MB = 1e6
-_NAMES: dict[str, Callable[[Record], object]] = {
-    "engine": lambda record: record.engine,
-    "mode": lambda record: record.mode,
-    "ranks": lambda record: record.ranks,
-    "H": lambda record: record.hidden,
-    "K": lambda record: record.topk,
-    "E": lambda record: record.experts,
-    "dtype": lambda record: dtype_label(record),
-    "routing": lambda record: routing_label(record),
-    "SMs": lambda record: sms_label(record),
-    "T": lambda record: record.tokens,
-    "layout": lambda record: record.layout,
-    "variant": lambda record: record.variant,
-}
-"""Columns that move into the title where all records agree."""
-_EXPENDABLE = ("all", "MB", "rank", "host", "min", "GB/s", "raw", "get ratio")
-_WIDEST = 400
+from expertlink.bench.records import PHASES, Record, read_records
+from expertlink.errors import InputError
 
 
-def routing_label(record: Record) -> str:
-    """Routing, with "uneven" where ranks have different numbers of tokens."""
-    return f"{record.routing} uneven" if record.uneven else record.routing
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the README's table: what it is called, and which records it shows."""
+
+    title: str
+    tokens: int
+    where: dict[str, Any] = field(default_factory=dict)
 
 
-def dtype_label(record: Record) -> str:
-    """Element type of the rows, and what they are quantized to."""
-    return record.dtype if record.quantization is None else f"{record.dtype}->{record.quantization}"
-
-
-def sms_label(record: Record) -> str:
-    """SMs of the phase; for a pair with two different budgets both of them."""
-    budgets = [record.num_sms_dispatch, record.num_sms_combine]
-    if budgets[0] == budgets[1]:  # not a pair, a pair of equals, or an old record
-        budgets = [record.num_sms]
-    return "+".join("auto" if budget is None else str(budget) for budget in budgets)
-
-
-def print_records(records: Sequence[Record], console: Console) -> None:
-    """Prints one row per record; what all records share stands in the title.
-
-    A terminal that is too narrow does not get the columns that matter least; a file gets all.
-    """
-    unused = [
-        column
-        for column, read in _OPTIONAL.items()
-        if all(read(record) is None for record in records)
-    ]
-    left_out: list[str] = []
-    while True:
-        table = _table(records, left_out + unused)
-        width = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
-        if width <= console.width or not console.is_terminal or len(left_out) == len(_EXPENDABLE):
-            break
-        left_out.append(_EXPENDABLE[len(left_out)])
-    if not console.is_terminal:
-        console.width = max(console.width, width)
-    console.print(table)
-    legend = _LEGEND
-    for column, text in _EXTRA_LEGENDS.items():
-        legend += "" if column in unused else text
-    console.print(legend, style="dim")
-    for note in dict.fromkeys(record.ceiling_note for record in records if record.ceiling_note):
-        console.print(f"no ceilings: {escape(note)}", style="dim")
-
-
-def _table(records: Sequence[Record], left_out: Sequence[str]) -> Table:
-    shared = {
-        name: str(values.pop())
-        for name, read in _NAMES.items()
-        if len(values := {read(record) for record in records}) == 1
-    }
-    title = "  ".join(f"{name}={value}" for name, value in shared.items())
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    varying = [name for name in _NAMES if name not in shared]
-    numbers = [name for name in _NUMBERS if name not in left_out]
-    for name in (*varying, "phase"):
-        table.add_column(name, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for index, record in enumerate(records):
-        names = [str(_NAMES[name](record)) for name in varying]
-        after = records[index + 1] if index + 1 < len(records) else record
-        table.add_row(
-            *names,
-            record.phase,
-            *(_NUMBERS[name](record) for name in numbers),
-            end_section=names != [str(_NAMES[name](after)) for name in varying],
-        )
-    return table
-
-
-_LEGEND = (
-    "µs; min, med, p99: slowest rank of each iteration; rank: median of the average rank; "
-    "raw: all_to_all_single of the same bytes; GB/s: bytes that leave a rank, and all ranks"
-)
-_OPTIONAL: dict[str, Callable[[Record], object]] = {
-    "idle": lambda record: record.idle_us,
-    "loop": lambda record: record.idle_loop_us,
-    "hot": lambda record: record.host_hot_us,
-    "put ratio": lambda record: record.ceiling,
-    "get ratio": lambda record: record.ceiling,
-    "floor": lambda record: record.floor_us,
-}
-"""Columns that only some records have."""
-_EXTRA_LEGENDS = {
-    "idle": "; idle: started from an idle device",
-    "loop": "; loop: the same one after the other, the host warm",
-    "hot": "; hot: host, one call after the other",
-    "floor": "; floor: bytes at the bandwidth of large copies, and two flags a call",
-    "put ratio": "; put ratio, get ratio: time of plain bulk copies of the same bytes over med, "
-    "1 is as fast as the wire",
-}
-_NUMBERS: dict[str, Callable[[Record], str]] = {
-    "min": lambda record: _number(record.time_us.min),
-    "med": lambda record: _number(record.time_us.median),
-    "p99": lambda record: _number(record.time_us.p99),
-    "rank": lambda record: _number(record.time_us_mean_rank.median),
-    "idle": lambda record: "" if record.idle_us is None else _number(record.idle_us.median),
-    "loop": lambda record: (
-        "" if record.idle_loop_us is None else _number(record.idle_loop_us.median)
+_HT = {"ranks": 4, "mode": "ht", "variant": "uncached", "quantization": None, "num_sms": None}
+_LL = {"ranks": 4, "mode": "ll", "variant": "graph", "num_sms": None, "engine": "nvlink"}
+_BALANCED = {"routing": "balanced", "hidden": 7168, "topk": 8, "experts": 256}
+_EIGHT_BIT = "e4m3_float32"
+README_ROWS = (
+    TableRow(
+        '`"ht"`, `TOKEN_MAJOR`, bfloat16', 4096, _HT | {"engine": "nvlink", "layout": "token_major"}
     ),
-    "host": lambda record: _number(record.host_us.median),
-    "hot": lambda record: "" if record.host_hot_us is None else _number(record.host_hot_us.median),
-    "MB": lambda record: _number(record.wire_bytes / _MB),
-    "GB/s": lambda record: _number(record.wire_gbps),
-    "all": lambda record: _number(record.aggregate_gbps),
-    "raw": lambda record: _number(record.raw_us.median),
-    "x raw": lambda record: f"{record.raw_ratio:.2f}",
-    "put ratio": lambda record: "" if record.put_ratio is None else f"{record.put_ratio:.2f}",
-    "get ratio": lambda record: "" if record.get_ratio is None else f"{record.get_ratio:.2f}",
-    "floor": lambda record: "" if record.floor_us is None else _number(record.floor_us),
-}
+    TableRow('`"ht"`, `FLAT`, bfloat16', 4096, _HT | {"engine": "nvlink", "layout": "flat"}),
+    TableRow(
+        '`"ht"`, `TOKEN_MAJOR`, e4m3',
+        4096,
+        _HT | {"engine": "nvlink", "layout": "token_major", "quantization": _EIGHT_BIT},
+    ),
+    TableRow(
+        '`"ht"`, `TOKEN_MAJOR`, bfloat16, engine `collective` (NCCL)',
+        4096,
+        _HT | {"engine": "collective", "layout": "token_major"},
+    ),
+    TableRow(
+        '`"ll"`, `EXPERT_MAJOR`, e4m3, in a CUDA graph',
+        128,
+        _LL | {"layout": "expert_major", "quantization": _EIGHT_BIT},
+    ),
+    TableRow(
+        '`"ll"`, `RANK_MAJOR`, bfloat16, in a CUDA graph',
+        128,
+        _LL | {"layout": "rank_major", "quantization": None},
+    ),
+)
 
 
-def _number(value: float) -> str:
-    """Three significant digits, or more where there are more before the point."""
+def readme_table(records: Sequence[Record]) -> str:
+    """The six rows of figures that the README shows, as a Markdown table.
+
+    For the README and the test that compares it: the text between the README's lines
+    `<!-- figures -->` and `<!-- /figures -->` equals this function's result for
+    `read_folder("benchmarks/results")`. `expertlink report --table` prints it. It ends with a
+    newline. A figure is the median time of the slowest rank in microseconds; in brackets stands
+    what the wire allows over that time: 1.00 is as fast as plain bulk copies of the same bytes
+    (`"ht"`), or as bytes at full bandwidth and two flags a call (`"ll"`).
+
+    Raises:
+        InputError: the records lack a row.
+    """
+    lines = ["| 4 x H200, µs | T | dispatch | combine | both |", "|---|---|---|---|---|"]
+    for row in README_ROWS:
+        cells = [_figure(records, row, phase) for phase in PHASES]
+        lines.append(f"| {row.title} | {row.tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(records: Sequence[Record], row: TableRow, phase: str) -> str:
+    wanted = {**_BALANCED, **row.where, "tokens": row.tokens, "phase": phase}
+    found = [
+        record
+        for record in records
+        if all(getattr(record, name) == value for name, value in wanted.items())
+    ]
+    if not found:
+        raise InputError(f"no record of {row.title}, T={row.tokens}, {phase}")
+    record = max(found, key=lambda one: one.environment.date)
+    ratio = record.floor_ratio if record.mode == "ll" else record.ceiling_ratio
+    return f"{number(record.time_us.median)}{'' if ratio is None else f' ({ratio:.2f})'}"
+
+
+def number(value: float) -> str:
+    """Three significant digits, or all before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def read_folder(folder: str | Path) -> list[Record]:
+    """The records of all files of a folder, without those of `bench --overlap`."""
+    files = [path for path in Path(folder).glob("*.jsonl") if not path.name.startswith("overlap")]
+    return [record for path in sorted(files) for record in read_records(path)]
