@@ -12,6 +12,7 @@ from torch import Tensor
 from expertlink import autograd
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
+from expertlink.engines.ranks.header import Operation
 from expertlink.errors import ExpertlinkError
 from expertlink.overlap import check_operation, check_overlap, launch
 from expertlink.requests import CombineRequest, DispatchRequest, ReceiveHook, without_gradients
@@ -351,7 +352,7 @@ class MoECommunicator(Session):
                 return_recv_hook,
             )
         except ExpertlinkError as error:
-            engine.refuse("combine", error)
+            engine.refuse(Operation.COMBINE, error)
         if async_finish:
             begin = partial(self._begin_combine, engine, call, handle, out)
             started, finish = self._launch(begin, call)
@@ -401,7 +402,7 @@ class MoECommunicator(Session):
         try:
             call = self._calls.combine(expert_output, handle, out, weight_grads, weights, num_sms)
         except ExpertlinkError as error:
-            engine.refuse("combine", error)
+            engine.refuse(Operation.COMBINE, error)
         begin = partial(self._begin_combine, engine, call, handle, out)
         started, wait = self._launch(begin, call, overlap)
         handle.consumed = True
@@ -457,7 +458,7 @@ class MoECommunicator(Session):
 def _refuse_dispatch(
     engine: Engine, previous: DispatchHandle | None, error: ExpertlinkError
 ) -> NoReturn:
-    engine.refuse("dispatch" if previous is None else "cached_dispatch", error)
+    engine.refuse(Operation.DISPATCH if previous is None else Operation.CACHED_DISPATCH, error)
 
 
 def _result_of(started: Combined) -> Tensor | tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
+from expertlink.engines.ranks.header import Operation
 from expertlink.types import (
     BlockFormat,
     CallStatistics,
@@ -161,7 +162,7 @@ class Engine(Protocol):
         """
         ...
 
-    def refuse(self, operation: str, error: Exception) -> NoReturn:
+    def refuse(self, operation: Operation, error: Exception) -> NoReturn:
         """Raises `error`, after telling the ranks that are in the same call where that is possible.
 
         They raise `PeerError` with the same text instead of waiting for this rank.

@@ -161,13 +161,12 @@ class CollectiveEngine(Unmasked):
         )
         return DispatchBuffers(output=output, tables=None, kind=rows)
 
-    def refuse(self, operation: str, error: Exception) -> NoReturn:
+    def refuse(self, operation: Operation, error: Exception) -> NoReturn:
         """Raises `error` here and `PeerError` on the ranks that exchange headers in this call."""
-        kind = Operation[operation.upper()]
-        if self._agrees or kind is Operation.DISPATCH:
-            self._enter(kind)
+        if self._agrees or operation is Operation.DISPATCH:
+            self._enter(operation)
             with self._wire.whole():
-                self._agree(kind, refused=error).conclude()
+                self._agree(operation, refused=error).conclude()
         raise error
 
     # -- dispatch ---------------------------------------------------------------------------------

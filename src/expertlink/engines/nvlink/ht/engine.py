@@ -83,20 +83,19 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         )
         return DispatchBuffers(output=output, tables=None, kind=rows)
 
-    def refuse(self, operation: str, error: Exception) -> NoReturn:
+    def refuse(self, operation: Operation, error: Exception) -> NoReturn:
         """Raises `error` here and `PeerError` on the ranks that agree on this call."""
-        kind = Operation[operation.upper()]
         if is_capturing():
             raise error  # a capture is no call: the peers know nothing of it
-        if kind is Operation.DISPATCH:
-            number = self._enter(kind.title)
+        if operation is Operation.DISPATCH:
+            number = self._enter(operation.title)
             self._begin(number)
-            mail = self._calls.refuse(kind, number=number)
+            mail = self._calls.refuse(operation, number=number)
             if mail is not None:
                 self._judge(mail, refused=error)
         elif self._check:
-            self._enter(kind.title)
-            self._agree(kind, refused=error)
+            self._enter(operation.title)
+            self._agree(operation, refused=error)
         raise error
 
     # -- calls ------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ class NvlinkEngine(NvlinkBase, Unmasked):
             self._rows.check(call.x_TW, call.scales)
             check_address(call.output_buffer)
         except InputError as error:
-            self.refuse(kind.name, error)
+            self.refuse(kind, error)
         number = self._enter(kind.title)
         if number == 0 and call.previous is None and not self._config.static_shapes:
             raise InputError(

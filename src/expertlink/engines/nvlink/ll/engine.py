@@ -64,16 +64,15 @@ class LatencyEngine(NvlinkBase):
         )
         self._low = calls
 
-    def refuse(self, operation: str, error: Exception) -> NoReturn:
+    def refuse(self, operation: Operation, error: Exception) -> NoReturn:
         """Raises `error` here; the ranks that make the call learn that it does not happen."""
         if is_capturing():
             raise error  # a capture is no call: the peers know nothing of it
-        kind = Operation[operation.upper()]
         if self._check:
-            self._enter(kind.title)
-            self._agree(kind, refused=error)
-        elif kind is Operation.DISPATCH:
-            self._enter(kind.title)
+            self._enter(operation.title)
+            self._agree(operation, refused=error)
+        elif operation is Operation.DISPATCH:
+            self._enter(operation.title)
             self.arena.follow()
             self._low.refuse()
         raise error
@@ -94,7 +93,7 @@ class LatencyEngine(NvlinkBase):
                 )
             check_address(call.output_buffer)
         except InputError as error:
-            self.refuse(kind.name, error)
+            self.refuse(kind, error)
         # What `_enter` does; whether this is a capture matters only where hosts count alike.
         capturing = self._check and is_capturing()
         number = wire.call if capturing else wire.call + 1
@@ -154,7 +153,7 @@ class LatencyEngine(NvlinkBase):
         """Refuses a routing of a time when other ranks took part: nobody was asked for its rows."""
         if as_route(state).epoch != self.arena.epoch:
             self.refuse(
-                kind.name,
+                kind,
                 HandleError(
                     "the handle is of a dispatch before clear_mask(), which lets all ranks begin "
                     "anew: dispatch again"
