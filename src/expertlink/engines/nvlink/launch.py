@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,15 @@ STATIC_BYTES = 10 * 1024  # of which barriers and small tables take this much at
 _SHARED_SLOTS = 512  # first slots that placing keeps in shared memory
 _SHARED_TABLE = 16 * 1024  # words of count rows that planning keeps there
 _MAX_WARPS = 15  # that move rows; one more announces them
+
+
+class KernelName(enum.IntEnum):
+    """The kernels that a mode may have. (Integers are hashed faster than other enumerations.)"""
+
+    DISPATCH = 0
+    DISPATCH_QUANTIZED = 1
+    """Dispatch that quantizes the rows."""
+    COMBINE = 2
 
 
 @dataclass(frozen=True)
