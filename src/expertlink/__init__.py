@@ -4,6 +4,7 @@
 expert outputs back. Start at `MoECommunicator`.
 """
 
+from expertlink._version import __version__
 from expertlink.communicator import MoECommunicator
 from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import (
@@ -32,7 +33,6 @@ from expertlink.types import (
     QuantScales,
 )
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AbortError",

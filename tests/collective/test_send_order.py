@@ -11,7 +11,6 @@ from expertlink.engines.collective.send_order import KernelSender
 from expertlink.engines.collective.sending import Sending, TorchSender
 from expertlink.engines.ranks import metadata
 from expertlink.engines.ranks.header import HeaderFields, Operation
-from expertlink.jit.compiler import Launcher
 from expertlink.routing import Placement
 
 
@@ -76,7 +75,7 @@ def test_kernels_equal_plain_torch(
             metadata_bytes=metadata.width(call),
         )
         expected = pieces(TorchSender(placement)(call, fields, True))
-        actual = pieces(KernelSender(Launcher(device), placement)(call, fields, True))
+        actual = pieces(KernelSender(device, placement)(call, fields, True))
         for name, value in expected.items():
             assert torch.equal(actual[name].long(), value.long()), name
 
@@ -90,6 +89,6 @@ def test_faulty_ids_raise_the_status(fault: tuple[int, int]) -> None:
     ids_TK[577] = torch.tensor(fault)
     call = DispatchCall(x_TW=torch.zeros((600, 4), device=device), topk_ids_TK=ids_TK.to(device))
     fields = HeaderFields(operation=Operation.DISPATCH, communicator=0, call=1)
-    sender = KernelSender(Launcher(device), placement)
+    sender = KernelSender(device, placement)
     assert sender(call, fields, True).header[3] == 1
     assert sender(call, fields, False).header[3] == 0

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from expertlink import reduction
 from expertlink.engines.collective.ordered_sum import OrderedSum
-from expertlink.jit.compiler import Launcher
 from expertlink.reduction import ordered_sum
 from support.depth import deep
 
@@ -87,8 +86,7 @@ def test_rows_that_no_slot_names_are_not_read() -> None:
 @pytest.mark.gpu
 def test_kernel_equals_the_definition() -> None:
     device = torch.device("cuda", 0)
-    launcher = Launcher(device)
-    kernels = {dtype: OrderedSum(launcher, dtype=dtype) for dtype in DTYPES}
+    kernels = {dtype: OrderedSum(device, dtype=dtype) for dtype in DTYPES}
 
     @settings(max_examples=deep(150))
     @given(sums(), st.booleans())
@@ -120,7 +118,7 @@ def test_kernel_on_many_rows() -> None:
     out = torch.empty((3000, 7168), dtype=torch.bfloat16)
     ordered_sum(rows, slots, weights, out=out)
     device = torch.device("cuda", 0)
-    kernel = OrderedSum(Launcher(device), dtype=torch.bfloat16)
+    kernel = OrderedSum(device, dtype=torch.bfloat16)
     moved = torch.empty_like(out, device=device)
     ordered_sum(rows.to(device), slots.to(device), weights.to(device), out=moved, kernel=kernel)
     assert same(moved, out)

@@ -10,8 +10,7 @@ import torch
 
 from expertlink import EngineUnavailableError
 from expertlink.bench import ceilings, flag_latency
-from expertlink.engines.collective.ordered_sum import instances
-from expertlink.engines.collective.send_order import count_instances, order_instances
+from expertlink.engines.collective import ordered_sum, send_order
 from expertlink.jit import compiler
 from expertlink.jit.compiler import compile_kernel
 
@@ -28,6 +27,8 @@ BUDGETS = {
 PRELUDES = {
     "bench/ceiling": ceilings.ARGUMENTS.declaration,
     "bench/flag_latency": flag_latency.ARGUMENTS.declaration,
+    "collective/ordered_sum": ordered_sum.PRELUDE,
+    "collective/send_order": send_order.PRELUDE,
 }
 INSTANCES = [
     ("bench/flag_latency", "flag_latency"),
@@ -35,10 +36,10 @@ INSTANCES = [
     *(
         ("collective/ordered_sum", instance)
         for dtype in DTYPES
-        for instance in instances(dtype).values()
+        for instance in ordered_sum.instances(dtype).values()
     ),
-    *(("collective/send_order", instance) for instance in count_instances().values()),
-    *(("collective/send_order", instance) for instance in order_instances().values()),
+    *(("collective/send_order", instance) for instance in send_order.count_instances().values()),
+    *(("collective/send_order", instance) for instance in send_order.order_instances().values()),
 ]
 
 
@@ -57,7 +58,7 @@ def test_every_kernel_is_covered() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("name", "instance"), INSTANCES)
 def test_resources(name: str, instance: str, arch: str) -> None:
-    report = compile_kernel(name, instance, arch, prelude=PRELUDES.get(name, "")).report
+    report = compile_kernel(name, instance, arch, prelude=PRELUDES[name]).report
     registers, shared = BUDGETS[name]
     assert "0 bytes spill stores, 0 bytes spill loads" in report, report
     assert "0 bytes stack frame" in report, report
@@ -71,4 +72,4 @@ def test_resources(name: str, instance: str, arch: str) -> None:
 def test_missing_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "unavailable_reason", lambda: "cuda.core is not installed")
     with pytest.raises(EngineUnavailableError, match="cuda.core is not installed"):
-        compile_kernel("collective/ordered_sum", "ordered_sum<float, 1, false>", "sm_80")
+        ordered_sum.compile_instance("ordered_sum<float, 1, false>", "sm_80")

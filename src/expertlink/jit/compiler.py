@@ -5,6 +5,7 @@ Compiling needs no GPU and no driver; `cuda-core` and NVRTC come with the extra 
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import importlib
 import importlib.util
@@ -19,8 +20,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from expertlink import _version
 from expertlink.errors import EngineUnavailableError
 from expertlink.jit.cache import fetch
 
@@ -85,11 +85,11 @@ def cuda_core() -> Any:
         return importlib.import_module("cuda.core")
 
 
-def constants(values: Mapping[str, bool | int]) -> str:
-    """C++ text that defines each name as a `constexpr` of type bool, int or long long.
+def constants(values: Mapping[str, bool | int | float]) -> str:
+    """C++ text that defines each name as a `constexpr` of type bool, int, long long or float.
 
     Raises:
-        ValueError: a name is no identifier, or a number has more than 64 bits.
+        ValueError: a name is no identifier, or a number is not finite or has more than 64 bits.
     """
     lines: list[str] = []
     for name, value in values.items():
@@ -97,11 +97,34 @@ def constants(values: Mapping[str, bool | int]) -> str:
             raise ValueError(f"{name} = {value} cannot be a constant of a kernel")
         if isinstance(value, bool):
             lines.append(f"constexpr bool {name} = {str(value).lower()};\n")
+        elif isinstance(value, float):
+            lines.append(f"constexpr float {name} = {value!r}f;\n")
         elif -(2**31) < value < 2**31:
             lines.append(f"constexpr int {name} = {value};\n")
         else:
             lines.append(f"constexpr long long {name} = {value}LL;\n")
     return "".join(lines)
+
+
+def enum_declaration(*enums: type[enum.IntEnum] | type[enum.IntFlag], prefix: str) -> str:
+    """C++ text of an enumeration with the members of Python ones.
+
+    Args:
+        enums: the first one names the enumeration; members of the others follow.
+        prefix: in front of every member's name: with "k", ROW_BYTES is kRowBytes.
+
+    Raises:
+        ValueError: two members have one name.
+    """
+    members = [(prefix + _camel_case(str(m.name)), int(m)) for kind in enums for m in kind]
+    if len({name for name, _ in members}) < len(members):
+        raise ValueError(f"enumeration {enums[0].__name__}: two members have one name")
+    lines = "".join(f"    {name} = {value},\n" for name, value in members)
+    return f"enum {enums[0].__name__} {{\n{lines}}};\n"
+
+
+def _camel_case(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
 
 
 def inline_headers(root: Traversable, name: str) -> str:
@@ -148,8 +171,8 @@ def compile_kernel(name: str, instance: str, arch: str, *, prelude: str = "") ->
 
     Args:
         name: source file without its ending.
-        instance: the kernel with its template arguments, such as `ordered_sum<float, 4, true>`, or
-            the name of an `extern "C"` kernel.
+        instance: the kernel with its namespace and template arguments, such as
+            `ll::dispatch<true>`.
         arch: target, such as `sm_90a`.
         prelude: text in front of the source: `Struct.declaration`, `constants(...)`.
 
@@ -172,8 +195,6 @@ def compile_source(source: str, instance: str, arch: str) -> CompiledKernel:
 
 def _key(source: str, instance: str, arch: str) -> str:
     """Digest of everything that the machine code depends on."""
-    from expertlink import __version__  # the package imports this module
-
     try:
         status, *nvrtc = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
     except RuntimeError as error:
@@ -181,7 +202,7 @@ def _key(source: str, instance: str, arch: str) -> str:
             f"kernels cannot be compiled: NVRTC cannot be loaded ({error})"
         ) from error
     assert status == 0, status
-    versions = [__version__, nvrtc, cuda_core().__version__]
+    versions = [_version.__version__, nvrtc, cuda_core().__version__]
     parts = json.dumps([source, instance, arch, _OPTIONS, versions])
     return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -203,39 +224,3 @@ def _translate(source: str, instance: str, arch: str) -> CompiledKernel:
         instance=instance,
         report=log.getvalue(),
     )
-
-
-class Launcher:
-    """Loads and launches kernels on one device, keeping what every launch needs again.
-
-    Raises:
-        EngineUnavailableError: kernels cannot be compiled here.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        reason = unavailable_reason()
-        if reason is not None:
-            raise EngineUnavailableError(f"kernels cannot be compiled: {reason}")
-        assert device.index is not None
-        self._core = cuda_core()
-        self._core.Device(device.index).set_current()
-        self._device = device
-        self._config = cache(self._core.LaunchConfig)
-        self._stream = cache(self._core.Stream.from_handle)
-        properties = torch.cuda.get_device_properties(device)
-        self.num_sms: int = properties.multi_processor_count
-        self._arch = f"sm_{properties.major}{properties.minor}"
-
-    def load(self, name: str, instance: str) -> Any:
-        """The instance of a kernel, compiled for this device and ready to launch."""
-        compiled = compile_kernel(name, instance, self._arch)
-        code = self._core.ObjectCode.from_cubin(compiled.cubin)
-        return code.get_kernel(compiled.lowered_name)
-
-    def launch(
-        self, kernel: Any, *arguments: int, grid: int, block: int, shared_bytes: int = 0
-    ) -> None:
-        """Queues a kernel on torch's current stream. Arguments are addresses and 64-bit numbers."""
-        stream = self._stream(torch.cuda.current_stream(self._device).cuda_stream)
-        config = self._config(grid=grid, block=block, shmem_size=shared_bytes)
-        self._core.launch(stream, config, kernel, *arguments)

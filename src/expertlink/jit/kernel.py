@@ -20,6 +20,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from expertlink.errors import ExpertlinkError
 from expertlink.jit.compiler import CompiledKernel
@@ -30,6 +31,13 @@ _TYPES: dict[str, type[Any]] = {
     "long long": ctypes.c_int64,
     "unsigned long long": ctypes.c_uint64,
     "float": ctypes.c_float,
+}
+_TENSOR_TYPES = {
+    "int": torch.int32,
+    "unsigned": torch.int32,
+    "long long": torch.int64,
+    "unsigned long long": torch.int64,
+    "float": torch.float32,
 }
 _CONFIGURATIONS = 256  # launch configurations kept per kernel
 
@@ -47,19 +55,21 @@ class Field:
             unsigned long long, float.
         name: a C++ identifier.
         meaning: one line, with shape and unit.
+        count: elements of an array; None: not an array.
     """
 
     ctype: str
     name: str
     meaning: str
+    count: int | None = None
 
 
 class Arguments(ctypes.Structure):
     """Memory of one struct, with its members as attributes; `Struct.new` makes them.
 
-    Pointers take addresses, and None or 0 for null. Numbers wrap as in C. A launch copies the
-    struct, so it may be changed as soon as the launch has returned; what its pointers point to has
-    to live until the kernel is done.
+    Pointers take addresses, and None or 0 for null. Numbers wrap as in C. Arrays are read and
+    written by index or slice. A launch copies the struct, so it may be changed as soon as the
+    launch has returned; what its pointers point to has to live until the kernel is done.
 
     Attributes:
         parameters: address of the array of one pointer, to the struct, that a launch takes.
@@ -87,6 +97,8 @@ class Arguments(ctypes.Structure):
 class Struct:
     """The one definition of a struct that host and kernels share.
 
+    A struct whose arrays depend on a number, such as R, is made by a function of that number.
+
     Attributes:
         name: its C++ name.
         size: bytes, with the padding at its end.
@@ -94,7 +106,7 @@ class Struct:
 
     Raises:
         ValueError: a type is not supported, a name is no identifier or taken, a meaning has more
-            than one line, or there are no members.
+            than one line, an array has no elements, or there are no members.
     """
 
     def __init__(self, name: str, fields: Sequence[Field]) -> None:
@@ -109,18 +121,22 @@ class Struct:
                 raise ValueError(f"struct {name}: {field} has no proper name or meaning")
         members = [(field.name, _ctypes_type(name, field)) for field in fields]
         self.name = name
+        self._fields = {field.name: field for field in fields}
         self._type: type[Arguments] = type(
             name, (Arguments,), {"__slots__": (), "_fields_": members}
         )
         self.size = ctypes.sizeof(self._type)
-        lines = "".join(
-            f"    {field.ctype} {field.name};  // {field.meaning}\n" for field in fields
-        )
-        self.declaration = (
-            f"struct {name} {{\n{lines}}};\n"
-            f'static_assert(sizeof({name}) == {self.size}, "{name} differs from the host\'s");\n'
-            f"static_assert(alignof({name}) == {ctypes.alignment(self._type)}, "
-            f'"{name} differs from the host\'s");\n'
+        lines = "".join(f"    {_member(field)};  // {field.meaning}\n" for field in fields)
+        alignment = ctypes.alignment(self._type)
+        asserts = [f"sizeof({name}) == {self.size}", f"alignof({name}) == {alignment}"]
+        # __INTADDR__ is the compiler's own `offsetof`, which needs a header.
+        asserts += [
+            f"__INTADDR__(&(({name}*)0)->{field.name}) == {self.offset(field.name)}"
+            for field in fields
+        ]
+        message = f"{name} differs from the host's"
+        self.declaration = f"struct {name} {{\n{lines}}};\n" + "".join(
+            f'static_assert({condition}, "{message}");\n' for condition in asserts
         )
 
     def new(self, **values: int | float | None) -> Arguments:
@@ -131,14 +147,42 @@ class Struct:
         """
         return self._type(**values)
 
+    def at(self, address: int) -> Arguments:
+        """The struct that lies at an address. Its memory is the caller's to keep."""
+        return self._type.from_address(address)
+
+    def offset(self, name: str) -> int:
+        """Bytes before a member."""
+        return getattr(self._type, name).offset
+
+    def member(self, memory: Tensor, name: str) -> Tensor:
+        """A member that is a number or an array of them, as a view `[count]`.
+
+        Args:
+            memory: `[size]` uint8, a struct of this kind.
+            name: the member's. Unsigned integers are seen as signed ones.
+        """
+        field, start = self._fields[name], self.offset(name)
+        dtype = _TENSOR_TYPES[field.ctype]
+        return memory[start : start + (field.count or 1) * dtype.itemsize].view(dtype)
+
+
+def _member(field: Field) -> str:
+    array = "" if field.count is None else f"[{field.count}]"
+    return f"{field.ctype} {field.name}{array}"
+
 
 def _ctypes_type(struct: str, field: Field) -> type[Any]:
+    if field.count is not None and field.count < 1:
+        raise ValueError(f"struct {struct}: the array {field.name} has {field.count} elements")
     if field.ctype.endswith("*"):
-        return ctypes.c_void_p
-    if field.ctype not in _TYPES:
+        element: type[Any] = ctypes.c_void_p
+    elif field.ctype in _TYPES:
+        element = _TYPES[field.ctype]
+    else:
         known = ", ".join(_TYPES)
         raise ValueError(f"struct {struct}: {field.ctype!r} is no pointer and none of {known}")
-    return _TYPES[field.ctype]
+    return element if field.count is None else element * field.count
 
 
 class Kernel:
@@ -274,6 +318,12 @@ def load_kernel(
         # Otherwise the first launch would load it, which waits for kernels that may wait for us.
         _checked("cuFuncLoad", driver.cuFuncLoad(function))
         return Kernel(driver, function, compiled.instance)
+
+
+def architecture(device: torch.device) -> str:
+    """Compiler target of a GPU; from compute capability 9.0 on with what only that GPU has."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 @cache

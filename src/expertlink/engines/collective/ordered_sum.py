@@ -1,14 +1,16 @@
-"""Launcher of kernels/ordered_sum.cu: reduction.py's sums on a GPU, in one pass over memory."""
+"""Host side of kernels/collective/ordered_sum.cu: reduction.py's sums on a GPU, in one pass."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from expertlink.jit.compiler import Launcher
+from expertlink.config import MAX_TOPK
+from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
+from expertlink.jit.kernel import Field, Struct, architecture, load_kernel
 from expertlink.reduction import accumulator_dtype
 
-MAX_TERMS = 32
+MAX_TERMS = MAX_TOPK
 _THREADS = 256
 _BLOCKS_PER_SM = 8
 _ROW_TYPES = {
@@ -17,6 +19,19 @@ _ROW_TYPES = {
     torch.float32: "float",
     torch.float64: "double",
 }
+ARGUMENTS = Struct(
+    "OrderedSumArguments",
+    (
+        Field("const void*", "rows", "[S, H]"),
+        Field("const long long*", "slots", "[M, C] row of each term, or a negative number"),
+        Field("const void*", "weights", "[M, C] in the accumulator's type, or null"),
+        Field("void*", "out", "[M, H]"),
+        Field("long long", "num_results", "M"),
+        Field("long long", "num_terms", "C"),
+        Field("long long", "hidden", "H"),
+    ),
+)
+PRELUDE = constants({"kMaxTerms": MAX_TERMS, "kThreads": _THREADS}) + ARGUMENTS.declaration
 
 
 def instances(dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
@@ -31,17 +46,23 @@ def instances(dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
     }
 
 
-class OrderedSum:
-    """The compiled kernels for one row type. Building one compiles; calls only launch."""
+def compile_instance(instance: str, arch: str) -> CompiledKernel:
+    """Machine code of one instance. Needs no GPU."""
+    return compile_kernel("collective/ordered_sum", instance, arch, prelude=PRELUDE)
 
-    def __init__(self, launcher: Launcher, *, dtype: torch.dtype) -> None:
-        self._launcher = launcher
+
+class OrderedSum:
+    """The kernels for one row type. Building one compiles and loads; calls only launch."""
+
+    def __init__(self, device: torch.device, *, dtype: torch.dtype) -> None:
         self._dtype = dtype
+        arch = architecture(device)
         self._kernels = {
-            key: launcher.load("collective/ordered_sum", instance)
+            key: load_kernel(device, compile_instance(instance, arch))
             for key, instance in instances(dtype).items()
         }
-        self._most_blocks = _BLOCKS_PER_SM * launcher.num_sms
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._most_blocks = _BLOCKS_PER_SM * num_sms
 
     def __call__(
         self, rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None, out: Tensor
@@ -54,15 +75,18 @@ class OrderedSum:
         if weights_MC is not None:
             weights_MC = weights_MC.to(accumulator_dtype(rows_SH.dtype)).contiguous()
         addresses = rows_SH.data_ptr() | out.data_ptr() | (hidden * out.element_size())
-        self._launcher.launch(
-            self._kernels[addresses % 16 == 0, weights_MC is not None],
-            rows_SH.data_ptr(),
-            slots_MC.data_ptr(),
-            0 if weights_MC is None else weights_MC.data_ptr(),
-            out.data_ptr(),
-            results,
-            slots_MC.shape[1],
-            hidden,
+        self._kernels[addresses % 16 == 0, weights_MC is not None].launch(
+            ARGUMENTS.new(
+                rows=rows_SH.data_ptr(),
+                slots=slots_MC.data_ptr(),
+                weights=None if weights_MC is None else weights_MC.data_ptr(),
+                out=out.data_ptr(),
+                num_results=results,
+                num_terms=slots_MC.shape[1],
+                hidden=hidden,
+            ),
             grid=min(results, self._most_blocks),
             block=_THREADS,
+            shared_bytes=0,
+            stream=torch.cuda.current_stream(out.device).cuda_stream,
         )

@@ -2,25 +2,28 @@
 //
 // The sequence of roundings is that of reduction.py: sums start at +0.0, products and sums are
 // rounded one by one, negative slots are skipped, the result is rounded once to the row type.
-// One block per result; its threads walk along the row, VEC elements (16 bytes, or one) at a time.
+// One block per result; its threads walk along the row, kWidth elements (16 bytes, or one) at a
+// time.
 
 #include "common/numbers.cuh"
 
-constexpr int kMaxTerms = 32;
 constexpr int kInFlight = 4;  // loads issued before the first of them is used
 
-template <typename Row, int VEC>
-struct alignas(sizeof(Row) * VEC) Pack {
-    Row x[VEC];
+template <typename Row, int kWidth>
+struct alignas(sizeof(Row) * kWidth) Pack {
+    Row x[kWidth];
 };
 
-template <typename Row, int VEC, bool WEIGHTED>
-__global__ void __launch_bounds__(256)
-    ordered_sum(const Row* __restrict__ rows, const long long* __restrict__ slots,
-                const typename Accumulator<Row>::type* __restrict__ weights, Row* __restrict__ out,
-                long long num_results, long long num_terms, long long hidden) {
+template <typename Row, int kWidth, bool kWeighted>
+__global__ void __launch_bounds__(kThreads)
+    ordered_sum(const __grid_constant__ OrderedSumArguments a) {
     using Wide = typename Accumulator<Row>::type;
-    using Chunk = Pack<Row, VEC>;
+    using Chunk = Pack<Row, kWidth>;
+    const Row* const __restrict__ rows = static_cast<const Row*>(a.rows);
+    const long long* const __restrict__ slots = a.slots;
+    const Wide* const __restrict__ weights = static_cast<const Wide*>(a.weights);
+    Row* const __restrict__ out = static_cast<Row*>(a.out);
+    const long long num_results = a.num_results, num_terms = a.num_terms, hidden = a.hidden;
     __shared__ const Chunk* term_row[kMaxTerms];
     __shared__ Wide term_weight[kMaxTerms];
     __shared__ int num_present;
@@ -34,7 +37,7 @@ __global__ void __launch_bounds__(256)
             if (slot >= 0) {
                 const int place = __popc(present & ((1u << lane) - 1u));
                 term_row[place] = reinterpret_cast<const Chunk*>(rows + slot * hidden);
-                if (WEIGHTED) term_weight[place] = weights[m * num_terms + lane];
+                if (kWeighted) term_weight[place] = weights[m * num_terms + lane];
             }
             if (lane == 0) num_present = __popc(present);
         }
@@ -42,10 +45,10 @@ __global__ void __launch_bounds__(256)
 
         Chunk* result = reinterpret_cast<Chunk*>(out + m * hidden);
         const int count = num_present;
-        for (long long v = threadIdx.x; v < hidden / VEC; v += blockDim.x) {
-            Wide sum[VEC];
+        for (long long v = threadIdx.x; v < hidden / kWidth; v += blockDim.x) {
+            Wide sum[kWidth];
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) sum[i] = 0;
+            for (int i = 0; i < kWidth; ++i) sum[i] = 0;
             for (int first = 0; first < count; first += kInFlight) {
                 Chunk loaded[kInFlight];
 #pragma unroll
@@ -55,16 +58,16 @@ __global__ void __launch_bounds__(256)
                 for (int t = 0; t < kInFlight; ++t) {
                     if (first + t >= count) break;
 #pragma unroll
-                    for (int i = 0; i < VEC; ++i) {
+                    for (int i = 0; i < kWidth; ++i) {
                         Wide term = widen(loaded[t].x[i]);
-                        if (WEIGHTED) term = times(term, term_weight[first + t]);
+                        if (kWeighted) term = times(term, term_weight[first + t]);
                         sum[i] = plus(sum[i], term);
                     }
                 }
             }
             Chunk rounded;
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) narrow(sum[i], rounded.x[i]);
+            for (int i = 0; i < kWidth; ++i) narrow(sum[i], rounded.x[i]);
             result[v] = rounded;
         }
         __syncthreads();  // the next result overwrites the shared terms
