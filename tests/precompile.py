@@ -16,29 +16,29 @@ from expertlink.engines.nvlink.arena import ArenaPlan
 from expertlink.engines.nvlink.launch import compile_for
 from expertlink.engines.nvlink.ll import plan as ll_plan
 from expertlink.engines.nvlink.ll.plan import LatencyPlan
-from support.nvlink_cases import (
-    LATENCY,
+from support.cases import (
+    LL,
     Kernels,
-    hosted_kernels,
-    latency_kernels,
-    latency_process_kernels,
-    process_kernels,
+    ht_kernels,
+    ht_process_kernels,
+    ll_kernels,
+    ll_process_kernels,
 )
-from support.rank_jobs import config_of
+from support.jobs import config_of
 
 
 def compile_one(wanted: Kernels, arch: str) -> None:
     """Compiles one communicator's kernels, unless the cache has them."""
     shape = wanted.shape
     fields: dict[str, Any] = {"zero_copy": wanted.zero_copy}
-    if wanted.latency:
-        fields = {**LATENCY, "quantization": "e4m3_float32" if wanted.quantized else None}
+    if wanted.mode == "ll":
+        fields = {**LL, "quantization": "e4m3_float32" if wanted.quantized else None}
     config = config_of(shape.case(), "cuda:0", **fields)
     usual_words = ll_plan._MASK_WORDS
     try:
         if wanted.mask_words is not None:
             ll_plan._MASK_WORDS = wanted.mask_words
-        plan = (LatencyPlan if wanted.latency else ArenaPlan).of(config, shape.ranks)
+        plan = (LatencyPlan if wanted.mode == "ll" else ArenaPlan).of(config, shape.ranks)
         compile_for(config, plan, num_ranks=shape.ranks, arch=arch, hosted=wanted.hosted)
     finally:
         ll_plan._MASK_WORDS = usual_words
@@ -46,8 +46,7 @@ def compile_one(wanted: Kernels, arch: str) -> None:
 
 def compile_all(arch: str, *, workers: int | None = None) -> int:
     """Compiles all of them; returns their number."""
-    latency = [*latency_kernels(), *latency_process_kernels()]
-    work = [*latency, *hosted_kernels(), *process_kernels()]
+    work = [*ll_kernels(), *ll_process_kernels(), *ht_kernels(), *ht_process_kernels()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
         for future in [pool.submit(compile_one, wanted, arch) for wanted in work]:

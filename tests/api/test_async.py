@@ -9,10 +9,11 @@ import torch
 
 from expertlink import DispatchLayout
 from expertlink.engines.base import CombineCall
-from expertlink.engines.collective.route import Route, Splits
+from expertlink.engines.collective.exchange import Splits
+from expertlink.engines.collective.route import Route
 from expertlink.layouts import LayoutPlan
 from expertlink.overlap import tensors_in
-from support import async_jobs
+from support import jobs
 from support.oracle import Case
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
@@ -22,14 +23,14 @@ LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda lay
 def test_operations_in_flight(rank_pools, layout: DispatchLayout) -> None:
     case = Case((6, 0, 5), 20, experts=5, topk=2, layout=layout, masked=0.2)
     pool = rank_pools(3)
-    assert all(pool.run(async_jobs.overlapping, case, timeout_s=60))
-    assert all(pool.run(async_jobs.finished_later, case, timeout_s=60))
+    assert all(pool.run(jobs.overlapping, case, timeout_s=60))
+    assert all(pool.run(jobs.finished_later, case, timeout_s=60))
 
 
 @LAYOUTS
 def test_gradients_through_requests(rank_pools, layout: DispatchLayout) -> None:
     case = Case((6, 2), 8, experts=5, topk=2, layout=layout, dtype=torch.float64)
-    assert all(rank_pools(2).run(async_jobs.gradients_through_requests, case, timeout_s=60))
+    assert all(rank_pools(2).run(jobs.gradients_through_requests, case, timeout_s=60))
 
 
 def test_two_communicators_on_one_group(rank_pools) -> None:
@@ -37,7 +38,7 @@ def test_two_communicators_on_one_group(rank_pools) -> None:
         Case((6, 3), 8, experts=5, topk=2, layout=DispatchLayout.FLAT, seed=1),
         Case((2, 9), 20, experts=4, topk=3, layout=DispatchLayout.RANK_MAJOR, seed=2),
     ]
-    assert all(rank_pools(2).run(async_jobs.two_communicators, pair, timeout_s=60))
+    assert all(rank_pools(2).run(jobs.two_communicators, pair, timeout_s=60))
 
 
 @LAYOUTS
@@ -50,7 +51,7 @@ def test_many_calls_of_changing_shape(rank_pools, layout: DispatchLayout) -> Non
     ]
     # Padded layouts take their size from the communicator's maximum: the largest case comes first.
     fixed = [case for case in cases if case.max_tokens == base.max_tokens or not layout.padded]
-    assert all(rank_pools(2).run(async_jobs.soak, fixed, 60, timeout_s=120))
+    assert all(rank_pools(2).run(jobs.many_calls, fixed, 60, timeout_s=120))
 
 
 def test_side_streams_see_every_tensor() -> None:

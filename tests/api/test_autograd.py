@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expertlink import DispatchLayout
-from support import train_jobs
+from support import training
 from support.oracle import Case
 from support.small_calls import H, T, good, make
 
@@ -22,7 +22,7 @@ LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda lay
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_gradcheck(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     case = Case((3,) * ranks, 2, experts=4, topk=2, layout=layout, dtype=torch.float64, masked=0.2)
-    assert all(rank_pools(ranks).run(train_jobs.gradcheck, case, timeout_s=120))
+    assert all(rank_pools(ranks).run(training.gradcheck, case, timeout_s=120))
 
 
 @LAYOUTS
@@ -34,7 +34,7 @@ def test_gradients_equal_a_dense_layer(rank_pools, ranks: int, layout: DispatchL
     aligned = [dataclasses.replace(case, alignment=4)] if layout is DispatchLayout.FLAT else []
     exact = [dataclasses.replace(scattered, precision="exact")] if layout.expanded else []
     for drawn in (case, scattered, *aligned, *exact):
-        for worst in rank_pools(ranks).run(train_jobs.gradients, drawn, timeout_s=60):
+        for worst in rank_pools(ranks).run(training.gradients, drawn, timeout_s=60):
             assert max(worst.values()) < 1e-12, (drawn, worst)
 
 
@@ -43,7 +43,7 @@ def test_gradients_with_a_rank_without_experts(rank_pools, layout: DispatchLayou
     case = Case((5, 4), 8, experts=3, topk=2, layout=layout, dtype=torch.float64, placement="bare")
     counted = dataclasses.replace(case, placement="even", experts=1, topk=1)
     for drawn in (case, counted):  # the second: as many as can be, which is none
-        for worst in rank_pools(2).run(train_jobs.gradients, drawn, timeout_s=60):
+        for worst in rank_pools(2).run(training.gradients, drawn, timeout_s=60):
             assert max(worst.values()) < 1e-12, (drawn, worst)
 
 
@@ -51,34 +51,34 @@ def test_gradients_with_a_rank_without_experts(rank_pools, layout: DispatchLayou
 def test_gradients_in_bfloat16(rank_pools, layout: DispatchLayout) -> None:
     """Only rounding separates bfloat16 rows from the dense layer: a few of its 2^-8 steps."""
     case = Case((6, 6), 16, experts=4, topk=2, layout=layout, dtype=torch.bfloat16)
-    for worst in rank_pools(2).run(train_jobs.gradients, case, timeout_s=60):
+    for worst in rank_pools(2).run(training.gradients, case, timeout_s=60):
         assert max(worst.values()) < 0.05, worst
 
 
 @LAYOUTS
 def test_weight_gradients_return_to_their_choice(rank_pools, layout: DispatchLayout) -> None:
     case = Case((5, 0, 4), 4, experts=7, topk=3, layout=layout, dtype=torch.float32, masked=0.3)
-    assert all(rank_pools(3).run(train_jobs.weight_grads, case, timeout_s=60))
+    assert all(rank_pools(3).run(training.weight_grads, case, timeout_s=60))
 
 
 @LAYOUTS
 def test_backward_again_and_in_part(rank_pools, layout: DispatchLayout) -> None:
     case = Case((5, 4), 4, experts=4, topk=2, layout=layout, dtype=torch.float64)
-    for outcome in rank_pools(2).run(train_jobs.repeated_backward, case, timeout_s=60):
+    for outcome in rank_pools(2).run(training.repeated_backward, case, timeout_s=60):
         assert outcome == (True, True, False, True)
 
 
 @LAYOUTS
 def test_weights_beside_quantized_rows(rank_pools, layout: DispatchLayout) -> None:
     case = Case((5, 4), 8, experts=4, topk=2, layout=layout, dtype=torch.float32, masked=0.2)
-    assert all(rank_pools(2).run(train_jobs.quantized_weights, case, timeout_s=60))
+    assert all(rank_pools(2).run(training.quantized_weights, case, timeout_s=60))
 
 
 @LAYOUTS
 @pytest.mark.parametrize("leaves", [("rows",), ("weights",), ("rows", "weights")])
 def test_gradients_of_kept_weights(rank_pools, layout: DispatchLayout, leaves) -> None:
     case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float64, masked=0.2)
-    for worst in rank_pools(2).run(train_jobs.kept_weights, case, leaves, timeout_s=60):
+    for worst in rank_pools(2).run(training.kept_weights, case, leaves, timeout_s=60):
         assert worst < 1e-12
 
 
@@ -86,7 +86,7 @@ def test_gradients_of_kept_weights(rank_pools, layout: DispatchLayout, leaves) -
 def test_combines_that_autograd_follows(rank_pools, layout: DispatchLayout) -> None:
     """All where gradients are enabled, but those whose form excludes gradients."""
     case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float32)
-    for seen in rank_pools(2).run(train_jobs.followed, case, timeout_s=60):
+    for seen in rank_pools(2).run(training.followed, case, timeout_s=60):
         assert [name for name, followed in seen.items() if followed] == ["plain", "later"]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.exc import Unsupported
 
 from expertlink import DispatchLayout
-from support import compile_jobs
+from support import training
 from support.oracle import Case
 from support.small_calls import T, good, make, works
 
@@ -23,7 +23,7 @@ from support.small_calls import T, good, make, works
 def test_compiled_models_give_the_same(rank_pools, backend: str, form: str) -> None:
     layout = DispatchLayout.EXPERT_MAJOR
     case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float64)
-    for worst in rank_pools(2).run(compile_jobs.compiled, case, backend, form, timeout_s=120):
+    for worst in rank_pools(2).run(training.compiled, case, backend, form, timeout_s=120):
         assert worst < 1e-12
 
 

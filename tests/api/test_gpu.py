@@ -9,11 +9,11 @@ import torch
 
 from expertlink import BlockFormat, DispatchLayout
 from expertlink.launch import RankPool
-from support import async_jobs, decode_jobs, peer_jobs, train_jobs
-from support.nvlink_cases import half_shapes, routings, usual
+from support import decode, faults, jobs, payloads, training
+from support.cases import half_shapes, routings, usual
+from support.jobs import choice_of, contract
 from support.oracle import Case
-from support.quant_jobs import opaque_rows, quantized_dispatch
-from support.rank_jobs import choice_of, contract
+from support.payloads import opaque_rows, quantized_dispatch
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 RANKS = pytest.mark.parametrize(
@@ -76,18 +76,16 @@ def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) ->
     drawn = cases_for(ranks, layout)[:2]
     if layout.expanded:
         drawn += [dataclasses.replace(case, precision="exact") for case in drawn]
-    jobs = [decode_jobs.halves, decode_jobs.buffers, decode_jobs.stale_handles]
-    jobs += [decode_jobs.in_turns, decode_jobs.statistics]
-    jobs += [decode_jobs.own_weights, decode_jobs.ranges] if layout.expanded else []
+    jobs = [decode.halves, decode.buffers, decode.stale_handles]
+    jobs += [decode.in_turns, decode.statistics]
+    jobs += [decode.own_weights, decode.ranges] if layout.expanded else []
     for job in jobs:
-        done = pool.run(decode_jobs.on_a_rank, job, drawn, engine="collective", timeout_s=100)
+        done = pool.run(decode.on_a_rank, job, drawn, engine="collective", timeout_s=100)
         assert done == [len(drawn)] * ranks
     fields = {"quantization": "e4m3_ue8m0", "scale_order": "column_major"}
-    for job in (decode_jobs.scales_in_order, decode_jobs.buffers_of_packed_rows):
+    for job in (payloads.scales_in_order, payloads.buffers_of_packed_rows):
         case = dataclasses.replace(drawn[1], weighted=False)
-        done = pool.run(
-            decode_jobs.on_a_rank, job, [case], engine="collective", timeout_s=100, **fields
-        )
+        done = pool.run(decode.on_a_rank, job, [case], engine="collective", timeout_s=100, **fields)
         assert done == [1] * ranks
 
 
@@ -112,17 +110,17 @@ def test_gradients_and_requests(rank_pools, ranks: int, layout: DispatchLayout) 
     pool = rank_pools(ranks, "cuda")
     tokens = (5, 0, 7, 3, 2, 2, 0, 9)[:ranks]
     case = Case(tokens, 8, experts=9, topk=3, layout=layout, dtype=torch.float64, masked=0.2)
-    for worst in pool.run(train_jobs.gradients, case, timeout_s=60):
+    for worst in pool.run(training.gradients, case, timeout_s=60):
         assert max(worst.values()) < 1e-12, worst
-    assert all(pool.run(train_jobs.weight_grads, case, timeout_s=60))
-    outcomes = pool.run(train_jobs.repeated_backward, case, timeout_s=60)
+    assert all(pool.run(training.weight_grads, case, timeout_s=60))
+    outcomes = pool.run(training.repeated_backward, case, timeout_s=60)
     assert all(outcome == (True, True, False, True) for outcome in outcomes)
-    assert all(pool.run(async_jobs.gradients_through_requests, case, timeout_s=60))
+    assert all(pool.run(jobs.gradients_through_requests, case, timeout_s=60))
     half = usual(ranks, layout).case(masked=0.2)
-    assert all(pool.run(train_jobs.weight_grads, half, timeout_s=60))
-    assert all(pool.run(async_jobs.gradients_through_requests, half, timeout_s=60))
-    assert all(pool.run(async_jobs.overlapping, half, timeout_s=60))
-    assert all(pool.run(async_jobs.finished_later, half, timeout_s=60))
+    assert all(pool.run(training.weight_grads, half, timeout_s=60))
+    assert all(pool.run(jobs.gradients_through_requests, half, timeout_s=60))
+    assert all(pool.run(jobs.overlapping, half, timeout_s=60))
+    assert all(pool.run(jobs.finished_later, half, timeout_s=60))
 
 
 @RANKS
@@ -139,8 +137,8 @@ def test_quantized_rows(rank_pools, ranks: int, layout: DispatchLayout) -> None:
 @pytest.mark.gpu(4)
 def test_refusals_reach_every_rank(rank_pools) -> None:
     """A wrong form is told to all ranks even where data is not checked."""
-    fields = {"input": torch.randn(peer_jobs.T, 3)}
-    results = rank_pools(4, "cuda").run(peer_jobs.refused_dispatch, 1, fields, timeout_s=60)
+    fields = {"input": torch.randn(faults.T, 3)}
+    results = rank_pools(4, "cuda").run(faults.refused_dispatch, 1, fields, timeout_s=60)
     assert results[1][0][0] == "InputError"
     assert all(results[rank][0][0] == "PeerError" for rank in (0, 2, 3))
     assert all(recovered for _, recovered in results)
@@ -151,7 +149,7 @@ def test_refusals_reach_every_rank(rank_pools) -> None:
 def test_a_missing_rank_is_named_in_time(phase: str) -> None:
     with RankPool(num_ranks=4, device="cuda") as pool:
         results = pool.run(
-            peer_jobs.absent, 1, phase, "stays away", timeout_s=60, return_exceptions=True
+            faults.absent, 1, phase, "stays away", timeout_s=60, return_exceptions=True
         )
         pool.kill()
     for rank in (0, 2, 3):

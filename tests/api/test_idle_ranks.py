@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from expertlink import DispatchLayout
-from support import idle_jobs
-from support.idle_jobs import Setup
+from support import training
 from support.oracle import Case
+from support.training import Setup
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 
@@ -18,7 +18,7 @@ def case_of(layout: DispatchLayout) -> Case:
 
 
 def check(rank_pools, *setups: Setup) -> None:
-    for worst in rank_pools(2).run(idle_jobs.largest_gaps, setups, timeout_s=60):
+    for worst in rank_pools(2).run(training.largest_gaps, setups, timeout_s=60):
         assert max(worst) < 1e-12, dict(zip(setups, worst, strict=True))
 
 

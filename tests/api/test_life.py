@@ -21,7 +21,7 @@ from expertlink.engines.base import CombineCall
 from expertlink.launch import RankPool
 from expertlink.overlap import launch
 from expertlink.requests import Life
-from support import life_jobs
+from support import life
 from support.oracle import Case
 from support.small_calls import E, H, good, make, works
 
@@ -29,7 +29,7 @@ LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda lay
 
 
 def test_groups(rank_pools) -> None:
-    for two_d, text, foreign, other in rank_pools(2).run(life_jobs.groups, timeout_s=60):
+    for two_d, text, foreign, other in rank_pools(2).run(life.groups, timeout_s=60):
         assert 'a mesh of one dimension, such as mesh["ep"]' in two_d
         assert "ConfigurationError: group='ep'" in text
         assert "a torch.distributed.ProcessGroup, a 1-D DeviceMesh, or None" in text
@@ -39,7 +39,7 @@ def test_groups(rank_pools) -> None:
 
 
 def test_copies_and_pickles(rank_pools) -> None:
-    for module, saved, config in rank_pools(2).run(life_jobs.copies, timeout_s=60):
+    for module, saved, config in rank_pools(2).run(life.copies, timeout_s=60):
         assert module == saved
         assert "a MoECommunicator cannot be pickled" in module
         assert "state_dict()" in module
@@ -49,8 +49,8 @@ def test_copies_and_pickles(rank_pools) -> None:
 @LAYOUTS
 def test_inference_mode(rank_pools, layout: DispatchLayout) -> None:
     case = Case((4, 3), 8, experts=4, topk=2, layout=layout, dtype=torch.float32)
-    assert all(rank_pools(2).run(life_jobs.inference, case, timeout_s=60))
-    assert all(rank_pools(2).run(life_jobs.inference_then_training, case, timeout_s=60))
+    assert all(rank_pools(2).run(life.inference, case, timeout_s=60))
+    assert all(rank_pools(2).run(life.inference_then_training, case, timeout_s=60))
 
 
 # -- time-outs ------------------------------------------------------------------------------------
@@ -78,8 +78,8 @@ def test_no_timeouts(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seconds", [1e9, 1e12, 1e300, 10**40])
 def test_long_timeouts(rank_pools, seconds: float) -> None:
-    case = life_jobs.CASE
-    job = life_jobs.with_timeout
+    case = life.CASE
+    job = life.with_timeout
     assert all(rank_pools(2).run(job, case, seconds, timeout_s=60))
 
 
@@ -145,7 +145,7 @@ def test_a_block_that_is_left_in_peace_aborts_nothing(monkeypatch: pytest.Monkey
 
 def test_other_ranks_learn_of_an_abort() -> None:
     with RankPool(num_ranks=2) as pool:  # its process group is of no use afterwards
-        mine, theirs = pool.run(life_jobs.experts_raise, life_jobs.CASE, timeout_s=60)
+        mine, theirs = pool.run(life.experts_raise, life.CASE, timeout_s=60)
     assert mine == "ValueError"
     assert isinstance(theirs, AbortError)
     assert (theirs.rank, theirs.reason) == (0, "ValueError: no such expert")

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from expertlink.bench.raw import WireRows
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +21,6 @@ from expertlink.bench.ceilings import (
     most_rows,
     put_share,
 )
-from expertlink.bench.raw import WireRows
 from expertlink.bench.records import PHASES
 from expertlink.bench.results import Measured, make_record
 from expertlink.errors import EngineUnavailableError

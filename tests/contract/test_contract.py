@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from expertlink import DispatchLayout
 from support.depth import deep
+from support.jobs import contract
 from support.oracle import Case
-from support.rank_jobs import contract
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -16,11 +16,10 @@ from expertlink import BlockFormat, DispatchLayout
 from expertlink.engines.nvlink.engine import expert_ranges
 from expertlink.engines.nvlink.ht.engine import with_slot_weights
 from expertlink.engines.nvlink.tables import Route, TableLayout
-from support import decode_jobs
+from support import decode, payloads
 from support.depth import deep
-from support.oracle import Case, expected_of
-from support.oracle_results import ranges_of, slot_weights
-from support.rank_jobs import config_of
+from support.jobs import config_of
+from support.oracle import Case, expected_of, ranges_of, slot_weights
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 EXPANDED = pytest.mark.parametrize(
@@ -30,9 +29,9 @@ EXPANDED = pytest.mark.parametrize(
 )
 
 
-def run(rank_pools, job: decode_jobs.Job, drawn: list[Case], *args: Any, **fields: Any) -> None:
+def run(rank_pools, job: decode.Job, drawn: list[Case], *args: Any, **fields: Any) -> None:
     ranks = drawn[0].ranks
-    done = rank_pools(ranks).run(decode_jobs.on_a_rank, job, drawn, *args, timeout_s=120, **fields)
+    done = rank_pools(ranks).run(decode.on_a_rank, job, drawn, *args, timeout_s=120, **fields)
     assert done == [len(drawn)] * ranks
 
 
@@ -42,7 +41,7 @@ def test_weights_of_the_combine(rank_pools, ranks: int, layout: DispatchLayout) 
     @settings(max_examples=deep(6))
     @given(st.lists(cases(ranks, layout), min_size=1, max_size=4))
     def check(drawn: list[Case]) -> None:
-        run(rank_pools, decode_jobs.own_weights, drawn)
+        run(rank_pools, decode.own_weights, drawn)
 
     check()
 
@@ -51,16 +50,16 @@ def test_weights_of_the_combine(rank_pools, ranks: int, layout: DispatchLayout) 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_halves(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     drawn = shapes(ranks, layout)
-    run(rank_pools, decode_jobs.halves, drawn)
-    run(rank_pools, decode_jobs.in_turns, drawn)
+    run(rank_pools, decode.halves, drawn)
+    run(rank_pools, decode.in_turns, drawn)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_buffers(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     drawn = shapes(ranks, layout)
-    run(rank_pools, decode_jobs.buffers, drawn)
-    run(rank_pools, decode_jobs.stale_handles, drawn[:1])
+    run(rank_pools, decode.buffers, drawn)
+    run(rank_pools, decode.stale_handles, drawn[:1])
 
 
 @LAYOUTS
@@ -69,7 +68,7 @@ def test_buffers_of_packed_rows(rank_pools, layout: DispatchLayout) -> None:
     for order in ("row_major", "column_major"):
         run(
             rank_pools,
-            decode_jobs.buffers_of_packed_rows,
+            payloads.buffers_of_packed_rows,
             [case],
             quantization="e4m3_pow2",
             scale_order=order,
@@ -87,7 +86,7 @@ def test_order_of_scales(rank_pools, block_format: BlockFormat, layout: Dispatch
     for order in ("row_major", "column_major"):
         run(
             rank_pools,
-            decode_jobs.scales_in_order,
+            payloads.scales_in_order,
             drawn,
             quantization=block_format,
             scale_order=order,
@@ -100,7 +99,7 @@ def test_ranges(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     @settings(max_examples=deep(6))
     @given(st.lists(cases(ranks, layout), min_size=1, max_size=4))
     def check(drawn: list[Case]) -> None:
-        run(rank_pools, decode_jobs.ranges, drawn)
+        run(rank_pools, decode.ranges, drawn)
 
     check()
 
@@ -108,13 +107,13 @@ def test_ranges(rank_pools, ranks: int, layout: DispatchLayout) -> None:
 @LAYOUTS
 def test_statistics(rank_pools, layout: DispatchLayout) -> None:
     drawn = shapes(3, layout)
-    run(rank_pools, decode_jobs.statistics, drawn)
+    run(rank_pools, decode.statistics, drawn)
 
 
 @EXPANDED
 def test_weights_on_one_rank_only(rank_pools, layout: DispatchLayout) -> None:
     case = Case((3, 2), 8, experts=4, topk=2, layout=layout, precision="exact")
-    run(rank_pools, decode_jobs.weights_on_one_rank, [case])
+    run(rank_pools, decode.weights_on_one_rank, [case])
 
 
 @EXPANDED

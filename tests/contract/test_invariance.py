@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertlink import DispatchLayout, MoECommunicator, MoECommunicatorConfig
 from expertlink.launch import RankContext
-from support.train_jobs import experts_of
+from support.training import experts_of
 
 T, H, E, K = 12, 6, 5, 3
 

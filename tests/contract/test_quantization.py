@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from expertlink import BlockFormat, DispatchLayout, InputError
 from expertlink.quantization import dequantize, quantize, scale_columns
 from support.depth import deep
-from support.quant_jobs import opaque_rows, quantized_dispatch
+from support.payloads import opaque_rows, quantized_dispatch
 
 FORMATS = pytest.mark.parametrize("block_format", list(BlockFormat), ids=lambda f: f.value)
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from expertlink import BlockFormat, DispatchLayout
-from support import nvlink_jobs
-from support.hosted import DEVICE, Fleet, run_hosted
-from support.nvlink_cases import (
+from support import jobs, oracle, payloads
+from support.cases import (
     RANKS,
     ROWS_IN_POOL,
     SMS,
@@ -21,8 +20,9 @@ from support.nvlink_cases import (
     special,
     usual,
 )
+from support.hosted import DEVICE, Fleet, run_hosted
+from support.jobs import check_contract, config_of
 from support.oracle import Case
-from support.rank_jobs import check_contract, config_of
 
 pytestmark = pytest.mark.gpu(1)
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
@@ -44,7 +44,7 @@ def test_bits_equal_the_oracle(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
     # Hundreds of ranks' worth of Python take their time; the first cases differ most.
     cases = cases if ranks <= 8 else cases[:4]
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of(cases[0]), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -52,7 +52,7 @@ def test_bits_equal_the_oracle(ranks: int, layout: DispatchLayout) -> None:
 def test_edges_of_what_the_kernels_take(name: str, layout: DispatchLayout) -> None:
     shape = special(name, layout)
     cases = [shape.case(seed=1), shape.case(masked=0.4, weighted=False, seed=2)]
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of(cases[0]), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -67,7 +67,7 @@ def test_any_placement(ranks: int, placement: str, bare: bool, layout: DispatchL
     assert bare == any(not case.local_experts(rank) for rank in range(ranks))
     cases = [case, dataclasses.replace(case, masked=0.4)]
     fleet = fleet_of(case)
-    run_hosted(fleet, nvlink_jobs.contracts, cases)
+    run_hosted(fleet, jobs.contracts, cases)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -75,7 +75,7 @@ def test_any_placement(ranks: int, placement: str, bare: bool, layout: DispatchL
 def test_alignment(ranks: int, static: bool) -> None:
     cases = routings(aligned(ranks))
     fleet = fleet_of(cases[0], static_shapes=static)
-    run_hosted(fleet, nvlink_jobs.contracts, cases)
+    run_hosted(fleet, jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -85,7 +85,7 @@ def test_any_number_of_blocks(blocks: int, layout: DispatchLayout) -> None:
     shape = long_spans(layout)
     cases = [shape.case((700, 0, 65, 1), seed=1), shape.case((3, 260, 0, 129), masked=0.5, seed=2)]
     fleet = fleet_of(cases[0], num_sms_dispatch=blocks, num_sms_combine=blocks)
-    run_hosted(fleet, nvlink_jobs.contracts, cases)
+    run_hosted(fleet, jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -93,14 +93,14 @@ def test_any_number_of_blocks(blocks: int, layout: DispatchLayout) -> None:
 def test_checked_inputs(static: bool, layout: DispatchLayout) -> None:
     cases = routings(usual(3, layout))[:2]
     fleet = fleet_of(cases[0], check_inputs=True, static_shapes=static)
-    run_hosted(fleet, nvlink_jobs.contracts, cases)
+    run_hosted(fleet, jobs.contracts, cases)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_static_shapes(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
-    run_hosted(fleet_of(cases[0], static_shapes=True), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of(cases[0], static_shapes=True), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -108,9 +108,9 @@ def test_static_shapes_with_a_limit(layout: DispatchLayout) -> None:
     if layout.padded:
         pytest.skip("padded layouts have no limit")
     case = usual(3, layout).case((9, 4, 0), seed=1)
-    limit = max(nvlink_jobs.expected_of(case, rank).shape[0] for rank in range(3))
+    limit = max(oracle.expected_of(case, rank).shape[0] for rank in range(3))
     fleet = fleet_of(case, static_shapes=True, max_recv_tokens_per_rank=limit)
-    run_hosted(fleet, nvlink_jobs.contracts, [case])
+    run_hosted(fleet, jobs.contracts, [case])
 
 
 @DEDUPLICATED
@@ -119,7 +119,7 @@ def test_static_shapes_with_a_limit(layout: DispatchLayout) -> None:
 def test_zero_copy(ranks: int, static: bool, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
     fleet = fleet_of(cases[0], zero_copy=True, static_shapes=static)
-    run_hosted(fleet, nvlink_jobs.contracts, cases)
+    run_hosted(fleet, jobs.contracts, cases)
 
 
 @DEDUPLICATED
@@ -127,15 +127,15 @@ def test_zero_copy(ranks: int, static: bool, layout: DispatchLayout) -> None:
 def test_zero_copy_at_the_edges(name: str, layout: DispatchLayout) -> None:
     shape = special(name, layout)
     cases = [shape.case(seed=1), shape.case(masked=0.4, seed=2)]
-    run_hosted(fleet_of(cases[0], zero_copy=True), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of(cases[0], zero_copy=True), jobs.contracts, cases)
 
 
 @DEDUPLICATED
 def test_zero_copy_views(layout: DispatchLayout) -> None:
     cases = routings(usual(3, layout))
     fleet = fleet_of(cases[0], zero_copy=True)
-    run_hosted(fleet, nvlink_jobs.views_survive, cases)
-    run_hosted(fleet, nvlink_jobs.combine_views, cases[0])
+    run_hosted(fleet, jobs.views_survive, cases)
+    run_hosted(fleet, jobs.combine_views, cases[0])
 
 
 @LAYOUTS
@@ -143,7 +143,7 @@ def test_padding_is_zero_where_gradients_may_be_tracked(layout: DispatchLayout) 
     case = usual(3, layout).case(seed=1)
     run_hosted(fleet_of(case), check_contract, case)
     if layout.padded:
-        run_hosted(fleet_of(case), nvlink_jobs.zero_padding, case)
+        run_hosted(fleet_of(case), jobs.zero_padding, case)
 
 
 @LAYOUTS
@@ -151,11 +151,11 @@ def test_padding_is_zero_where_gradients_may_be_tracked(layout: DispatchLayout) 
 def test_rows_that_the_caller_quantized(kind: str, layout: DispatchLayout) -> None:
     shape = usual(3, layout)
     for case in (shape.case(seed=1), shape.case(masked=0.5, weighted=False, seed=2)):
-        run_hosted(fleet_of(case), nvlink_jobs.packed_rows, case, kind)
+        run_hosted(fleet_of(case), payloads.packed_rows, case, kind)
         if not layout.expanded:
-            run_hosted(fleet_of(case, zero_copy=True), nvlink_jobs.packed_rows, case, kind)
+            run_hosted(fleet_of(case, zero_copy=True), payloads.packed_rows, case, kind)
 
 
 def test_gaps_of_quantized_rows_are_zero() -> None:
     case = aligned(3).case(seed=1)
-    run_hosted(fleet_of(case), nvlink_jobs.packed_rows, case, "opaque")
+    run_hosted(fleet_of(case), payloads.packed_rows, case, "opaque")

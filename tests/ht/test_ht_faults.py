@@ -16,8 +16,9 @@ from expertlink import (
 )
 from expertlink.engines.nvlink import watchdog
 from expertlink.launch import RankPool
-from support import nvlink_jobs
-from support.fault_jobs import (
+from support import faults, jobs
+from support.cases import SMS, aligned, usual
+from support.faults import (
     CULPRIT,
     FAULTY_IDS,
     OTHERS,
@@ -29,9 +30,8 @@ from support.fault_jobs import (
     with_ids,
 )
 from support.hosted import DEVICE, Fleet, run_hosted
-from support.nvlink_cases import SMS, aligned, usual
+from support.jobs import config_of, dispatch_case, rows_for
 from support.oracle import Case, inputs_of
-from support.rank_jobs import config_of, dispatch_case, rows_for
 
 pytestmark = pytest.mark.gpu(1)
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
@@ -54,7 +54,7 @@ def usual_case(layout: DispatchLayout, **fields: Any) -> Case:
 def test_a_wrong_form_on_one_rank(check: bool, layout: DispatchLayout) -> None:
     case = usual_case(layout)
     call = dispatch_with(case, input=lambda x_TH: x_TH[:, :3])
-    errors = run_hosted(fleet_of(case, check_inputs=check), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of(case, check_inputs=check), faults.fails_once, case, call)
     judge(errors, own="InputError", text="input has shape (4, 3)")
 
 
@@ -63,7 +63,7 @@ def test_a_wrong_form_on_one_rank(check: bool, layout: DispatchLayout) -> None:
 def test_faulty_ids_on_one_rank(first: list[int], text: str, layout: DispatchLayout) -> None:
     case = usual_case(layout)
     call = dispatch_with(case, topk_ids=with_ids(first))
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of(case, check_inputs=True), faults.fails_once, case, call)
     judge(errors, own="InputError", text=text)
 
 
@@ -73,14 +73,14 @@ def test_unchecked_ids_stay_memory_safe(first: list[int], layout: DispatchLayout
     """An id that is out of range counts as no expert; a double one is the caller's affair."""
     case = usual_case(layout)
     call = dispatch_with(case, topk_ids=with_ids(first))
-    assert run_hosted(fleet_of(case), nvlink_jobs.fails_once, case, call) == [None] * RANKS
+    assert run_hosted(fleet_of(case), faults.fails_once, case, call) == [None] * RANKS
 
 
 @LAYOUTS
 def test_weights_on_some_ranks_only(layout: DispatchLayout) -> None:
     case = usual_case(layout)
     call = dispatch_with(case, weights=lambda _: None)
-    errors = run_hosted(fleet_of(case), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of(case), faults.fails_once, case, call)
     for error in errors:
         assert type(error).__name__ == "InputError", errors
         assert "either weights or none" in str(error)
@@ -98,7 +98,7 @@ def test_one_rank_changes_its_routing(layout: DispatchLayout) -> None:
         x_TH, ids_TK = own.x_TH.to(DEVICE), own.ids_TK.to(DEVICE)
         return comm.dispatch(x_TH, ids_TK, previous_handle=handle)
 
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of(case, check_inputs=True), faults.fails_once, case, call)
     judge(errors, own="RoutingChangedError", text="topk_ids[0]=[-1, -1")
 
 
@@ -112,7 +112,7 @@ def test_all_ranks_change_their_routing() -> None:
             own.x_TH.to(DEVICE), own.ids_TK.flip(0).to(DEVICE), previous_handle=handle
         )
 
-    errors = run_hosted(fleet_of(case), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of(case), faults.fails_once, case, call)
     assert all(isinstance(error, RoutingChangedError) for error in errors), errors
 
 
@@ -125,7 +125,7 @@ def test_one_rank_refuses_its_combine(layout: DispatchLayout) -> None:
         rows = rows_for(case, comm.rank, handle)
         return comm.combine(rows.float() if comm.rank == CULPRIT else rows, handle)
 
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of(case, check_inputs=True), faults.fails_once, case, call)
     judge(errors, own="InputError", text="expert_output has dtype torch.float32")
 
 
@@ -142,9 +142,7 @@ def test_more_rows_than_the_limit(zero_copy: bool, layout: DispatchLayout) -> No
     needed = rows_of(large)
     first = next(rank for rank, rows in enumerate(needed) if rows > room)
     fleet = fleet_of(fits, max_recv_tokens_per_rank=room, zero_copy=zero_copy)
-    errors = run_hosted(
-        fleet, nvlink_jobs.fails_once, fits, lambda comm: dispatch_case(comm, large)
-    )
+    errors = run_hosted(fleet, faults.fails_once, fits, lambda comm: dispatch_case(comm, large))
     check_overflow(errors, first, needed[first], room)
 
 
@@ -160,7 +158,7 @@ def test_a_small_buffer(shape: Any) -> None:
     buffers = [buffer.to(case.dtype) for buffer in buffers]
     errors = run_hosted(
         fleet_of(case),
-        nvlink_jobs.fails_once,
+        faults.fails_once,
         case,
         lambda comm: dispatch_case(comm, case, output_buffer=buffers[comm.rank]),
     )
@@ -179,7 +177,7 @@ def test_a_small_buffer_of_a_cached_dispatch(layout: DispatchLayout) -> None:
         x_TH = inputs_of(case, comm.rank).x_TH.to(DEVICE)
         return comm.dispatch(x_TH, None, previous_handle=handle, output_buffer=buffer)
 
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of(case, check_inputs=True), faults.fails_once, case, call)
     judge(errors, own="InputError", text="output_buffer has 1 rows")
 
 
@@ -200,7 +198,7 @@ def test_static_shapes_report_what_found_no_room(with_buffer: bool, layout: Disp
         torch.cuda.synchronize(DEVICE)
         comm.combine(rows, handle)  # which every rank makes, whatever it knows
         torch.cuda.synchronize(DEVICE)
-        error = nvlink_jobs.error_of(comm.check_health)
+        error = faults.error_of(comm.check_health)
         comm.check_health()
         assert (guarded[room:] == 7.0).all()
         assert error is not None
@@ -208,7 +206,7 @@ def test_static_shapes_report_what_found_no_room(with_buffer: bool, layout: Disp
 
     limit = {} if with_buffer else {"max_recv_tokens_per_rank": room}
     fleet = fleet_of(fits, static_shapes=True, **limit)
-    errors = run_hosted(fleet, nvlink_jobs.fails_once, fits, call)
+    errors = run_hosted(fleet, faults.fails_once, fits, call)
     check_overflow(errors, first, needed[first], room)
 
 
@@ -222,7 +220,7 @@ def test_a_buffer_larger_than_anything_that_can_arrive(layout: DispatchLayout) -
         buffer = torch.zeros((buffer_rows, case.hidden), dtype=case.dtype, device=DEVICE)
         out, _ = dispatch_case(comm, case, output_buffer=buffer)
         torch.cuda.synchronize(DEVICE)
-        nvlink_jobs.check_output(case, comm.rank, out, static=True)
+        jobs.check_output(case, comm.rank, out, static=True)
         assert (guard == 7).all()
 
     run_hosted(fleet_of(case, static_shapes=True), job)
@@ -232,13 +230,13 @@ def test_odd_addresses() -> None:
     """In a process of its own: a fault would end the CUDA context."""
     with RankPool(num_ranks=1, device="cuda") as pool:
         for layout in DispatchLayout:
-            pool.run(nvlink_jobs.odd_addresses, usual(1, layout).case((9,), seed=1), timeout_s=60)
+            pool.run(jobs.ht_odd_addresses, usual(1, layout).case((9,), seed=1), timeout_s=60)
 
 
 # -- ranks that do not come -----------------------------------------------------------------------
 
 
-def check_lost(lost: nvlink_jobs.Lost, phase: str, timeout_s: float) -> None:
+def check_lost(lost: faults.Lost, phase: str, timeout_s: float) -> None:
     error = lost.error
     assert isinstance(error, PeerTimeoutError), error
     assert error.missing == (CULPRIT,), error
@@ -275,12 +273,12 @@ def test_a_missing_rank_is_named(
     number = 1 if phase == "combine" else 2  # of the call that it misses
     fleet = fleet_of(case, **fields)
     fleet.skip = lambda launch: (CULPRIT,) if launch == number else ()
-    results = run_hosted(fleet, nvlink_jobs.lose_a_rank, case, phase, CULPRIT)
+    results = run_hosted(fleet, faults.lose_a_rank, case, phase, CULPRIT)
     for rank in OTHERS:
         check_lost(results[rank], phase, 0.5)
     # New communicators find nothing of the failure.
     fleet.skip = lambda _: ()
-    run_hosted(fleet, nvlink_jobs.contracts, [case])
+    run_hosted(fleet, jobs.contracts, [case])
 
 
 @pytest.mark.gpu(4)
@@ -289,9 +287,9 @@ def test_a_missing_rank_is_named(
 def test_a_killed_rank_is_named(phase: str, layout: DispatchLayout) -> None:
     with RankPool(num_ranks=4, device="cuda") as pool:
         results = pool.run(
-            nvlink_jobs.killed, CULPRIT, phase, layout, timeout_s=90, return_exceptions=True
+            faults.killed, CULPRIT, phase, layout, timeout_s=90, return_exceptions=True
         )
     for rank in (0, 2, 3):
         lost = results[rank]
-        assert isinstance(lost, nvlink_jobs.Lost), lost
+        assert isinstance(lost, faults.Lost), lost
         check_lost(lost, phase, 3.0)

@@ -9,12 +9,13 @@ import torch
 
 from expertlink import DispatchLayout, MoECommunicator
 from expertlink.engines.nvlink.ll import plan as ll_plan
-from support import decode_jobs, ll_halves_jobs, ll_jobs, nvlink_jobs, train_jobs
-from support.hosted import run_hosted
-from support.ll_fleets import EXPANDED, LAYOUTS, MANY_RANKS, fleet_of, run
-from support.nvlink_cases import (
+from support import decode, jobs, oracle, payloads, training
+from support.cases import (
     EXACT_EDGES,
+    EXPANDED,
     FEW_MASK_WORDS,
+    LAYOUTS,
+    MANY_RANKS,
     RANKS,
     SPECIAL,
     aligned,
@@ -26,7 +27,8 @@ from support.nvlink_cases import (
     special,
     usual,
 )
-from support.rank_jobs import check_contract, config_of
+from support.hosted import fleet_of, run_cases, run_hosted
+from support.jobs import check_contract, config_of
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.gpu(1)
 def test_bits_equal_the_oracle(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
     cases = cases if ranks <= MANY_RANKS else cases[:4]
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -47,7 +49,7 @@ def test_bits_equal_the_oracle(ranks: int, layout: DispatchLayout) -> None:
 def test_edges_of_what_the_kernels_take(name: str, layout: DispatchLayout) -> None:
     shape = special(name, layout)
     cases = [shape.case(seed=1), shape.case(masked=0.4, weighted=False, seed=2)]
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -61,16 +63,16 @@ def test_any_placement(ranks: int, placement: str, bare: bool, layout: DispatchL
     case = usual(ranks, layout).case(tokens, placement=placement, seed=8)
     assert bare == any(not case.local_experts(rank) for rank in range(ranks))
     cases = [case, dataclasses.replace(case, masked=0.4)]
-    fleet = fleet_of(case)
-    run_hosted(fleet, nvlink_jobs.contracts, cases)
+    fleet = fleet_of("ll", case)
+    run_hosted(fleet, jobs.contracts, cases)
     if placement == "bare":
-        run_hosted(fleet, ll_halves_jobs.many_turns, cases)
+        run_hosted(fleet, decode.many_turns, cases)
 
 
 @pytest.mark.parametrize("ranks", [3, 8])
 def test_alignment(ranks: int) -> None:
     cases = routings(aligned(ranks))
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -79,7 +81,7 @@ def test_many_tokens_and_experts(layout: DispatchLayout) -> None:
     shape = many_tokens(layout)
     assert ll_plan.experts_at_once(config_of(shape.case(), "cpu")) < shape.experts
     cases = [shape.case((1024, 0, 513), seed=1), shape.case((1, 1024, 33), masked=0.5, seed=2)]
-    run_hosted(fleet_of(cases[0], num_sms_dispatch=8), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0], num_sms_dispatch=8), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -88,25 +90,25 @@ def test_many_bytes(layout: DispatchLayout) -> None:
     shape = many_bytes(layout)
     cases = [shape.case((96, 0, 96, 41), seed=1), shape.case((7, 96, 96, 96), masked=0.4, seed=2)]
     sms = {"num_sms_dispatch": 8, "num_sms_combine": 8}
-    fleet = fleet_of(cases[0], **sms)
-    run_hosted(fleet, nvlink_jobs.contracts, cases)
-    run_hosted(fleet, ll_halves_jobs.many_turns, cases)
+    fleet = fleet_of("ll", cases[0], **sms)
+    run_hosted(fleet, jobs.contracts, cases)
+    run_hosted(fleet, decode.many_turns, cases)
     ones = [dataclasses.replace(case, content="ones") for case in cases]
-    run(fleet, ll_jobs.any_bits, ones)
-    quantizing = fleet_of(cases[0], quantization="e4m3_ue8m0", **sms)
-    run(quantizing, ll_jobs.quantized, cases)
+    run_cases(fleet, payloads.any_bits, ones)
+    quantizing = fleet_of("ll", cases[0], quantization="e4m3_ue8m0", **sms)
+    run_cases(quantizing, payloads.quantized, cases)
     if layout.expanded:
         precise = [dataclasses.replace(case, precision="exact") for case in (*cases, *ones)]
-        fleet = fleet_of(precise[0], **sms)
-        run_hosted(fleet, nvlink_jobs.contracts, precise[:2])
-        run(fleet, ll_jobs.any_bits, precise[2:])
+        fleet = fleet_of("ll", precise[0], **sms)
+        run_hosted(fleet, jobs.contracts, precise[:2])
+        run_cases(fleet, payloads.any_bits, precise[2:])
 
 
 @LAYOUTS
 def test_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch, layout: DispatchLayout) -> None:
     monkeypatch.setattr(ll_plan, "_MASK_WORDS", FEW_MASK_WORDS)
     cases = routings(usual(3, layout))
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -114,21 +116,21 @@ def test_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch, layout: Dispatch
 def test_any_number_of_blocks_and_warps(blocks: int, warps: int, layout: DispatchLayout) -> None:
     cases = routings(usual(3, layout))
     sms = {"num_sms_dispatch": blocks, "num_sms_combine": blocks}
-    run_hosted(fleet_of(cases[0], warps=warps, **sms), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0], warps=warps, **sms), jobs.contracts, cases)
 
 
 @LAYOUTS
 def test_float16(layout: DispatchLayout) -> None:
     cases = routings(half(layout))
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 @LAYOUTS
 def test_checked_inputs(layout: DispatchLayout) -> None:
     cases = routings(usual(3, layout))
-    fleet = fleet_of(cases[0], check_inputs=True)
-    run_hosted(fleet, nvlink_jobs.contracts, cases)
-    run(fleet, ll_jobs.odd_addresses, cases[:1])
+    fleet = fleet_of("ll", cases[0], check_inputs=True)
+    run_hosted(fleet, jobs.contracts, cases)
+    run_cases(fleet, jobs.odd_addresses, cases[:1])
 
 
 @LAYOUTS
@@ -136,8 +138,8 @@ def test_a_limit(layout: DispatchLayout) -> None:
     if layout.padded:
         pytest.skip("padded layouts have no limit")
     case = usual(3, layout).case((9, 4, 0), seed=1)
-    limit = max(nvlink_jobs.expected_of(case, rank).shape[0] for rank in range(3))
-    run_hosted(fleet_of(case, max_recv_tokens_per_rank=limit), nvlink_jobs.contracts, [case])
+    limit = max(oracle.expected_of(case, rank).shape[0] for rank in range(3))
+    run_hosted(fleet_of("ll", case, max_recv_tokens_per_rank=limit), jobs.contracts, [case])
 
 
 @pytest.mark.parametrize(
@@ -145,13 +147,13 @@ def test_a_limit(layout: DispatchLayout) -> None:
 )
 def test_padded_layouts_need_no_static_shapes(layout: DispatchLayout) -> None:
     cases = routings(usual(3, layout))
-    run_hosted(fleet_of(cases[0], static_shapes=False), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0], static_shapes=False), jobs.contracts, cases)
 
 
 @LAYOUTS
 def test_odd_addresses(layout: DispatchLayout) -> None:
     case = usual(3, layout).case(seed=1)
-    run(fleet_of(case), ll_jobs.odd_addresses, [case])
+    run_cases(fleet_of("ll", case), jobs.odd_addresses, [case])
 
 
 # -- gradients ------------------------------------------------------------------------------------
@@ -160,9 +162,9 @@ def test_odd_addresses(layout: DispatchLayout) -> None:
 @LAYOUTS
 def test_padding_is_zero_where_gradients_may_be_tracked(layout: DispatchLayout) -> None:
     case = usual(3, layout).case(seed=1)
-    run_hosted(fleet_of(case), check_contract, case)
+    run_hosted(fleet_of("ll", case), check_contract, case)
     if layout.padded:
-        run_hosted(fleet_of(case), nvlink_jobs.zero_padding, case)
+        run_hosted(fleet_of("ll", case), jobs.zero_padding, case)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +180,9 @@ def test_gradients(ranks: int, layout: DispatchLayout) -> None:
     def job(comm: MoECommunicator) -> dict[str, float]:
         # In the rank's own thread: the others have to be in backward at the same time.
         with torch.autograd.set_multithreading_enabled(False):
-            return train_jobs.gradients_on(comm, case)
+            return training.gradients_on(comm, case)
 
-    for worst in run_hosted(fleet_of(case), job):
+    for worst in run_hosted(fleet_of("ll", case), job):
         assert max(worst.values()) < 0.05, worst
 
 
@@ -188,8 +190,8 @@ def test_gradients(ranks: int, layout: DispatchLayout) -> None:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_weight_gradients_return_to_their_choice(ranks: int, layout: DispatchLayout) -> None:
     case = usual(ranks, layout).case(masked=0.2)
-    fleet = fleet_of(case)
-    assert all(run_hosted(fleet, train_jobs.weight_grads_on, case))
+    fleet = fleet_of("ll", case)
+    assert all(run_hosted(fleet, training.weight_grads_on, case))
 
 
 # -- combines -------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def test_weight_gradients_return_to_their_choice(ranks: int, layout: DispatchLay
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_exact_sums(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(exact(usual(ranks, layout)))
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 @EXPANDED
@@ -207,19 +209,19 @@ def test_exact_sums(ranks: int, layout: DispatchLayout) -> None:
 def test_exact_sums_at_the_edges(name: str, layout: DispatchLayout) -> None:
     shape = exact(special(name, layout))
     cases = [shape.case(seed=1), shape.case(masked=0.4, weighted=False, seed=2)]
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 def test_exact_sums_of_aligned_groups() -> None:
     cases = routings(exact(aligned(3)))
-    run_hosted(fleet_of(cases[0]), nvlink_jobs.contracts, cases)
+    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 @EXPANDED
 def test_exact_sums_do_not_depend_on_the_placement(layout: DispatchLayout) -> None:
     shape = exact(usual(3, layout))
     case = shape.case((9, 4, 7), placement="scattered", seed=8)
-    run_hosted(fleet_of(case), nvlink_jobs.contracts, [case])
+    run_hosted(fleet_of("ll", case), jobs.contracts, [case])
 
 
 @EXPANDED
@@ -227,4 +229,4 @@ def test_exact_sums_do_not_depend_on_the_placement(layout: DispatchLayout) -> No
 def test_weights_of_the_combine(ranks: int, layout: DispatchLayout) -> None:
     for shape in (usual(ranks, layout), exact(usual(ranks, layout))):
         cases = routings(shape)
-        run(fleet_of(cases[0]), decode_jobs.own_weights, cases)
+        run_cases(fleet_of("ll", cases[0]), decode.own_weights, cases)

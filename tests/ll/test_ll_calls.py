@@ -9,11 +9,19 @@ import torch
 
 from expertlink import BlockFormat, DispatchLayout, MoECommunicator
 from expertlink.engines.nvlink.ll.plan import LAST_NUMBER
-from support import decode_jobs, ll_halves_jobs, ll_jobs, nvlink_jobs
-from support.hosted import DEVICE, HostedCommunicator, run_hosted
-from support.ll_fleets import EXPANDED, LAYOUTS, ORDERS, fleet_of, run
-from support.nvlink_cases import aligned, blocks_of_scales, exact, routings, usual
-from support.rank_jobs import check_contract
+from support import decode, jobs, oracle, payloads
+from support.cases import (
+    EXPANDED,
+    LAYOUTS,
+    ORDERS,
+    aligned,
+    blocks_of_scales,
+    exact,
+    routings,
+    usual,
+)
+from support.hosted import DEVICE, HostedCommunicator, fleet_of, run_cases, run_hosted
+from support.jobs import check_contract
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -40,10 +48,10 @@ def test_numbers_begin_again(layout: DispatchLayout, transfers: int) -> None:
     def job(comm: HostedCommunicator) -> None:
         comm.initialize()
         begin_after(comm, transfers - 5)
-        nvlink_jobs.contracts(comm, cases)
-        ll_halves_jobs.many_turns(comm, cases)
+        jobs.contracts(comm, cases)
+        decode.many_turns(comm, cases)
 
-    run_hosted(fleet_of(cases[0]), job)
+    run_hosted(fleet_of("ll", cases[0]), job)
 
 
 # -- halves ---------------------------------------------------------------------------------------
@@ -53,43 +61,43 @@ def test_numbers_begin_again(layout: DispatchLayout, transfers: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_halves(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
-    fleet = fleet_of(cases[0])
-    run(fleet, decode_jobs.halves, cases[:3])
-    run(fleet, decode_jobs.in_turns, cases[:3])
-    run(fleet, ll_halves_jobs.forgotten_hooks, cases[:2])
-    run(fleet, ll_halves_jobs.three_in_flight, cases[:2])
-    run(fleet, ll_halves_jobs.dropped_results, cases[:2])
+    fleet = fleet_of("ll", cases[0])
+    run_cases(fleet, decode.halves, cases[:3])
+    run_cases(fleet, decode.in_turns, cases[:3])
+    run_cases(fleet, decode.forgotten_hooks, cases[:2])
+    run_cases(fleet, decode.three_in_flight, cases[:2])
+    run_cases(fleet, decode.dropped_results, cases[:2])
 
 
 @LAYOUTS
 def test_micro_batches(layout: DispatchLayout) -> None:
     cases = routings(usual(3, layout))
-    fleet = fleet_of(cases[0])
-    run_hosted(fleet, ll_halves_jobs.many_turns, cases)
-    run_hosted(fleet, ll_halves_jobs.halves_and_whole_calls, cases)
+    fleet = fleet_of("ll", cases[0])
+    run_hosted(fleet, decode.many_turns, cases)
+    run_hosted(fleet, decode.halves_and_whole_calls, cases)
 
 
 @EXPANDED
 def test_halves_of_exact_combines(layout: DispatchLayout) -> None:
     cases = routings(exact(usual(3, layout)))
-    fleet = fleet_of(cases[0])
-    run_hosted(fleet, ll_halves_jobs.many_turns, cases)
-    run_hosted(fleet, ll_halves_jobs.halves_and_whole_calls, cases)
+    fleet = fleet_of("ll", cases[0])
+    run_hosted(fleet, decode.many_turns, cases)
+    run_hosted(fleet, decode.halves_and_whole_calls, cases)
 
 
 @LAYOUTS
 def test_halves_of_quantized_dispatches(layout: DispatchLayout) -> None:
     case = blocks_of_scales(layout).case(seed=1)
-    fleet = fleet_of(case, quantization="e4m3_ue8m0")
+    fleet = fleet_of("ll", case, quantization="e4m3_ue8m0")
 
     def job(comm: MoECommunicator) -> None:
         with torch.no_grad():
-            own = ll_jobs.inputs_of(case, comm.rank)
+            own = oracle.inputs_of(case, comm.rank)
             x_TH, ids_TK = own.x_TH.to(DEVICE), own.ids_TK.to(DEVICE)
             calls = [comm.dispatch(x_TH, ids_TK, return_recv_hook=True) for _ in range(2)]
             for out, _, hook in calls:
                 hook()
-                ll_jobs.check_quantized(
+                payloads.check_quantized(
                     case, comm.rank, out, BlockFormat.E4M3_UE8M0, order="row_major"
                 )
 
@@ -100,7 +108,7 @@ def test_halves_of_quantized_dispatches(layout: DispatchLayout) -> None:
 def test_communicators_that_share_memory(layout: DispatchLayout) -> None:
     """Their calls are one sequence, whole or in halves."""
     cases = routings(usual(3, layout))
-    fleet = fleet_of(cases[0])
+    fleet = fleet_of("ll", cases[0])
 
     def job(first: MoECommunicator) -> None:
         assert isinstance(first, HostedCommunicator)
@@ -115,13 +123,11 @@ def test_communicators_that_share_memory(layout: DispatchLayout) -> None:
                     check_contract(comm, case)
             for case, other in ((cases[0], cases[1]), (cases[1], cases[3])):
                 pairs = list(zip(comms, (case, other), strict=True))
-                sent = [
-                    ll_jobs.dispatch_case(comm, own, return_recv_hook=True) for comm, own in pairs
-                ]
+                sent = [jobs.dispatch_case(comm, own, return_recv_hook=True) for comm, own in pairs]
                 sent[1][2]()  # finishes the other communicator's call, too
                 for (comm, own), (out, handle, _) in zip(pairs, sent, strict=True):
-                    ll_jobs.check_output(own, comm.rank, out, static=True)
-                    ll_jobs.combine_case(comm, own, handle, "combine")
+                    jobs.check_output(own, comm.rank, out, static=True)
+                    jobs.combine_case(comm, own, handle, "combine")
 
     run_hosted(fleet, job)
 
@@ -133,28 +139,28 @@ def test_communicators_that_share_memory(layout: DispatchLayout) -> None:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_buffers(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
-    fleet = fleet_of(cases[0])
-    run_hosted(fleet, ll_jobs.buffers_of_every_call, cases)
-    run(fleet, decode_jobs.buffers, cases[:3])
-    run(fleet, decode_jobs.stale_handles, cases[:1])
+    fleet = fleet_of("ll", cases[0])
+    run_hosted(fleet, decode.buffers_of_every_call, cases)
+    run_cases(fleet, decode.buffers, cases[:3])
+    run_cases(fleet, decode.stale_handles, cases[:1])
 
 
 @LAYOUTS
 @ORDERS
 def test_buffers_of_packed_rows(order: str, layout: DispatchLayout) -> None:
     case = blocks_of_scales(layout).case(masked=0.2, weighted=False)
-    fleet = fleet_of(case, quantization="e4m3_pow2", scale_order=order)
-    run(fleet, decode_jobs.buffers_of_packed_rows, [case])
+    fleet = fleet_of("ll", case, quantization="e4m3_pow2", scale_order=order)
+    run_cases(fleet, payloads.buffers_of_packed_rows, [case])
 
 
 @EXPANDED
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_ranges(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
-    run(fleet_of(cases[0]), decode_jobs.ranges, cases)
+    run_cases(fleet_of("ll", cases[0]), decode.ranges, cases)
     if layout is DispatchLayout.FLAT and ranks > 1:
         case = aligned(ranks).case(seed=1)
-        run(fleet_of(case), decode_jobs.ranges, [case])
+        run_cases(fleet_of("ll", case), decode.ranges, [case])
 
 
 @LAYOUTS
@@ -165,11 +171,11 @@ def test_statistics(ranks: int, layout: DispatchLayout) -> None:
         shapes.append(exact(shapes[0]))
     for shape in shapes:
         for case in routings(shape)[:3]:
-            run(fleet_of(case), decode_jobs.statistics, [case])
+            run_cases(fleet_of("ll", case), decode.statistics, [case])
 
 
 @LAYOUTS
 def test_statistics_of_packed_rows(layout: DispatchLayout) -> None:
     case = blocks_of_scales(layout).case(seed=1)
-    fleet = fleet_of(case, quantization="e4m3_ue8m0")
-    run(fleet, ll_jobs.statistics_of_packed_rows, [case])
+    fleet = fleet_of("ll", case, quantization="e4m3_ue8m0")
+    run_cases(fleet, decode.statistics_of_packed_rows, [case])

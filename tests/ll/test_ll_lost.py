@@ -17,14 +17,12 @@ from expertlink import (
     PeerTimeoutError,
 )
 from expertlink.launch import RankPool
-from support import ll_jobs, ll_lost_jobs, ll_process_jobs, nvlink_jobs
-from support.fault_jobs import CULPRIT, OTHERS, RANKS
-from support.hosted import DEVICE, Fleet, HostedCommunicator, run_hosted
-from support.ll_fault_cases import MASKABLE, SHAPES, fleet_of, usual_case
-from support.ll_fleets import LAYOUTS
-from support.nvlink_cases import Shape, exact, routings, usual
+from support import faults, jobs
+from support.cases import LAYOUTS, Shape, exact, routings, usual
+from support.faults import CULPRIT, MASKABLE, OTHERS, RANKS, SHAPES, usual_case
+from support.hosted import DEVICE, Fleet, HostedCommunicator, fleet_of, run_hosted
+from support.jobs import dispatch_case
 from support.oracle import expected_of
-from support.rank_jobs import dispatch_case
 
 pytestmark = pytest.mark.gpu(1)
 FLAT = DispatchLayout.FLAT
@@ -35,7 +33,7 @@ TIMEOUT_S = 0.5
 # -- ranks that do not come -----------------------------------------------------------------------
 
 
-def check_lost(lost: nvlink_jobs.Lost, phase: str) -> None:
+def check_lost(lost: faults.Lost, phase: str) -> None:
     error = lost.error
     assert isinstance(error, PeerTimeoutError), error
     assert error.missing == (CULPRIT,), error
@@ -54,15 +52,15 @@ def test_a_missing_rank_is_named(blocks: int, phase: str, shape: Shape) -> None:
     case = shape.case((24, 24, 24), seed=1)
     sms = {"num_sms_dispatch": blocks, "num_sms_combine": blocks}
     number = 1 if phase == "combine" else 2  # of the call that it misses
-    fleet = fleet_of(case, timeout_s=TIMEOUT_S, **sms)
+    fleet = fleet_of("ll", case, timeout_s=TIMEOUT_S, **sms)
     fleet.skip = lambda launch: (CULPRIT,) if launch == number else ()
-    results = run_hosted(fleet, nvlink_jobs.lose_a_rank, case, phase, CULPRIT)
+    results = run_hosted(fleet, faults.lose_a_rank, case, phase, CULPRIT)
     for rank in OTHERS:
         # The kernels do not know that a dispatch is a cached one.
         check_lost(results[rank], phase)
     # New communicators find nothing of the failure.
     fleet.skip = lambda _: ()
-    run_hosted(fleet, nvlink_jobs.contracts, [case])
+    run_hosted(fleet, jobs.contracts, [case])
 
 
 def absences(fleet: Fleet) -> Callable[[MoECommunicator, Sequence[int]], None]:
@@ -82,21 +80,21 @@ def absences(fleet: Fleet) -> Callable[[MoECommunicator, Sequence[int]], None]:
 def test_a_missing_rank_is_named_beside_a_masked_one(layout: DispatchLayout) -> None:
     """A rank that was left out long ago is not the one that is missed."""
     case = usual(4, layout).case((9, 4, 7, 5), seed=1)
-    fleet = fleet_of(case, timeout_s=TIMEOUT_S)
+    fleet = fleet_of("ll", case, timeout_s=TIMEOUT_S)
     stay_away = absences(fleet)
 
     def job(comm: MoECommunicator) -> ExpertlinkError | None:
         with torch.no_grad():
-            ll_jobs.calls_with_all(comm, case)
+            jobs.calls_with_all(comm, case)
             stay_away(comm, [2])
             if comm.rank != 2:
                 comm.mask_peer(2)
             for _ in range(4):
-                ll_lost_jobs.calls_without(comm, case, 2, "without rank 2")
+                faults.calls_without(comm, case, 2, "without rank 2")
             stay_away(comm, [2, CULPRIT])
             dispatch_case(comm, case)
             torch.cuda.synchronize(DEVICE)
-            return nvlink_jobs.error_of(comm.check_health)
+            return faults.error_of(comm.check_health)
 
     results = run_hosted(fleet, job)
     for rank in (0, 3):
@@ -108,7 +106,7 @@ def test_a_missing_rank_is_named_beside_a_masked_one(layout: DispatchLayout) -> 
 def test_a_missing_rank_is_named_beside_rows_of_set_bits() -> None:
     """In a process of its own: a wait without an end would be one of the GPU."""
     with RankPool(num_ranks=1, device="cuda") as pool:
-        found = pool.run(ll_process_jobs.missing_beside_ones, timeout_s=60)
+        found = pool.run(faults.missing_beside_ones, timeout_s=60)
     assert found == [[(CULPRIT,)] * 2]
 
 
@@ -120,11 +118,11 @@ def test_a_missing_rank_is_named_beside_rows_of_set_bits() -> None:
 @pytest.mark.parametrize("gone", [CULPRIT, 2])
 def test_lost_ranks_are_masked(gone: int, phase: str, shape: Shape) -> None:
     cases = [shape.case((9, 4, 7), seed=1), shape.case((5, 40, 0), masked=0.3, seed=2)]
-    fleet = fleet_of(cases[0], timeout_s=TIMEOUT_S, mask_lost_peers=True)
+    fleet = fleet_of("ll", cases[0], timeout_s=TIMEOUT_S, mask_lost_peers=True)
     stay_away = absences(fleet)
 
     def job(comm: MoECommunicator) -> None:
-        ll_lost_jobs.survivors_go_on(
+        faults.survivors_go_on(
             comm,
             cases,
             gone,
@@ -136,7 +134,7 @@ def test_lost_ranks_are_masked(gone: int, phase: str, shape: Shape) -> None:
         stay_away(comm, [])
         comm.clear_mask()
         assert not comm.query_mask().any()
-        nvlink_jobs.contracts(comm, cases)
+        jobs.contracts(comm, cases)
 
     run_hosted(fleet, job)
 
@@ -145,7 +143,7 @@ def test_lost_ranks_are_masked(gone: int, phase: str, shape: Shape) -> None:
 def test_masks_on_request(shape: Shape) -> None:
     """Nobody waits for a rank that was named beforehand: a wait would fail the call."""
     cases = [shape.case((9, 4, 7), seed=1), shape.case((5, 40, 0), masked=0.3, seed=2)]
-    fleet = fleet_of(cases[0], timeout_s=TIMEOUT_S)
+    fleet = fleet_of("ll", cases[0], timeout_s=TIMEOUT_S)
     stay_away = absences(fleet)
 
     def job(comm: MoECommunicator) -> None:
@@ -155,10 +153,10 @@ def test_masks_on_request(shape: Shape) -> None:
                 comm.mask_peer(CULPRIT)
 
         assert not comm.query_mask().any()
-        ll_lost_jobs.survivors_go_on(comm, cases, CULPRIT, "dispatch", leave, timeout_ns=0)
+        faults.survivors_go_on(comm, cases, CULPRIT, "dispatch", leave, timeout_ns=0)
         stay_away(comm, [])
         comm.clear_mask()
-        nvlink_jobs.contracts(comm, cases)
+        jobs.contracts(comm, cases)
 
     run_hosted(fleet, job)
 
@@ -167,15 +165,15 @@ def test_masks_on_request(shape: Shape) -> None:
 def test_all_others_are_lost(layout: DispatchLayout) -> None:
     """The last rank goes on alone."""
     case = usual_case(layout)
-    fleet = fleet_of(case, timeout_s=TIMEOUT_S, mask_lost_peers=True)
+    fleet = fleet_of("ll", case, timeout_s=TIMEOUT_S, mask_lost_peers=True)
     stay_away = absences(fleet)
-    alone = ll_lost_jobs.lost(ll_lost_jobs.lost(case, 1), 2)
+    alone = faults.without_rank(faults.without_rank(case, 1), 2)
 
     def job(comm: MoECommunicator) -> None:
         with torch.no_grad():
-            ll_jobs.calls_with_all(comm, case)
+            jobs.calls_with_all(comm, case)
             stay_away(comm, [1, 2])
-            for _ in range(ll_jobs.ROUNDS):
+            for _ in range(jobs.ROUNDS):
                 out, handle = dispatch_case(comm, case)
                 rows = torch.ones(handle.rows_shape, dtype=case.dtype, device=DEVICE)
                 comm.combine(rows, handle)
@@ -193,9 +191,9 @@ def test_all_others_are_lost(layout: DispatchLayout) -> None:
 def test_statistics_beside_a_masked_rank() -> None:
     """Nothing is counted that did not travel."""
     case = usual_case(RANK_MAJOR)
-    fleet = fleet_of(case)
+    fleet = fleet_of("ll", case)
     stay_away = absences(fleet)
-    after = ll_lost_jobs.lost(case, CULPRIT)
+    after = faults.without_rank(case, CULPRIT)
 
     def job(comm: MoECommunicator) -> None:
         with torch.no_grad():
@@ -205,7 +203,7 @@ def test_statistics_beside_a_masked_rank() -> None:
                 comm.mask_peer(CULPRIT)
             garbage = torch.full((1 << 16,), -1, dtype=torch.int32, device=DEVICE)
             del garbage  # the tables of the next call are likely to lie here
-            ll_lost_jobs.calls_without(comm, case, CULPRIT, "without a rank")
+            faults.calls_without(comm, case, CULPRIT, "without a rank")
             torch.cuda.synchronize(DEVICE)
             if comm.rank == CULPRIT:
                 return
@@ -223,20 +221,20 @@ def test_statistics_beside_a_masked_rank() -> None:
 def test_masks_of_a_shared_arena() -> None:
     """Communicators that share memory share what is known of the ranks."""
     case = usual_case(EXPERT_MAJOR)
-    fleet = fleet_of(case, timeout_s=TIMEOUT_S)
+    fleet = fleet_of("ll", case, timeout_s=TIMEOUT_S)
     stay_away = absences(fleet)
 
     def job(first: MoECommunicator) -> None:
         assert isinstance(first, HostedCommunicator)
         with torch.no_grad(), HostedCommunicator(fleet, first.rank, share_with=first) as second:
             for comm in (first, second):
-                ll_jobs.calls_with_all(comm, case)
+                jobs.calls_with_all(comm, case)
             stay_away(first, [CULPRIT])
             if first.rank != CULPRIT:
                 first.mask_peer(CULPRIT)
                 assert second.query_mask().tolist() == [False, True, False]
             for comm in (second, first, second):
-                ll_lost_jobs.calls_without(comm, case, CULPRIT, "without a rank")
+                faults.calls_without(comm, case, CULPRIT, "without a rank")
 
     run_hosted(fleet, job)
 
@@ -245,13 +243,13 @@ def test_exact_sums_cannot_do_without_a_rank() -> None:
     """Their slots have no owner: a rank that came back would write into those of others."""
     case = exact(usual(RANKS, FLAT)).case((9, 4, 7), seed=1)
     with pytest.raises(ConfigurationError, match="mask_lost_peers=True"):
-        fleet_of(case, mask_lost_peers=True)
+        fleet_of("ll", case, mask_lost_peers=True)
 
     def job(comm: MoECommunicator) -> None:
         with pytest.raises(InputError, match="exact"):
             comm.mask_peer((comm.rank + 1) % RANKS)
 
-    run_hosted(fleet_of(case), job)
+    run_hosted(fleet_of("ll", case), job)
 
 
 def test_ranks_that_cannot_be_masked() -> None:
@@ -263,4 +261,4 @@ def test_ranks_that_cannot_be_masked() -> None:
                 comm.mask_peer(rank)
         assert comm.query_mask().tolist() == [False] * RANKS
 
-    run_hosted(fleet_of(case), job)
+    run_hosted(fleet_of("ll", case), job)

@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from expertlink import BlockFormat, DispatchLayout
-from support import decode_jobs, ll_jobs, nvlink_jobs
-from support.hosted import run_hosted
-from support.ll_fleets import EXPANDED, FORMATS, LAYOUTS, ORDERS, fleet_of, run
-from support.nvlink_cases import aligned, blocks_of_scales, exact, half, special, usual
+from support import payloads
+from support.cases import (
+    EXPANDED,
+    FORMATS,
+    LAYOUTS,
+    ORDERS,
+    aligned,
+    blocks_of_scales,
+    exact,
+    half,
+    special,
+    usual,
+)
+from support.hosted import fleet_of, run_cases, run_hosted
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -19,21 +29,21 @@ def test_rows_of_set_bits(layout: DispatchLayout) -> None:
     """They look like memory that nobody has written to."""
     for shape in (usual(3, layout), half(layout), special("model", layout)):
         cases = [shape.case(seed=1, content="ones"), shape.case(seed=2, masked=0.5, content="ones")]
-        run(fleet_of(cases[0]), ll_jobs.any_bits, cases)
+        run_cases(fleet_of("ll", cases[0]), payloads.any_bits, cases)
 
 
 @EXPANDED
 def test_rows_of_set_bits_in_exact_sums(layout: DispatchLayout) -> None:
     for shape in (exact(usual(3, layout)), exact(special("model", layout))):
         cases = [shape.case(seed=1, content="ones"), shape.case(seed=2, masked=0.5, content="ones")]
-        run(fleet_of(cases[0]), ll_jobs.any_bits, cases)
+        run_cases(fleet_of("ll", cases[0]), payloads.any_bits, cases)
 
 
 @LAYOUTS
 @ORDERS
 def test_packed_rows_of_set_bits(order: str, layout: DispatchLayout) -> None:
     case = usual(3, layout).case(seed=1, weighted=False)
-    run(fleet_of(case, scale_order=order), ll_jobs.any_packed_bits, [case])
+    run_cases(fleet_of("ll", case, scale_order=order), payloads.any_packed_bits, [case])
 
 
 @LAYOUTS
@@ -41,12 +51,12 @@ def test_packed_rows_of_set_bits(order: str, layout: DispatchLayout) -> None:
 def test_rows_that_the_caller_quantized(kind: str, layout: DispatchLayout) -> None:
     shape = usual(3, layout)
     for case in (shape.case(seed=1), shape.case(masked=0.5, weighted=False, seed=2)):
-        run_hosted(fleet_of(case), nvlink_jobs.packed_rows, case, kind)
+        run_hosted(fleet_of("ll", case), payloads.packed_rows, case, kind)
 
 
 def test_gaps_of_packed_rows_are_zero() -> None:
     case = aligned(3).case(seed=1)
-    run_hosted(fleet_of(case), nvlink_jobs.packed_rows, case, "opaque")
+    run_hosted(fleet_of("ll", case), payloads.packed_rows, case, "opaque")
 
 
 @LAYOUTS
@@ -59,8 +69,8 @@ def test_rows_quantized_on_the_way(fmt: BlockFormat, order: str, layout: Dispatc
         shape.case(seed=2, masked=0.4, weighted=False, content="extreme"),
         shape.case((33, 40, 0), seed=3, content="extreme", ids_dtype=torch.int32),
     ]
-    fleet = fleet_of(cases[0], quantization=fmt, scale_order=order)
-    run(fleet, ll_jobs.quantized, cases)
+    fleet = fleet_of("ll", cases[0], quantization=fmt, scale_order=order)
+    run_cases(fleet, payloads.quantized, cases)
 
 
 @LAYOUTS
@@ -72,7 +82,7 @@ def test_other_widths_quantized_on_the_way(fmt: BlockFormat, layout: DispatchLay
         shapes.append(aligned(3))
     for shape in shapes:
         case = shape.case(seed=4, content="extreme")
-        run(fleet_of(case, quantization=fmt), ll_jobs.quantized, [case])
+        run_cases(fleet_of("ll", case, quantization=fmt), payloads.quantized, [case])
 
 
 @LAYOUTS
@@ -80,5 +90,5 @@ def test_other_widths_quantized_on_the_way(fmt: BlockFormat, layout: DispatchLay
 @FORMATS
 def test_order_of_scales(fmt: BlockFormat, order: str, layout: DispatchLayout) -> None:
     case = blocks_of_scales(layout).case(seed=5)
-    fleet = fleet_of(case, quantization=fmt, scale_order=order)
-    run(fleet, decode_jobs.scales_in_order, [case])
+    fleet = fleet_of("ll", case, quantization=fmt, scale_order=order)
+    run_cases(fleet, payloads.scales_in_order, [case])

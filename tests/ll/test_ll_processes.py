@@ -6,19 +6,10 @@ import pytest
 
 from expertlink import BlockFormat, DispatchLayout, PeerTimeoutError
 from expertlink.launch import RankPool
-from support import (
-    async_jobs,
-    decode_jobs,
-    ll_graph_jobs,
-    ll_halves_jobs,
-    ll_jobs,
-    nvlink_jobs,
-    train_jobs,
-)
-from support import ll_process_jobs as jobs
-from support.nvlink_cases import LATENCY, exact, routings, usual
+from support import decode, faults, jobs, payloads, processes, training
+from support.cases import LL, exact, routings, usual
+from support.jobs import contract
 from support.oracle import Case
-from support.rank_jobs import contract
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 RANKS = pytest.mark.parametrize(
@@ -49,11 +40,11 @@ def test_bits_equal_the_oracle(rank_pools, ranks: int, layout: DispatchLayout) -
     pool = rank_pools(ranks, "cuda")
     shape = usual(ranks, layout)
     drawn = [*routings(shape), shape.case(placement="scattered", seed=8)]
-    done = pool.run(contract, drawn, timeout_s=200, **LATENCY)
+    done = pool.run(contract, drawn, timeout_s=200, **LL)
     assert done == [len(drawn)] * ranks
     if layout.expanded and ranks == 2:
         drawn = routings(exact(shape))
-        done = pool.run(contract, drawn, timeout_s=200, **LATENCY)
+        done = pool.run(contract, drawn, timeout_s=200, **LL)
         assert done == [len(drawn)] * ranks
 
 
@@ -64,28 +55,30 @@ def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) ->
     drawn = routings(usual(ranks, layout))
     some = drawn[:3]
     for job in (
-        decode_jobs.halves,
-        decode_jobs.in_turns,
-        decode_jobs.buffers,
-        ll_halves_jobs.forgotten_hooks,
-        ll_halves_jobs.three_in_flight,
-        ll_halves_jobs.dropped_results,
-        ll_jobs.any_bits,
+        decode.halves,
+        decode.in_turns,
+        decode.buffers,
+        decode.forgotten_hooks,
+        decode.three_in_flight,
+        decode.dropped_results,
+        payloads.any_bits,
     ):
-        assert all(pool.run(jobs.on_a_rank, job, some, timeout_s=100))
+        assert all(pool.run(processes.on_a_rank, job, some, timeout_s=100))
     for whole in (
-        ll_halves_jobs.many_turns,
-        ll_halves_jobs.halves_and_whole_calls,
-        ll_jobs.buffers_of_every_call,
+        decode.many_turns,
+        decode.halves_and_whole_calls,
+        decode.buffers_of_every_call,
     ):
-        assert all(pool.run(jobs.with_all, whole, drawn, timeout_s=100))
+        assert all(pool.run(processes.with_all, whole, drawn, timeout_s=100))
     for fmt in BlockFormat:
-        done = pool.run(jobs.on_a_rank, ll_jobs.quantized, some, timeout_s=100, quantization=fmt)
+        done = pool.run(
+            processes.on_a_rank, payloads.quantized, some, timeout_s=100, quantization=fmt
+        )
         assert all(done)
     if layout.expanded:
-        for job in (decode_jobs.own_weights, decode_jobs.ranges):
-            assert all(pool.run(jobs.on_a_rank, job, some, timeout_s=100))
-    assert all(pool.run(jobs.on_a_rank, decode_jobs.statistics, drawn[:1], timeout_s=100))
+        for job in (decode.own_weights, decode.ranges):
+            assert all(pool.run(processes.on_a_rank, job, some, timeout_s=100))
+    assert all(pool.run(processes.on_a_rank, decode.statistics, drawn[:1], timeout_s=100))
 
 
 @MANY
@@ -93,12 +86,12 @@ def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) ->
 def test_gradients_and_requests(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     pool = rank_pools(ranks, "cuda")
     case = usual(ranks, layout).case(masked=0.2)
-    assert all(pool.run(train_jobs.weight_grads, case, timeout_s=60, **LATENCY))
+    assert all(pool.run(training.weight_grads, case, timeout_s=60, **LL))
     if layout is not DispatchLayout.TOKEN_MAJOR:  # see test_latency.py
-        for worst in pool.run(train_jobs.gradients, case, timeout_s=60, **LATENCY):
+        for worst in pool.run(training.gradients, case, timeout_s=60, **LL):
             assert max(worst.values()) < 0.05, worst
-    for job in (async_jobs.overlapping, async_jobs.finished_later):
-        assert all(pool.run(job, case, timeout_s=60, **LATENCY))
+    for job in (jobs.overlapping, jobs.finished_later):
+        assert all(pool.run(job, case, timeout_s=60, **LL))
 
 
 # -- graphs ---------------------------------------------------------------------------------------
@@ -110,8 +103,8 @@ def test_graphs(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     """Replays with other routings, weights and rows, between them eager calls."""
     pool = rank_pools(ranks, "cuda")
     drawn = steady(ranks, layout)
-    assert all(pool.run(ll_graph_jobs.graphs, drawn, timeout_s=120))
-    assert all(pool.run(ll_graph_jobs.graphs_of_halves, drawn, timeout_s=120))
+    assert all(pool.run(processes.graphs, drawn, timeout_s=120))
+    assert all(pool.run(processes.graphs_of_halves, drawn, timeout_s=120))
 
 
 # -- several communicators and streams ------------------------------------------------------------
@@ -121,7 +114,7 @@ def test_graphs(rank_pools, ranks: int, layout: DispatchLayout) -> None:
 @LAYOUTS
 def test_modes_side_by_side(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     drawn = routings(usual(ranks, layout))
-    assert all(rank_pools(ranks, "cuda").run(jobs.mixed_modes, drawn, timeout_s=120))
+    assert all(rank_pools(ranks, "cuda").run(processes.mixed_modes, drawn, timeout_s=120))
 
 
 @MANY
@@ -129,8 +122,8 @@ def test_modes_side_by_side(rank_pools, ranks: int, layout: DispatchLayout) -> N
 def test_shared_memory(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     pool = rank_pools(ranks, "cuda")
     drawn = routings(usual(ranks, layout))
-    assert all(pool.run(jobs.shared_memory, drawn, timeout_s=120))
-    assert all(pool.run(jobs.other_streams, drawn[0], timeout_s=120))
+    assert all(pool.run(processes.shared_memory, drawn, timeout_s=120))
+    assert all(pool.run(processes.other_streams, drawn[0], timeout_s=120))
 
 
 @MANY
@@ -138,7 +131,7 @@ def test_waits_are_measured(rank_pools, ranks: int) -> None:
     """Whoever comes late is seen by all others; it has not waited for them as long itself."""
     case = usual(ranks, DispatchLayout.EXPERT_MAJOR).case((24,) * ranks, seed=1)
     for late in range(ranks):
-        waits = rank_pools(ranks, "cuda").run(jobs.longest_waits, case, late, timeout_s=60)
+        waits = rank_pools(ranks, "cuda").run(processes.longest_waits, case, late, timeout_s=60)
         for rank, longest in enumerate(waits):
             if rank != late:
                 assert longest[late] > 0
@@ -154,17 +147,17 @@ def test_a_killed_rank_is_named(phase: str) -> None:
     layout = DispatchLayout.EXPERT_MAJOR
     with RankPool(num_ranks=4, device="cuda") as pool:
         results = pool.run(
-            nvlink_jobs.killed,
+            faults.killed,
             1,
             phase,
             layout,
             timeout_s=90,
             return_exceptions=True,
-            **LATENCY,
+            **LL,
         )
     for rank in (0, 2, 3):
         seen = results[rank]
-        assert isinstance(seen, nvlink_jobs.Lost), seen
+        assert isinstance(seen, faults.Lost), seen
         assert isinstance(seen.error, PeerTimeoutError), seen.error
         assert seen.error.missing == (1,), seen.error
         assert 3.0 <= seen.error.waited_s < 5.0
@@ -179,7 +172,9 @@ def test_survivors_of_a_killed_rank_go_on(layout: DispatchLayout, phase: str) ->
     shape = usual(4, layout)
     cases = [shape.case((9, 4, 7, 5), seed=1), shape.case((5, 40, 0, 2), masked=0.3, seed=2)]
     with RankPool(num_ranks=4, device="cuda") as pool:
-        results = pool.run(jobs.killed, cases, 1, phase, timeout_s=120, return_exceptions=True)
+        results = pool.run(
+            faults.killed_and_masked, cases, 1, phase, timeout_s=120, return_exceptions=True
+        )
     for rank in (0, 2, 3):
         assert results[rank] == ("nvlink",), results[rank]
 
@@ -191,7 +186,7 @@ def test_a_rank_killed_at_any_moment(layout: DispatchLayout) -> None:
     cases = [shape.case((9, 4, 7, 5), seed=1), shape.case((5, 40, 0, 2), masked=0.3, seed=2)]
     with RankPool(num_ranks=4, device="cuda") as pool:
         results = pool.run(
-            jobs.killed_in_the_middle, cases, 2, timeout_s=120, return_exceptions=True
+            faults.killed_in_the_middle, cases, 2, timeout_s=120, return_exceptions=True
         )
     for rank in (0, 1, 3):
         assert results[rank] == 400, results[rank]
@@ -202,7 +197,7 @@ def test_a_rank_killed_at_any_moment(layout: DispatchLayout) -> None:
 def test_ranks_that_wait_for_each_other_end(rank_pools, layout: DispatchLayout) -> None:
     """Both are alive, so neither masks the other one; no wait is without an end for all that."""
     case, timeout_s = usual(2, layout).case((40, 0), seed=1), 0.5
-    seen = rank_pools(2, "cuda").run(jobs.different_calls, case, timeout_s, timeout_s=60)
+    seen = rank_pools(2, "cuda").run(faults.crossed_calls, case, timeout_s, timeout_s=60)
     for rank, lost in enumerate(seen):
         assert isinstance(lost.error, PeerTimeoutError), lost.error
         assert lost.error.missing == (1 - rank,), lost.error
@@ -218,5 +213,5 @@ def test_a_rank_that_was_given_up_comes_back(
 ) -> None:
     shape = usual(ranks, layout)
     cases = [shape.case((9, 4, 7, 5)[:ranks], seed=1), shape.case((40,) * ranks, seed=2)]
-    done = rank_pools(ranks, "cuda").run(jobs.late_beyond_the_timeout, cases, 1, timeout_s=60)
+    done = rank_pools(ranks, "cuda").run(faults.late_beyond_the_timeout, cases, 1, timeout_s=60)
     assert done == [True] * ranks

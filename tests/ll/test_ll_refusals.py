@@ -17,14 +17,22 @@ from expertlink import (
     PeerError,
 )
 from expertlink.launch import RankPool
-from support import ll_process_jobs, nvlink_jobs
-from support.fault_jobs import CULPRIT, FAULTY_IDS, RANKS, dispatch_with, judge, rows_of, with_ids
-from support.hosted import DEVICE, run_hosted
-from support.ll_fault_cases import SHAPES, fleet_of, usual_case
-from support.ll_fleets import LAYOUTS
-from support.nvlink_cases import Shape, exact, usual
+from support import faults, jobs
+from support.cases import LAYOUTS, Shape, exact, usual
+from support.faults import (
+    CULPRIT,
+    FAULTY_IDS,
+    RANKS,
+    SHAPES,
+    dispatch_with,
+    judge,
+    rows_of,
+    usual_case,
+    with_ids,
+)
+from support.hosted import DEVICE, fleet_of, run_hosted
+from support.jobs import dispatch_case, rows_for
 from support.oracle import Case, inputs_of
-from support.rank_jobs import dispatch_case, rows_for
 
 pytestmark = pytest.mark.gpu(1)
 FLAT, TOKEN_MAJOR = DispatchLayout.FLAT, DispatchLayout.TOKEN_MAJOR
@@ -38,7 +46,7 @@ def test_a_wrong_form_on_one_rank(layout: DispatchLayout) -> None:
     """Ranks that agree beforehand name it, and the next call works."""
     case = usual_case(layout)
     call = dispatch_with(case, input=lambda x_TH: x_TH[:, :3])
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
     judge(errors, own="InputError", text="input has shape (4, 3)")
 
 
@@ -47,7 +55,7 @@ def test_a_wrong_form_on_one_rank(layout: DispatchLayout) -> None:
 def test_faulty_ids_on_one_rank(first: list[int], text: str, layout: DispatchLayout) -> None:
     case = usual_case(layout)
     call = dispatch_with(case, topk_ids=with_ids(first))
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
     judge(errors, own="InputError", text=text)
 
 
@@ -63,14 +71,14 @@ def test_unchecked_ids_stay_memory_safe(first: list[int], shape: Shape) -> None:
         rows = torch.zeros(result[1].rows_shape, dtype=case.dtype, device=DEVICE)
         comm.combine(rows, result[1])
 
-    assert run_hosted(fleet_of(case), nvlink_jobs.fails_once, case, call) == [None] * RANKS
+    assert run_hosted(fleet_of("ll", case), faults.fails_once, case, call) == [None] * RANKS
 
 
 @LAYOUTS
 def test_weights_on_some_ranks_only(layout: DispatchLayout) -> None:
     case = usual_case(layout)
     call = dispatch_with(case, weights=lambda _: None)
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
     for error in errors:
         assert isinstance(error, InputError), errors
         assert "either weights or none" in str(error)
@@ -88,7 +96,7 @@ def test_one_rank_changes_its_routing(layout: DispatchLayout) -> None:
         x_TH, ids_TK = own.x_TH.to(DEVICE), own.ids_TK.to(DEVICE)
         return comm.dispatch(x_TH, ids_TK, previous_handle=handle)
 
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
     judge(errors, own="RoutingChangedError", text="topk_ids[0]=[-1, -1")
 
 
@@ -101,7 +109,7 @@ def test_one_rank_refuses_its_combine(layout: DispatchLayout) -> None:
         rows = rows_for(case, comm.rank, handle)
         return comm.combine(rows.float() if comm.rank == CULPRIT else rows, handle)
 
-    errors = run_hosted(fleet_of(case, check_inputs=True), nvlink_jobs.fails_once, case, call)
+    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
     judge(errors, own="InputError", text="expert_output has dtype torch.float32")
 
 
@@ -148,17 +156,17 @@ def test_disagreement_without_agreement(
 
     def job(comm: MoECommunicator) -> tuple[ExpertlinkError | None, ...]:
         with torch.no_grad():
-            nvlink_jobs.contracts(comm, [case])
-            own = nvlink_jobs.error_of(lambda: call(comm))
+            jobs.contracts(comm, [case])
+            own = faults.error_of(lambda: call(comm))
             torch.cuda.synchronize(DEVICE)
-            later = [nvlink_jobs.error_of(comm.check_health) for _ in range(2)]
-            later.append(nvlink_jobs.error_of(lambda: dispatch_case(comm, case)))
+            later = [faults.error_of(comm.check_health) for _ in range(2)]
+            later.append(faults.error_of(lambda: dispatch_case(comm, case)))
             comm.clear_mask()
-            nvlink_jobs.contracts(comm, [case])
+            jobs.contracts(comm, [case])
         return (own, *later)
 
     said: set[str] = set()
-    for rank, (own, *later) in enumerate(run_hosted(fleet_of(case), job)):
+    for rank, (own, *later) in enumerate(run_hosted(fleet_of("ll", case), job)):
         refused = rank == CULPRIT and what == "refused"
         assert isinstance(own, InputError) if refused else own is None, own
         assert isinstance(later[0], (PeerError, InputError)), later
@@ -197,14 +205,14 @@ def test_what_found_no_room_is_reported(room_for: str, at_once: bool, shape: Sha
                 comm.check_health()  # others cannot know of it yet, so nobody does
             comm.combine(rows, handle)
             torch.cuda.synchronize(DEVICE)
-            error = nvlink_jobs.error_of(comm.check_health)
+            error = faults.error_of(comm.check_health)
             comm.check_health()
             assert (guarded[room:] == 7.0).all()
-            nvlink_jobs.contracts(comm, [fits])
+            jobs.contracts(comm, [fits])
             return error
 
     limit = {"max_recv_tokens_per_rank": room} if room_for == "limit" else {}
-    fleet = fleet_of(fits, timeout_s=2.0, **limit)
+    fleet = fleet_of("ll", fits, timeout_s=2.0, **limit)
     first = next(rank for rank, rows in enumerate(needed) if rows > room)
     for error in run_hosted(fleet, job):
         assert isinstance(error, CapacityError), error
@@ -216,7 +224,7 @@ def test_no_room_at_all() -> None:
     with RankPool(num_ranks=1, device="cuda") as pool:
         for layout in (FLAT, TOKEN_MAJOR):
             case = usual(1, layout).case((9,), seed=1)
-            assert pool.run(ll_process_jobs.no_room_at_all, case, timeout_s=60) == [9]
+            assert pool.run(faults.no_room_at_all, case, timeout_s=60) == [9]
 
 
 @pytest.mark.parametrize("layout", [FLAT, TOKEN_MAJOR], ids=lambda layout: layout.value)
@@ -229,7 +237,7 @@ def test_a_buffer_larger_than_anything_that_can_arrive(layout: DispatchLayout) -
         buffer = torch.zeros((buffer_rows, case.hidden), dtype=case.dtype, device=DEVICE)
         out, _ = dispatch_case(comm, case, output_buffer=buffer)
         torch.cuda.synchronize(DEVICE)
-        nvlink_jobs.check_output(case, comm.rank, out, static=True)
+        jobs.check_output(case, comm.rank, out, static=True)
         assert (guard == 7).all()
 
-    run_hosted(fleet_of(case), job)
+    run_hosted(fleet_of("ll", case), job)

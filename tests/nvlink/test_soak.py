@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expertlink import MoECommunicator
-from support import soak_jobs
+from support import soak
 from support.depth import deep
 from support.hosted import DEVICE, Fleet, HostedCommunicator, run_hosted
 
@@ -30,12 +30,12 @@ def test_hosted_ranks(seed: int) -> None:
 
 
 def hosted_soak(calls: int, seed: int) -> None:
-    chosen = soak_jobs.settings(RANKS, seed)
+    chosen = soak.settings(RANKS, seed)
     fleets: list[Fleet] = []
     for setting in chosen:
         host = None if setting.host is None else fleets[setting.host]
-        fleets.append(Fleet(soak_jobs.config_for(setting, DEVICE), RANKS, host=host))
-    order = soak_jobs.streams_for(chosen, DEVICE)
+        fleets.append(Fleet(soak.config_for(setting, DEVICE), RANKS, host=host))
+    order = soak.streams_for(chosen, DEVICE)
 
     def job(first: MoECommunicator) -> None:
         with contextlib.ExitStack() as stack:
@@ -46,7 +46,7 @@ def hosted_soak(calls: int, seed: int) -> None:
                 comms.append(
                     stack.enter_context(HostedCommunicator(fleet, first.rank, share_with=host))
                 )
-            soak_jobs.run_lines(comms, chosen, order, calls=calls, seed=seed, capture=False)
+            soak.run_lines(comms, chosen, order, calls=calls, seed=seed, capture=False)
 
     run_hosted(fleets[0], job)
 
@@ -56,4 +56,4 @@ def hosted_soak(calls: int, seed: int) -> None:
 def test_processes(rank_pools, seed: int) -> None:
     """The same with graphs, several of them between each other's replays and eager calls."""
     pool = rank_pools(RANKS, "cuda")
-    assert pool.run(soak_jobs.soak, CALLS, seed, timeout_s=200 + CALLS) == [CALLS] * RANKS
+    assert pool.run(soak.soak, CALLS, seed, timeout_s=200 + CALLS) == [CALLS] * RANKS

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from support import abort_jobs
+from support import faults
 
 RANKS, CULPRIT = 3, 1
 OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
@@ -19,7 +19,7 @@ def test_experts_that_raise_end_the_others_waits(
     rank_pools, phase: str, fields: dict[str, Any]
 ) -> None:
     pool = rank_pools(RANKS)
-    results = pool.run(abort_jobs.experts_raise, CULPRIT, phase, fields, timeout_s=60)
+    results = pool.run(faults.experts_raise, CULPRIT, phase, fields, timeout_s=60)
     text, later = results[CULPRIT]
     assert text == "boom"
     assert later[0] == "ClosedError"
@@ -38,7 +38,7 @@ def test_experts_that_raise_end_the_others_waits(
 
 @pytest.mark.parametrize("phase", ["dispatch", "initialize"])
 def test_a_signal_ends_a_wait(rank_pools, phase: str) -> None:
-    results = rank_pools(RANKS).run(abort_jobs.interrupted, CULPRIT, phase, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.interrupted, CULPRIT, phase, timeout_s=60)
     waited, health = results[CULPRIT]
     assert waited < SOON_S
     if phase == "dispatch":
@@ -54,7 +54,7 @@ def test_a_signal_ends_a_wait(rank_pools, phase: str) -> None:
 
 @pytest.mark.parametrize("call", ["dispatch", "cached", "combine"])
 def test_a_call_that_fails_on_one_rank_ends_on_all(rank_pools, call: str) -> None:
-    results = rank_pools(RANKS).run(abort_jobs.fails_within, CULPRIT, call, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.fails_within, CULPRIT, call, timeout_s=60)
     assert results[CULPRIT][0] == ("MemoryError", "no room")
     assert results[CULPRIT][1][0] == "ClosedError"
     for rank in OTHERS:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expertlink.launch import RankPool
-from support import peer_jobs
+from support import faults
 
 RANKS, CULPRIT = 3, 1
 OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
@@ -30,14 +30,14 @@ def judge(results: list[Any], *, own: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"input": torch.randn(peer_jobs.T, 3)}, "input has shape (4, 3)"),
+        ({"input": torch.randn(faults.T, 3)}, "input has shape (4, 3)"),
         ({"topk_ids": torch.full((4, 2), 99)}, "topk_ids[0]=[99, 99]"),
         ({"topk_ids": torch.full((4, 2), 5)}, "chosen twice"),
         ({"weights": torch.ones(4, 2).half()}, "weights has dtype torch.float16"),
     ],
 )
 def test_one_rank_refuses_its_dispatch(rank_pools, fields: dict[str, Any], text: str) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.refused_dispatch, CULPRIT, fields, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.refused_dispatch, CULPRIT, fields, timeout_s=60)
     judge(results, own="InputError", text=text)
 
 
@@ -50,17 +50,17 @@ def test_one_rank_refuses_its_dispatch(rank_pools, fields: dict[str, Any], text:
     ],
 )
 def test_one_rank_refuses_its_combine(rank_pools, kind: str, own: str, text: str) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.refused_combine, CULPRIT, kind, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.refused_combine, CULPRIT, kind, timeout_s=60)
     judge(results, own=own, text=text)
 
 
 def test_one_rank_changes_its_routing(rank_pools) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.changed_routing, CULPRIT, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.changed_routing, CULPRIT, timeout_s=60)
     judge(results, own="RoutingChangedError", text="topk_ids[0]=[-1, -1]")
 
 
 def test_overflow_is_one_error_on_all_ranks(rank_pools) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.small_buffer, CULPRIT, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.small_buffer, CULPRIT, timeout_s=60)
     assert len({seen for seen, _ in results}) == 1
     kind, message = results[0][0]
     assert kind == "CapacityError"
@@ -70,7 +70,7 @@ def test_overflow_is_one_error_on_all_ranks(rank_pools) -> None:
 
 
 def test_ranks_in_different_calls(rank_pools) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.different_calls, CULPRIT, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.different_calls, CULPRIT, timeout_s=60)
     for seen, recovered in results:
         assert seen[0] == "PeerError"
         assert "rank 0 is in combine #2 of dispatch #1; rank 1 is in dispatch #2" in seen[1]
@@ -78,7 +78,7 @@ def test_ranks_in_different_calls(rank_pools) -> None:
 
 
 def test_weights_on_some_ranks_only(rank_pools) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.missing_weights, CULPRIT, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.missing_weights, CULPRIT, timeout_s=60)
     for seen, recovered in results:
         assert seen[0] == "InputError"
         assert "16 on ranks 0, 2, 8 on rank 1" in seen[1]
@@ -100,7 +100,7 @@ def test_weights_on_some_ranks_only(rank_pools) -> None:
     ],
 )
 def test_disagreement_names_field_and_ranks(rank_pools, fields: dict[str, Any], text: str) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.disagreement, CULPRIT, fields, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.disagreement, CULPRIT, fields, timeout_s=60)
     assert len(set(results)) == 1, "all ranks raise the same"
     kind, message = results[0]
     assert kind == "ConfigurationError"
@@ -108,7 +108,7 @@ def test_disagreement_names_field_and_ranks(rank_pools, fields: dict[str, Any], 
 
 
 def test_ranks_share_the_memory_of_the_same_communicator(rank_pools) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.sharing, CULPRIT, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.sharing, CULPRIT, timeout_s=60)
     text = "ranks disagree about the configuration; share_with: 7 on ranks 0, 2, 8 on rank 1"
     assert set(results) == {("ConfigurationError", text)}
 
@@ -116,17 +116,17 @@ def test_ranks_share_the_memory_of_the_same_communicator(rank_pools) -> None:
 def test_blocks_of_experts(rank_pools) -> None:
     pool = rank_pools(RANKS)
     sizes = [{"num_local_experts": n} for n in (5, 0, 3)]
-    results = pool.run(peer_jobs.blocks, sizes, timeout_s=60)
+    results = pool.run(faults.blocks, sizes, timeout_s=60)
     assert [experts for experts, _ in results] == [[0, 1, 2, 3, 4], [], [5, 6, 7]]
     assert all(worked for _, worked in results)
 
     starts = [(6, 2), (0, 3), (3, 3)]
     given = [{"local_expert_start": s, "num_local_experts": n} for s, n in starts]
-    results = pool.run(peer_jobs.blocks, given, timeout_s=60)
+    results = pool.run(faults.blocks, given, timeout_s=60)
     assert [experts for experts, _ in results] == [[6, 7], [0, 1, 2], [3, 4, 5]]
 
     overlapping = [{"local_expert_start": s, "num_local_experts": 3} for s in (0, 2, 5)]
-    results = pool.run(peer_jobs.blocks, overlapping, timeout_s=60)
+    results = pool.run(faults.blocks, overlapping, timeout_s=60)
     assert set(results) == {results[0]}
     assert "expert 2 is local to ranks 0 and 1" in results[0][1]
 
@@ -136,9 +136,7 @@ def test_blocks_of_experts(rank_pools) -> None:
 def test_a_missing_rank_is_named_in_time(phase: str, how: str) -> None:
     # A pool of its own: what a lost rank leaves behind is no process group for others.
     with RankPool(num_ranks=RANKS) as pool:
-        results = pool.run(
-            peer_jobs.absent, CULPRIT, phase, how, timeout_s=30, return_exceptions=True
-        )
+        results = pool.run(faults.absent, CULPRIT, phase, how, timeout_s=30, return_exceptions=True)
     for rank in OTHERS:
         seen = results[rank]
         assert isinstance(seen, tuple), seen
@@ -155,7 +153,7 @@ def test_a_missing_rank_is_named_in_time(phase: str, how: str) -> None:
 
 
 def test_communicators_are_told_apart(rank_pools) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.other_communicator, CULPRIT, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.other_communicator, CULPRIT, timeout_s=60)
     for rank, (kind, message) in enumerate(results):
         assert kind == "PeerError", message
         odd = "rank 1" if rank != CULPRIT else "rank 0"
@@ -170,7 +168,7 @@ CHECKS = pytest.mark.parametrize("fields", [{}, {"check_inputs": False}])
 def test_ranks_go_on_with_different_dispatches(
     rank_pools, kind: str, fields: dict[str, Any]
 ) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.mixed_up, CULPRIT, kind, fields, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.mixed_up, CULPRIT, kind, fields, timeout_s=60)
     title = {"combine": "combine", "cached": "cached dispatch"}[kind]
     expected = (
         f"the ranks are not in the same call: rank 0 is in {title} #3 of dispatch #1; "
@@ -184,7 +182,7 @@ def test_ranks_go_on_with_different_dispatches(
 
 @CHECKS
 def test_ranks_unwind_different_dispatches(rank_pools, fields: dict[str, Any]) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.mixed_up_backward, CULPRIT, fields, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.mixed_up_backward, CULPRIT, fields, timeout_s=60)
     assert len({seen for seen, _ in results}) == 1, "all ranks raise the same"
     for (error, message), recovered in results:
         assert error == "PeerError", message
@@ -203,11 +201,11 @@ def test_ranks_unwind_different_dispatches(rank_pools, fields: dict[str, Any]) -
     ],
 )
 def test_the_default_device_does_not_matter(rank_pools, fields: dict[str, Any]) -> None:
-    assert all(rank_pools(RANKS).run(peer_jobs.other_default_device, fields, timeout_s=60))
+    assert all(rank_pools(RANKS).run(faults.other_default_device, fields, timeout_s=60))
 
 
 def test_communicators_of_different_size_are_told_apart(rank_pools) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.other_experts, CULPRIT, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.other_experts, CULPRIT, timeout_s=60)
     for (error, message), recovered in results:
         assert error == "PeerError", message
         assert "of another communicator" in message
@@ -216,7 +214,7 @@ def test_communicators_of_different_size_are_told_apart(rank_pools) -> None:
 
 def test_a_missed_meeting_can_be_repeated() -> None:
     with RankPool(num_ranks=RANKS) as pool:
-        results = pool.run(peer_jobs.late_meeting, CULPRIT, timeout_s=60)
+        results = pool.run(faults.late_meeting, CULPRIT, timeout_s=60)
     assert all(worked for _, worked in results)
     for rank in OTHERS:
         kind, message = results[rank][0]
@@ -226,13 +224,13 @@ def test_a_missed_meeting_can_be_repeated() -> None:
 
 def test_failed_waits_stay_failed() -> None:
     with RankPool(num_ranks=RANKS) as pool:
-        results = pool.run(peer_jobs.failed_wait, CULPRIT, timeout_s=60)
+        results = pool.run(faults.failed_wait, CULPRIT, timeout_s=60)
     for rank in OTHERS:
         assert results[rank] == ("PeerTimeoutError", *["ClosedError"] * 3)
 
 
 def test_ranks_one_call_apart_are_brought_back_into_step(rank_pools) -> None:
-    results = rank_pools(RANKS).run(peer_jobs.one_call_ahead, CULPRIT, timeout_s=60)
+    results = rank_pools(RANKS).run(faults.one_call_ahead, CULPRIT, timeout_s=60)
     for seen, recovered in results:
         assert seen[0] == "PeerError"
         assert "rank 0 is in dispatch #3; rank 1 is in dispatch #4" in seen[1]

@@ -36,6 +36,9 @@ from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.wire import Transfer, Wire
 from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
 from expertlink.routing import Placement, even_blocks
+from support.cases import LL, MANY_RANKS, SMS
+from support.jobs import config_of, without_gradients
+from support.oracle import Case
 
 _POINTER = Struct("Table", (Field("const void*", "table", "[R] arguments"),))
 _PATIENCE_S = 60.0
@@ -320,6 +323,29 @@ class HostedCommunicator(MoECommunicator):
         self._engine = engine
         self._calls.num_local_experts = num_local
         self._calls.engine_quantizes = engine.quantizes
+
+
+def fleet_of(mode: str, case: Case, *, warps: int | None = None, **fields: Any) -> Fleet:
+    """Hosted ranks for the configuration of a case.
+
+    Args:
+        mode: "ht" or "ll".
+        case: of every rank.
+        warps: of a block of the kernels of mode "ll"; None: as many as fit.
+        fields: of the configuration.
+    """
+    mode_fields = LL if mode == "ll" else {"engine": "nvlink"}
+    config = config_of(case, DEVICE, **{**mode_fields, **SMS, **fields})
+    if warps is None:
+        warps = LATENCY_WARPS if case.ranks <= MANY_RANKS else 4
+    fleet = Fleet(config, case.ranks, latency_warps=warps)
+    assert fleet.latency == (mode == "ll")
+    return fleet
+
+
+def run_cases(fleet: Fleet, job: Callable[..., None], cases: Sequence[Case], *args: Any) -> None:
+    """`job(communicator, case, *args)` on every rank for each case, without gradients."""
+    run_hosted(fleet, without_gradients, job, cases, *args)
 
 
 def run_hosted(fleet: Fleet, job: Callable[..., Any], *args: Any) -> list[Any]:

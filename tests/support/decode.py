@@ -7,7 +7,7 @@ one in a rank's own process.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,30 +22,29 @@ from expertlink import (
     InputError,
     MoECommunicator,
 )
+from expertlink.engines.nvlink.ll.dispatch import Tables
 from expertlink.launch import RankContext
-from expertlink.quantization import quantize
-from support.oracle import Case, expected_of, inputs_of, received_of
-from support.oracle_results import combined_of, ranges_of, slot_weights
-from support.rank_jobs import (
+from support.jobs import (
+    ROUNDS,
+    Job,
     check_output,
+    combine_case,
     config_of,
+    counts_stay_on_device,
     dispatch_case,
     filled_up,
     rows_for,
     same_bits,
+    without_gradients,
 )
-
-Job = Callable[..., None]
+from support.oracle import Case, combined_of, expected_of, inputs_of, ranges_of, slot_weights
 
 
 def on_a_rank(ctx: RankContext, job: Job, cases: list[Case], *args: Any, **fields: Any) -> int:
-    """Runs a job for each case, without gradients, as decode does."""
+    """Runs a job for each case, with a communicator for each, without gradients, as decode does."""
     for case in cases:
-        with torch.no_grad(), MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
-            try:
-                job(comm, case, *args)
-            except AssertionError as error:
-                raise AssertionError(f"{error}\nin {case}") from error
+        with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+            without_gradients(comm, job, [case], *args)
     return len(cases)
 
 
@@ -68,6 +67,15 @@ def own_weights(comm: MoECommunicator, case: Case) -> None:
 def slot_weights_for(case: Case, rank: int, handle: DispatchHandle) -> Tensor:
     """`slot_weights` in the shape that the handle's combine takes."""
     return filled_up(slot_weights(case, rank), handle.rows_shape[:-1], handle.topk_ids.device)
+
+
+def weights_on_one_rank(comm: MoECommunicator, case: Case) -> None:
+    """Exact combines send weights beside the rows: all ranks pass them or none."""
+    _, handle = dispatch_case(comm, dataclasses.replace(case, weighted=False))
+    rows = rows_for(case, comm.rank, handle)
+    given = slot_weights_for(case, comm.rank, handle) if comm.rank == 0 else None
+    with pytest.raises(InputError, match="weights beside a row: 4 on rank 0, 0 on ranks? 1"):
+        comm.combine(rows, handle, weights=given)
 
 
 # -- halves ---------------------------------------------------------------------------------------
@@ -118,6 +126,135 @@ def in_turns(comm: MoECommunicator, case: Case) -> None:
     second_hook()
     same_bits(result, combined_of(case, rank), "first combine")
     same_bits(other, combined_of(case, rank, round_=1), "second combine")
+
+
+def forgotten_hooks(comm: MoECommunicator, case: Case) -> None:
+    """What nobody has finished, the next call finishes; later hooks do nothing."""
+    rank = comm.rank
+    first, first_handle, hook = dispatch_case(comm, case, return_recv_hook=True)
+    second, handle = dispatch_case(comm, case)
+    check_output(case, rank, first, static=counts_stay_on_device(comm))
+    check_output(case, rank, second, static=counts_stay_on_device(comm))
+    hook()
+    rows = rows_for(case, rank, handle)
+    result, hook = comm.combine(rows, handle, return_recv_hook=True)
+    combine_case(comm, case, first_handle, "the combine after half of one")
+    same_bits(result, combined_of(case, rank), "combine that another one finished")
+    hook()
+    same_bits(result, combined_of(case, rank), "combine that another one finished")
+
+
+def dropped_results(comm: MoECommunicator, case: Case) -> None:
+    """Whatever the caller has let go of, halves that are left write to no other tensor's memory."""
+    rank = comm.rank
+    dispatch_case(comm, case, return_recv_hook=True)
+    guards = guards_like(comm, case)
+    _, handle = dispatch_case(comm, case)
+    rows = rows_for(case, rank, handle)
+    comm.combine(rows, handle, return_recv_hook=True)
+    guards += guards_like(comm, case)
+    out, handle, _ = dispatch_case(comm, case, return_recv_hook=True)
+    result, hook = comm.combine(rows, handle, return_recv_hook=True)
+    del out, handle  # the tables, too, are the engine's to keep
+    guards += guards_like(comm, case)
+    hook()
+    same_bits(result, combined_of(case, rank), "combine whose handle is gone")
+    assert all((guard == 7).all() for guard in guards)
+
+
+def guards_like(comm: MoECommunicator, case: Case) -> list[Tensor]:
+    """Tensors that are likely to be given memory that a call has let go of."""
+    device, own = comm.device, inputs_of(case, comm.rank)
+    largest = comm.create_buffers()
+    wanted = [value for value in vars(largest.output).values() if isinstance(value, Tensor)]
+    sizes = [value.nbytes for value in wanted]
+    if isinstance(largest.tables, Tables):
+        sizes += [largest.tables.block.nbytes]
+    engine: Any = comm._engine
+    sizes += [4 * engine._low._tables.words(len(own.x_TH)), own.x_TH.nbytes, own.ids_TK.nbytes]
+    del largest, wanted
+    return [
+        torch.full((max(size, 1),), 7, dtype=torch.uint8, device=device)
+        for size in sizes
+        for _ in range(3)
+    ]
+
+
+def three_in_flight(comm: MoECommunicator, case: Case) -> None:
+    """The third of them finishes the first, the fourth the second."""
+    rank = comm.rank
+    calls = [dispatch_case(comm, case, return_recv_hook=True) for _ in range(4)]
+    for out, _, _ in calls[:2]:
+        check_output(case, rank, out, static=counts_stay_on_device(comm))
+    calls[3][2]()  # also what comes before it
+    for out, _, _ in calls:
+        check_output(case, rank, out, static=counts_stay_on_device(comm))
+    calls[2][2]()
+    handles = [handle for _, handle, _ in calls]
+    rows = [rows_for(case, rank, handles[0], round_=i) for i in range(4)]
+    results = [
+        comm.combine(own, handle, return_recv_hook=True)
+        for own, handle in zip(rows, handles, strict=True)
+    ]
+    for index, (result, hook) in enumerate(results):
+        hook()
+        same_bits(result, combined_of(case, rank, round_=index), f"combine {index}")
+
+
+def many_turns(comm: MoECommunicator, cases: Sequence[Case]) -> None:
+    """Two micro-batches that take turns through several layers, as decode overlaps them."""
+    rank = comm.rank
+    with torch.no_grad():
+        waiting: list[Callable[[], None]] = []
+        for layer in range(5):
+            batches = [cases[(2 * layer + batch) % len(cases)] for batch in range(2)]
+            sent = [dispatch_case(comm, case, return_recv_hook=True) for case in batches]
+            for finish in waiting:
+                finish()
+            waiting = []
+            for index, (case, (out, handle, hook)) in enumerate(zip(batches, sent, strict=True)):
+                hook()
+                check_output(case, rank, out, static=counts_stay_on_device(comm))
+                rows = rows_for(case, rank, handle, round_=index)
+                result, hook = comm.combine(rows, handle, return_recv_hook=True)
+                waiting.append(_compared(hook, result, combined_of(case, rank, round_=index)))
+        for finish in waiting:
+            finish()
+
+
+def _compared(hook: Callable[[], None], result: Tensor, expected: Tensor) -> Callable[[], None]:
+    def finish() -> None:
+        hook()
+        same_bits(result, expected, "combine of a micro-batch")
+
+    return finish
+
+
+def halves_and_whole_calls(comm: MoECommunicator, cases: Sequence[Case]) -> None:
+    """Any mixture of halves, whole calls, cached ones and gradients of weights."""
+    rank = comm.rank
+    with torch.no_grad():
+        for round_ in range(2 * ROUNDS):
+            case, other = cases[round_ % len(cases)], cases[(round_ + 1) % len(cases)]
+            out, handle, hook = dispatch_case(comm, case, return_recv_hook=True)
+            if round_ % 2:
+                hook()
+            between, whole = dispatch_case(comm, other)
+            check_output(case, rank, out, static=counts_stay_on_device(comm))
+            check_output(other, rank, between, static=counts_stay_on_device(comm))
+            x_TH = inputs_of(case, rank).x_TH.to(comm.device)
+            again, cached, hook = comm.dispatch(
+                x_TH, None, previous_handle=handle, return_recv_hook=True
+            )
+            combine_case(comm, other, whole, "whole combine behind half a dispatch")
+            hook()
+            check_output(case, rank, again, static=counts_stay_on_device(comm))
+            rows = rows_for(case, rank, handle)
+            result, hook = comm.combine(rows, handle, return_recv_hook=True)
+            if round_ % 3 == 0:
+                hook()
+            combine_case(comm, case, cached, "combine of the cached dispatch", round_=1)
+            same_bits(result, combined_of(case, rank), "combine in halves")
 
 
 # -- buffers --------------------------------------------------------------------------------------
@@ -205,58 +342,32 @@ def stale_handles(comm: MoECommunicator, case: Case) -> None:
     same_bits(comm.combine(rows, cached), combined_of(case, comm.rank), "combine of the fresh one")
 
 
-def buffers_of_packed_rows(comm: MoECommunicator, case: Case) -> None:
-    """Rows with scales, quantized by the caller, by the library, and bytes nobody understands."""
-    fmt = comm.config.block_format
-    assert fmt is not None
-    own = inputs_of(case, comm.rank)
-    x_TH, ids_TK = own.x_TH.to(comm.device), own.ids_TK.to(comm.device)
-    q, scales = quantize(x_TH, fmt)
-    plain = poisoned(comm.create_buffers())
-    packed = poisoned(comm.create_buffers(q, scales))
-    for rows, beside, one in ((x_TH, None, plain), (q, scales, packed), (q, scales, plain)):
-        out, _ = comm.dispatch(rows, ids_TK, scales=beside, output_buffer=one)
-        check_rows_with_scales(case, comm.rank, out, lambda x: quantize(x, fmt))
-        homes = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(one.output)}
-        for tensor in tensors_of(out):
-            assert tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in homes
+def buffers_of_every_call(comm: MoECommunicator, cases: Sequence[Case]) -> None:
+    """One of them serves any T, width of ids, and calls with and without weights."""
+    rank = comm.rank
+    with torch.no_grad():
+        one = comm.create_buffers()
+        homes = _addresses(one)
+        for round_ in range(2):
+            for case in cases:
+                out, handle = dispatch_case(comm, case, output_buffer=one)
+                check_output(case, rank, out, static=counts_stay_on_device(comm))
+                for name, value in vars(out).items():
+                    if isinstance(value, Tensor) and value.numel():
+                        assert value.data_ptr() == homes[name], name
+                combine_case(comm, case, handle, "combine", round_=round_)
+        assert _addresses(one) == homes
+        unweighted = comm.create_buffers(weighted=False)
+        plain = [case for case in cases if not case.weighted]
+        for case in plain:
+            out, handle = dispatch_case(comm, case, output_buffer=unweighted)
+            check_output(case, rank, out, static=counts_stay_on_device(comm))
+            combine_case(comm, case, handle, "combine")
 
 
-# -- scales ---------------------------------------------------------------------------------------
-
-
-def scales_in_order(comm: MoECommunicator, case: Case) -> None:
-    """Shape and values do not depend on the memory order; strides do."""
-    fmt = comm.config.block_format
-    assert fmt is not None
-    own = inputs_of(case, comm.rank)
-    x_TH, ids_TK = own.x_TH.to(comm.device), own.ids_TK.to(comm.device)
-    out, handle = comm.dispatch(x_TH, ids_TK)
-    again, _ = comm.dispatch(x_TH, None, previous_handle=handle)
-    for arrived in (out, again):
-        check_rows_with_scales(case, comm.rank, arrived, lambda x: quantize(x, fmt))
-        assert arrived.scales is not None
-        tensor = arrived.scales.tensor
-        plain = tensor.transpose(-1, -2) if comm.config.scale_order == "column_major" else tensor
-        assert plain.is_contiguous()
-
-
-def check_rows_with_scales(
-    case: Case,
-    rank: int,
-    out: DispatchOutput,
-    packed: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> None:
-    """Rows and scales of every slot equal those of its token at the source."""
-    received = received_of(case, rank)
-    theirs = [packed(inputs_of(case, source).x_TH) for source in range(case.ranks)]
-    assert out.scales is not None
-    assert out.scales.tensor.shape[:-1] == out.tokens.shape[:-1]
-    for values, index in ((out.tokens, 0), (out.scales.tensor, 1)):
-        held = values.cpu()
-        held = held if case.layout.padded else held[: len(received.filled)]
-        expected = received.gather([pair[index].view(torch.uint8) for pair in theirs])
-        same_bits(held[received.filled].view(torch.uint8), expected, f"member {index} of the rows")
+def _addresses(buffers: DispatchBuffers) -> dict[str, int]:
+    members = vars(buffers.output).items()
+    return {name: value.data_ptr() for name, value in members if isinstance(value, Tensor)}
 
 
 # -- counting -------------------------------------------------------------------------------------
@@ -329,13 +440,19 @@ def statistics(comm: MoECommunicator, case: Case) -> None:
     del out
 
 
-# -- disagreement ---------------------------------------------------------------------------------
-
-
-def weights_on_one_rank(comm: MoECommunicator, case: Case) -> None:
-    """Exact combines send weights beside the rows: all ranks pass them or none."""
-    _, handle = dispatch_case(comm, dataclasses.replace(case, weighted=False))
-    rows = rows_for(case, comm.rank, handle)
-    given = slot_weights_for(case, comm.rank, handle) if comm.rank == 0 else None
-    with pytest.raises(InputError, match="weights beside a row: 4 on rank 0, 0 on ranks? 1"):
-        comm.combine(rows, handle, weights=given)
+def statistics_of_packed_rows(comm: MoECommunicator, case: Case) -> None:
+    """Bytes are those of rows and scales as they travel, quantized on the way."""
+    fmt = comm.config.block_format
+    assert fmt is not None
+    rank = comm.rank
+    totals = comm.enable_statistics()
+    out, _ = dispatch_case(comm, case)
+    assert out.scales is not None
+    scale_bytes = out.scales.tensor.shape[-1] * out.scales.tensor.element_size()
+    received = expected_of(case, rank).rows_per_rank
+    sent = [expected_of(case, dest).rows_per_rank[rank] for dest in range(case.ranks)]
+    assert totals.rows_sent.tolist() == sent
+    assert totals.rows_received.tolist() == received
+    for total, rows in ((totals.bytes_sent, sent), (totals.bytes_received, received)):
+        away = [0 if other == rank else count for other, count in enumerate(rows)]
+        assert total.tolist() == [count * (case.hidden + scale_bytes) for count in away]

@@ -9,15 +9,27 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
-from expertlink import DispatchLayout
+from expertlink import BlockFormat, DispatchLayout
 from support.oracle import Case
 
-LAYOUTS = tuple(DispatchLayout)
 RANKS = (1, 2, 3, 8, 33, 72)
+MANY_RANKS = 8  # above it blocks have few warps, so that all ranks fit on a GPU
 SMS = {"num_sms_dispatch": 3, "num_sms_combine": 3}  # of a hosted rank: 72 fit on one GPU
 COUNTS = (5, 0, 7, 1, 16, 3, 40, 9)  # T by rank; the largest is as large as it may be
+LL: dict[str, Any] = {"engine": "nvlink", "mode": "ll", "static_shapes": True}
+"""Configuration of communicators in mode "ll", for every layout."""
+
+LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
+EXPANDED = pytest.mark.parametrize(
+    "layout",
+    [layout for layout in DispatchLayout if layout.expanded],
+    ids=lambda layout: layout.value,
+)
+FORMATS = pytest.mark.parametrize("fmt", list(BlockFormat), ids=lambda fmt: fmt.value)
+ORDERS = pytest.mark.parametrize("order", ["row_major", "column_major"])
 
 
 @dataclass(frozen=True)
@@ -95,20 +107,33 @@ def aligned(ranks: int) -> Shape:
     return Shape(ranks, DispatchLayout.FLAT, alignment=16)
 
 
+def half(layout: DispatchLayout) -> Shape:
+    """float16 rows."""
+    return dataclasses.replace(usual(3, layout), dtype=torch.float16)
+
+
+def half_shapes() -> list[Shape]:
+    """Shapes that processes also run with float16 rows."""
+    return [usual(2, DispatchLayout.FLAT), usual(2, DispatchLayout.RANK_MAJOR)]
+
+
+# -- shapes of high throughput --------------------------------------------------------------------
+
+
 def long_spans(layout: DispatchLayout) -> Shape:
     """More tokens than a block counts in one pass."""
     return Shape(4, layout, hidden=64, experts=16, topk=4, max_tokens=700)
 
 
-# -- low latency ----------------------------------------------------------------------------------
+ROWS_IN_POOL = ("narrow", "wide", "all_lanes", "many_experts", "one_choice")
+"""Special shapes that are also tested with zero copy: how lanes share out rows depends on K."""
 
-LATENCY: dict[str, Any] = {"engine": "nvlink", "mode": "ll", "static_shapes": True}
-"""Configuration of communicators in low-latency mode, for every layout."""
+# -- shapes of mode ll ----------------------------------------------------------------------------
 
 FEW_MASK_WORDS = 30
 """So that blocks of `usual` shapes look at 15 experts at a time."""
 
-EXPANDED = tuple(layout for layout in LAYOUTS if layout.expanded)
+EXPANDED_LAYOUTS = tuple(layout for layout in DispatchLayout if layout.expanded)
 
 
 def many_tokens(layout: DispatchLayout) -> Shape:
@@ -126,9 +151,14 @@ def blocks_of_scales(layout: DispatchLayout) -> Shape:
     return Shape(3, layout, hidden=1104, experts=12, topk=3)
 
 
-def half(layout: DispatchLayout) -> Shape:
-    """float16 rows."""
-    return dataclasses.replace(usual(3, layout), dtype=torch.float16)
+def quantized_shapes() -> list[Shape]:
+    """Shapes whose rows are quantized on the way."""
+    shapes = [aligned(3)]
+    for layout in DispatchLayout:
+        shapes += [blocks_of_scales(layout), half(layout), special("model", layout)]
+        shapes.append(many_bytes(layout))
+        shapes += [usual(ranks, layout) for ranks in (3, 4)]
+    return shapes
 
 
 def exact(shape: Shape) -> Shape:
@@ -136,57 +166,19 @@ def exact(shape: Shape) -> Shape:
     return dataclasses.replace(shape, precision="exact")
 
 
-def exact_shapes() -> list[Shape]:
-    """Shapes whose combines are exact."""
-    plain = [usual(ranks, layout) for ranks in (1, 3, 8) for layout in EXPANDED]
-    edges = [special(name, layout) for name in EXACT_EDGES for layout in EXPANDED]
-    others = [many_bytes(layout) for layout in EXPANDED]
-    others += [usual(4, layout) for layout in EXPANDED]
-    return [exact(shape) for shape in (*plain, *edges, *others, aligned(3))]
-
-
-def latency_process_kernels() -> list[Kernels]:
-    """Of every test with a process per rank in low-latency mode."""
-    shapes = [usual(ranks, layout) for ranks in (1, 2, 4, 8) for layout in LAYOUTS]
-    shapes += [exact(usual(ranks, layout)) for ranks in (2, 4) for layout in EXPANDED]
-    plain = [Kernels(shape, False, latency=True) for shape in shapes]
-    packed = [usual(ranks, layout) for ranks in (2, 4) for layout in LAYOUTS]
-    return [*plain, *(Kernels(shape, False, latency=True, quantized=True) for shape in packed)]
-
-
 EXACT_EDGES = ("narrow", "model", "all_lanes", "one_choice")
 
 
-def latency_kernels() -> list[Kernels]:
-    """Of every test with hosted ranks in low-latency mode."""
-    shapes = [usual(ranks, layout) for ranks in (*RANKS, 4) for layout in LAYOUTS]
-    shapes += [special(name, layout) for name in SPECIAL for layout in LAYOUTS]
-    shapes += [aligned(3), aligned(8), *exact_shapes()]
-    for layout in LAYOUTS:
-        shapes += [many_tokens(layout), half(layout)]
-    chunks = [
-        Kernels(usual(3, layout), True, latency=True, mask_words=FEW_MASK_WORDS)
-        for layout in LAYOUTS
-    ]
-    plain = [Kernels(shape, True, latency=True) for shape in shapes]
-    quantized = [Kernels(shape, True, latency=True, quantized=True) for shape in quantized_shapes()]
-    return [*plain, *quantized, *chunks]
-
-
-def quantized_shapes() -> list[Shape]:
-    """Shapes whose rows are quantized on the way."""
-    shapes = [aligned(3)]
-    for layout in LAYOUTS:
-        shapes += [blocks_of_scales(layout), half(layout), special("model", layout)]
-        shapes.append(many_bytes(layout))
-        shapes += [usual(ranks, layout) for ranks in (3, 4)]
-    return shapes
+def exact_shapes() -> list[Shape]:
+    """Shapes whose combines are exact."""
+    plain = [usual(ranks, layout) for ranks in (1, 3, 8) for layout in EXPANDED_LAYOUTS]
+    edges = [special(name, layout) for name in EXACT_EDGES for layout in EXPANDED_LAYOUTS]
+    others = [many_bytes(layout) for layout in EXPANDED_LAYOUTS]
+    others += [usual(4, layout) for layout in EXPANDED_LAYOUTS]
+    return [exact(shape) for shape in (*plain, *edges, *others, aligned(3))]
 
 
 # -- what is compiled -----------------------------------------------------------------------------
-
-ROWS_IN_POOL = ("narrow", "wide", "all_lanes", "many_experts", "one_choice")
-"""Special shapes that are also tested with zero copy: how lanes share out rows depends on K."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +189,7 @@ class Kernels:
         shape: what a communicator fixes.
         hosted: for several ranks in one process.
         zero_copy: as configured.
-        latency: the low-latency kernels.
+        mode: "ht" or "ll".
         quantized: they quantize rows on the way, to any format.
         mask_words: words of masks that a block may hold, where a test changes that.
     """
@@ -205,7 +197,7 @@ class Kernels:
     shape: Shape
     hosted: bool
     zero_copy: bool = False
-    latency: bool = False
+    mode: str = "ht"
     quantized: bool = False
     mask_words: int | None = None
 
@@ -215,28 +207,48 @@ def _views(shapes: list[Shape], *, hosted: bool) -> list[Kernels]:
     return [Kernels(s, hosted, zero_copy=True) for s in shapes if not s.layout.expanded]
 
 
-def hosted_kernels() -> list[Kernels]:
-    """Of every test with hosted ranks."""
-    common = [usual(ranks, layout) for ranks in (*RANKS, 4) for layout in LAYOUTS]
-    edges = [special(name, layout) for name in SPECIAL for layout in LAYOUTS]
-    others = [aligned(3), aligned(8), *(long_spans(layout) for layout in LAYOUTS)]
-    views = [usual(ranks, layout) for ranks in (1, 3, 4, 8) for layout in LAYOUTS]
-    views += [special(name, layout) for name in ROWS_IN_POOL for layout in LAYOUTS]
+def ht_kernels() -> list[Kernels]:
+    """Of every test with hosted ranks in mode "ht"."""
+    common = [usual(ranks, layout) for ranks in (*RANKS, 4) for layout in DispatchLayout]
+    edges = [special(name, layout) for name in SPECIAL for layout in DispatchLayout]
+    others = [aligned(3), aligned(8), *(long_spans(layout) for layout in DispatchLayout)]
+    views = [usual(ranks, layout) for ranks in (1, 3, 4, 8) for layout in DispatchLayout]
+    views += [special(name, layout) for name in ROWS_IN_POOL for layout in DispatchLayout]
     plain = [Kernels(shape, hosted=True) for shape in (*common, *edges, *others)]
     return plain + _views(views, hosted=True)
 
 
-def half_shapes() -> list[Shape]:
-    """Shapes that processes also run with float16 rows."""
-    return [usual(2, DispatchLayout.FLAT), usual(2, DispatchLayout.RANK_MAJOR)]
-
-
-def process_kernels() -> list[Kernels]:
-    """Of every test with a process per rank."""
-    common = [usual(ranks, layout) for ranks in (1, 2, 4, 8) for layout in LAYOUTS]
+def ht_process_kernels() -> list[Kernels]:
+    """Of every test with a process per rank in mode "ht"."""
+    common = [usual(ranks, layout) for ranks in (1, 2, 4, 8) for layout in DispatchLayout]
     others = [dataclasses.replace(shape, dtype=torch.float16) for shape in half_shapes()]
-    others += [long_spans(layout) for layout in LAYOUTS]
-    # Of quant_jobs.opaque_rows.
+    others += [long_spans(layout) for layout in DispatchLayout]
+    # Of payloads.opaque_rows.
     packed: dict[str, Any] = {"hidden": 96, "experts": 4, "topk": 2, "max_tokens": 5}
-    others += [Shape(2, layout, **packed) for layout in LAYOUTS]
+    others += [Shape(2, layout, **packed) for layout in DispatchLayout]
     return [Kernels(s, hosted=False) for s in (*common, *others)] + _views(common, hosted=False)
+
+
+def ll_kernels() -> list[Kernels]:
+    """Of every test with hosted ranks in mode "ll"."""
+    shapes = [usual(ranks, layout) for ranks in (*RANKS, 4) for layout in DispatchLayout]
+    shapes += [special(name, layout) for name in SPECIAL for layout in DispatchLayout]
+    shapes += [aligned(3), aligned(8), *exact_shapes()]
+    for layout in DispatchLayout:
+        shapes += [many_tokens(layout), half(layout)]
+    chunks = [
+        Kernels(usual(3, layout), True, mode="ll", mask_words=FEW_MASK_WORDS)
+        for layout in DispatchLayout
+    ]
+    plain = [Kernels(shape, True, mode="ll") for shape in shapes]
+    quantized = [Kernels(shape, True, mode="ll", quantized=True) for shape in quantized_shapes()]
+    return [*plain, *quantized, *chunks]
+
+
+def ll_process_kernels() -> list[Kernels]:
+    """Of every test with a process per rank in mode "ll"."""
+    shapes = [usual(ranks, layout) for ranks in (1, 2, 4, 8) for layout in DispatchLayout]
+    shapes += [exact(usual(ranks, layout)) for ranks in (2, 4) for layout in EXPANDED_LAYOUTS]
+    plain = [Kernels(shape, False, mode="ll") for shape in shapes]
+    packed = [usual(ranks, layout) for ranks in (2, 4) for layout in DispatchLayout]
+    return [*plain, *(Kernels(shape, False, mode="ll", quantized=True) for shape in packed)]

@@ -1,0 +1,981 @@
+"""Calls that go wrong: a rank refuses, gives up, comes late, is lost; what every rank sees then.
+
+Jobs of the first two sections use a small communicator in processes; they return what their rank
+saw. The others compare with the oracle and also run on hosted ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from expertlink import (
+    CapacityError,
+    DispatchHandle,
+    DispatchLayout,
+    ExpertlinkError,
+    MoECommunicator,
+    MoECommunicatorConfig,
+    PeerError,
+    PeerTimeoutError,
+)
+from expertlink.engines.ranks.handshake import handshake
+from expertlink.engines.ranks.wire import Wire
+from expertlink.launch import RankContext
+from support import jobs
+from support.cases import exact, usual
+from support.jobs import (
+    ROUNDS,
+    calls_with_all,
+    check_contract,
+    check_output,
+    config_of,
+    contracts,
+    counts_stay_on_device,
+    dispatch_case,
+    filled_up,
+    poison_memory,
+    rows_for,
+    same_bits,
+)
+from support.oracle import Case, combined_of, expected_of, inputs_of, returned_grads, slot_grads
+from support.processes import ll_communicator
+
+# -- a small communicator -------------------------------------------------------------------------
+
+T, H, K, E = 4, 8, 2, 8
+
+
+def small(ctx: RankContext, **fields: Any) -> MoECommunicator:
+    defaults: dict[str, Any] = {
+        "num_experts": E,
+        "hidden_size": H,
+        "topk": K,
+        "max_tokens_per_rank": T,
+        "dtype": torch.float32,
+        "device": ctx.device,
+        "timeout_s": 20.0,
+        "startup_timeout_s": 20.0,
+    }
+    return MoECommunicator(MoECommunicatorConfig(**{**defaults, **fields}))
+
+
+def good(comm: MoECommunicator) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(comm.rank)
+    ids_TK = torch.rand(T, E, generator=gen).topk(K).indices
+    x_TH = torch.randn(T, H, generator=gen)
+    return {
+        "input": x_TH.to(comm.device),
+        "topk_ids": ids_TK.to(comm.device),
+        "weights": torch.ones(T, K, device=comm.device),
+    }
+
+
+def works(comm: MoECommunicator) -> bool:
+    fields = good(comm)
+    out, handle = comm.dispatch(**fields)
+    rows = out.tokens
+    if out.topk_weights is not None:
+        rows = rows * out.topk_weights.sum(-1, keepdim=True)
+    return torch.equal(comm.combine(rows, handle), K * fields["input"])
+
+
+def error_of(call: Callable[[], object]) -> ExpertlinkError | None:
+    """What the call raises, if it raises."""
+    try:
+        call()
+    except ExpertlinkError as error:
+        return error
+    return None
+
+
+def outcome(call: Callable[[], object]) -> tuple[str, str]:
+    """Class and text of the error that the call raises."""
+    error = error_of(call)
+    return ("", "") if error is None else (type(error).__name__, str(error))
+
+
+# -- one rank misbehaves --------------------------------------------------------------------------
+
+
+def refused_dispatch(ctx: RankContext, culprit: int, fields: dict[str, Any]) -> Any:
+    """One rank passes `fields` instead of good arguments."""
+    with small(ctx) as comm:
+        mine = good(comm)
+        if ctx.rank == culprit:
+            mine.update({k: v.to(ctx.device) for k, v in fields.items()})
+        return outcome(lambda: comm.dispatch(**mine)), works(comm)
+
+
+def refused_combine(ctx: RankContext, culprit: int, kind: str) -> Any:
+    with small(ctx) as comm, small(ctx) as other:
+        out, handle = comm.dispatch(**good(comm))
+        _, foreign = other.dispatch(**good(other))
+        rows, used = out.tokens, handle
+        if ctx.rank == culprit:
+            if kind == "rows":
+                rows = rows[:-1]
+            elif kind == "dtype":
+                rows = rows.half()
+            else:
+                used = foreign
+        seen = outcome(lambda: comm.combine(rows, used))
+        kept = comm.combine(out.tokens, handle)  # the refused call left the handle alone
+        return seen, works(comm) and torch.isfinite(kept).all().item()
+
+
+def changed_routing(ctx: RankContext, culprit: int) -> Any:
+    with small(ctx) as comm:
+        mine = good(comm)
+        _, handle = comm.dispatch(**mine)
+        ids_TK = mine["topk_ids"].clone()
+        if ctx.rank == culprit:
+            ids_TK[0] = -1
+        seen = outcome(lambda: comm.dispatch(mine["input"], ids_TK, previous_handle=handle))
+        return seen, works(comm)
+
+
+def small_buffer(ctx: RankContext, culprit: int) -> Any:
+    with small(ctx) as comm:
+        buffer = torch.full((99, H), 7.0, device=ctx.device)
+        if ctx.rank == culprit:
+            buffer = buffer[:1]
+        seen = outcome(lambda: comm.dispatch(**good(comm), output_buffer=buffer))
+        return seen, works(comm) and bool((buffer == 7.0).all())
+
+
+def different_calls(ctx: RankContext, culprit: int) -> Any:
+    with small(ctx) as comm:
+        out, handle = comm.dispatch(**good(comm))
+
+        def call() -> object:
+            if ctx.rank == culprit:
+                return comm.dispatch(**good(comm))
+            return comm.combine(out.tokens, handle)
+
+        return outcome(call), works(comm)
+
+
+def missing_weights(ctx: RankContext, culprit: int) -> Any:
+    with small(ctx) as comm:
+        mine: dict[str, Any] = good(comm)
+        if ctx.rank == culprit:
+            mine["weights"] = None
+        return outcome(lambda: comm.dispatch(**mine)), works(comm)
+
+
+def disagreement(ctx: RankContext, culprit: int, fields: dict[str, Any]) -> tuple[str, str]:
+    """Configurations that differ on one rank, found when the ranks meet."""
+    comm = small(ctx, **(fields if ctx.rank == culprit else {}))
+    return outcome(comm.initialize)
+
+
+def sharing(ctx: RankContext, culprit: int) -> tuple[str, str]:
+    """Ranks that would share the memory of different communicators."""
+    comm = small(ctx)
+    wire = Wire(dist.group.WORLD, device=ctx.device, timeout_s=20.0)
+    other = 8 if ctx.rank == culprit else 7
+    return outcome(
+        lambda: handshake(wire, comm.config, engine="any", check_inputs=True, shared_with=other)
+    )
+
+
+def blocks(ctx: RankContext, per_rank: list[dict[str, int]]) -> Any:
+    """Placement by every rank's own block of experts."""
+    comm = small(ctx, **per_rank[ctx.rank])
+    seen = outcome(comm.initialize)
+    return seen if seen[0] else (comm.local_experts, works(comm))
+
+
+def absent(ctx: RankContext, culprit: int, phase: str, how: str) -> Any:
+    """One rank does not come: it stays away, or dies. Returns what the others saw, and how fast."""
+    comm = small(ctx, timeout_s=2.0, startup_timeout_s=2.0)
+    handle: DispatchHandle | None = None
+    rows = torch.empty(0)
+    if phase != "initialize":
+        comm.initialize()
+        assert works(comm)
+    if phase == "combine":
+        out, handle = comm.dispatch(**good(comm))
+        rows = out.tokens
+    if ctx.rank == culprit:
+        if how == "dies":
+            os._exit(3)
+        return None
+
+    def call() -> object:
+        if phase == "initialize":
+            return comm.initialize()
+        if phase == "combine":
+            assert handle is not None
+            return comm.combine(rows, handle)
+        return comm.dispatch(**good(comm))
+
+    started = time.monotonic()
+    try:
+        call()
+    except ExpertlinkError as error:
+        waited = time.monotonic() - started
+        missing = getattr(error, "missing", None)
+        # Retrying `initialize` is a new attempt; other calls must refuse at once.
+        again = outcome(call) if phase != "initialize" else ("ClosedError", "")
+        comm.close()
+        return type(error).__name__, str(error), missing, waited, again
+    return "", "no error", None, 0.0, ("", "")
+
+
+def other_communicator(ctx: RankContext, culprit: int) -> Any:
+    """One rank uses another communicator of the group than the rest."""
+    with small(ctx) as a, small(ctx) as b:
+        mine = b if ctx.rank == culprit else a
+        return outcome(lambda: mine.dispatch(**good(mine)))
+
+
+def late_meeting(ctx: RankContext, culprit: int) -> Any:
+    """One rank misses the first attempt to meet; the second one succeeds."""
+    comm = small(ctx, startup_timeout_s=1.0)
+    first = ("", "")
+    if ctx.rank == culprit:
+        time.sleep(2.0)
+    else:
+        first = outcome(comm.initialize)
+    comm.close()
+    with small(ctx) as again:
+        return first, works(again)
+
+
+def failed_wait(ctx: RankContext, culprit: int) -> Any:
+    """A wait that failed keeps failing: unfilled tensors never pass for results."""
+    comm = small(ctx, timeout_s=2.0)
+    assert works(comm)
+    out, handle = comm.dispatch(**good(comm))
+    if ctx.rank == culprit:
+        return None
+    # The combine's agreement needs the missing rank, a request's transfer would as well.
+    first = outcome(lambda: comm.combine_async(out.tokens, handle).wait())
+    second = outcome(lambda: comm.combine_async(out.tokens, handle).wait())
+    third = outcome(lambda: comm.dispatch(**good(comm)))
+    health = outcome(comm.check_health)
+    assert first[1] in health[1], "the failure that ended it is repeated"
+    return first[0], second[0], third[0], health[0]
+
+
+def one_call_ahead(ctx: RankContext, culprit: int) -> Any:
+    """One rank has counted a call that the others did not make."""
+    with small(ctx) as comm:
+        assert works(comm)
+        if ctx.rank == culprit:
+            comm._engine._wire.call += 1  # type: ignore[union-attr]
+        return outcome(lambda: comm.dispatch(**good(comm))), works(comm)
+
+
+def mixed_up(ctx: RankContext, culprit: int, kind: str, fields: dict[str, Any]) -> Any:
+    """Two dispatches of different routing are open; one rank's calls go on with the other one."""
+    with small(ctx, **fields) as comm:
+        first, second = good(comm), good(comm)
+        second["topk_ids"] = second["topk_ids"].flip(0) if ctx.rank else second["topk_ids"] * 0 - 1
+        opened = [comm.dispatch(**mine) for mine in (first, second)]
+        wrong = int(ctx.rank == culprit)
+
+        def call() -> object:
+            out, handle = opened[wrong]
+            if kind == "combine":
+                return comm.combine(out.tokens, handle)
+            return comm.dispatch(first["input"], None, previous_handle=handle)
+
+        seen = outcome(call)
+        sums = [comm.combine(out.tokens, handle) for out, handle in opened]
+        right = torch.equal(sums[0], K * first["input"])
+        return seen, right and works(comm)
+
+
+def mixed_up_backward(ctx: RankContext, culprit: int, fields: dict[str, Any]) -> Any:
+    """One rank unwinds two micro-batches in another order than the rest."""
+    with small(ctx, **fields) as comm:
+        losses, inputs = [], []
+        for _ in range(2):
+            mine = good(comm)
+            inputs.append(mine["input"].requires_grad_())
+            out, handle = comm.dispatch(**mine)
+            losses.append(comm.combine(out.tokens, handle).sum())
+        order = (1, 0) if ctx.rank == culprit else (0, 1)
+        return outcome(lambda: losses[order[0]].backward()), works(comm)
+
+
+def other_default_device(ctx: RankContext, fields: dict[str, Any]) -> bool:
+    """All kinds of calls where tensors are made on another device unless that is said."""
+    with small(ctx) as comm:
+        mine = good(comm)
+    torch.set_default_device("meta")
+    try:
+        with small(ctx, **fields) as comm:
+            totals, y = comm.enable_statistics(), mine["input"]
+            for _ in range(2):
+                out, handle = comm.dispatch(**mine)
+                out, again = comm.dispatch(mine["input"], None, previous_handle=handle)
+                if comm.config.layout.expanded:
+                    comm.expert_ranges(again)
+                rows = out.tokens
+                if out.topk_weights is not None:
+                    rows = rows * out.topk_weights.sum(-1, keepdim=True)
+                y = comm.combine(rows, again)
+            with torch.no_grad():
+                comm.dispatch(**mine, output_buffer=comm.create_buffers())
+            return torch.equal(y, K * mine["input"]) and totals.rows_sent.device == ctx.device
+    finally:
+        torch.set_default_device(None)
+
+
+def other_experts(ctx: RankContext, culprit: int) -> Any:
+    """One rank uses a communicator of the group that has more experts."""
+    with small(ctx) as a, small(ctx, num_experts=3 * E) as b:
+        mine = b if ctx.rank == culprit else a
+        seen = outcome(lambda: mine.dispatch(**good(mine)))
+        return seen, works(a) and works(b)
+
+
+# -- one rank gives up, its process lives on ------------------------------------------------------
+
+_T = TypeVar("_T")
+PATIENCE_S = 60.0  # nobody is to wait so long
+
+
+class Stopped(BaseException):
+    """What a signal handler raises, as that of ctrl-C does."""
+
+
+@contextlib.contextmanager
+def stopped_soon() -> Iterator[None]:
+    """Interrupts the main thread after half a second."""
+
+    def stop(number: int, frame: object) -> None:
+        del number, frame
+        raise Stopped("by a signal")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_own_group(ctx: RankContext, job: Callable[[Any], _T], *, idle: int) -> _T:
+    """Runs a job with a process group that may be lost.
+
+    Rank `idle` has nothing under way in the end. It keeps its connections until all other ranks
+    have let go of the group, which must not wait for it.
+    """
+    group: Any = dist.new_group(list(range(ctx.num_ranks)))
+    result = job(group)
+    dist.barrier()
+    if ctx.rank == idle:
+        dist.barrier()
+    started = time.monotonic()
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()  # the destructor waits for what is under way
+    assert time.monotonic() - started < PATIENCE_S / 2
+    if ctx.rank != idle:
+        dist.barrier()
+    return result
+
+
+def patient(ctx: RankContext, group: Any, **fields: Any) -> MoECommunicator:
+    defaults = {"group": group, "timeout_s": PATIENCE_S, "startup_timeout_s": PATIENCE_S}
+    return small(ctx, **{**defaults, **fields})
+
+
+def seen(call: Callable[[], object]) -> tuple[Any, ...]:
+    """Class and text of an error, who aborted and why, and how long the call took."""
+    started = time.monotonic()
+    try:
+        call()
+    except ExpertlinkError as error:
+        rank, reason = getattr(error, "rank", None), getattr(error, "reason", None)
+        return type(error).__name__, str(error), rank, reason, time.monotonic() - started
+    return "", "no error", None, None, 0.0
+
+
+def experts_raise(ctx: RankContext, culprit: int, phase: str, fields: dict[str, Any]) -> Any:
+    """One rank leaves its `with` block by an exception of its experts; others are in a call."""
+
+    def job(group: Any) -> Any:
+        comm = patient(ctx, group, **fields)
+        mine: dict[str, Any] = good(comm)
+        mine["input"].requires_grad_()
+        y = mine["input"]
+        try:
+            with comm:
+                out, handle = comm.dispatch(**mine)
+                if phase != "combine":
+                    y = comm.combine(out.tokens, handle)
+                if ctx.rank == culprit:
+                    raise ValueError("boom")
+                if phase == "combine":
+                    first = seen(lambda: comm.combine(out.tokens, handle))
+                elif phase == "backward":
+                    first = seen(lambda: y.sum().backward())
+                else:
+                    first = seen(lambda: comm.dispatch(**mine))
+                return first, outcome(lambda: comm.dispatch(**mine)), outcome(comm.check_health)
+        except ValueError as error:
+            return str(error), outcome(lambda: comm.dispatch(**mine))
+
+    return in_own_group(ctx, job, idle=culprit)
+
+
+def interrupted(ctx: RankContext, culprit: int, phase: str) -> Any:
+    """A signal ends the wait of one rank for another one, which never comes."""
+    absent = (culprit + 1) % ctx.num_ranks
+
+    def job(group: Any) -> Any:
+        comm = patient(ctx, group)
+        if phase != "initialize":
+            comm.initialize()
+        mine = good(comm)
+        call = comm.initialize if phase == "initialize" else lambda: comm.dispatch(**mine)
+        result: Any = None
+        if ctx.rank == culprit:
+            started = time.monotonic()
+            try:
+                with stopped_soon():
+                    call()
+            except Stopped:
+                waited = time.monotonic() - started
+                result = waited, outcome(comm.check_health) if phase == "dispatch" else None
+        elif ctx.rank != absent:
+            result = seen(call)
+        comm.close()
+        if phase == "initialize":  # nothing has been lost: all can try again
+            dist.barrier()
+            if ctx.rank == absent:  # the abort counts for a rank that comes late, too
+                result = seen(lambda: patient(ctx, group).initialize())
+            dist.barrier()
+            with patient(ctx, group) as again:
+                assert works(again)
+        return result
+
+    return in_own_group(ctx, job, idle=absent)
+
+
+def fails_within(ctx: RankContext, culprit: int, name: str) -> Any:
+    """One rank runs out of memory in the middle of a call."""
+
+    def job(group: Any) -> Any:
+        comm = patient(ctx, group)
+        out, handle = comm.dispatch(**good(comm))
+
+        def fail(*args: object) -> object:
+            raise MemoryError("no room")
+
+        if ctx.rank == culprit:
+            comm._engine._workspace.take = fail  # type: ignore[union-attr]
+        mine = good(comm)
+        calls: dict[str, Callable[[], object]] = {
+            "dispatch": lambda: comm.dispatch(**mine),
+            "cached": lambda: comm.dispatch(mine["input"], None, previous_handle=handle),
+            "combine": lambda: comm.combine(out.tokens, handle),
+        }
+        first: tuple[Any, ...]
+        try:
+            first = seen(calls[name])
+        except MemoryError as error:
+            first = type(error).__name__, str(error)
+        again = outcome(calls[name])
+        comm.close()
+        return first, again
+
+    return in_own_group(ctx, job, idle=culprit)
+
+
+# -- one rank's arguments differ ------------------------------------------------------------------
+
+RANKS, CULPRIT = 3, 1
+OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
+Errors = list[ExpertlinkError | None]
+
+MASKABLE = [pytest.param(usual(RANKS, layout), id=layout.value) for layout in DispatchLayout]
+SHAPES = [
+    *MASKABLE,
+    pytest.param(exact(usual(RANKS, DispatchLayout.FLAT)), id="flat-exact"),
+    pytest.param(exact(usual(RANKS, DispatchLayout.EXPERT_MAJOR)), id="expert_major-exact"),
+]
+# Faulty ids of `usual` shapes, and what the error says of them.
+FAULTY_IDS: list[tuple[list[int], str]] = [
+    ([96], "topk_ids[2]=[96,"),
+    ([-2], "topk_ids[2]=[-2,"),
+    ([2**40 + 1], f"topk_ids[2]=[{2**40 + 1},"),
+    ([5, 5], "an expert is chosen twice"),
+]
+
+
+def dispatch_with(case: Case, **changed: Callable[[torch.Tensor], Any]) -> Callable[..., object]:
+    """A dispatch in which one rank passes arguments that were changed."""
+
+    def call(comm: MoECommunicator) -> object:
+        own = inputs_of(case, comm.rank)
+        arguments: dict[str, Any] = {"input": own.x_TH, "topk_ids": own.ids_TK}
+        if own.weights_TK is not None:
+            arguments["weights"] = own.weights_TK
+        if comm.rank == CULPRIT:
+            arguments.update({name: change(arguments[name]) for name, change in changed.items()})
+        on_gpu: dict[str, Any] = {
+            k: None if v is None else v.to(comm.device) for k, v in arguments.items()
+        }
+        return comm.dispatch(**on_gpu)
+
+    return call
+
+
+def usual_case(layout: DispatchLayout) -> Case:
+    return usual(RANKS, layout).case((9, 4, 7), seed=1)
+
+
+def judge(errors: Errors, *, own: str, text: str) -> None:
+    """The culprit raised its own error, the others name it and repeat it."""
+    assert type(errors[CULPRIT]).__name__ == own, errors
+    assert text in str(errors[CULPRIT])
+    for rank in OTHERS:
+        error = errors[rank]
+        assert isinstance(error, PeerError), errors
+        assert error.ranks == (CULPRIT,)
+        assert f"rank {CULPRIT} refused it: {own}" in str(error)
+        assert text in str(error)
+
+
+def with_ids(first: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Token 2 chooses these experts first."""
+
+    def change(ids_TK: torch.Tensor) -> torch.Tensor:
+        ids_TK[2, : len(first)] = torch.tensor(first)
+        return ids_TK
+
+    return change
+
+
+def check_overflow(errors: Errors, rank: int, rows: int, room: int) -> None:
+    """One error, the same on all ranks."""
+    for error in errors:
+        assert isinstance(error, CapacityError), errors
+        assert (error.rank, error.rows, error.capacity) == (rank, rows, room)
+        assert f"rank {rank} " in str(error)
+        assert f" {rows} rows" in str(error)
+    assert len({str(error) for error in errors}) == 1
+
+
+def rows_of(case: Case) -> list[int]:
+    """Rows that every rank receives, gaps of FLAT included."""
+    return [expected_of(case, rank).shape[0] for rank in range(case.ranks)]
+
+
+def fails_once(
+    comm: MoECommunicator, case: Case, call: Callable[[MoECommunicator], object]
+) -> ExpertlinkError | None:
+    """The error of one call; the next ones are as if it had not been made."""
+    error = error_of(lambda: call(comm))
+    torch.cuda.synchronize(comm.device)
+    contracts(comm, [case])
+    return error
+
+
+# -- a rank that does not come is named -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """What a rank saw of a call in which another one was missing.
+
+    Attributes:
+        error: what the call raised.
+        later: classes of what later calls raised; the missing rank makes none.
+        gpu_works: whether the CUDA context survived.
+    """
+
+    error: ExpertlinkError | None
+    later: tuple[str, ...]
+    gpu_works: bool
+
+
+def check_lost(lost: Lost, phase: str, timeout_s: float) -> None:
+    """The rank that is missing is named, after the time-out and not much later."""
+    error = lost.error
+    assert isinstance(error, PeerTimeoutError), error
+    assert error.missing == (CULPRIT,), error
+    assert error.phase == phase
+    # How long the GPU waited, by its own clock.
+    assert timeout_s <= error.waited_s < timeout_s + 2.0
+    assert re.search(rf"in {phase} .*epoch \d+ expected, \d+ seen; missing: rank 1", str(error))
+    assert lost.later == ("ClosedError", "ClosedError")
+    assert lost.gpu_works
+
+
+def lose_a_rank(
+    comm: MoECommunicator,
+    case: Case,
+    phase: str,
+    culprit: int,
+    leave: Callable[[], object] = lambda: None,
+) -> Lost:
+    """Good calls, then one of `phase` ("dispatch", "cached dispatch", "combine") without a rank.
+
+    Before that call every rank calls `leave`.
+    """
+    out, handle = dispatch_case(comm, case)
+    rows = rows_for(case, comm.rank, handle)
+    if phase != "combine":
+        comm.combine(rows, handle)
+    x_TH = inputs_of(case, comm.rank).x_TH.to(comm.device)
+    check_output(case, comm.rank, out, static=comm.config.static_shapes)
+    torch.cuda.synchronize(comm.device)
+    leave()
+
+    def call() -> None:
+        if phase == "dispatch":
+            dispatch_case(comm, case)
+        elif phase == "combine":
+            comm.combine(rows, handle)
+        else:
+            comm.dispatch(x_TH, None, previous_handle=handle)
+        torch.cuda.synchronize(comm.device)
+        comm.check_health()
+
+    return lost_in(call, comm, case, ends=comm.rank == culprit)
+
+
+def lost_in(
+    call: Callable[[], object], comm: MoECommunicator, case: Case, *, ends: bool = False
+) -> Lost:
+    """What a rank sees of `call` and, unless it `ends` there, of later ones."""
+    error = error_of(call)
+    ones = torch.ones((64, 64), device=comm.device)
+    works = bool(((ones @ ones) == 64).all())
+    if ends:
+        return Lost(error, (), works)
+    later = (error_of(comm.check_health), error_of(lambda: dispatch_case(comm, case)))
+    return Lost(error, tuple(type(item).__name__ for item in later), works)
+
+
+def killed(
+    ctx: RankContext, culprit: int, phase: str, layout: DispatchLayout, **fields: Any
+) -> Lost:
+    """`lose_a_rank` where the rank's process is killed."""
+    case = usual(ctx.num_ranks, layout).case((24,) * ctx.num_ranks, seed=1)
+
+    def leave() -> None:
+        dist.barrier()
+        if ctx.rank == culprit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    settings: dict[str, Any] = {"engine": "nvlink", "timeout_s": 3.0, **fields}
+    comm = MoECommunicator(config_of(case, ctx.device, **settings))
+    comm.initialize()
+    lost = lose_a_rank(comm, case, phase, culprit, leave)
+    comm.close()
+    return lost
+
+
+def crossed_calls(ctx: RankContext, case: Case, timeout_s: float) -> Lost:
+    """Rank 0 combines, rank 1, which has no tokens, dispatches: each waits for the other one."""
+    with torch.no_grad():
+        comm = ll_communicator(ctx, case, mask_lost_peers=True, timeout_s=timeout_s)
+        jobs.calls_with_all(comm, case)
+        _, handle = dispatch_case(comm, case)
+        torch.cuda.synchronize(ctx.device)
+        dist.barrier()
+
+        def call() -> None:
+            if ctx.rank == 0:
+                comm.combine(rows_for(case, ctx.rank, handle), handle)
+            else:
+                dispatch_case(comm, case)
+            torch.cuda.synchronize(ctx.device)
+            comm.check_health()
+
+        return lost_in(call, comm, case)
+
+
+def missing_beside_ones(ctx: RankContext) -> list[tuple[int, ...]]:
+    """Whom hosted ranks miss in a combine while other rows look like memory without any.
+
+    The last row of the missing rank lies before the first one of another rank, whose bits are set.
+    """
+    from support.hosted import fleet_of, run_hosted  # the engine, which few of these jobs need
+
+    ranks, culprit = 3, 1
+    shape = usual(ranks, DispatchLayout.RANK_MAJOR)
+    full = (shape.max_tokens,) * ranks
+    drawn = (shape.case(full, seed=seed, content="ones") for seed in itertools.count())
+    case = next(c for c in drawn if expected_of(c, culprit).rows_per_rank[0] == shape.max_tokens)
+    fleet = fleet_of("ll", case, num_sms_dispatch=7, num_sms_combine=7, timeout_s=0.5)
+    fleet.skip = lambda launch: (culprit,) if launch == 1 else ()
+    seen = run_hosted(fleet, lose_a_rank, case, "combine", culprit)
+    return [lost.error.missing for rank, lost in enumerate(seen) if rank != culprit]
+
+
+# -- ranks that go on without another one ---------------------------------------------------------
+
+
+def without_rank(case: Case, rank: int) -> Case:
+    """The case for those who go on without a rank: it sends nothing and its experts are gone."""
+    tokens = tuple(0 if other == rank else count for other, count in enumerate(case.tokens))
+    return dataclasses.replace(case, tokens=tokens, without=rank)
+
+
+def calls_without(comm: MoECommunicator, case: Case, gone: int, what: str) -> DispatchHandle:
+    """A dispatch and its combine after a rank has been lost; the lost one only makes the calls."""
+    after, rank = without_rank(case, gone), comm.rank
+    poison_memory(comm, case)
+    out, handle = dispatch_case(comm, case)
+    if rank != gone:
+        check_output(after, rank, out, static=counts_stay_on_device(comm))
+    rows = rows_for(after, rank, handle)
+    grads = filled_up(slot_grads(after, rank), handle.rows_shape[:-1], comm.device)
+    poison_memory(comm, case)
+    result, grads_TK = comm.combine(rows, handle, weight_grads=grads)
+    if rank != gone:
+        same_bits(result, combined_of(after, rank), f"combine {what}")
+        same_bits(grads_TK, returned_grads(after, rank), f"weight gradients {what}")
+    return handle
+
+
+def cached_without(
+    comm: MoECommunicator, case: Case, handle: DispatchHandle, gone: int, what: str
+) -> None:
+    """A cached dispatch with a handle from before or after the loss, and its combine."""
+    after, rank = without_rank(case, gone), comm.rank
+    x_TH = inputs_of(case, rank).x_TH.to(comm.device)
+    poison_memory(comm, case)
+    out, cached = comm.dispatch(x_TH, None, previous_handle=handle)
+    if rank != gone:
+        check_output(after, rank, out, static=counts_stay_on_device(comm))
+    result = comm.combine(rows_for(after, rank, cached), cached)
+    if rank != gone:
+        same_bits(result, combined_of(after, rank), f"cached combine {what}")
+
+
+def combine_without(
+    comm: MoECommunicator, case: Case, gone: int, leave: Callable[[], object]
+) -> None:
+    """A rank leaves between a dispatch and its combine: its sums do not come back."""
+    rank = comm.rank
+    out, handle = dispatch_case(comm, case)
+    check_output(case, rank, out, static=counts_stay_on_device(comm))
+    rows = rows_for(case, rank, handle)
+    grads = filled_up(slot_grads(case, rank), handle.rows_shape[:-1], comm.device)
+    leave()
+    result, grads_TK = comm.combine(rows, handle, weight_grads=grads)
+    if rank == gone:
+        return
+    same_bits(result, combined_of(case, rank, missing=gone), "combine without a rank")
+    homes = torch.tensor([*case.rank_of_expert(), -1])[inputs_of(case, rank).ids_TK.long()]
+    expected = returned_grads(case, rank).masked_fill(homes == gone, 0.0)
+    same_bits(grads_TK, expected, "weight gradients without a rank")
+
+
+def survivors_go_on(
+    comm: MoECommunicator,
+    cases: Sequence[Case],
+    gone: int,
+    phase: str,
+    leave: Callable[[], object],
+    timeout_ns: int,
+) -> None:
+    """A rank leaves for good; the others wait for it once, and then go on without it.
+
+    Args:
+        comm: with `mask_lost_peers`, or where the others mask the rank beforehand.
+        cases: routings, in turn.
+        gone: the rank.
+        phase: first call that it does not take part in: "dispatch", "combine" or "halves".
+        leave: called by every rank before that call.
+        timeout_ns: time that the others will wait at least; 0: none.
+    """
+    rank = comm.rank
+    with torch.no_grad():
+        totals = comm.enable_statistics()
+        handles = [calls_with_all(comm, case) for case in cases]
+        totals.longest_wait_ns.zero_()
+        if phase == "combine":
+            combine_without(comm, cases[0], gone, leave)
+        elif phase == "halves":
+            leave()
+            _halves_without(comm, cases[0], gone)
+        else:
+            leave()
+            calls_without(comm, cases[0], gone, "of the first call")
+        torch.cuda.synchronize(comm.device)
+        masked = [other == gone for other in range(comm.num_ranks)]
+        if rank != gone:
+            assert comm.query_mask().tolist() == masked
+            waited = totals.longest_wait_ns.tolist()[gone]
+            assert waited >= timeout_ns // 2, f"waited {waited} ns"
+        totals.longest_wait_ns.zero_()
+        for round_ in range(ROUNDS):
+            for case, before in zip(cases, handles, strict=True):
+                handle = calls_without(comm, case, gone, f"in round {round_}")
+                cached_without(comm, case, handle, gone, f"in round {round_}")
+                cached_without(comm, case, before, gone, f"of an old handle in round {round_}")
+            _halves_without(comm, cases[round_ % len(cases)], gone)
+        torch.cuda.synchronize(comm.device)
+        if rank != gone:
+            comm.check_health()
+            assert comm.query_mask().tolist() == masked
+            assert totals.longest_wait_ns.tolist()[gone] == 0, "waited for it again"
+
+
+def _halves_without(comm: MoECommunicator, case: Case, gone: int) -> None:
+    """Two dispatches under way at once, then their combines."""
+    after, rank = without_rank(case, gone), comm.rank
+    sent = [dispatch_case(comm, case, return_recv_hook=True) for _ in range(2)]
+    combines = []
+    for index, (out, handle, hook) in enumerate(sent):
+        hook()
+        if rank != gone:
+            check_output(after, rank, out, static=counts_stay_on_device(comm))
+        rows = rows_for(after, rank, handle, round_=index)
+        combines.append(comm.combine(rows, handle, return_recv_hook=True))
+    for index, (result, hook) in enumerate(combines):
+        hook()
+        if rank != gone:
+            expected = combined_of(after, rank, round_=index)
+            same_bits(result, expected, "combine in halves without a rank")
+
+
+def killed_and_masked(
+    ctx: RankContext, cases: Sequence[Case], gone: int, phase: str, **fields: Any
+) -> tuple[str, ...]:
+    """`survivors_go_on` where the rank's process is killed; ranks that are left report."""
+
+    def leave() -> None:
+        dist.barrier()
+        if ctx.rank == gone:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    comm = ll_communicator(ctx, cases[0], mask_lost_peers=True, timeout_s=3.0, **fields)
+    comm.initialize()
+    survivors_go_on(comm, cases, gone, phase, leave, timeout_ns=3 * 10**9)
+    engine = comm.engine_name
+    comm.close()
+    return (engine,)
+
+
+def killed_in_the_middle(ctx: RankContext, cases: Sequence[Case], gone: int) -> int:
+    """A rank is killed at any moment of a stream of calls: the others reach a call without it.
+
+    Calls that were under way may lack some of its rows; nothing of other ranks may be wrong, which
+    shows once it is out of all calls.
+    """
+    calls = 400
+    with torch.no_grad():
+        comm = ll_communicator(ctx, cases[0], mask_lost_peers=True, timeout_s=2.0)
+        comm.initialize()
+        jobs.calls_with_all(comm, cases[0])
+        dist.barrier()
+        for call in range(calls):
+            case = cases[call % len(cases)]
+            _, handle = dispatch_case(comm, case)
+            rows = torch.zeros(handle.rows_shape, dtype=case.dtype, device=ctx.device)
+            comm.combine(rows, handle)
+            if ctx.rank == gone and call == 50:  # while the GPU is busy
+                os.kill(os.getpid(), signal.SIGKILL)
+        torch.cuda.synchronize(ctx.device)
+        assert comm.query_mask().tolist() == [rank == gone for rank in range(ctx.num_ranks)]
+        for case in cases:
+            calls_without(comm, case, gone, "after the death")
+        torch.cuda.synchronize(ctx.device)
+        comm.check_health()
+        comm.close()
+    return calls
+
+
+def late_beyond_the_timeout(ctx: RankContext, cases: Sequence[Case], gone: int) -> bool:
+    """A rank that was given up comes back by itself: it must not disturb the others.
+
+    What it does then is not theirs to answer; only `clear_mask` brings it back.
+    """
+    first, *others = [rank for rank in range(ctx.num_ranks) if rank != gone]
+    word = torch.zeros(1)
+    with (
+        torch.no_grad(),
+        ll_communicator(ctx, cases[0], mask_lost_peers=True, timeout_s=1.0) as comm,
+    ):
+        for case in cases:
+            jobs.calls_with_all(comm, case)
+        dist.barrier()
+        if ctx.rank == gone:
+            dist.recv(word, src=first)  # the others have given it up
+            for _ in range(jobs.ROUNDS):
+                for case in cases:
+                    _late_pair(comm, case)
+            dist.send(word, dst=first)
+        else:
+            calls_without(comm, cases[0], gone, "while it is awaited")
+            torch.cuda.synchronize(ctx.device)
+            done = threading.Event()
+            if ctx.rank == first:
+                dist.send(word, dst=gone)
+                threading.Thread(target=_receive, args=(word, gone, done)).start()
+            goes_on = torch.ones(1)
+            while goes_on.item():
+                for case in cases:
+                    calls_without(comm, case, gone, "beside the late one")
+                if ctx.rank != first:
+                    dist.recv(goes_on, src=first)
+                    continue
+                goes_on.fill_(not done.is_set())
+                for other in others:
+                    dist.send(goes_on, dst=other)
+            torch.cuda.synchronize(ctx.device)
+            comm.check_health()
+        comm.clear_mask()
+        for case in cases:
+            check_contract(comm, case)
+    return True
+
+
+def _receive(word: torch.Tensor, source: int, done: threading.Event) -> None:
+    """Gloo's own requests know that they are complete only once somebody has waited for them."""
+    dist.recv(word, src=source)
+    done.set()
+
+
+def _late_pair(comm: MoECommunicator, case: Case) -> None:
+    """Calls whose results nobody looks at."""
+    with contextlib.suppress(ExpertlinkError):
+        _, handle = dispatch_case(comm, case)
+        rows = torch.ones(handle.rows_shape, dtype=case.dtype, device=comm.device)
+        comm.combine(rows, handle)
+        torch.cuda.synchronize(comm.device)
+
+
+# -- capacity -------------------------------------------------------------------------------------
+
+
+def no_room_at_all(ctx: RankContext, case: Case) -> int:
+    """A buffer without rows: what `CapacityError` says of the rows."""
+    with torch.no_grad(), ll_communicator(ctx, case) as comm:
+        buffer = torch.empty((0, case.hidden), dtype=case.dtype, device=ctx.device)
+        _, handle = dispatch_case(comm, case, output_buffer=buffer)
+        comm.combine(buffer, handle)
+        torch.cuda.synchronize(ctx.device)
+        found = error_of(comm.check_health)
+        rows = case.tokens[0] if not case.layout.expanded else expected_of(case, 0).shape[0]
+        assert isinstance(found, CapacityError)
+        assert (found.rows, found.capacity) == (rows, 0)
+        check_contract(comm, case)
+    return case.tokens[0]
