@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-from expertlink.bench.raw import WireRows
 
 from conftest import RankPools
 from expertlink.bench.cases import Case, Plan, grid, parse_ints
@@ -18,6 +17,7 @@ from expertlink.bench.check import expected_sum, mismatch, scaling_experts
 from expertlink.bench.inputs import WrongResultError
 from expertlink.bench.measure import measure_case
 from expertlink.bench.plots import draw_plots
+from expertlink.bench.raw import WireRows
 from expertlink.bench.records import (
     PHASES,
     Record,

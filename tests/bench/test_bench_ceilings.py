@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from expertlink.bench.raw import WireRows
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +20,7 @@ from expertlink.bench.ceilings import (
     most_rows,
     put_share,
 )
+from expertlink.bench.raw import WireRows
 from expertlink.bench.records import PHASES
 from expertlink.bench.results import Measured, make_record
 from expertlink.errors import EngineUnavailableError

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from expertlink.bench.clocks import on_one_host
-from expertlink.bench.variants import recorded_as
 from typer.testing import CliRunner
 
 from conftest import RankPools
 from expertlink.bench.cases import Case, Plan, batches
+from expertlink.bench.clocks import on_one_host
 from expertlink.bench.flag_latency import FlagLatency
 from expertlink.bench.floor import Floor
 from expertlink.bench.options import BenchOptions, build_cases
@@ -23,6 +22,7 @@ from expertlink.bench.records import PHASES, Record, latest, read_records
 from expertlink.bench.results import Measured
 from expertlink.bench.results import make_record as record_of
 from expertlink.bench.runner import CaseResult, run_on_own_ranks
+from expertlink.bench.variants import recorded_as
 from expertlink.cli import app
 from expertlink.errors import ConfigurationError, InputError
 from expertlink.launch import RankContext
