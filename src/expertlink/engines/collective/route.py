@@ -1,4 +1,4 @@
-"""What a dispatch of the collective engine has under way, and what it remembers."""
+"""What a dispatch of the collective engine leaves behind: the rows' ways there and back."""
 
 from __future__ import annotations
 
@@ -8,63 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertlink.engines.ranks.wire import Transfer
+from expertlink.engines.collective.exchange import Splits
 from expertlink.layouts import LayoutPlan
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Rows exchanged with each rank, own rank included."""
-
-    send: list[int]
-    receive: list[int]
-
-    def reversed(self) -> Splits:
-        """The way back."""
-        return Splits(self.receive, self.send)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Rows ready to be sent.
-
-    Attributes:
-        token_of_row: `[n]` source token of every row.
-        rows: `[n, words]`, borrowed.
-        extras: `[n, bytes]` uint8 what travels beside them, or None.
-    """
-
-    token_of_row: Tensor
-    rows: Tensor
-    extras: Tensor | None
-
-
-@dataclass(frozen=True)
-class Flight:
-    """Rows under way.
-
-    Attributes:
-        tokens: where they end up.
-        rows_out: packed rows, borrowed.
-        rows_in: `[N, W]` in order of arrival; `tokens` itself, or borrowed.
-        rows_move: their transfer.
-        extras_in: what travels beside them, or None.
-        extras_move: its transfer.
-    """
-
-    tokens: Tensor
-    rows_out: Tensor
-    rows_in: Tensor
-    rows_move: Transfer
-    extras_in: Tensor | None
-    extras_move: Transfer | None
 
 
 @dataclass
 class Route:
-    """What a dispatch leaves behind for combine, backward and cached dispatches.
+    """The routing of one dispatch, kept for combine, backward and cached dispatches.
 
-    n rows sent, N rows received. `local_ids_NK`, `weights_NK` and `plan` appear when the dispatch
+    n rows sent, N rows received. `local_ids_NK`, `weights_NK` and `plan` are set when the dispatch
     finishes.
 
     Attributes:
@@ -76,7 +28,7 @@ class Route:
         row_of_choice: `[T, K]` see `routing.ReturnPaths`.
         tokens_per_expert: choices of each local expert.
         tokens_per_source: `[R][E_loc]` choices of each local expert by the tokens of each rank.
-        choices: choices exchanged with each rank; they are what `combine_precision="exact"` moves.
+        choices: choices exchanged with each rank: the rows of an "exact" combine.
         local_ids_NK: `[N, K]` int32.
         weights_NK: `[N, K]` float32 or None.
         plan: slots of the arrivals.
@@ -111,7 +63,7 @@ class Route:
 
 
 def finished(state: object) -> Route:
-    """The state of a dispatch whose rows have arrived."""
+    """The route of a dispatch whose rows have arrived."""
     assert isinstance(state, Route)
     assert state.plan is not None
     return state

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertlink.engines.collective.route import Splits
+from expertlink.engines.collective.exchange import Splits
 from expertlink.types import CallStatistics
 
 
 class Tally:
-    """Adds calls to `CallStatistics`.
+    """Adds calls to `CallStatistics`, once enabled.
 
     Args:
         rank: this rank, whose own rows cost no bytes.
@@ -20,24 +20,33 @@ class Tally:
     """
 
     def __init__(self, *, rank: int, num_ranks: int, num_local: int, device: torch.device) -> None:
-        self._rank = rank
-        with torch.inference_mode(False):  # calls of any mode write to them
-            self.totals = CallStatistics.zeros(
-                num_local=num_local, num_ranks=num_ranks, device=device
-            )
+        self._rank, self._num_ranks, self._num_local = rank, num_ranks, num_local
+        self._device = device
+        self._totals: CallStatistics | None = None
+
+    def enable(self) -> CallStatistics:
+        """Counts calls from now on; returns the same tensors every time."""
+        if self._totals is None:
+            with torch.inference_mode(False):  # calls of any mode write to them
+                self._totals = CallStatistics.zeros(
+                    num_local=self._num_local, num_ranks=self._num_ranks, device=self._device
+                )
+        return self._totals
 
     def add(self, splits: Splits, row_bytes: int, tokens_per_expert: Tensor | None = None) -> None:
-        """Adds a call.
+        """Adds a call, if enabled.
 
         Args:
             splits: rows sent to and received from each rank.
             row_bytes: bytes of a row and of its scales.
             tokens_per_expert: `[E_loc]` of a dispatch.
         """
+        totals = self._totals
+        if totals is None:
+            return
         rows = torch.tensor([splits.send, splits.receive], device="cpu")
         nbytes = rows * row_bytes
         nbytes[:, self._rank] = 0
-        totals = self.totals
         table = torch.cat([rows, nbytes]).to(totals.rows_sent.device, non_blocking=True)
         totals.rows_sent.add_(table[0])
         totals.rows_received.add_(table[1])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expertlink.engines.ranks.header import (
     NUM_FIELDS,
+    UNBOUNDED,
     HeaderFields,
     HeaderWord,
     Operation,
@@ -24,6 +25,7 @@ from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError, PeerError
 
 _CHUNK = 1024  # words
+_LARGEST = 0x7FFFFFFF  # of a word; call numbers wrap around
 _CALL_WORDS = (
     HeaderWord.OPERATION,
     HeaderWord.COMMUNICATOR,
@@ -105,6 +107,29 @@ def _padded(header: Tensor) -> Tensor:
     return torch.nn.functional.pad(header, (0, -header.numel() % _CHUNK))
 
 
+def header_fields(
+    wire: Wire,
+    operation: Operation,
+    *,
+    refused: bool = False,
+    capacity: int = UNBOUNDED,
+    row_bytes: int = 0,
+    metadata_bytes: int = 0,
+    subject: int = 0,
+) -> HeaderFields:
+    """The fields of this rank's header in the call that the wire has entered."""
+    return HeaderFields(
+        operation=operation,
+        communicator=wire.number,
+        call=wire.call & _LARGEST,
+        status=refused,
+        capacity=capacity,
+        row_bytes=row_bytes,
+        metadata_bytes=metadata_bytes,
+        subject=subject & _LARGEST,
+    )
+
+
 def begin_agreement(
     wire: Wire,
     operation: Operation,
@@ -127,14 +152,13 @@ def begin_agreement(
         subject: number of the dispatch whose routing the call uses; ignored where this rank
             refuses the call.
     """
-    fields = HeaderFields(
-        operation=operation,
-        communicator=wire.number,
-        call=wire.call & 0x7FFFFFFF,
-        status=refused is not None,
+    fields = header_fields(
+        wire,
+        operation,
+        refused=refused is not None,
         row_bytes=row_bytes,
         metadata_bytes=metadata_bytes,
-        subject=subject & 0x7FFFFFFF,
+        subject=subject,
     )
     header = build_header(
         fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=wire.device
