@@ -1,81 +1,25 @@
-"""The nvlink engine on one GPU: up to 72 ranks in one process, bit for bit against the oracle."""
+"""What mode "ht" alone can do, on one GPU, bit for bit against the oracle: see test_modes.py."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
-from expertlink import BlockFormat, DispatchLayout
-from support import jobs, oracle, payloads
-from support.cases import (
-    RANKS,
-    ROWS_IN_POOL,
-    SMS,
-    SPECIAL,
-    aligned,
-    long_spans,
-    routings,
-    special,
-    usual,
-)
-from support.hosted import DEVICE, Fleet, run_hosted
-from support.jobs import check_contract, config_of
-from support.oracle import Case
+from expertlink import ConfigurationError, DispatchLayout, MoECommunicator
+from support import jobs
+from support.cases import LAYOUTS, ROWS_IN_POOL, long_spans, routings, special, usual
+from support.hosted import Fleet, HostedCommunicator, fleet_of, run_hosted
 
 pytestmark = pytest.mark.gpu(1)
-LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 DEDUPLICATED = pytest.mark.parametrize(
     "layout",
     [layout for layout in DispatchLayout if not layout.expanded],
     ids=lambda layout: layout.value,
 )
-
-
-def fleet_of(case: Case, **fields: Any) -> Fleet:
-    """Hosted ranks for the configuration of a case."""
-    return Fleet(config_of(case, DEVICE, engine="nvlink", **{**SMS, **fields}), case.ranks)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("ranks", RANKS)
-def test_bits_equal_the_oracle(ranks: int, layout: DispatchLayout) -> None:
-    cases = routings(usual(ranks, layout))
-    # Hundreds of ranks' worth of Python take their time; the first cases differ most.
-    cases = cases if ranks <= 8 else cases[:4]
-    run_hosted(fleet_of(cases[0]), jobs.contracts, cases)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("name", SPECIAL)
-def test_edges_of_what_the_kernels_take(name: str, layout: DispatchLayout) -> None:
-    shape = special(name, layout)
-    cases = [shape.case(seed=1), shape.case(masked=0.4, weighted=False, seed=2)]
-    run_hosted(fleet_of(cases[0]), jobs.contracts, cases)
-
-
-@LAYOUTS
-@pytest.mark.parametrize(
-    ("ranks", "placement", "bare"),
-    [(3, "scattered", False), (3, "bare", True), (72, "scattered", True)],
-)
-def test_any_placement(ranks: int, placement: str, bare: bool, layout: DispatchLayout) -> None:
-    """Uneven blocks, and ranks without any expert."""
-    tokens = tuple(min(count, 7) for count in usual(ranks, layout).case().tokens)
-    case = usual(ranks, layout).case(tokens, placement=placement, seed=8)
-    assert bare == any(not case.local_experts(rank) for rank in range(ranks))
-    cases = [case, dataclasses.replace(case, masked=0.4)]
-    fleet = fleet_of(case)
-    run_hosted(fleet, jobs.contracts, cases)
-
-
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("ranks", [3, 8])
-def test_alignment(ranks: int, static: bool) -> None:
-    cases = routings(aligned(ranks))
-    fleet = fleet_of(cases[0], static_shapes=static)
-    run_hosted(fleet, jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -84,15 +28,7 @@ def test_any_number_of_blocks(blocks: int, layout: DispatchLayout) -> None:
     """Spans that a block counts in several passes, and blocks without any token."""
     shape = long_spans(layout)
     cases = [shape.case((700, 0, 65, 1), seed=1), shape.case((3, 260, 0, 129), masked=0.5, seed=2)]
-    fleet = fleet_of(cases[0], num_sms_dispatch=blocks, num_sms_combine=blocks)
-    run_hosted(fleet, jobs.contracts, cases)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("static", [False, True])
-def test_checked_inputs(static: bool, layout: DispatchLayout) -> None:
-    cases = routings(usual(3, layout))[:2]
-    fleet = fleet_of(cases[0], check_inputs=True, static_shapes=static)
+    fleet = fleet_of("ht", cases[0], num_sms_dispatch=blocks, num_sms_combine=blocks)
     run_hosted(fleet, jobs.contracts, cases)
 
 
@@ -100,17 +36,7 @@ def test_checked_inputs(static: bool, layout: DispatchLayout) -> None:
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_static_shapes(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
-    run_hosted(fleet_of(cases[0], static_shapes=True), jobs.contracts, cases)
-
-
-@LAYOUTS
-def test_static_shapes_with_a_limit(layout: DispatchLayout) -> None:
-    if layout.padded:
-        pytest.skip("padded layouts have no limit")
-    case = usual(3, layout).case((9, 4, 0), seed=1)
-    limit = max(oracle.expected_of(case, rank).shape[0] for rank in range(3))
-    fleet = fleet_of(case, static_shapes=True, max_recv_tokens_per_rank=limit)
-    run_hosted(fleet, jobs.contracts, [case])
+    run_hosted(fleet_of("ht", cases[0], static_shapes=True), jobs.contracts, cases)
 
 
 @DEDUPLICATED
@@ -118,7 +44,7 @@ def test_static_shapes_with_a_limit(layout: DispatchLayout) -> None:
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_zero_copy(ranks: int, static: bool, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
-    fleet = fleet_of(cases[0], zero_copy=True, static_shapes=static)
+    fleet = fleet_of("ht", cases[0], zero_copy=True, static_shapes=static)
     run_hosted(fleet, jobs.contracts, cases)
 
 
@@ -127,35 +53,69 @@ def test_zero_copy(ranks: int, static: bool, layout: DispatchLayout) -> None:
 def test_zero_copy_at_the_edges(name: str, layout: DispatchLayout) -> None:
     shape = special(name, layout)
     cases = [shape.case(seed=1), shape.case(masked=0.4, seed=2)]
-    run_hosted(fleet_of(cases[0], zero_copy=True), jobs.contracts, cases)
+    run_hosted(fleet_of("ht", cases[0], zero_copy=True), jobs.contracts, cases)
 
 
 @DEDUPLICATED
 def test_zero_copy_views(layout: DispatchLayout) -> None:
     cases = routings(usual(3, layout))
-    fleet = fleet_of(cases[0], zero_copy=True)
+    fleet = fleet_of("ht", cases[0], zero_copy=True)
     run_hosted(fleet, jobs.views_survive, cases)
     run_hosted(fleet, jobs.combine_views, cases[0])
 
 
-@LAYOUTS
-def test_padding_is_zero_where_gradients_may_be_tracked(layout: DispatchLayout) -> None:
-    case = usual(3, layout).case(seed=1)
-    run_hosted(fleet_of(case), check_contract, case)
-    if layout.padded:
-        run_hosted(fleet_of(case), jobs.zero_padding, case)
+# -- communicators that share an arena ------------------------------------------------------------
 
 
 @LAYOUTS
-@pytest.mark.parametrize("kind", [BlockFormat.E4M3_FLOAT32, BlockFormat.E4M3_UE8M0, "opaque"])
-def test_rows_that_the_caller_quantized(kind: str, layout: DispatchLayout) -> None:
-    shape = usual(3, layout)
-    for case in (shape.case(seed=1), shape.case(masked=0.5, weighted=False, seed=2)):
-        run_hosted(fleet_of(case), payloads.packed_rows, case, kind)
-        if not layout.expanded:
-            run_hosted(fleet_of(case, zero_copy=True), payloads.packed_rows, case, kind)
+@pytest.mark.parametrize("fields", [{}, {"static_shapes": True}], ids=["", "static"])
+def test_communicators_that_share_memory(fields: dict[str, Any], layout: DispatchLayout) -> None:
+    """Layers with different numbers of experts take turns, or have dispatches under way at once."""
+    large = usual(3, layout)
+    small = dataclasses.replace(large, experts=large.experts // 4)
+    drawn = [routings(shape)[:4] for shape in (large, small)]
+    host = fleet_of("ht", drawn[0][0], **fields)
+    config = dataclasses.replace(host.config, num_experts=small.experts, num_sms_dispatch=2)
+    guest = Fleet(config, 3, host=host)
+
+    def job(first: MoECommunicator) -> None:
+        assert isinstance(first, HostedCommunicator)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            second = HostedCommunicator(guest, first.rank, share_with=first)
+            comms = [first, stack.enter_context(second)]
+            for pair in zip(*drawn, strict=True):
+                calls = list(zip(comms, pair, strict=True))
+                for comm, case in calls:
+                    jobs.check_contract(comm, case)
+                sent = [jobs.dispatch_case(comm, case) for comm, case in calls]
+                for (comm, case), (out, handle) in list(zip(calls, sent, strict=True))[::-1]:
+                    static = jobs.counts_stay_on_device(comm)
+                    jobs.check_output(case, comm.rank, out, static=static)
+                    jobs.combine_case(comm, case, handle, "combine")
+
+    run_hosted(host, job)
 
 
-def test_gaps_of_quantized_rows_are_zero() -> None:
-    case = aligned(3).case(seed=1)
-    run_hosted(fleet_of(case), payloads.packed_rows, case, "opaque")
+def test_memory_that_does_not_suit_is_not_shared() -> None:
+    """Too small for more experts or longer rows, or that of the other mode; calls go on."""
+    shape = usual(3, DispatchLayout.TOKEN_MAJOR)
+    refused = [
+        ("ht", {"experts": 2 * shape.experts}, "the communicator with most experts comes first"),
+        ("ht", {"hidden": 2 * shape.hidden}, "equal max_tokens_per_rank, hidden_size, dtype and"),
+        ("ll", {}, "memory of their own each"),
+    ]
+    plans = [
+        (fleet_of(mode, dataclasses.replace(shape, **changed).case(seed=1)).plan, text)
+        for mode, changed, text in refused
+    ]
+
+    def job(comm: MoECommunicator) -> None:
+        comm.initialize()
+        engine: Any = comm._engine
+        for plan, text in plans:
+            with pytest.raises(ConfigurationError, match=text):
+                engine.arena.check_fits(plan)
+        jobs.contracts(comm, routings(shape)[:2])
+
+    run_hosted(fleet_of("ht", shape.case(seed=1)), job)

@@ -1,4 +1,4 @@
-"""Low-latency mode on one GPU: up to 72 ranks in one process, bit for bit against the oracle."""
+"""What mode "ll" alone can do, on one GPU, bit for bit against the oracle: see test_modes.py."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import pytest
 import torch
 
 from expertlink import DispatchLayout, MoECommunicator
+from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.ll import plan as ll_plan
-from support import decode, jobs, oracle, payloads, training
+from support import decode, jobs, payloads, training
 from support.cases import (
     EXACT_EDGES,
     EXPANDED,
     FEW_MASK_WORDS,
     LAYOUTS,
-    MANY_RANKS,
-    RANKS,
-    SPECIAL,
     aligned,
     exact,
     half,
@@ -28,51 +26,9 @@ from support.cases import (
     usual,
 )
 from support.hosted import fleet_of, run_cases, run_hosted
-from support.jobs import check_contract, config_of
+from support.jobs import config_of
 
 pytestmark = pytest.mark.gpu(1)
-
-
-# -- the contract ---------------------------------------------------------------------------------
-
-
-@LAYOUTS
-@pytest.mark.parametrize("ranks", RANKS)
-def test_bits_equal_the_oracle(ranks: int, layout: DispatchLayout) -> None:
-    cases = routings(usual(ranks, layout))
-    cases = cases if ranks <= MANY_RANKS else cases[:4]
-    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("name", SPECIAL)
-def test_edges_of_what_the_kernels_take(name: str, layout: DispatchLayout) -> None:
-    shape = special(name, layout)
-    cases = [shape.case(seed=1), shape.case(masked=0.4, weighted=False, seed=2)]
-    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
-
-
-@LAYOUTS
-@pytest.mark.parametrize(
-    ("ranks", "placement", "bare"),
-    [(3, "scattered", False), (3, "bare", True), (72, "scattered", True)],
-)
-def test_any_placement(ranks: int, placement: str, bare: bool, layout: DispatchLayout) -> None:
-    """Uneven blocks, and ranks without any expert."""
-    tokens = tuple(min(count, 7) for count in usual(ranks, layout).case().tokens)
-    case = usual(ranks, layout).case(tokens, placement=placement, seed=8)
-    assert bare == any(not case.local_experts(rank) for rank in range(ranks))
-    cases = [case, dataclasses.replace(case, masked=0.4)]
-    fleet = fleet_of("ll", case)
-    run_hosted(fleet, jobs.contracts, cases)
-    if placement == "bare":
-        run_hosted(fleet, decode.many_turns, cases)
-
-
-@pytest.mark.parametrize("ranks", [3, 8])
-def test_alignment(ranks: int) -> None:
-    cases = routings(aligned(ranks))
-    run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
 @LAYOUTS
@@ -106,7 +62,7 @@ def test_many_bytes(layout: DispatchLayout) -> None:
 
 @LAYOUTS
 def test_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch, layout: DispatchLayout) -> None:
-    monkeypatch.setattr(ll_plan, "_MASK_WORDS", FEW_MASK_WORDS)
+    monkeypatch.setattr(tuning, "LL_MASK_WORDS", FEW_MASK_WORDS)
     cases = routings(usual(3, layout))
     run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
@@ -125,23 +81,6 @@ def test_float16(layout: DispatchLayout) -> None:
     run_hosted(fleet_of("ll", cases[0]), jobs.contracts, cases)
 
 
-@LAYOUTS
-def test_checked_inputs(layout: DispatchLayout) -> None:
-    cases = routings(usual(3, layout))
-    fleet = fleet_of("ll", cases[0], check_inputs=True)
-    run_hosted(fleet, jobs.contracts, cases)
-    run_cases(fleet, jobs.odd_addresses, cases[:1])
-
-
-@LAYOUTS
-def test_a_limit(layout: DispatchLayout) -> None:
-    if layout.padded:
-        pytest.skip("padded layouts have no limit")
-    case = usual(3, layout).case((9, 4, 0), seed=1)
-    limit = max(oracle.expected_of(case, rank).shape[0] for rank in range(3))
-    run_hosted(fleet_of("ll", case, max_recv_tokens_per_rank=limit), jobs.contracts, [case])
-
-
 @pytest.mark.parametrize(
     "layout", [layout for layout in DispatchLayout if layout.padded], ids=lambda item: item.value
 )
@@ -157,14 +96,6 @@ def test_odd_addresses(layout: DispatchLayout) -> None:
 
 
 # -- gradients ------------------------------------------------------------------------------------
-
-
-@LAYOUTS
-def test_padding_is_zero_where_gradients_may_be_tracked(layout: DispatchLayout) -> None:
-    case = usual(3, layout).case(seed=1)
-    run_hosted(fleet_of("ll", case), check_contract, case)
-    if layout.padded:
-        run_hosted(fleet_of("ll", case), jobs.zero_padding, case)
 
 
 @pytest.mark.parametrize(

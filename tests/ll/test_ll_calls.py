@@ -1,4 +1,4 @@
-"""Low-latency mode on one GPU: calls in halves, shared memory, buffers, ranges, statistics."""
+"""Mode "ll" on one GPU: calls in halves, shared memory, buffers, ranges, statistics."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Low-latency ranks that do not come: they are named, or the others go on without them."""
+"""Ranks that do not come in mode "ll": the others name them, or go on without them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -19,10 +18,10 @@ from expertlink import (
 from expertlink.launch import RankPool
 from support import faults, jobs
 from support.cases import LAYOUTS, Shape, exact, routings, usual
-from support.faults import CULPRIT, MASKABLE, OTHERS, RANKS, SHAPES, usual_case
+from support.faults import CULPRIT, MASKABLE, RANKS, usual_case
 from support.hosted import DEVICE, Fleet, HostedCommunicator, fleet_of, run_hosted
 from support.jobs import dispatch_case
-from support.oracle import expected_of
+from support.oracle import expected_of, without_rank
 
 pytestmark = pytest.mark.gpu(1)
 FLAT = DispatchLayout.FLAT
@@ -31,36 +30,6 @@ TIMEOUT_S = 0.5
 
 
 # -- ranks that do not come -----------------------------------------------------------------------
-
-
-def check_lost(lost: faults.Lost, phase: str) -> None:
-    error = lost.error
-    assert isinstance(error, PeerTimeoutError), error
-    assert error.missing == (CULPRIT,), error
-    assert error.phase == phase
-    # How long the GPU waited, by its own clock.
-    assert TIMEOUT_S <= error.waited_s < TIMEOUT_S + 2.0
-    assert re.search(rf"in {phase} .*epoch \d+ expected, \d+ seen; missing: rank 1", str(error))
-    assert lost.later == ("ClosedError", "ClosedError")
-    assert lost.gpu_works
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("phase", ["dispatch", "cached dispatch", "combine"])
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_a_missing_rank_is_named(blocks: int, phase: str, shape: Shape) -> None:
-    case = shape.case((24, 24, 24), seed=1)
-    sms = {"num_sms_dispatch": blocks, "num_sms_combine": blocks}
-    number = 1 if phase == "combine" else 2  # of the call that it misses
-    fleet = fleet_of("ll", case, timeout_s=TIMEOUT_S, **sms)
-    fleet.skip = lambda launch: (CULPRIT,) if launch == number else ()
-    results = run_hosted(fleet, faults.lose_a_rank, case, phase, CULPRIT)
-    for rank in OTHERS:
-        # The kernels do not know that a dispatch is a cached one.
-        check_lost(results[rank], phase)
-    # New communicators find nothing of the failure.
-    fleet.skip = lambda _: ()
-    run_hosted(fleet, jobs.contracts, [case])
 
 
 def absences(fleet: Fleet) -> Callable[[MoECommunicator, Sequence[int]], None]:
@@ -167,7 +136,7 @@ def test_all_others_are_lost(layout: DispatchLayout) -> None:
     case = usual_case(layout)
     fleet = fleet_of("ll", case, timeout_s=TIMEOUT_S, mask_lost_peers=True)
     stay_away = absences(fleet)
-    alone = faults.without_rank(faults.without_rank(case, 1), 2)
+    alone = without_rank(without_rank(case, 1), 2)
 
     def job(comm: MoECommunicator) -> None:
         with torch.no_grad():
@@ -193,7 +162,7 @@ def test_statistics_beside_a_masked_rank() -> None:
     case = usual_case(RANK_MAJOR)
     fleet = fleet_of("ll", case)
     stay_away = absences(fleet)
-    after = faults.without_rank(case, CULPRIT)
+    after = without_rank(case, CULPRIT)
 
     def job(comm: MoECommunicator) -> None:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Low-latency mode on one GPU: whatever rows hold, set bits too, and quantization on the way."""
+"""Mode "ll" on one GPU: whatever rows hold, set bits too, and quantization on the way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.cases import (
     special,
     usual,
 )
-from support.hosted import fleet_of, run_cases, run_hosted
+from support.hosted import fleet_of, run_cases
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -44,19 +44,6 @@ def test_rows_of_set_bits_in_exact_sums(layout: DispatchLayout) -> None:
 def test_packed_rows_of_set_bits(order: str, layout: DispatchLayout) -> None:
     case = usual(3, layout).case(seed=1, weighted=False)
     run_cases(fleet_of("ll", case, scale_order=order), payloads.any_packed_bits, [case])
-
-
-@LAYOUTS
-@pytest.mark.parametrize("kind", [BlockFormat.E4M3_FLOAT32, BlockFormat.E4M3_UE8M0, "opaque"])
-def test_rows_that_the_caller_quantized(kind: str, layout: DispatchLayout) -> None:
-    shape = usual(3, layout)
-    for case in (shape.case(seed=1), shape.case(masked=0.5, weighted=False, seed=2)):
-        run_hosted(fleet_of("ll", case), payloads.packed_rows, case, kind)
-
-
-def test_gaps_of_packed_rows_are_zero() -> None:
-    case = aligned(3).case(seed=1)
-    run_hosted(fleet_of("ll", case), payloads.packed_rows, case, "opaque")
 
 
 @LAYOUTS

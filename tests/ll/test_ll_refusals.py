@@ -1,4 +1,4 @@
-"""Low-latency calls that cannot happen: refusals, disagreement, no room; what every rank learns."""
+"""Calls that go wrong in mode "ll" alone: disagreement that only the kernels see, and no room."""
 
 from __future__ import annotations
 
@@ -21,96 +21,17 @@ from support import faults, jobs
 from support.cases import LAYOUTS, Shape, exact, usual
 from support.faults import (
     CULPRIT,
-    FAULTY_IDS,
     RANKS,
-    SHAPES,
     dispatch_with,
-    judge,
     rows_of,
     usual_case,
-    with_ids,
 )
 from support.hosted import DEVICE, fleet_of, run_hosted
-from support.jobs import dispatch_case, rows_for
+from support.jobs import dispatch_case
 from support.oracle import Case, inputs_of
 
 pytestmark = pytest.mark.gpu(1)
 FLAT, TOKEN_MAJOR = DispatchLayout.FLAT, DispatchLayout.TOKEN_MAJOR
-
-
-# -- refusals -------------------------------------------------------------------------------------
-
-
-@LAYOUTS
-def test_a_wrong_form_on_one_rank(layout: DispatchLayout) -> None:
-    """Ranks that agree beforehand name it, and the next call works."""
-    case = usual_case(layout)
-    call = dispatch_with(case, input=lambda x_TH: x_TH[:, :3])
-    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
-    judge(errors, own="InputError", text="input has shape (4, 3)")
-
-
-@LAYOUTS
-@pytest.mark.parametrize(("first", "text"), FAULTY_IDS)
-def test_faulty_ids_on_one_rank(first: list[int], text: str, layout: DispatchLayout) -> None:
-    case = usual_case(layout)
-    call = dispatch_with(case, topk_ids=with_ids(first))
-    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
-    judge(errors, own="InputError", text=text)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("first", [first for first, _ in FAULTY_IDS])
-def test_unchecked_ids_stay_memory_safe(first: list[int], shape: Shape) -> None:
-    """An id that is out of range counts as no expert; a double one is the caller's affair."""
-    case = shape.case((9, 4, 7), seed=1)
-    change = dispatch_with(case, topk_ids=with_ids(first))
-
-    def call(comm: MoECommunicator) -> None:
-        result: Any = change(comm)
-        rows = torch.zeros(result[1].rows_shape, dtype=case.dtype, device=DEVICE)
-        comm.combine(rows, result[1])
-
-    assert run_hosted(fleet_of("ll", case), faults.fails_once, case, call) == [None] * RANKS
-
-
-@LAYOUTS
-def test_weights_on_some_ranks_only(layout: DispatchLayout) -> None:
-    case = usual_case(layout)
-    call = dispatch_with(case, weights=lambda _: None)
-    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
-    for error in errors:
-        assert isinstance(error, InputError), errors
-        assert "either weights or none" in str(error)
-
-
-@LAYOUTS
-def test_one_rank_changes_its_routing(layout: DispatchLayout) -> None:
-    case = usual_case(layout)
-
-    def call(comm: MoECommunicator) -> object:
-        own = inputs_of(case, comm.rank)
-        _, handle = dispatch_case(comm, case)
-        if comm.rank == CULPRIT:
-            own.ids_TK[0] = -1
-        x_TH, ids_TK = own.x_TH.to(DEVICE), own.ids_TK.to(DEVICE)
-        return comm.dispatch(x_TH, ids_TK, previous_handle=handle)
-
-    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
-    judge(errors, own="RoutingChangedError", text="topk_ids[0]=[-1, -1")
-
-
-@LAYOUTS
-def test_one_rank_refuses_its_combine(layout: DispatchLayout) -> None:
-    case = usual_case(layout)
-
-    def call(comm: MoECommunicator) -> object:
-        _, handle = dispatch_case(comm, case)
-        rows = rows_for(case, comm.rank, handle)
-        return comm.combine(rows.float() if comm.rank == CULPRIT else rows, handle)
-
-    errors = run_hosted(fleet_of("ll", case, check_inputs=True), faults.fails_once, case, call)
-    judge(errors, own="InputError", text="expert_output has dtype torch.float32")
 
 
 # -- disagreement that only the kernels see -------------------------------------------------------
@@ -225,19 +146,3 @@ def test_no_room_at_all() -> None:
         for layout in (FLAT, TOKEN_MAJOR):
             case = usual(1, layout).case((9,), seed=1)
             assert pool.run(faults.no_room_at_all, case, timeout_s=60) == [9]
-
-
-@pytest.mark.parametrize("layout", [FLAT, TOKEN_MAJOR], ids=lambda layout: layout.value)
-def test_a_buffer_larger_than_anything_that_can_arrive(layout: DispatchLayout) -> None:
-    case = usual_case(layout)
-    buffer_rows = RANKS * case.max_tokens * case.topk + 5
-
-    def job(comm: MoECommunicator) -> None:
-        guard = torch.full((1 << 16,), 7, dtype=torch.int64, device=DEVICE)
-        buffer = torch.zeros((buffer_rows, case.hidden), dtype=case.dtype, device=DEVICE)
-        out, _ = dispatch_case(comm, case, output_buffer=buffer)
-        torch.cuda.synchronize(DEVICE)
-        jobs.check_output(case, comm.rank, out, static=True)
-        assert (guard == 7).all()
-
-    run_hosted(fleet_of("ll", case), job)

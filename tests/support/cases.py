@@ -22,6 +22,7 @@ COUNTS = (5, 0, 7, 1, 16, 3, 40, 9)  # T by rank; the largest is as large as it 
 LL: dict[str, Any] = {"engine": "nvlink", "mode": "ll", "static_shapes": True}
 """Configuration of communicators in mode "ll", for every layout."""
 
+MODES = pytest.mark.parametrize("mode", ["ht", "ll"])
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 EXPANDED = pytest.mark.parametrize(
     "layout",

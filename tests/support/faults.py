@@ -51,7 +51,15 @@ from support.jobs import (
     rows_for,
     same_bits,
 )
-from support.oracle import Case, combined_of, expected_of, inputs_of, returned_grads, slot_grads
+from support.oracle import (
+    Case,
+    combined_of,
+    expected_of,
+    inputs_of,
+    returned_grads,
+    slot_grads,
+    without_rank,
+)
 from support.processes import ll_communicator
 
 # -- a small communicator -------------------------------------------------------------------------
@@ -728,12 +736,6 @@ def missing_beside_ones(ctx: RankContext) -> list[tuple[int, ...]]:
 
 
 # -- ranks that go on without another one ---------------------------------------------------------
-
-
-def without_rank(case: Case, rank: int) -> Case:
-    """The case for those who go on without a rank: it sends nothing and its experts are gone."""
-    tokens = tuple(0 if other == rank else count for other, count in enumerate(case.tokens))
-    return dataclasses.replace(case, tokens=tokens, without=rank)
 
 
 def calls_without(comm: MoECommunicator, case: Case, gone: int, what: str) -> DispatchHandle:

@@ -89,6 +89,12 @@ class Case:
         return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
 
 
+def without_rank(case: Case, rank: int) -> Case:
+    """The case for those who go on without a rank: it sends nothing and its experts are gone."""
+    tokens = tuple(0 if other == rank else count for other, count in enumerate(case.tokens))
+    return dataclasses.replace(case, tokens=tokens, without=rank)
+
+
 def kept(function: Callable[..., Result]) -> Callable[..., Result]:
     """Makes each result once, whatever the number of threads that ask for it."""
     cached = functools.lru_cache(_KEPT)(function)

@@ -22,9 +22,8 @@ from expertlink import BlockFormat, DispatchHandle, DispatchLayout, DispatchOutp
 from expertlink.launch import RankContext
 from expertlink.quantization import quantize
 from support.cases import LL, Shape, exact, long_spans, usual
-from support.faults import without_rank
 from support.jobs import config_of, filled_up
-from support.oracle import Case, combined_of, expert_rows, inputs_of, received_of
+from support.oracle import Case, combined_of, expert_rows, inputs_of, received_of, without_rank
 
 # -- what is compared with what -------------------------------------------------------------------
 
