@@ -12,10 +12,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from expertlink.engines.nvlink.arena import ArenaPlan
+from expertlink.engines.nvlink import tuning
+from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.launch import compile_for
-from expertlink.engines.nvlink.ll import plan as ll_plan
-from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.ll.plan import LlPlan
 from support.cases import (
     LL,
     Kernels,
@@ -34,14 +34,14 @@ def compile_one(wanted: Kernels, arch: str) -> None:
     if wanted.mode == "ll":
         fields = {**LL, "quantization": "e4m3_float32" if wanted.quantized else None}
     config = config_of(shape.case(), "cuda:0", **fields)
-    usual_words = ll_plan._MASK_WORDS
+    usual_words = tuning.LL_MASK_WORDS
     try:
         if wanted.mask_words is not None:
-            ll_plan._MASK_WORDS = wanted.mask_words
-        plan = (LatencyPlan if wanted.mode == "ll" else ArenaPlan).of(config, shape.ranks)
+            tuning.LL_MASK_WORDS = wanted.mask_words
+        plan = (LlPlan if wanted.mode == "ll" else HtPlan).of(config, shape.ranks)
         compile_for(config, plan, num_ranks=shape.ranks, arch=arch, hosted=wanted.hosted)
     finally:
-        ll_plan._MASK_WORDS = usual_words
+        tuning.LL_MASK_WORDS = usual_words
 
 
 def compile_all(arch: str, *, workers: int | None = None) -> int:

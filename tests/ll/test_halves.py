@@ -11,11 +11,13 @@ import torch
 
 from expertlink import InputError, MoECommunicatorConfig
 from expertlink.engines.nvlink import arena as arena_module
-from expertlink.engines.nvlink.arena import Arena, ArenaPlan
+from expertlink.engines.nvlink.arena import Arena
+from expertlink.engines.nvlink.ht.arena import HtArena
+from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.ll import arena as ll_arena
-from expertlink.engines.nvlink.ll.arena import LatencyArena
+from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.halves import Half, Halves
-from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.ll.plan import LlPlan
 
 EAGER = 0
 
@@ -158,7 +160,7 @@ def called(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.setattr(ll_arena, "is_capturing", lambda: now[-1].capture != EAGER)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: now[-1])
     low = request.param == "ll"
-    arena: Any = LatencyArena.__new__(LatencyArena) if low else Arena.__new__(Arena)
+    arena: Any = LlArena.__new__(LlArena) if low else Arena.__new__(Arena)
     arena.device, arena._last, arena._captured = torch.device("cuda", 0), None, None
     arena._last_raw, arena._current = None, lambda: now[-1].cuda_stream
 
@@ -211,10 +213,10 @@ def test_captures_do_not_follow_each_other(called: Callable[..., None]) -> None:
 
 
 def test_pools_of_captures_take_turns_apart() -> None:
-    arena: Any = Arena.__new__(Arena)
+    arena: Any = HtArena.__new__(HtArena)
     arena._pool = arena._captured_pool = 0
-    arena.plan = ArenaPlan(
-        flags=0, counts=0, count_words=0, beside=0, rows=0, pool=64, max_tokens=1, stride=1
+    arena.plan = HtPlan(
+        flags=0, counts=0, count_words=0, metadata=0, rows=0, pool=64, max_tokens=1, stride=1
     )
     eager = [arena.next_pool(capturing=False)[0]]
     captured = [arena.next_pool(capturing=True)[0] for _ in range(3)]
@@ -226,7 +228,7 @@ def test_pools_of_captures_take_turns_apart() -> None:
 # -- who may share memory -------------------------------------------------------------------------
 
 
-def latency_plan(**fields: Any) -> LatencyPlan:
+def latency_plan(**fields: Any) -> LlPlan:
     usual: dict[str, Any] = {
         "num_experts": 296,
         "hidden_size": 256,
@@ -235,7 +237,7 @@ def latency_plan(**fields: Any) -> LatencyPlan:
         "mode": "ll",
         "device": "cpu",
     }
-    return LatencyPlan.of(MoECommunicatorConfig(**{**usual, **fields}), 4)
+    return LlPlan.of(MoECommunicatorConfig(**{**usual, **fields}), 4)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def latency_plan(**fields: Any) -> LatencyPlan:
 def test_high_throughput_memory_is_shared_by_what_fits(fields: dict[str, Any], fits: bool) -> None:
     """Fewer experts use the first words of each count row; staged rows keep their one writer."""
     plans = [
-        ArenaPlan.of(
+        HtPlan.of(
             MoECommunicatorConfig(
                 **{
                     "num_experts": 64,

@@ -12,7 +12,7 @@ import torch
 
 from expertlink import ClosedError, HandleError, InputError
 from expertlink.engines.nvlink import watchdog
-from expertlink.engines.nvlink.ll.arguments import LatencyFlag
+from expertlink.engines.nvlink.ll.arguments import Flag
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.header import Operation
 from support.fake_gpu import FakeGpu, inputs
@@ -113,9 +113,9 @@ def test_buffers_are_not_used_under_a_half_that_is_left(gpu: FakeGpu) -> None:
     comm.dispatch(x, ids, weights, output_buffer=buffers, return_recv_hook=True)
     halves = [launch["flags"] & 3 for launch in gpu.launched]
     both, send, receive = (
-        LatencyFlag.SEND | LatencyFlag.RECEIVE,
-        LatencyFlag.SEND,
-        LatencyFlag.RECEIVE,
+        Flag.SEND | Flag.RECEIVE,
+        Flag.SEND,
+        Flag.RECEIVE,
     )
     assert halves == [both, send, receive, send], "the combine is received before the dispatch"
     hook()
@@ -154,7 +154,7 @@ def test_launches_leave_sms_to_other_arenas(gpu: FakeGpu) -> None:
 
     def is_alone(comm: Any) -> bool:
         comm.dispatch(*inputs())
-        return not gpu.launched[-1]["flags"] & LatencyFlag.ALONE
+        return not gpu.launched[-1]["flags"] & Flag.ALONE
 
     gc.collect()
     first = gpu.communicator(**LL)
@@ -235,7 +235,7 @@ def test_heads_that_differ_are_one_text_on_all_ranks(
 ) -> None:
     heads = [HEAD, [changed.get(i, word) for i, word in enumerate(HEAD)]]
     errors = [
-        Watchdog(rank=rank, num_ranks=2, counts=8, timeout_s=1.0).disagreement(heads)
+        Watchdog(rank=rank, num_ranks=2, num_experts=8, timeout_s=1.0).disagreement(heads)
         for rank in range(2)
     ]
     assert {type(error).__name__ for error in errors} == {kind}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -12,17 +13,19 @@ import torch
 
 from expertlink import MoECommunicatorConfig
 from expertlink.engines.nvlink import launch
-from expertlink.engines.nvlink.arena import ArenaPlan, RowShape
+from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.launch import (
     SHARED_BYTES,
     STATIC_BYTES,
     BlockShape,
+    KernelName,
     KernelPlan,
     compile_for,
     latency_warps,
 )
 from expertlink.engines.nvlink.ll import plan as ll_plan
-from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.ll.plan import LlPlan
+from expertlink.engines.nvlink.rows import RowShape
 from expertlink.jit import compiler
 from expertlink.jit.compiler import CompiledKernel
 
@@ -30,7 +33,7 @@ ARCHITECTURES = ("sm_90a", "sm_100a")
 REGISTERS = 65536  # of a multiprocessor; threads get them in eights
 MODEL = {"num_experts": 256, "hidden_size": 7168, "topk": 8, "max_tokens_per_rank": 4096}
 
-Compiled = dict[str, CompiledKernel]
+Compiled = dict[KernelName, CompiledKernel]
 
 CASES: list[tuple[int, dict[str, Any]]] = [
     (8, {"output_layout": "flat", "expert_alignment": 128}),
@@ -66,9 +69,9 @@ def config_of(fields: dict[str, Any]) -> MoECommunicatorConfig:
 @pytest.mark.parametrize(("ranks", "fields"), CASES)
 def test_resources(ranks: int, fields: dict[str, Any], arch: str) -> None:
     config = config_of(fields)
-    compiled = compiled_here(config, ArenaPlan.of(config, ranks), num_ranks=ranks, arch=arch)
-    assert set(compiled) == {"dispatch", "combine"}
-    check_budgets(compiled)
+    compiled = compiled_here(config, HtPlan.of(config, ranks), num_ranks=ranks, arch=arch)
+    assert set(compiled) == {KernelName.DISPATCH, KernelName.COMBINE}
+    check_budgets(compiled, lambda name: 16)
 
 
 # Several ranks on one GPU are for tests, which run on sm_90a.
@@ -80,13 +83,13 @@ def test_resources_of_low_latency(
     ranks: int, fields: dict[str, Any], hosted: bool, arch: str
 ) -> None:
     config = config_of({**DECODE, **fields})
-    plan = LatencyPlan.of(config, ranks)
+    plan = LlPlan.of(config, ranks)
     compiled = compiled_here(config, plan, num_ranks=ranks, arch=arch, hosted=hosted)
-    names = {"ll_dispatch", "ll_combine"}
+    names = {KernelName.DISPATCH, KernelName.COMBINE}
     if config.quantization is not None:
-        names.add("ll_dispatch_quantized")
+        names.add(KernelName.DISPATCH_QUANTIZED)
     assert set(compiled) == names
-    check_budgets(compiled)
+    check_budgets(compiled, latency_warps)
 
 
 def compiled_here(config: MoECommunicatorConfig, plan: KernelPlan, **options: Any) -> Compiled:
@@ -97,19 +100,18 @@ def compiled_here(config: MoECommunicatorConfig, plan: KernelPlan, **options: An
         patch.setitem(compiler._OPTIONS, "no_cache", True)
         compile_anew = partial(threads.submit, compiler.compile_kernel.__wrapped__)
         patch.setattr(launch, "compile_kernel", compile_anew)
-        coming: dict[str, Any] = dict(compile_for(config, plan, **options))
+        coming: dict[KernelName, Any] = dict(compile_for(config, plan, **options))
         return {name: future.result() for name, future in coming.items()}
 
 
-def check_budgets(compiled: Compiled) -> None:
+def check_budgets(compiled: Compiled, warps_of: Callable[[KernelName], int]) -> None:
     for name, code in compiled.items():
         report = code.report
-        warps = latency_warps(name) if name.startswith("ll_") else 16
         assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
         assert set(re.findall(r"(\d+) bytes stack frame", report)) == {"0"}, report
         registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
         assert registers
-        assert max(registers) <= REGISTERS // (32 * warps) // 8 * 8, report
+        assert max(registers) <= REGISTERS // (32 * warps_of(name)) // 8 * 8, report
         memory = [int(size) for size in re.findall(r"(\d+) bytes smem", report)]
         assert max(memory) <= STATIC_BYTES, report
 

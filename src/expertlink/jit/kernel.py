@@ -176,7 +176,7 @@ def _ctypes_type(struct: str, field: Field) -> type[Any]:
     if field.count is not None and field.count < 1:
         raise ValueError(f"struct {struct}: the array {field.name} has {field.count} elements")
     if field.ctype.endswith("*"):
-        element: type[Any] = ctypes.c_void_p
+        element: Any = ctypes.c_void_p
     elif field.ctype in _TYPES:
         element = _TYPES[field.ctype]
     else:

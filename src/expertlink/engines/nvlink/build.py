@@ -8,16 +8,12 @@ from typing import Any
 import torch
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import (
-    Arena,
-    ArenaPlan,
-    Buffer,
-    RowShape,
-    SymmetricBuffer,
-)
+from expertlink.engines.nvlink.arena import Arena, Buffer, SymmetricBuffer
 from expertlink.engines.nvlink.engine import NvlinkBase
+from expertlink.engines.nvlink.ht.arena import HtArena
 from expertlink.engines.nvlink.ht.dispatch import HighThroughput
 from expertlink.engines.nvlink.ht.engine import NvlinkEngine
+from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.launch import (
     LATENCY_WARPS,
     BlockShape,
@@ -26,10 +22,11 @@ from expertlink.engines.nvlink.launch import (
     Run,
 )
 from expertlink.engines.nvlink.ll import plan as ll_plan
-from expertlink.engines.nvlink.ll.arena import LatencyArena
+from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.dispatch import LowLatency
 from expertlink.engines.nvlink.ll.engine import LatencyEngine
-from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.ll.plan import LlPlan
+from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import ConfigurationError, EngineUnavailableError, ExpertlinkError
@@ -74,7 +71,7 @@ def build(
     num_local = len(placement.experts_of_rank[wire.rank])
     blocks = BlockShape(config, num_ranks=num_ranks, num_local=num_local)
     latency = serves_latency(config, placement)
-    plan: KernelPlan = (LatencyPlan if latency else ArenaPlan).of(config, num_ranks)
+    plan: KernelPlan = (LlPlan if latency else HtPlan).of(config, num_ranks)
     reason = blocks.unavailable_reason(RowShape.of(config).row) or _unreachable(wire)
     runner: DeviceRunner | None = None
     if reason is None:
@@ -101,7 +98,7 @@ def build(
         watchdog = Watchdog(
             rank=wire.rank,
             num_ranks=num_ranks,
-            counts=plan.counts // 4,
+            num_experts=config.num_experts,
             timeout_s=wire.timeout_s,
         )
     for region, size in plan.regions().items():
@@ -160,18 +157,19 @@ def assemble(
         "watchdog": watchdog,
         "check": check_inputs,
     }
-    if isinstance(arena, LatencyArena):
+    if isinstance(arena, LlArena):
         low = LowLatency(config, arena=arena, warps=latency_warps, **common)
         return LatencyEngine(config, arena=arena, calls=low, **seams)
+    assert isinstance(arena, HtArena)
     calls = HighThroughput(config, arena=arena, check=check_inputs, blocks=blocks, **common)
     return NvlinkEngine(config, arena=arena, calls=calls, **seams)
 
 
 def make_arena(plan: KernelPlan, *, rank: int, buffer: Buffer, device: torch.device) -> Arena:
     """The arena of a plan's mode."""
-    if isinstance(plan, LatencyPlan):
-        return LatencyArena(plan, rank=rank, buffer=buffer, device=device)
-    return Arena(plan, rank=rank, buffer=buffer, device=device)
+    if isinstance(plan, LlPlan):
+        return LlArena(plan, rank=rank, buffer=buffer, device=device)
+    return HtArena(plan, rank=rank, buffer=buffer, device=device)
 
 
 def serves_latency(config: MoECommunicatorConfig, placement: Placement) -> bool:

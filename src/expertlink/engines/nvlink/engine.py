@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import Arena, RowShape
+from expertlink.engines.nvlink.arena import Arena
 from expertlink.engines.nvlink.capture import is_capturing
+from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.tables import Route, as_route
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.agreement import begin_agreement
@@ -77,7 +78,7 @@ class NvlinkBase:
         self.watchdog.fail(f"abort: {reason}")
         # Peers that learn of it wait a moment for the reason.
         with contextlib.suppress(RuntimeError):
-            self.arena.tell_abort()
+            self.arena.post_abort()
         self.watchdog.post_abort(reason)
 
     def memory_estimate(self) -> dict[str, int]:

@@ -9,23 +9,21 @@ from dataclasses import dataclass
 import torch
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import HEAD_WORDS, STATE_WORDS, ArenaPlan, RowShape, round_up
+from expertlink.engines.nvlink import shared, tuning
 from expertlink.engines.nvlink.ht import arguments as ht_arguments
+from expertlink.engines.nvlink.ht import plan as ht_plan
+from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.ll import arguments as ll_arguments
 from expertlink.engines.nvlink.ll import plan as ll_plan
+from expertlink.engines.nvlink.ll.plan import LlPlan
+from expertlink.engines.nvlink.rows import RowShape
+from expertlink.engines.nvlink.tuning import SHARED_BYTES, STATIC_BYTES
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
-from expertlink.jit.kernel import Arguments, load_kernel
-from expertlink.routing import Placement
+from expertlink.jit.kernel import Arguments, architecture, load_kernel
+from expertlink.layouts import align
 from expertlink.types import DispatchLayout
 
-HOME_STRIDE = 1 << 16  # an expert's home is its rank times this, plus its index there
-LATENCY_WARPS = 16  # most warps of a block of the low-latency kernels
-_COMBINE_WARPS = 12  # of ll_combine's: more registers for each
-SHARED_BYTES = 227 * 1024  # of a block on sm_90 and later
-STATIC_BYTES = 10 * 1024  # of which barriers and small tables take this much at most
-_SHARED_SLOTS = 512  # first slots that placing keeps in shared memory
-_SHARED_TABLE = 16 * 1024  # words of count rows that planning keeps there
-_MAX_WARPS = 15  # that move rows; one more announces them
+LATENCY_WARPS = tuning.LL_DISPATCH_WARPS
 
 
 class KernelName(enum.IntEnum):
@@ -56,54 +54,39 @@ class Launch:
     local: bool = False
 
 
-Run = Callable[[str, Arguments, Launch], None]
-"""Queues a kernel by its name, with its arguments, on the current stream."""
+Run = Callable[[KernelName, Arguments, Launch], None]
+"""Queues a kernel with its arguments on the current stream."""
 
-KernelPlan = ArenaPlan | ll_plan.LatencyPlan
+KernelPlan = HtPlan | LlPlan
 
 
-def kernel_constants(
-    config: MoECommunicatorConfig, plan: KernelPlan, *, num_ranks: int
-) -> dict[str, int]:
-    """What a communicator fixes, under the names that the kernels know; the same on all ranks."""
+def kernel_constants(config: MoECommunicatorConfig, *, num_ranks: int) -> dict[str, int | bool]:
+    """What a communicator fixes for the kernels of both modes; the same on all ranks."""
     layout = config.layout
-    common = {
+    return {
         "kNumRanks": num_ranks,
         "kNumExperts": config.num_experts,
         "kTopk": config.topk,
         "kCopies": min(num_ranks, config.topk),
         "kMaxTokens": config.max_tokens_per_rank,
-        "kExpanded": int(layout.expanded),
-        "kPadded": int(layout.padded),
-        "kLayoutIsRankMajor": int(layout is DispatchLayout.RANK_MAJOR),
+        "kExpanded": layout.expanded,
+        "kPadded": layout.padded,
+        "kLayoutIsRankMajor": layout is DispatchLayout.RANK_MAJOR,
         "kAlignment": config.expert_alignment,
-        "kIsBfloat16": int(config.dtype is torch.bfloat16),
-        "kHomeStride": HOME_STRIDE,
-        # What the device code declares as well, and asserts to be the same.
-        "kHostHeadWords": HEAD_WORDS,
-        "kHostStateWords": STATE_WORDS,
+        "kIsBfloat16": config.dtype is torch.bfloat16,
     }
-    if isinstance(plan, ll_plan.LatencyPlan):
-        return {
-            **common,
-            "kDispatchWarps": LATENCY_WARPS,
-            "kCombineWarps": _COMBINE_WARPS,
-            **ll_plan.constants_of(config, plan, num_ranks=num_ranks),
-            **ll_arguments.FLAG_CONSTANTS,
-        }
-    shape = RowShape.of(config)
-    return {
-        **common,
-        "kStagingStride": shape.staged,
-        "kBesideStride": shape.beside,
-        "kScalesAt": shape.scales_at,
-        "kMaxWarps": _MAX_WARPS,
-        "kMostSharedSlots": _SHARED_SLOTS,
-        "kMostSharedTable": _SHARED_TABLE,
-        "kGradBytes": round_up(4 * config.topk, 16),
-        **plan.offsets(num_ranks),
-        **ht_arguments.FLAG_CONSTANTS,
-    }
+
+
+def prelude_of(config: MoECommunicatorConfig, plan: KernelPlan, *, num_ranks: int) -> str:
+    """C++ text in front of a communicator's kernels: all that the host has to tell them."""
+    values = kernel_constants(config, num_ranks=num_ranks)
+    if isinstance(plan, LlPlan):
+        values |= ll_plan.constants_of(config, plan, num_ranks=num_ranks)
+        structs = ll_arguments.declarations(num_ranks)
+    else:
+        values |= ht_plan.constants_of(config, plan, num_ranks=num_ranks)
+        structs = ht_arguments.declarations()
+    return constants(values) + shared.declarations(num_ranks, config.num_experts) + structs
 
 
 def compile_for(
@@ -113,8 +96,8 @@ def compile_for(
     num_ranks: int,
     arch: str,
     hosted: bool = False,
-) -> dict[str, CompiledKernel]:
-    """Machine code of the kernels by name. Needs no GPU.
+) -> dict[KernelName, CompiledKernel]:
+    """Machine code of a communicator's kernels. Needs no GPU.
 
     Args:
         config: the communicator's.
@@ -123,35 +106,32 @@ def compile_for(
         arch: target such as `sm_90a`.
         hosted: entry points for several ranks on one GPU, whose argument is a table of structs.
     """
-    latency = isinstance(plan, ll_plan.LatencyPlan)
-    structs = ll_arguments if latency else ht_arguments
-    prelude = "struct State;\nstruct Control;\nstruct Counters;\n"
-    prelude += constants(kernel_constants(config, plan, num_ranks=num_ranks))
-    prelude += structs.DISPATCH.declaration + structs.COMBINE.declaration
+    prelude = prelude_of(config, plan, num_ranks=num_ranks)
     suffix = "_hosted" if hosted else ""
     return {
-        name: compile_kernel(source, kernel + suffix + variant, arch, prelude=prelude)
-        for name, source, kernel, variant in _instances(config, latency=latency)
+        name: compile_kernel(source, function + suffix + variant, arch, prelude=prelude)
+        for name, source, function, variant in _instances(config, is_ll=isinstance(plan, LlPlan))
     }
 
 
 def _instances(
-    config: MoECommunicatorConfig, *, latency: bool
-) -> Iterator[tuple[str, str, str, str]]:
-    """Name, source, kernel and template arguments of every kernel that a communicator launches."""
-    if not latency:
-        yield "dispatch", "ht/dispatch", "dispatch", ""
-        yield "combine", "ht/combine", "combine", ""
+    config: MoECommunicatorConfig, *, is_ll: bool
+) -> Iterator[tuple[KernelName, str, str, str]]:
+    """Name, source, function and template arguments of a communicator's kernels."""
+    if not is_ll:
+        yield KernelName.DISPATCH, "ht/dispatch", "ht::dispatch", ""
+        yield KernelName.COMBINE, "ht/combine", "ht::combine", ""
         return
-    yield "ll_dispatch", "ll/dispatch", "ll_dispatch", "<false>"
+    yield KernelName.DISPATCH, "ll/dispatch", "ll::dispatch", "<false>"
     if config.quantization is not None:
-        yield "ll_dispatch_quantized", "ll/dispatch", "ll_dispatch", "<true>"
-    yield "ll_combine", "ll/combine", "ll_combine", ""
+        yield KernelName.DISPATCH_QUANTIZED, "ll/dispatch", "ll::dispatch", "<true>"
+    yield KernelName.COMBINE, "ll/combine", "ll::combine", ""
 
 
-def latency_warps(name: str, most: int = LATENCY_WARPS) -> int:
-    """Warps of a block of a low-latency kernel, `most` at most."""
-    return min(most, _COMBINE_WARPS if name == "ll_combine" else LATENCY_WARPS)
+def latency_warps(name: KernelName, most: int = LATENCY_WARPS) -> int:
+    """Warps of a block of an `ll` kernel, `most` at most."""
+    is_combine = name is KernelName.COMBINE
+    return min(most, tuning.LL_COMBINE_WARPS if is_combine else tuning.LL_DISPATCH_WARPS)
 
 
 class DeviceRunner:
@@ -172,7 +152,7 @@ class DeviceRunner:
             for name, code in compiled.items()
         }
 
-    def __call__(self, name: str, arguments: Arguments, launch: Launch) -> None:
+    def __call__(self, name: KernelName, arguments: Arguments, launch: Launch) -> None:
         self._kernels[name].launch(
             arguments,
             grid=launch.grid,
@@ -183,12 +163,6 @@ class DeviceRunner:
         )
 
 
-def homes_of(placement: Placement) -> torch.Tensor:
-    """`[E]` int32: where every expert lives, in one number."""
-    homes = placement.rank_of_E[:-1] * HOME_STRIDE + placement.local_of_E[:-1]
-    return homes.to(torch.int32)
-
-
 def raw_stream(device: torch.device) -> Callable[[], int]:
     """What gives the handle of torch's current stream of a GPU, without making a stream object."""
     current, index = torch._C._cuda_getCurrentRawStream, device.index
@@ -197,12 +171,6 @@ def raw_stream(device: torch.device) -> Callable[[], int]:
         return current(index)
 
     return stream
-
-
-def architecture(device: torch.device) -> str:
-    """Compiler target of a GPU, such as `sm_90a`."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}a"
 
 
 class BlockShape:
@@ -221,19 +189,18 @@ class BlockShape:
         *,
         num_ranks: int,
         num_local: int,
-        max_warps: int = _MAX_WARPS,
+        max_warps: int = tuning.HT_MAX_WARPS,
     ) -> None:
-        self._beside = RowShape.of(config).beside
+        self._metadata = RowShape.of(config).metadata
         self._room = SHARED_BYTES - STATIC_BYTES
-        self._columns = num_ranks + config.num_experts
-        table = num_ranks * (HEAD_WORDS + self._columns)
-        table = table if table <= _SHARED_TABLE else 0
+        self._columns = ht_plan.count_columns(config, num_ranks)
+        table = ht_plan.shared_table_words(config, num_ranks)
         self._plan_bytes = 4 * (2 * num_ranks + num_local + 1 + table)
         self._max_warps = max_warps
 
     def slot_bytes(self, row_bytes: int) -> int:
         """Shared memory of a warp that moves rows."""
-        return round_up(row_bytes + self._beside, 128)
+        return align(row_bytes + self._metadata, 128)
 
     def warps(self, row_bytes: int) -> int:
         """Warps that move rows, each with one of its own in shared memory."""

@@ -1,23 +1,21 @@
-"""Host memory that the kernels write: the counts that the host waits for, and reports of failures.
+"""Host memory that the kernels write: counts that the host waits for, and reports of failures.
 
-The words are those of `Control` in kernels/common/sync.cuh. Every wait on the device is bounded by
-`timeout_ns`; the first that expires writes its report here and lets all others of this rank end.
+Its layout is `shared.control`. Every wait on the device is bounded by `timeout_ns`. The first one
+that expires writes its report here and ends all others of this rank.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from expertlink.engines.nvlink.arena import HEAD_WORDS
+from expertlink.engines.nvlink.shared import HEADER_WORDS, ExtraWord, Form, Phase, Verdict, control
 from expertlink.engines.ranks.agreement import difference, width_difference
 from expertlink.engines.ranks.header import NUM_FIELDS, HeaderWord, Operation, title_of
 from expertlink.errors import (
@@ -31,42 +29,17 @@ from expertlink.errors import (
 )
 
 logger = logging.getLogger("expertlink")
-_MAIL_FIELDS = ("verdict", "rank", "rows", "capacity", "arrivals", "slots")
-_SPINS = 4000  # looks without pause, about as many microseconds / 10
-_PAUSE_S = 20e-6
+_POLLS_BEFORE_SLEEP = 4000  # about 400 us
+_SLEEP_S = 20e-6
 _MARGIN_S = 30.0  # the device reports a missing peer itself; the host only guards against itself
 
-
-class _Words(ctypes.Structure):
-    _fields_ = (
-        ("reported", ctypes.c_uint32),
-        ("phase", ctypes.c_uint32),
-        ("peer", ctypes.c_int32),
-        ("expected", ctypes.c_uint32),
-        ("seen", ctypes.c_uint32),
-        ("index", ctypes.c_uint32),
-        ("waited_ms", ctypes.c_uint32),
-        ("operation", ctypes.c_uint32),
-        ("timeout_ns", ctypes.c_uint64),
-        ("overflowed", ctypes.c_uint32),
-        ("overflow_rank", ctypes.c_int32),
-        ("overflow_rows", ctypes.c_int32),
-        ("overflow_capacity", ctypes.c_int32),
-        ("unused", ctypes.c_uint32 * 2),
-        ("mail_number", ctypes.c_uint32),
-    )
-
-
-_PHASES = {
-    1: "for this rank's own blocks",
-    2: "for room at a peer, which has not finished the call before",
-    3: "for a peer to begin the call",
-    4: "for rows of a peer",
-    5: "for agreement",
+_WAITED_FOR = {
+    Phase.BLOCKS: "for this rank's own blocks",
+    Phase.CREDIT: "for room at a peer, which has not finished the call before",
+    Phase.READY: "for a peer to begin the call",
+    Phase.ROW: "for rows of a peer",
+    Phase.AGREEMENT: "for agreement",
 }
-_PHASE_AGREEMENT, _PHASE_ABORTED, _PHASE_HALVES = 5, 6, 7
-FINE, DISAGREE, OVERFLOW = 0, 1, 2
-_FORM_MAILS = 2  # of a head's last field but one: the host waits for the counts
 
 # Words of communicators that nobody has closed: a kernel may still read them, so they are kept.
 _abandoned: list[torch.Tensor] = []
@@ -77,24 +50,24 @@ class Mail:
     """What a rank learns about an uncached dispatch.
 
     Attributes:
-        verdict: FINE, DISAGREE or OVERFLOW; the same on all ranks.
+        verdict: the same on all ranks.
         rank: OVERFLOW: the rank without room.
         rows: OVERFLOW: rows it would receive.
         capacity: OVERFLOW: rows it has room for.
         arrivals: rows this rank receives, each token once.
         slots: rows of this rank's `tokens` in an expanded layout, alignment gaps included.
-        heads: `[R][HEAD_WORDS]` what every rank said of its call.
+        headers: `[R][HEADER_WORDS]` DISAGREE: of every rank.
         rows_from: `[R]` rows from each rank.
         counts: `[E_loc]` choices of each local expert.
     """
 
-    verdict: int
+    verdict: Verdict
     rank: int
     rows: int
     capacity: int
     arrivals: int
     slots: int
-    heads: list[list[int]]
+    headers: list[list[int]]
     rows_from: list[int]
     counts: list[int]
 
@@ -105,43 +78,38 @@ class Watchdog:
     Args:
         rank: this rank.
         num_ranks: R.
-        counts: counts of experts that a mail has room for.
+        num_experts: E of the communicator that has most of them.
         timeout_s: bound of every wait of the device.
     """
 
-    def __init__(self, *, rank: int, num_ranks: int, counts: int, timeout_s: float) -> None:
+    def __init__(self, *, rank: int, num_ranks: int, num_experts: int, timeout_s: float) -> None:
         self._rank, self._num_ranks = rank, num_ranks
-        room = len(_MAIL_FIELDS) + num_ranks * (HEAD_WORDS + 1) + counts
-        # The mail follows mail_number directly, before what pads the struct.
-        mail_at = _Words.mail_number.offset + 4
-        self._pinned = torch.zeros(
-            ctypes.sizeof(_Words) + 4 * room, dtype=torch.uint8, pin_memory=True
-        )
+        layout = control(num_ranks, num_experts)
+        self._pinned = torch.zeros(layout.size, dtype=torch.uint8, pin_memory=True)
         self.address: int = self._pinned.data_ptr()
-        self._words: Any = _Words.from_address(self.address)
-        self._mail = (ctypes.c_int32 * room).from_address(self.address + mail_at)
+        self._words = layout.at(self.address)
         self._dead: str | None = None
-        self._noted = 0  # transfer of the overflow that the log has
+        self._logged = 0  # transfer of the last overflow that was logged
         self._order = threading.Lock()
         self._forget = weakref.finalize(self, _abandoned.append, self._pinned)
         self._forget.atexit = False
         # Of all communicators that share the memory: how to post why one aborts, and to read it.
-        self._boards: list[tuple[Callable[[str], None], Callable[[int], str]]] = []
+        self._statuses: list[tuple[Callable[[str], None], Callable[[int], str]]] = []
         # What an interrupted wait calls. Weak: dropping a communicator frees its memory at once.
         self.interrupted: Callable[[], Callable[[str], None] | None] = lambda: None
         self.set_timeout(timeout_s)
 
     def attach(self, post: Callable[[str], None], read: Callable[[int], str]) -> None:
         """Another communicator uses this; the same ones do on all ranks."""
-        self._boards.append((post, read))
+        self._statuses.append((post, read))
 
     def post_abort(self, reason: str) -> None:
-        """Leaves word of why this rank aborts, for the others to read."""
-        for post, _ in self._boards:
+        """Posts why this rank aborts, for the others to read."""
+        for post, _ in self._statuses:
             post(reason)
 
     def _reason_of(self, rank: int) -> str:
-        reasons = (read(rank) for _, read in reversed(self._boards))
+        reasons = (read(rank) for _, read in reversed(self._statuses))
         return next((reason for reason in reasons if reason), "")
 
     def release(self) -> None:
@@ -159,7 +127,7 @@ class Watchdog:
         self._dead = None
 
     def check(self, call: int) -> None:
-        """Raises what the device has reported since the last look, if anything.
+        """Raises what the device has reported since the last check, if anything.
 
         Raises:
             PeerTimeoutError: a wait of an earlier call expired.
@@ -175,9 +143,9 @@ class Watchdog:
                 error = self._expired(call)
             self._dead = str(error)
             raise error
-        if words.overflowed and words.overflowed != self._noted:
+        if words.overflowed and words.overflowed != self._logged:
             # Ranks come to know of it at different calls, so no call raises it.
-            self._noted = int(words.overflowed)
+            self._logged = int(words.overflowed)
             logger.error("%s; check_health() raises this", self._overflow())
 
     def check_overflow(self) -> None:
@@ -216,11 +184,11 @@ class Watchdog:
 
     def _expired(self, call: int) -> ExpertlinkError:
         words = self._words
-        phase = int(words.phase)
+        phase = words.phase
         operation = title_of(words.operation)
-        if phase == _PHASE_AGREEMENT:
-            return self.disagreement(self._heads())
-        if phase == _PHASE_ABORTED:
+        if phase == Phase.AGREEMENT:
+            return self.disagreement(self._headers())
+        if phase == Phase.ABORTED:
             reason = self._reason_of(int(words.peer))
             return AbortError(
                 f"rank {words.peer} called abort: {reason or 'its reason could not be read'}. "
@@ -228,7 +196,7 @@ class Watchdog:
                 rank=int(words.peer),
                 reason=reason,
             )
-        if phase == _PHASE_HALVES:
+        if phase == Phase.HALVES:
             return InputError(
                 f"a call began between the halves of another one ({operation}, transfer "
                 f"{words.expected} to send, {words.seen} to receive): a graph that was replayed "
@@ -237,11 +205,11 @@ class Watchdog:
         peer = int(words.peer)
         missing = (peer,) if 0 <= peer < self._num_ranks and peer != self._rank else ()
         what = f"rank {peer}" if missing else "unknown"
-        row = f", row {words.index}" if phase == 4 else ""
+        row = f", row {words.index}" if phase == Phase.ROW else ""
         return PeerTimeoutError(
             f"rank {self._rank} waited {words.waited_ms / 1e3:.1f} s of at most "
             f"{self.timeout_s:g} s in {operation} (transfer {words.reported}) "
-            f"{_PHASES.get(phase, 'unknown')}{row}: epoch {words.expected} expected, "
+            f"{_WAITED_FOR.get(phase, 'unknown')}{row}: epoch {words.expected} expected, "
             f"{words.seen} seen; missing: {what}. Close this communicator",
             rank=self._rank,
             missing=missing,
@@ -250,14 +218,13 @@ class Watchdog:
             waited_s=words.waited_ms / 1e3,
         )
 
-    def _heads(self) -> list[list[int]]:
-        room = len(_MAIL_FIELDS)
-        words = self._mail[room : room + self._num_ranks * HEAD_WORDS]
-        return [words[r * HEAD_WORDS : (r + 1) * HEAD_WORDS] for r in range(self._num_ranks)]
+    def _headers(self) -> list[list[int]]:
+        words = self._words.headers[:]
+        return [words[r * HEADER_WORDS :][:HEADER_WORDS] for r in range(self._num_ranks)]
 
-    def disagreement(self, heads: Sequence[Sequence[int]]) -> PeerError | InputError:
+    def disagreement(self, headers: Sequence[Sequence[int]]) -> PeerError | InputError:
         """The error of ranks that said this of their calls; the same text on all of them."""
-        fields = [words[:NUM_FIELDS] for words in heads]
+        fields = [words[:NUM_FIELDS] for words in headers]
         communicators = {words[HeaderWord.COMMUNICATOR] for words in fields}
         text = difference(fields, communicator=min(communicators))
         if text is not None:
@@ -276,11 +243,12 @@ class Watchdog:
         )
 
     @staticmethod
-    def is_fatal(heads: Sequence[Sequence[int]]) -> bool:
+    def is_fatal(headers: Sequence[Sequence[int]]) -> bool:
         """Whether some rank cannot go on: its call does not wait for what all say."""
         return any(
-            words[HeaderWord.OPERATION] != Operation.DISPATCH or not words[NUM_FIELDS] & _FORM_MAILS
-            for words in heads
+            words[HeaderWord.OPERATION] != Operation.DISPATCH
+            or not words[ExtraWord.FORM] & Form.MAIL
+            for words in headers
         )
 
     @property
@@ -305,13 +273,13 @@ class Watchdog:
 
     def _await_mail(self, before: int, *, call: int, num_local: int) -> Mail:
         words = self._words
-        spins = 0
+        polls = 0
         started = time.monotonic()
         while words.mail_number == before:
-            spins += 1
-            if spins < _SPINS:
+            polls += 1
+            if polls < _POLLS_BEFORE_SLEEP:
                 continue
-            time.sleep(_PAUSE_S)  # also lets other threads of the process run
+            time.sleep(_SLEEP_S)  # also lets other threads of the process run
             if words.reported:
                 self.check(call)
             waited = time.monotonic() - started
@@ -329,14 +297,17 @@ class Watchdog:
         return self._read(num_local)
 
     def _read(self, num_local: int) -> Mail:
-        ranks = self._num_ranks
+        words = self._words
         with self._order:  # the mail was written before its number
-            values = self._mail[: len(_MAIL_FIELDS) + ranks * (HEAD_WORDS + 1) + num_local]
-        fields, rest = values[: len(_MAIL_FIELDS)], values[len(_MAIL_FIELDS) :]
-        rest = rest[ranks * HEAD_WORDS :]
-        return Mail(
-            *fields,
-            heads=self._heads() if fields[0] == DISAGREE else [],
-            rows_from=rest[:ranks],
-            counts=rest[ranks:],
-        )
+            verdict = Verdict(words.mail_verdict)
+            return Mail(
+                verdict=verdict,
+                rank=words.mail_rank,
+                rows=words.mail_rows,
+                capacity=words.mail_capacity,
+                arrivals=words.mail_arrivals,
+                slots=words.mail_slots,
+                headers=self._headers() if verdict is Verdict.DISAGREE else [],
+                rows_from=words.mail_rows_from[:],
+                counts=words.mail_counts[:num_local],
+            )

@@ -3,9 +3,9 @@
 // `Arguments` has the caller's ids, `flags` with kWideIds, and where copies of the ids are kept.
 #pragma once
 
-// Where an expert lives, in one number: rank * kHomeStride + index on that rank.
-__device__ __forceinline__ int rank_of(int home) { return home / kHomeStride; }
-__device__ __forceinline__ int local_of(int home) { return home % kHomeStride; }
+// Where an expert lives, in one number: rank * kLocationStride + index on that rank.
+__device__ __forceinline__ int rank_of(int location) { return location / kLocationStride; }
+__device__ __forceinline__ int local_of(int location) { return location % kLocationStride; }
 
 constexpr int kChunk = kTopk < 8 ? kTopk : 8;  // choices that are looked at together
 

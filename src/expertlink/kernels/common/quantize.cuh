@@ -5,12 +5,6 @@
 
 #include "common/pieces.cuh"
 
-constexpr float kLargestE4m3 = 448.0f;
-constexpr float kSmallestAmax = 1e-4f;
-constexpr int kScaleBlock = 128;  // elements
-
-enum ScaleKind { kNotQuantized, kFloatScales, kPowerScales, kPackedScales };
-
 // Biased exponent of the smallest power of two that is not below a positive number.
 __device__ __forceinline__ unsigned ceil_exponent(float scale) {
     const unsigned bits = __float_as_uint(scale);

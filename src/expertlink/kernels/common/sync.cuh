@@ -4,53 +4,6 @@
 
 #include "common/ptx.cuh"
 
-// Phases of a wait, as watchdog.py names them; the last three are reasons to end all waits.
-enum Phase {
-    kPhaseBlocks = 1,
-    kPhaseCredit = 2,
-    kPhaseReady = 3,
-    kPhaseRow = 4,
-    kPhaseAgreement = 5,
-    kPhaseAborted = 6,
-    kPhaseHalves = 7,
-};
-
-// What a rank says of its call, in words that engines/header.py names; the last two are the nvlink
-// engine's own. Reports of disagreement hold the words of all ranks.
-enum Head {
-    kOperation,
-    kCommunicator,
-    kCall,  // number of the transfer
-    kStatus,
-    kCapacity,
-    kRowBytes,
-    kMetadataBytes,
-    kSubject,  // transfer of the dispatch whose routing the call uses; 0: a new routing
-    kForm,     // bit 0: new weights travel, bit 1: the host waits for the counts
-    kPool,     // zero copy: which pool has the view of this rank
-    kHeadWords
-};
-static_assert(kHeadWords == kHostHeadWords);
-
-// Device memory of one rank, zeroed at start.
-struct State {
-    unsigned sent;        // transfers whose sending half is over
-    unsigned received;    // transfers whose receiving half is over
-    unsigned arrived;     // blocks at the grid barrier
-    unsigned generation;  // times the grid barrier has opened
-    unsigned left_send;   // blocks that are done with the sending half
-    unsigned left_place;  // blocks that are done with the receiving half
-    unsigned planned;     // last transfer whose slots are known
-    unsigned failed;      // not 0: a wait has expired, nobody waits any more
-    unsigned next_send;   // work of the sending half that no warp has taken yet
-    unsigned next_place;  // work of the receiving half
-    unsigned deferred;    // not 0: no rows are placed: a later launch does, or the ranks disagree
-    unsigned overflow;    // low latency: last transfer that found no room, how many rows it had,
-    unsigned overflow_rows, overflow_room;  // and for how many there was room
-    unsigned overflow_told;                 // last one, of any rank, that the host has been told of
-};
-static_assert(sizeof(State) <= 4 * kHostStateWords);
-
 // Work is taken, not assigned: some multiprocessors reach the wire much faster than others. The
 // number is on its way while the warp does something else; `taken` waits for it.
 __device__ __forceinline__ int take(unsigned* counter, int count = 1) {
@@ -58,20 +11,6 @@ __device__ __forceinline__ int take(unsigned* counter, int count = 1) {
 }
 
 __device__ __forceinline__ int taken(int ticket) { return __shfl_sync(0xffffffffu, ticket, 0); }
-
-// Host memory that the device writes, one per rank.
-struct Control {
-    unsigned reported;  // not 0: the words below are valid
-    unsigned phase, peer, expected, seen, index, waited_ms, operation;
-    unsigned long long timeout_ns;  // written by the host
-    unsigned overflowed;            // static shapes: transfer that found no room, and for whom
-    unsigned overflow_rank, overflow_rows, overflow_capacity;
-    unsigned unused[2];
-    unsigned mail_number;  // transfer that the mail below belongs to
-    unsigned mail[1];  // see plan.cuh; reports of disagreement leave the heads of all ranks there
-};
-
-constexpr int kMailWords = 6;  // of a mail, before the heads
 
 // What waits need to know of the rank they happen on.
 struct Watch {
@@ -85,7 +24,7 @@ struct Watch {
 };
 
 constexpr unsigned kEagerSpins = 8;
-constexpr unsigned kSpinsBetweenLooks = 256;
+constexpr unsigned kSpinsBetweenPolls = 256;
 
 // `now` is at least `wanted`; counters may wrap around.
 __device__ __forceinline__ bool reached(unsigned now, unsigned wanted) {
@@ -112,7 +51,7 @@ __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, un
     }
     Control* control = watch.control;
     control->phase = phase;
-    control->peer = static_cast<unsigned>(peer);
+    control->peer = peer;
     control->expected = expected;
     control->seen = seen;
     control->index = static_cast<unsigned>(index);
@@ -121,14 +60,15 @@ __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, un
     store_release_system(&control->reported, watch.transfer ? watch.transfer : 1u);
 }
 
-// The ranks are not in the same call: `head(rank, word)` is what they said. One thread.
-template <typename HeadOf>
-__device__ __forceinline__ void report_heads(const Watch& watch, int peer, const HeadOf& head) {
+// The ranks are not in the same call: `header(rank, word)` is what they said. One thread.
+template <typename HeaderOf>
+__device__ __forceinline__ void report_headers(const Watch& watch, int peer,
+                                               const HeaderOf& header) {
 #pragma unroll 1
     for (int rank = 0; rank < kNumRanks; ++rank)
 #pragma unroll 1
-        for (int word = 0; word < kHeadWords; ++word)
-            watch.control->mail[kMailWords + rank * kHeadWords + word] = head(rank, word);
+        for (int word = 0; word < kHeaderWords; ++word)
+            watch.control->headers[rank * kHeaderWords + word] = header(rank, word);
     report(watch, kPhaseAgreement, peer, 0, 0, 0, 0);
 }
 
@@ -145,15 +85,15 @@ __device__ __forceinline__ int aborted_by(const Watch& watch) {
     return -1;
 }
 
-__device__ __forceinline__ bool gave_up(const Watch& watch) {
+__device__ __forceinline__ bool has_failed(const Watch& watch) {
     return load_acquire_device(&watch.state->failed) != 0u;
 }
 
 // Slow half of a wait: when it began, or 0 if it must end.
-__device__ __noinline__ unsigned long long look_at_clock(const Watch watch, Phase phase, int peer,
-                                                         unsigned expected, unsigned seen,
-                                                         int index, unsigned long long since) {
-    if (gave_up(watch)) return 0;
+__device__ __noinline__ unsigned long long check_deadline(const Watch watch, Phase phase, int peer,
+                                                          unsigned expected, unsigned seen,
+                                                          int index, unsigned long long since) {
+    if (has_failed(watch)) return 0;
     const int aborter = aborted_by(watch);
     if (aborter >= 0) {
         report(watch, kPhaseAborted, aborter, 0, 0, 0, 0);
@@ -179,8 +119,8 @@ __device__ __forceinline__ bool wait_until(const unsigned* word, unsigned wanted
         const unsigned now = load_acquire_system(word);
         if (reached(now, wanted)) return true;
         if (spins > kEagerSpins) __nanosleep(40);  // leaves the memory system to what is awaited
-        if (spins % kSpinsBetweenLooks != 0) continue;
-        since = look_at_clock(watch, phase, peer, wanted, now, index, since);
+        if (spins % kSpinsBetweenPolls != 0) continue;
+        since = check_deadline(watch, phase, peer, wanted, now, index, since);
         // Once more: a rank that fails since others are in another call has still to tell them.
         if (since == 0) return reached(load_acquire_system(word), wanted);
     }
@@ -188,7 +128,7 @@ __device__ __forceinline__ bool wait_until(const unsigned* word, unsigned wanted
 
 // All blocks of this grid's row meet; what they wrote before is visible after. All of them are
 // resident: grids are no larger than the GPU has multiprocessors.
-__device__ __forceinline__ bool meet_blocks(const Watch& watch) {
+__device__ __forceinline__ bool grid_barrier(const Watch& watch) {
     __shared__ bool opened;
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -1,4 +1,5 @@
-// combine: one partial sum per (token, rank) travels back to the token's rank, which adds them up.
+// ht::combine: one partial sum per (token, rank) travels back to the token's rank, which adds them
+// up.
 //
 // The first `num_senders` blocks make partial sums and send them, in the order in which the rows
 // arrived; the others, and in the end those too, add them up, token by token, as they come in. The
@@ -7,6 +8,8 @@
 #include "ht/peers.cuh"
 #include "ht/ring.cuh"
 #include "ht/sum.cuh"
+
+namespace ht {
 
 // Where an arrival's choices and weights are kept; deduplicated layouts: also its row.
 __device__ __forceinline__ long long row_of(const CombineArguments& a, int source, int position) {
@@ -41,7 +44,7 @@ __device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ri
     unsigned words = 0;  // rows left in the box
     const auto tell = [&] {
         bulk_wait_written();
-        leave_word(ring, written, words);
+        post(ring, written, words);
     };
     int ticket = take(&a.state->next_send);
     for (int turn = taken(ticket); turn < turns; turn = taken(ticket)) {
@@ -77,7 +80,7 @@ __device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ri
         }
     }
     tell();
-    leave_no_more(ring);
+    finish_posting(ring);
 }
 
 __device__ __forceinline__ bool return_rows(const CombineArguments& a, const Watch& watch,
@@ -109,7 +112,7 @@ __device__ __forceinline__ void collect_grads(const CombineArguments& a, int tok
     if (lane < kTopk)
         id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[at]
                                 : static_cast<const int*>(a.ids)[at];
-    const int rank = id >= 0 && id < kNumExperts ? rank_of(a.home_of[id]) : -1;
+    const int rank = id >= 0 && id < kNumExperts ? rank_of(a.expert_location[id]) : -1;
     float grad = 0.0f;
     for (int d = 0; d < kCopies; ++d) {
         const int candidate = __shfl_sync(0xffffffffu, code, d);
@@ -126,7 +129,7 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& w
                                        char* shared) {
     const int lane = threadIdx.x % 32;
     if (threadIdx.x / 32 == blockDim.x / 32 - 1)  // the last warp has no slot
-        return blockIdx.x != gridDim.x - 1 || check_heads(a, watch);
+        return blockIdx.x != gridDim.x - 1 || check_headers(a, watch);
     char* const slot = shared + static_cast<long long>(threadIdx.x / 32) * a.slot_bytes;
     char* const base = a.bases[a.rank];
     const auto code_of = [&](int token) {
@@ -168,7 +171,7 @@ __device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& w
 
 __device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watch& watch,
                                            char* shared, Ring& ring) {
-    say_ready(a, watch);
+    publish_ready(a, watch);
     if (blockIdx.x < a.num_senders && !return_rows(a, watch, shared, ring)) return false;
     return add_up(a, watch, shared);
 }
@@ -183,7 +186,7 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
                       ready_word(a.bases[a.rank], 0),
                       a.rank,
                       nullptr};
-    if (__syncthreads_or(threadIdx.x == 0 && gave_up(watch))) return;
+    if (__syncthreads_or(threadIdx.x == 0 && has_failed(watch))) return;
     if (!run_halves(a, watch, shared, ring)) return;
     if (!last_to_leave(&a.state->left_send, gridDim.x)) return;
     grant_credit(a, watch);
@@ -193,13 +196,15 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+__global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
     combine(const __grid_constant__ CombineArguments arguments) {
     combine_rank(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid.
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+__global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
     combine_hosted(const CombineArguments* arguments) {
     combine_rank(arguments[blockIdx.y]);
 }
+
+}  // namespace ht

@@ -9,6 +9,8 @@
 #include "common/choices.cuh"
 #include "ht/peers.cuh"
 
+namespace ht {
+
 struct Span {
     int begin, end;
 };
@@ -35,14 +37,14 @@ __device__ __forceinline__ bool fill_masks(const DispatchArguments& a, unsigned*
         for (int begin = 0; begin < kTopk; begin += kChunk) {
             const Choices choices = choices_of(a, first + i, begin, true);
             faulty |= choices.faulty;
-            int homes[kChunk];
+            int locations[kChunk];
 #pragma unroll
             for (int k = 0; k < kChunk; ++k)
-                homes[k] = choices.expert[k] >= 0 ? a.home_of[choices.expert[k]] : 0;
+                locations[k] = choices.expert[k] >= 0 ? a.expert_location[choices.expert[k]] : 0;
 #pragma unroll
             for (int k = 0; k < kChunk; ++k) {
                 if (choices.expert[k] < 0) continue;
-                atomicOr(&row[rank_of(homes[k])], bit);
+                atomicOr(&row[rank_of(locations[k])], bit);
                 const unsigned before = atomicOr(&row[kNumRanks + choices.expert[k]], bit);
                 faulty |= (before & bit) != 0;  // chosen twice
             }
@@ -102,9 +104,9 @@ __device__ __forceinline__ bool publish_counts(const DispatchArguments& a, const
         __syncthreads();
         if (!has_room) return false;
         int* const row = count_row(a.bases[peer], a.rank);
-        for (int i = threadIdx.x; i < kColumns; i += blockDim.x) row[kHeadWords + i] = totals[i];
-        if (threadIdx.x < kHeadWords) {
-            int word = head_word(a, watch, threadIdx.x);
+        for (int i = threadIdx.x; i < kColumns; i += blockDim.x) row[kHeaderWords + i] = totals[i];
+        if (threadIdx.x < kHeaderWords) {
+            int word = header_word(a, watch, threadIdx.x);
             // Every block has added its findings before the blocks met.
             if (threadIdx.x == kStatus) word |= load_fresh(a.faulty);
             row[threadIdx.x] = word;
@@ -162,7 +164,7 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
     for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
         a.histogram[blockIdx.x * kColumns + c] = running[c];
     if (a.flags & kCheckIds && faulty) atomicOr(a.faulty, 1);
-    if (!meet_blocks(watch)) return false;
+    if (!grid_barrier(watch)) return false;
     add_blocks(a, running, totals);
     if (!publish_counts(a, watch, totals)) return false;
 
@@ -178,5 +180,7 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
             running[c] += bits_before(masks, a.groups, c);
         __syncthreads();
     }
-    return meet_blocks(watch);
+    return grid_barrier(watch);
 }
+
+}  // namespace ht

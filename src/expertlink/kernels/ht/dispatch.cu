@@ -1,5 +1,5 @@
-// dispatch: counts, plans, sends and places the rows of one dispatch; which of these a launch does
-// is in its flags.
+// ht::dispatch: counts, plans, sends and places the rows of one dispatch; which of these a launch
+// does is in its flags.
 //
 //   (count + plan +) send + place  in one launch where the outputs exist already, or have a size
 //   that
@@ -12,6 +12,8 @@
 #include "ht/place.cuh"
 #include "ht/plan.cuh"
 #include "ht/send.cuh"
+
+namespace ht {
 
 __device__ __forceinline__ bool wait_for_plan(const DispatchArguments& a, const Watch& watch) {
     __shared__ bool known;
@@ -37,7 +39,7 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
         if (block == blocks - 1 && !plan_slots(a, watch, reinterpret_cast<int*>(shared)))
             return false;
     } else if (a.flags & kSend) {
-        say_ready(a, watch);
+        publish_ready(a, watch);
         if (block == 0 && threadIdx.x == 0) *a.origin = static_cast<int>(watch.transfer);
     }
     __syncthreads();
@@ -62,7 +64,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
                       ready_word(a.bases[a.rank], 0),
                       a.rank,
                       nullptr};
-    const bool over = __syncthreads_or(threadIdx.x == 0 && gave_up(watch));
+    const bool over = __syncthreads_or(threadIdx.x == 0 && has_failed(watch));
     const bool done = !over && run_halves(a, watch, shared, ring);
     // Placing may have started before the sending half was over; the kernel after this one may not.
     if (places && !sends) wait_for_predecessor();
@@ -82,13 +84,15 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+__global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
     dispatch(const __grid_constant__ DispatchArguments arguments) {
     dispatch_rank(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid.
-extern "C" __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
+__global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
     dispatch_hosted(const DispatchArguments* arguments) {
     dispatch_rank(arguments[blockIdx.y]);
 }
+
+}  // namespace ht

@@ -7,13 +7,14 @@
 #include "common/sync.cuh"
 #include "common/words.cuh"
 
-constexpr int kColumns = kNumRanks + kNumExperts;   // ranks first
-constexpr int kCountWords = kHeadWords + kColumns;  // of this communicator's count rows
+namespace ht {
+
+constexpr int kCountWords = kHeaderWords + kColumns;  // of this communicator's count rows
 static_assert(kCountWords <= kCountStride, "the arena has room for fewer experts");
 
 // What this rank says of its call to every peer.
 template <typename Arguments>
-__device__ __forceinline__ int head_word(const Arguments& a, const Watch& watch, int word) {
+__device__ __forceinline__ int header_word(const Arguments& a, const Watch& watch, int word) {
     switch (word) {
         case kOperation: return a.operation;
         case kCommunicator: return a.communicator;
@@ -42,13 +43,13 @@ __device__ __forceinline__ bool is_same_call(const Arguments& a, const Watch& wa
                                              const Word& word) {
     bool same = word(kStatus) == 0;
     for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kMetadataBytes, kSubject, kForm})
-        same &= word(i) == head_word(a, watch, i);
+        same &= word(i) == header_word(a, watch, i);
     return same;
 }
 
 // Calls that count nothing tell the peers only that this rank is here, and in which call. One warp.
 template <typename Arguments>
-__device__ __forceinline__ void say_ready(const Arguments& a, const Watch& watch) {
+__device__ __forceinline__ void publish_ready(const Arguments& a, const Watch& watch) {
     if (blockIdx.x != 0 || threadIdx.x >= 32) return;
     for (int step = threadIdx.x; step < kNumRanks; step += 32) {
         const int peer = (a.rank + step) % kNumRanks;
@@ -56,8 +57,8 @@ __device__ __forceinline__ void say_ready(const Arguments& a, const Watch& watch
         if (!wait_until(credit_word(a.bases[a.rank], peer), watch.transfer - 1, watch, kPhaseCredit,
                         peer))
             return;
-        for (int word = 0; word < kHeadWords; ++word)
-            count_row(a.bases[peer], a.rank)[word] = head_word(a, watch, word);
+        for (int word = 0; word < kHeaderWords; ++word)
+            count_row(a.bases[peer], a.rank)[word] = header_word(a, watch, word);
         store_release_system(ready_word(a.bases[peer], a.rank), watch.transfer);
     }
 }
@@ -66,7 +67,7 @@ __device__ __forceinline__ void say_ready(const Arguments& a, const Watch& watch
 // nothing else to do; the kernel does not end before it is done, so heads stay until they have been
 // read.
 template <typename Arguments>
-__device__ __forceinline__ bool check_heads(const Arguments& a, const Watch& watch) {
+__device__ __forceinline__ bool check_headers(const Arguments& a, const Watch& watch) {
     const int lane = threadIdx.x % 32;
     char* const base = a.bases[a.rank];
     bool here = true;
@@ -81,8 +82,9 @@ __device__ __forceinline__ bool check_heads(const Arguments& a, const Watch& wat
     odd = __reduce_min_sync(0xffffffffu, odd);
     if (odd == kNumRanks) return true;
     if (lane == 0)
-        report_heads(watch, odd,
-                     [&](int rank, int word) { return load_fresh(&count_row(base, rank)[word]); });
+        report_headers(watch, odd, [&](int rank, int word) {
+            return load_fresh(&count_row(base, rank)[word]);
+        });
     return false;
 }
 
@@ -107,3 +109,5 @@ __device__ __forceinline__ bool peers_have_room(const Arguments& a, const Watch&
     }
     return __syncthreads_and(room);
 }
+
+}  // namespace ht

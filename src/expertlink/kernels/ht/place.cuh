@@ -11,6 +11,8 @@
 #include "ht/count.cuh"
 #include "ht/ring.cuh"
 
+namespace ht {
+
 struct Arrival {
     int source;    // rank that sent it
     int position;  // among the rows of that rank
@@ -63,19 +65,19 @@ __device__ __forceinline__ unsigned* flag_of(const DispatchArguments& a, const A
     return arrival_flag(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position);
 }
 
-__device__ __forceinline__ const char* beside_of(const DispatchArguments& a,
-                                                 const Arrival& arrival) {
-    return staged_beside(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position,
-                         a.row_bytes, a.flags & kZeroCopy);
+__device__ __forceinline__ const char* metadata_of(const DispatchArguments& a,
+                                                   const Arrival& arrival) {
+    return staged_metadata(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position,
+                           a.row_bytes, a.flags & kZeroCopy);
 }
 
 // What came beside the row for choice k. Returns its slot (expanded layouts).
-__device__ __forceinline__ int read_beside(const DispatchArguments& a, const Groups& groups,
-                                           const Arrival& arrival, int k) {
+__device__ __forceinline__ int read_metadata(const DispatchArguments& a, const Groups& groups,
+                                             const Arrival& arrival, int k) {
     const bool own = arrival.source == a.rank;
     const long long at = static_cast<long long>(arrival.row) * kTopk + k;
     const long long own_at = static_cast<long long>(arrival.token) * kTopk + k;
-    const int* const beside = reinterpret_cast<const int*>(beside_of(a, arrival));
+    const int* const beside = reinterpret_cast<const int*>(metadata_of(a, arrival));
 
     int choice;  // slot (expanded layouts) or local expert (others), -1: lives on another rank
     float weight = 0.0f;
@@ -84,17 +86,18 @@ __device__ __forceinline__ int read_beside(const DispatchArguments& a, const Gro
     if (a.flags & kCached) {
         choice = a.choices_of_row[at];
     } else {
-        int home, place = 0;
+        int location, place = 0;
         if (own) {
             const int expert = expert_of(a, arrival.token, k);
             if (kExpanded) place = load_fresh(&a.ordinals[own_at]);
-            home = expert < 0 ? -1 : a.home_of[expert];
+            location = expert < 0 ? -1 : a.expert_location[expert];
         } else {
-            home = load_fresh(beside + k);
+            location = load_fresh(beside + k);
             if (kExpanded) place = load_fresh(beside + kPlacesAt / 4 + k);
         }
-        const bool here = home >= 0 && rank_of(home) == a.rank && local_of(home) < a.num_local;
-        choice = here ? local_of(home) : -1;
+        const bool here =
+            location >= 0 && rank_of(location) == a.rank && local_of(location) < a.num_local;
+        choice = here ? local_of(location) : -1;
         if (kExpanded && choice >= 0) {
             choice = load_slot(groups, arrival.source * a.num_local + choice) + place;
             // Static shapes: reported, and dropped.
@@ -119,7 +122,7 @@ __device__ __forceinline__ const char* scales_of(const DispatchArguments& a,
                                                  const Arrival& arrival) {
     if (arrival.source == a.rank)
         return a.scales + static_cast<long long>(arrival.token) * a.scale_bytes;
-    return beside_of(a, arrival) + kScalesAt;
+    return metadata_of(a, arrival) + kScalesAt;
 }
 
 __device__ __forceinline__ void fill_zeros(char* target, int bytes) {
@@ -162,7 +165,7 @@ __device__ __forceinline__ void place_row(const DispatchArguments& a, const Grou
                       : staged_row(a.bases[a.rank], staged),
                   a.row_bytes);
     }
-    int target = lane < kTopk ? read_beside(a, groups, arrival, lane) : -1;
+    int target = lane < kTopk ? read_metadata(a, groups, arrival, lane) : -1;
     if (!kExpanded && lane == 0 && arrival.row < a.max_slots) target = arrival.row;
     if (a.scale_bytes)
         for (int k = 0; k < (kExpanded ? kTopk : 1); ++k) {
@@ -233,7 +236,7 @@ __device__ __forceinline__ bool receive_turns(const DispatchArguments& a, const 
         if (exists) {
             arrival.token =
                 arrival.source == a.rank ? load_fresh(&a.own_tokens[arrival.position]) : 0;
-            if (k < kTopk) read_beside(a, groups, arrival, k);
+            if (k < kTopk) read_metadata(a, groups, arrival, k);
         } else if (kLayoutIsRankMajor && turn < turns && k < kTopk) {
             const long long at = static_cast<long long>(arrival.row) * kTopk + k;
             a.topk_ids[at] = -1;
@@ -273,7 +276,9 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Wat
     // The last warp of the grid has no slot.
     if (!(a.flags & kCount) && a.flags & kSend && blockIdx.x == gridDim.x - 1 &&
         threadIdx.x / 32 == movers)
-        fine = check_heads(a, watch);
+        fine = check_headers(a, watch);
     close_slot(ring);
     return fine;
 }
+
+}  // namespace ht

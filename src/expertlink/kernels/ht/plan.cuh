@@ -6,23 +6,10 @@
 #include "common/scan.cuh"
 #include "ht/count.cuh"
 
-// The mail: these words, then the heads of all ranks' count rows, the rows from each rank, and the
-// choices of each local expert.
-enum Mail {
-    kMailVerdict,
-    kMailRank,
-    kMailRows,
-    kMailCapacity,
-    kMailArrivals,
-    kMailSlots,
-    kMailEnd
-};
-static_assert(kMailEnd == kMailWords);
-enum Verdict { kFine = 0, kDisagree = 1, kOverflow = 2 };
+namespace ht {
 
 // Count rows of all ranks are read once into shared memory where they fit there.
 constexpr int kTableWords = kNumRanks * kCountWords;
-constexpr bool kTableIsShared = kTableWords <= kMostSharedTable;
 
 // Shared memory: 2 * kNumRanks + num_local + 1 words, and the table.
 __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Watch& watch,
@@ -50,7 +37,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     };
     // Counts become addresses, so no peer's word is taken for more than there can be.
     const auto count = [&](int source, int column) {
-        return min(max(word(source, kHeadWords + column), 0), kMaxTokens);
+        return min(max(word(source, kHeaderWords + column), 0), kMaxTokens);
     };
     if (threadIdx.x == 0) disagree = worst = room = 0;
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
@@ -76,22 +63,22 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) {
             int sum = 0;
             for (int s = 0; s < kNumRanks; ++s) sum += count(s, kNumRanks + e);
-            atomicAdd(&needed[rank_of(a.home_of[e])], align_up(sum));
+            atomicAdd(&needed[rank_of(a.expert_location[e])], align_up(sum));
         }
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
         if (!is_same_call(a, watch, [&](int i) { return word(r, i); })) atomicOr(&disagree, 1);
     }
     __syncthreads();
 
-    unsigned* const mail = watch.control->mail;
+    Control* const control = watch.control;
     const bool mails = a.flags & kWantsMail;
     if (mails) {
         for (int e = threadIdx.x; e < a.num_local; e += blockDim.x)
-            mail[kMailWords + kNumRanks * kHeadWords + kNumRanks + e] = groups[e];
+            control->mail_counts[e] = groups[e];
         for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
-            mail[kMailWords + kNumRanks * kHeadWords + r] = arrivals[r];
-        for (int i = threadIdx.x; i < kNumRanks * kHeadWords; i += blockDim.x)
-            mail[kMailWords + i] = word(i / kHeadWords, i % kHeadWords);
+            control->mail_rows_from[r] = arrivals[r];
+        for (int i = threadIdx.x; i < kNumRanks * kHeaderWords; i += blockDim.x)
+            control->headers[i] = word(i / kHeaderWords, i % kHeaderWords);
     }
     __syncthreads();  // counts of experts turn into offsets below
 
@@ -136,17 +123,16 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     __syncthreads();
 
     if (threadIdx.x == 0) {
-        Control* const control = watch.control;
         if (mails) {
-            mail[kMailVerdict] = verdict;
-            mail[kMailRank] = worst;
-            mail[kMailRows] = needed[worst];
-            mail[kMailCapacity] = room;
-            mail[kMailArrivals] = num_arrivals;
-            mail[kMailSlots] = num_slots;
+            control->mail_verdict = verdict;
+            control->mail_rank = worst;
+            control->mail_rows = needed[worst];
+            control->mail_capacity = room;
+            control->mail_arrivals = num_arrivals;
+            control->mail_slots = num_slots;
             store_release_system(&control->mail_number, watch.transfer);
         } else if (verdict == kDisagree) {
-            report_heads(watch, worst, word);
+            report_headers(watch, worst, word);
         } else if (verdict == kOverflow && control->overflowed == 0) {
             control->overflow_rank = worst;
             control->overflow_rows = needed[worst];
@@ -163,3 +149,5 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     }
     return mails || verdict != kDisagree;
 }
+
+}  // namespace ht

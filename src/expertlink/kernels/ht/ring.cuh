@@ -4,6 +4,8 @@
 
 #include "ht/peers.cuh"
 
+namespace ht {
+
 struct Slot {
     char* row;  // what travels beside it follows
     unsigned long long* barrier;
@@ -21,15 +23,16 @@ struct Slot {
     }
 };
 
-constexpr int kBoxDepth = 2;  // rows of a warp that may wait to be announced
+constexpr int kMailboxDepth = 2;  // rows of a warp that may wait to be announced
 
 // Static shared memory of a block.
 struct Ring {
     unsigned long long barriers[kMaxWarps];
-    int codes[kMaxWarps][kBoxDepth][kCopies];  // rank * kMaxTokens + position of an announced row
-    unsigned posted[kMaxWarps];                // rows left in the box
-    unsigned taken[kMaxWarps];                 // rows taken out of it
-    unsigned finished;                         // warps that will leave no more
+    int codes[kMaxWarps][kMailboxDepth]
+             [kCopies];          // rank * kMaxTokens + position of an announced row
+    unsigned posted[kMaxWarps];  // rows left in the box
+    unsigned taken[kMaxWarps];   // rows taken out of it
+    unsigned finished;           // warps that will leave no more
 };
 
 // Every thread of the block; warps beyond the last slot get one that they must not use.
@@ -52,18 +55,14 @@ __device__ __forceinline__ void close_slot(Ring& ring) {
     __syncthreads();
 }
 
-// What travels beside a row: K homes, K places, K weights, then scales.
-constexpr int kPlacesAt = kTopk * 4;
-constexpr int kWeightsAt = kTopk * 8;
-
 __device__ __forceinline__ char* staged_row(char* base, int slot) {
     return base + kStagingAt + static_cast<long long>(slot) * kStagingStride;
 }
 
 // What came beside a row: behind it, or on its own where rows lie in the pool one after another.
-__device__ __forceinline__ char* staged_beside(char* base, int slot, int row_bytes,
-                                               bool rows_in_pool) {
-    return rows_in_pool ? base + kBesideAt + static_cast<long long>(slot) * kBesideStride
+__device__ __forceinline__ char* staged_metadata(char* base, int slot, int row_bytes,
+                                                 bool rows_in_pool) {
+    return rows_in_pool ? base + kMetadataAt + static_cast<long long>(slot) * kMetadataStride
                         : staged_row(base, slot) + row_bytes;
 }
 
@@ -91,18 +90,18 @@ __device__ __forceinline__ void copy_bytes(char* target, const char* source, int
 // fence.
 
 // Lane d: the row at its d-th destination, `code`, has been written; -1: none.
-__device__ __forceinline__ void leave_word(Ring& ring, int code, unsigned& count) {
+__device__ __forceinline__ void post(Ring& ring, int code, unsigned& count) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // The announcing warp waits for nobody, so there will be room.
-    while (count - load_acquire_block(&ring.taken[warp]) >= kBoxDepth) {
+    while (count - load_acquire_block(&ring.taken[warp]) >= kMailboxDepth) {
     }
-    if (lane < kCopies) ring.codes[warp][count % kBoxDepth][lane] = code;
+    if (lane < kCopies) ring.codes[warp][count % kMailboxDepth][lane] = code;
     ++count;
     __syncwarp();
     if (lane == 0) store_release_block(&ring.posted[warp], count);
 }
 
-__device__ __forceinline__ void leave_no_more(Ring& ring) {
+__device__ __forceinline__ void finish_posting(Ring& ring) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) add_release_block(&ring.finished);
 }
@@ -129,7 +128,7 @@ __device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, in
             const int warp = __ffs(fresh) - 1;
             const unsigned until = __shfl_sync(0xffffffffu, posted, warp);
             for (unsigned n = __shfl_sync(0xffffffffu, done, warp); n != until; ++n) {
-                const int code = lane < kCopies ? ring.codes[warp][n % kBoxDepth][lane] : -1;
+                const int code = lane < kCopies ? ring.codes[warp][n % kMailboxDepth][lane] : -1;
                 if (code < 0) continue;
                 const int at = rank * kMaxTokens + code % kMaxTokens;
                 store_relaxed_system(arrival_flag(bases[code / kMaxTokens], at), transfer);
@@ -152,3 +151,5 @@ __device__ __forceinline__ bool last_to_leave(unsigned* left, unsigned blocks) {
     __syncthreads();
     return last;
 }
+
+}  // namespace ht

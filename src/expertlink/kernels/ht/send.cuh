@@ -8,13 +8,16 @@
 #include "ht/count.cuh"
 #include "ht/ring.cuh"
 
-__device__ __forceinline__ void write_beside(const DispatchArguments& a, char* beside, int token) {
+namespace ht {
+
+__device__ __forceinline__ void write_metadata(const DispatchArguments& a, char* beside,
+                                               int token) {
     const int lane = threadIdx.x % 32;
     if (lane < kTopk) {
         const long long at = static_cast<long long>(token) * kTopk + lane;
         if (!(a.flags & kCached)) {
             const int expert = expert_of(a, token, lane);
-            reinterpret_cast<int*>(beside)[lane] = expert < 0 ? -1 : a.home_of[expert];
+            reinterpret_cast<int*>(beside)[lane] = expert < 0 ? -1 : a.expert_location[expert];
             if (kExpanded)
                 reinterpret_cast<int*>(beside + kPlacesAt)[lane] = load_fresh(&a.ordinals[at]);
         }
@@ -56,7 +59,7 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
         bulk_wait_read();
         __syncwarp();
         if (lane == 0) slot.load(a.x + static_cast<long long>(current) * a.row_bytes, a.row_bytes);
-        if (a.beside_bytes) write_beside(a, slot.row + a.row_bytes, current);
+        if (a.metadata_bytes) write_metadata(a, slot.row + a.row_bytes, current);
         const int rank = max(code, 0) / kMaxTokens, position = max(code, 0) % kMaxTokens;
         const int at = a.rank * kMaxTokens + position;
         char* const base = a.bases[rank];
@@ -66,22 +69,22 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
                 base + kPoolAt + pools[rank] * kPoolBytes +
                 static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) * a.row_bytes;
         bulk_wait_written();
-        leave_word(ring, written, words);
+        post(ring, written, words);
         slot.loaded();
         if (code >= 0) {
-            const bool apart = a.flags & kZeroCopy && a.beside_bytes;
-            bulk_store(target, slot.row, a.row_bytes + (apart ? 0 : a.beside_bytes));
+            const bool apart = a.flags & kZeroCopy && a.metadata_bytes;
+            bulk_store(target, slot.row, a.row_bytes + (apart ? 0 : a.metadata_bytes));
             if (apart)
-                bulk_store(staged_beside(base, at, a.row_bytes, true), slot.row + a.row_bytes,
-                           a.beside_bytes);
+                bulk_store(staged_metadata(base, at, a.row_bytes, true), slot.row + a.row_bytes,
+                           a.metadata_bytes);
             bulk_commit();
         }
         written = code;
         move_on();
     }
     bulk_wait_written();
-    leave_word(ring, written, words);
-    leave_no_more(ring);
+    post(ring, written, words);
+    finish_posting(ring);
 }
 
 __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watch& watch,
@@ -108,3 +111,5 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
     close_slot(ring);
     return true;
 }
+
+}  // namespace ht

@@ -4,11 +4,13 @@
 #include "common/pieces.cuh"
 #include "ht/ring.cuh"
 
+namespace ht {
+
 constexpr int kStep = 512;  // bytes of a row that a warp adds up at once: 16 in every lane
 constexpr int kDepth = 4;   // stages of a warp's slot: three are being loaded, one is added up
 
 // Every lane loads the 16 bytes that it will add up itself, so stages need no barriers.
-__device__ __forceinline__ void load_piece(char* shared, const char* global) {
+__device__ __forceinline__ void copy_piece(char* shared, const char* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                  "l"(__cvta_generic_to_global(global))
                  : "memory");
@@ -38,7 +40,7 @@ __device__ __forceinline__ void sum_staged(char* memory, int stage_bytes, const 
 #pragma unroll
             for (int w = 0; w < kWide; ++w) {
                 const int at = first + w * kStep + lane * 16;
-                if (at < row_bytes) load_piece(to + (t * kWide + w) * kStep, row + at);
+                if (at < row_bytes) copy_piece(to + (t * kWide + w) * kStep, row + at);
             }
         }
         close_group();  // also an empty one: groups are counted
@@ -139,3 +141,5 @@ __device__ __forceinline__ void sum_choices(const CombineArguments& a, const Slo
         static_cast<const char*>(a.rows) + static_cast<long long>(max(choice, 0)) * a.row_bytes;
     sum_rows<true>(slot.row, a.row_bytes, term, weight, terms, a.row_bytes, out);
 }
+
+}  // namespace ht

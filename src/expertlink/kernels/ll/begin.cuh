@@ -3,11 +3,13 @@
 
 #include "ll/waits.cuh"
 
+namespace ll {
+
 constexpr int kReceivedLane = 30, kSentLane = 31;
 
 // Every thread: reads what this launch is, and waits until peers have room for what it sends.
-// `prepare` needs nothing that an earlier launch has written, so it may run beside that one's end;
-// `loads` start right after it. False: a wait has expired, now or earlier.
+// `prepare` needs sentinel_piece that an earlier launch has written, so it may run beside that
+// one's end; `loads` start right after it. False: a wait has expired, now or earlier.
 template <typename Arguments, typename Prepare, typename Loads>
 __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const Prepare& prepare,
                                            const Loads& loads) {
@@ -22,11 +24,11 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
         call.watch = {
             a.state, a.control,         0, static_cast<unsigned>(a.operation), ready_word(base, 0),
             a.rank,  a.counters->masked};
-        call.patience = {a.counters, a.longest_wait_ns, (a.flags & kMaskLost) != 0};
+        call.policy = {a.counters, a.longest_wait_ns, (a.flags & kMaskLost) != 0};
     }
     prepare();
     wait_for_predecessor();
-    // Two lanes of the last warp look at how many launches have been.
+    // Two lanes of the last warp poll at how many launches have been.
     const bool counts = in_last && lane >= kReceivedLane;
     unsigned long long* const counter =
         lane == kSentLane ? &a.counters->sent : &a.counters->received;
@@ -94,7 +96,7 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
 // transfers before `receiving` have been read and their memory put back. The fence waits for what
 // the warp has stored, so it should be one that has not stored yet.
 template <typename Arguments>
-__device__ __forceinline__ void say_where(const Arguments& a, const Call& call) {
+__device__ __forceinline__ void publish_progress(const Arguments& a, const Call& call) {
 #pragma unroll 1
     for (int step = threadIdx.x % 32; step < kNumRanks; step += 32) {
         const int peer = (a.rank + step) % kNumRanks;
@@ -104,3 +106,5 @@ __device__ __forceinline__ void say_where(const Arguments& a, const Call& call) 
             store_relaxed_system(ready_word(call.bases[peer], a.rank), call.sending);
     }
 }
+
+}  // namespace ll

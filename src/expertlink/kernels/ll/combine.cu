@@ -1,10 +1,12 @@
-// ll_combine: a combine of few tokens in one launch, or its halves in two.
+// ll::combine: a combine of few tokens in one launch, or its halves in two.
 //
 // First the warps return rows: one partial sum per arrival, or with kExact every expert row, stored
 // in staging memory of the token's rank. Then they add up what comes in, token by token. Rows are
 // cut into parts where there are more warps than rows. The roundings are those of reduction.py.
 
 #include "ll/totals.cuh"
+
+namespace ll {
 
 // Rows that travel, for the statistics; one thread for each rank.
 __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const RowsFrom& in) {
@@ -45,10 +47,10 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     // One warp of all says where this rank is. Where calls are received it does not send, and hears
     // where the others are while its block adds up.
     if (tells) {
-        if (sends) say_heads(a, call, subject);
-        say_where(a, call);
+        if (sends) publish_headers(a, call, subject);
+        publish_progress(a, call);
         if (receives) {
-            hear_heads(a, call, subject);
+            read_headers(a, call, subject);
             return;
         }
     }
@@ -59,13 +61,15 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     if (receives) add_up(a, call, in, &next_add);
 }
 
-extern "C" __global__ void __launch_bounds__(kCombineWarps * 32, 1)
-    ll_combine(const __grid_constant__ CombineArguments arguments) {
+__global__ void __launch_bounds__(kCombineWarps * 32, 1)
+    combine(const __grid_constant__ CombineArguments arguments) {
     combine_rank(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid.
-extern "C" __global__ void __launch_bounds__(kCombineWarps * 32, 1)
-    ll_combine_hosted(const CombineArguments* arguments) {
+__global__ void __launch_bounds__(kCombineWarps * 32, 1)
+    combine_hosted(const CombineArguments* arguments) {
     combine_rank(arguments[blockIdx.y]);
 }
+
+}  // namespace ll

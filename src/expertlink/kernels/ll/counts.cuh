@@ -5,6 +5,8 @@
 #include "common/scan.cuh"
 #include "ll/route.cuh"
 
+namespace ll {
+
 // Shared memory of the receiving half.
 struct Arrivals : RowsFrom {
     int* first_slot;  // [R, E_loc] first slot of each source's rows of each local expert
@@ -65,11 +67,11 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
 }
 
 // How many rows come from each rank, and whether it means this call; one warp.
-__device__ __forceinline__ bool receive_heads(const DispatchArguments& a, Call& call, Arrivals& in,
-                                              unsigned subject) {
-    Heard heard;
-    in.fill([&](int rank) { return hear_head(a, call, rank, subject, heard); });
-    return judge_heads(a, call, heard);
+__device__ __forceinline__ bool receive_headers(const DispatchArguments& a, Call& call,
+                                                Arrivals& in, unsigned subject) {
+    Headers headers;
+    in.fill([&](int rank) { return read_header(a, call, rank, subject, headers); });
+    return judge_headers(a, call, headers);
 }
 
 // First slots of one local expert's rows, by source; one thread. All words that are awaited are
@@ -95,20 +97,20 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
             for (int i = 0; i < kAtOnce; ++i)
                 if (missing >> i & 1u)
                     word[i] = load_tagged(count_word(base, call.watch.transfer, first + i,
-                                                     kFirstCountColumn + expert));
+                                                     kColumnFirstCount + expert));
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i)
                 if (is_of(call, word[i])) missing &= ~(1u << i);
-            if (missing == 0 || spins % kSpinsBetweenLooks != 0) continue;
+            if (missing == 0 || spins % kSpinsBetweenPolls != 0) continue;
             const int source = first + __ffs(missing) - 1;
             unsigned seen = 0;
 #pragma unroll
             for (int i = kAtOnce - 1; i >= 0; --i)
                 if (missing >> i & 1u) seen = static_cast<unsigned>(word[i] >> 32);
-            const Found found =
-                look(call, kPhaseReady, source, call.watch.transfer, seen, 0, since);
-            if (found == kStop) return false;
-            if (found == kHere) continue;
+            const WaitResult found =
+                poll(call, kPhaseReady, source, call.watch.transfer, seen, 0, since);
+            if (found == kAbort) return false;
+            if (found == kArrived) continue;
             atomicOr(&call.masked[source / 32], 1u << source % 32);
             missing &= missing - 1;
             since = 0;  // the next one is waited for as long
@@ -126,7 +128,7 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
 }
 
 // One warp of block 0: which ranks count as lost in this transfer.
-__device__ __forceinline__ void tell_lost(const DispatchArguments& a, const Call& call) {
+__device__ __forceinline__ void publish_lost(const DispatchArguments& a, const Call& call) {
 #pragma unroll 1
     for (int r = threadIdx.x % 32; r < kNumRanks; r += 32)
         atomicExch(&a.counters->decided[r],
@@ -134,13 +136,13 @@ __device__ __forceinline__ void tell_lost(const DispatchArguments& a, const Call
 }
 
 // One warp of another block: waits for that. Block 0 ends its own waits.
-__device__ __forceinline__ bool learn_lost(const DispatchArguments& a, Call& call) {
+__device__ __forceinline__ bool read_lost(const DispatchArguments& a, Call& call) {
     bool fine = true;
 #pragma unroll 1
     for (int r = threadIdx.x % 32; r < kNumRanks && fine; r += 32) {
         unsigned long long decided;
         while ((decided = load_tagged(&a.counters->decided[r])) / 2 != call.watch.transfer && fine)
-            fine = !gave_up(call.watch);
+            fine = !has_failed(call.watch);
         const unsigned bit = 1u << r % 32;
         if (decided & 1)
             atomicOr(&call.masked[r / 32], bit);
@@ -170,9 +172,9 @@ __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call&
     for (int pass = a.flags & kMaskLost ? 0 : 1; pass < 2; ++pass) {
         bool fine = true;
         if (pass == 0 && blockIdx.x != 0) {
-            fine = thread >= 32 || learn_lost(a, call);
+            fine = thread >= 32 || read_lost(a, call);
         } else {
-            if (thread < 32) fine = receive_heads(a, call, in, subject);
+            if (thread < 32) fine = receive_headers(a, call, in, subject);
             const int columns = kExpanded || blockIdx.x == 0 ? a.num_local : 0;
             const int waiting = threads == 32 ? 0 : 32;
 #pragma unroll 1
@@ -183,7 +185,7 @@ __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call&
         if (!fine) call.stopped = 1;
         if (pass == 0) {
             meet(kWaitersMeet, warps);
-            if (blockIdx.x == 0 && thread < 32) tell_lost(a, call);
+            if (blockIdx.x == 0 && thread < 32) publish_lost(a, call);
         }
     }
     if (kExpanded && !kPadded) {
@@ -201,3 +203,5 @@ __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call&
             in.first_slot[i] += in.starts[i % a.num_local];
     }
 }
+
+}  // namespace ll

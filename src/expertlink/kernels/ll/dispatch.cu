@@ -1,11 +1,13 @@
-// ll_dispatch: a dispatch of few tokens in one launch, or its halves in two.
+// ll::dispatch: a dispatch of few tokens in one launch, or its halves in two.
 //
 // Every block counts its rank's tokens. Some warps load rows, wait for that and store the rows at
-// their ranks; the others tell and receive the counts; then all place what comes. What a warp tells
-// and sends it does before it waits for others.
+// their ranks; the others publish_item and receive the counts; then all place what comes. What a
+// warp tells and sends it does before it waits for others.
 
 #include "ll/place.cuh"
 #include "ll/roles.cuh"
+
+namespace ll {
 
 __device__ __forceinline__ int arrivals_words(const DispatchArguments& a) {
     return (kNumRanks + 2) * a.num_local + 2;
@@ -30,24 +32,24 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     const Masks masks = masks_in(memory + (receives ? arrivals_words(a) : 0), a.num_tokens);
     Sender<kQuantized> sender;
     BlockChoices choices;
-    Told told;
+    MetadataItem item;
     unsigned subject = 0;
     const auto prepare = [&] {
         if (!sends) return;
         prepare_masks(a, masks);
         sender.prepare(a, roles.senders);
         choices.find();
-        told.find(threadIdx.x - roles.senders * 32);
+        item.find(threadIdx.x - roles.senders * 32);
     };
     const auto loads = [&] {
         if (!roles.sends()) subject = load_subject(a);
         if (!sends) return;
         choices.load(a);
-        if (!roles.sends()) told.load(a);
+        if (!roles.sends()) item.load(a);
         sender.load(a, sender.now, sender.part);
     };
     if (!begin_call(a, call, prepare, loads)) return;
-    if (roles.says_where()) say_where(a, call);
+    if (roles.publishes_progress()) publish_progress(a, call);
 
     if (sends) {
         Draws draws;
@@ -56,10 +58,11 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         for (int chunk = 0; chunk < kNumExperts; chunk += kExpertChunk) {
             fill_masks(a, masks, chunk, choices);
             if (!roles.sends()) {
-                // The last ones tell the counts, so that the first ones tell the rest meanwhile.
+                // The last ones publish_item the counts, so that the first ones publish_item the
+                // rest meanwhile.
                 publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others(),
                                subject);
-                send_beside(a, call, masks, chunk, told, roles.others() * 32);
+                publish_metadata(a, call, masks, chunk, item, roles.others() * 32);
             }
             if (chunk + kExpertChunk < kNumExperts) __syncthreads();
         }
@@ -71,8 +74,8 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     if (call.stopped) return;
     if (blockIdx.x == 0 && roles.keeps())
         keep_counts(a, in, call.watch.transfer,
-                    threadIdx.x - (roles.first_idle() - roles.keepers()) * 32,
-                    roles.keepers() * 32);
+                    threadIdx.x - (roles.first_idle() - roles.stat_warps()) * 32,
+                    roles.stat_warps() * 32);
     // Those who sent come here before the rows do.
     const int clearing = roles.senders ? roles.senders : roles.warps;
     if (roles.warp < clearing)
@@ -84,13 +87,15 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
 // kQuantized: the kernel makes e4m3 rows of the input.
 template <bool kQuantized>
 __global__ void __launch_bounds__(kDispatchWarps * 32, 1)
-    ll_dispatch(const __grid_constant__ DispatchArguments arguments) {
+    dispatch(const __grid_constant__ DispatchArguments arguments) {
     dispatch_rank<kQuantized>(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid.
 template <bool kQuantized>
 __global__ void __launch_bounds__(kDispatchWarps * 32, 1)
-    ll_dispatch_hosted(const DispatchArguments* arguments) {
+    dispatch_hosted(const DispatchArguments* arguments) {
     dispatch_rank<kQuantized>(arguments[blockIdx.y]);
 }
+
+}  // namespace ll

@@ -3,32 +3,35 @@
 
 #include "ll/scales.cuh"
 
+namespace ll {
+
 // What came beside a row: in expanded layouts lane k learns the slot of its choice, or -1; all
 // lanes learn the token. Once for a row, with `keeps`, it is kept.
-__device__ __forceinline__ Found receive_beside(const DispatchArguments& a, const Call& call,
-                                                const Staging& at, const Arrivals& in, int source,
-                                                int position, bool keeps, int& target, int& token) {
+__device__ __forceinline__ WaitResult receive_metadata(const DispatchArguments& a, const Call& call,
+                                                       const Staging& at, const Arrivals& in,
+                                                       int source, int position, bool keeps,
+                                                       int& target, int& token) {
     const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
     const long long row = staged;
-    Found found = kHere;
+    WaitResult found = kArrived;
     unsigned code = 0, weight = 0;
     unsigned long long since = 0;
     const unsigned long long* const words =
-        beside_words(at.base, at.transfer, staged, min(lane, kTopk));
+        metadata_words(at.base, at.transfer, staged, min(lane, kTopk));
     ulonglong2 pair = load_tagged_pair(words);
     for (unsigned spins = 1;; ++spins) {
         const bool here = static_cast<unsigned>(pair.x >> 32) == at.transfer &&
                           static_cast<unsigned>(pair.y >> 32) == at.transfer;
         if (__all_sync(kAll, here)) break;
         pair = load_tagged_pair(words);
-        if (spins % kSpinsBetweenLooks != 0) continue;
+        if (spins % kSpinsBetweenPolls != 0) continue;
         if (lane == 0)
-            found = look(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
-        found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
-        if (found != kHere) break;
+            found = poll(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
+        found = static_cast<WaitResult>(__shfl_sync(kAll, static_cast<int>(found), 0));
+        if (found != kArrived) break;
     }
-    if (found == kHere) {
+    if (found == kArrived) {
         code = static_cast<unsigned>(pair.x);
         weight = static_cast<unsigned>(pair.y);
     }
@@ -51,13 +54,13 @@ __device__ __forceinline__ Found receive_beside(const DispatchArguments& a, cons
         }
     }
     unsigned number = code;  // K < 32: lane K has the token
-    if (kTopk >= 32 && lane == 0 && found == kHere)
-        found = wait_tagged(call, beside_words(at.base, at.transfer, staged, kTopk), source,
+    if (kTopk >= 32 && lane == 0 && found == kArrived)
+        found = wait_tagged(call, metadata_words(at.base, at.transfer, staged, kTopk), source,
                             kPhaseRow, number);
     number = min(number, static_cast<unsigned>(kMaxTokens - 1));
     if (keeps && lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(number);
     token = __shfl_sync(kAll, static_cast<int>(number), kTopk % 32);
-    if (kTopk >= 32) found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
+    if (kTopk >= 32) found = static_cast<WaitResult>(__shfl_sync(kAll, static_cast<int>(found), 0));
     if (kExpanded) target = choice;
     return found;
 }
@@ -91,11 +94,11 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     if (!own) pieces.look_at(from, span);
     scales.look_at(row);
     // While these are on their way.
-    Found found = kHere;
+    WaitResult found = kArrived;
     if (kExpanded || is_first || own)
-        found = receive_beside(a, call, at, in, source, position, is_first, target, token);
-    if (found == kStop) return false;
-    if (found == kGone && kExpanded) target = -1;
+        found = receive_metadata(a, call, at, in, source, position, is_first, target, token);
+    if (found == kAbort) return false;
+    if (found == kPeerMasked && kExpanded) target = -1;
     const unsigned targets = __ballot_sync(kAll, target >= 0);
     if (own) {
         from = a.x + static_cast<long long>(token) * a.input_bytes;
@@ -105,14 +108,14 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     for (int first = range.first; first < range.last; first += kPlaceDepth) {
         const Span then = span_of(first + kPlaceDepth, range.last, a.row_bytes);
         ahead.look_at(from, then);
-        if (!own && found == kHere) {
+        if (!own && found == kArrived) {
             int awaited = 0;
             const StepsOfRow places{row,    escapes, first, range.last - range.first,
                                     source, position};
             found = pieces.settle(call, places, kAll, awaited);
-            if (found == kStop) return false;
+            if (found == kAbort) return false;
         }
-        if (found == kGone) pieces.clear();
+        if (found == kPeerMasked) pieces.clear();
         scales.look_again(row);
 #pragma unroll 1
         for (unsigned left = targets; left; left &= left - 1) {
@@ -123,7 +126,8 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
         pieces = ahead;
         span = then;
     }
-    return receive_scales(a, call, at, source, position, target, found == kGone, scales) != kStop;
+    return receive_scales(a, call, at, source, position, target, found == kPeerMasked, scales) !=
+           kAbort;
 }
 
 // Parts of rows, from item `first` on by whichever warp is free. Ends early where a wait has
@@ -184,3 +188,5 @@ __device__ __forceinline__ void clear_rest(const DispatchArguments& a, const Arr
         }
     }
 }
+
+}  // namespace ll

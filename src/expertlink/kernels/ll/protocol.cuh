@@ -1,33 +1,21 @@
 // Low latency: what a call's launches share. Numbers of transfers, and memory that peers write.
 //
-// Rows carry their own arrival flag. Staging memory that nobody has written holds kNothing in every
-// word; a reader polls the row itself until no word of it is kNothing, and puts kNothing back. A
-// sender whose data contain such a word says so with an escape word, after a fence. Small words
-// (counts, ids, weights) are stored together with the number of their transfer, eight bytes at a
-// time, and need no putting back. docs/architecture.md, "Low latency", says who writes what and
-// when.
+// Rows carry their own arrival flag. Staging memory that nobody has written holds kSentinel in
+// every word; a reader polls the row itself until no word of it is kSentinel, and puts kSentinel
+// back. A sender whose data contain such a word says so with an escape word, after a fence. Small
+// words (counts, ids, weights) are stored together with the number of their transfer, eight bytes
+// at a time, and need no putting back. docs/architecture.md, "Low latency", says who writes what
+// and when.
 #pragma once
 
 #include "common/sync.cuh"
 #include "common/words.cuh"
 
-constexpr unsigned kNothing = 0xffffffffu;
-constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
-constexpr int kStepBytes = 512;         // of a row that a warp moves at once: 16 in every lane
-constexpr int kRankWords = (kNumRanks + 31) / 32;
+namespace ll {
 
-// Device memory of one rank, zeroed at start. `sent` and `received` count launches in units: each
-// adds exactly kUnits, a part by every block once it has read them. So all blocks of a launch read
-// the same number of launches, however late they start, and none has to wait for the last.
-struct Counters {
-    unsigned long long sent;
-    unsigned long long received;
-    unsigned long long decided[kNumRanks];   // transfer * 2 + whether the rank counts as lost in it
-    unsigned long long heard_at[kNumRanks];  // when the rank was last seen to be alive
-    unsigned heard[kNumRanks];               // what it said then
-    unsigned masked[kNumRanks];              // not 0: neither sent to nor waited for
-    unsigned drawn[kSets];  // work of the transfer's sending half that warps have drawn
-};
+constexpr unsigned kSentinel = kSentinelByte * 0x01010101u;
+constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
+constexpr int kRankWords = (kNumRanks + 31) / 32;
 
 // Transfers are numbered 1 ... kLastNumber, then from 1 again. None is 0, which memory holds before
 // anyone has written it, and neighbours never share a set. Differences modulo 2^32 still say which
@@ -54,19 +42,6 @@ __device__ __forceinline__ int set_of(unsigned transfer) { return transfer % kSe
 
 constexpr int kDropped = -2;  // slot of a choice for whose row there was no room; that is reported
 
-// The first ones, in pairs, are the head: heads.cuh.
-enum CountColumn {
-    kSignatureColumn,
-    kRowsColumn,
-    kSubjectColumn,
-    kCommunicatorColumn,
-    kOverflowColumn,
-    kOverflowRowsColumn,
-    kRoomColumn,
-    kFirstCountColumn = 8
-};
-static_assert(kFirstCountColumn == kHostHeadColumns);
-
 // Tagged word: what `rank` says in its count row.
 __device__ __forceinline__ unsigned long long* count_word(char* base, unsigned transfer, int rank,
                                                           int column) {
@@ -75,9 +50,9 @@ __device__ __forceinline__ unsigned long long* count_word(char* base, unsigned t
 }
 
 // Pair of tagged words: what belongs to choice k of the row in a slot.
-__device__ __forceinline__ unsigned long long* beside_words(char* base, unsigned transfer, int slot,
-                                                            int k) {
-    return reinterpret_cast<unsigned long long*>(base + kBesideAt) +
+__device__ __forceinline__ unsigned long long* metadata_words(char* base, unsigned transfer,
+                                                              int slot, int k) {
+    return reinterpret_cast<unsigned long long*>(base + kMetadataAt) +
            ((static_cast<long long>(set_of(transfer)) * kSlots + slot) * (kTopk + 1) + k) * 2;
 }
 
@@ -140,18 +115,19 @@ __device__ __forceinline__ uint4 load_piece(const char* from) {
     return piece;
 }
 
-__device__ __forceinline__ bool holds_nothing(const uint4& piece) {
-    return piece.x == kNothing || piece.y == kNothing || piece.z == kNothing || piece.w == kNothing;
+__device__ __forceinline__ bool has_sentinel(const uint4& piece) {
+    return piece.x == kSentinel || piece.y == kSentinel || piece.z == kSentinel ||
+           piece.w == kSentinel;
 }
 
-__device__ __forceinline__ uint4 nothing() {
-    return make_uint4(kNothing, kNothing, kNothing, kNothing);
+__device__ __forceinline__ uint4 sentinel_piece() {
+    return make_uint4(kSentinel, kSentinel, kSentinel, kSentinel);
 }
 
 // -- a launch -------------------------------------------------------------------------------------
 
 // What a slow wait needs beside its Watch.
-struct Patience {
+struct WaitPolicy {
     Counters* counters;
     long long* longest_wait_ns;  // [R] statistics, or null
     bool masks_lost;
@@ -160,7 +136,7 @@ struct Patience {
 // Static shared memory of a block. What waits need is there too: it would take many registers.
 struct Call {
     Watch watch;
-    Patience patience;
+    WaitPolicy policy;
     char* bases[kNumRanks];
     unsigned masked[kRankWords];  // bit r: rank r is masked
     unsigned sending, receiving;  // transfers of this launch's halves
@@ -171,3 +147,5 @@ struct Call {
 __device__ __forceinline__ bool is_masked(const Call& call, int rank) {
     return call.masked[rank / 32] >> (rank % 32) & 1u;
 }
+
+}  // namespace ll

@@ -4,8 +4,10 @@
 
 #include "common/choices.cuh"
 #include "common/pieces.cuh"
-#include "ll/heads.cuh"
+#include "ll/header.cuh"
 #include "ll/rows.cuh"
+
+namespace ll {
 
 // Steps that a warp has under way for each term.
 constexpr int kSumDepth = kExpanded ? 3 : 4;
@@ -40,7 +42,7 @@ __device__ __forceinline__ void return_steps(const CombineArguments& a, const Ca
                                              int slot, const uint4 (&piece)[kDepth], int first,
                                              int last) {
     const Span span = span_of(first, last, a.row_bytes);
-    const unsigned strange = strange_steps(piece, span);
+    const unsigned strange = sentinel_steps(piece, span);
     char* const base = call.bases[peer];
     store_steps(staged_row(base, call.sending, slot), piece, span);
     if (strange) escape_steps(escape_words(base, call.sending, slot), call.sending, first, strange);
@@ -51,9 +53,9 @@ __device__ __forceinline__ const char* row_at(const CombineArguments& a, long lo
 }
 
 // What is sent once for a row: weights of exact sums, gradients of weights. Lane k, for choice k.
-__device__ __forceinline__ void return_beside(const CombineArguments& a, const Call& call, int peer,
-                                              int slot, int token, long long at, int choice,
-                                              float weight) {
+__device__ __forceinline__ void return_metadata(const CombineArguments& a, const Call& call,
+                                                int peer, int slot, int token, long long at,
+                                                int choice, float weight) {
     const int lane = threadIdx.x % 32;
     if (lane >= kTopk) return;
     float grad = 0.0f;
@@ -62,10 +64,10 @@ __device__ __forceinline__ void return_beside(const CombineArguments& a, const C
         grad = a.slot_grads[kExpanded ? choice : at * kTopk + lane];
     char* const base = call.bases[peer];
     if (kExact && choice != -1)
-        store_tagged_pair(beside_words(base, call.sending, token * kTopk + lane, 0), call.sending,
+        store_tagged_pair(metadata_words(base, call.sending, token * kTopk + lane, 0), call.sending,
                           __float_as_uint(weight), __float_as_uint(grad));
     if (!kExact && a.flags & kGrads)
-        store_tagged(beside_words(base, call.sending, slot, lane), call.sending,
+        store_tagged(metadata_words(base, call.sending, slot, lane), call.sending,
                      __float_as_uint(grad));
 }
 
@@ -169,8 +171,8 @@ __device__ __forceinline__ void return_notes(const CombineArguments& a, const Ca
     if (part.part != 0 || !(kExact || a.flags & kGrads)) return;
     if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
         count_row(a, part.source, a.rows_sent, a.bytes_sent);
-    return_beside(a, call, part.source, a.rank * kMaxTokens + part.position, part.token,
-                  dense_row(a, in, part.source, part.position), part.choice, part.weight);
+    return_metadata(a, call, part.source, a.rank * kMaxTokens + part.position, part.token,
+                    dense_row(a, in, part.source, part.position), part.choice, part.weight);
 }
 
 // Returns `part`, whose first row is in `piece`; that of `ahead` is there afterwards.
@@ -289,3 +291,5 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
         if (part.item < items) part.begin(a, in, piece);
     }
 }
+
+}  // namespace ll

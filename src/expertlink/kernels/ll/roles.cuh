@@ -3,17 +3,18 @@
 
 #include "ll/counts.cuh"
 
-constexpr int kTellingWarps = 4;  // of a block, at least, where there are so many
+namespace ll {
+
 constexpr int kFewSenders = 192;  // of all blocks, with a step of a row or less for each warp
 
-// The first warps send rows, the others tell what belongs to them. When that is done some of these
-// wait for counts, and as soon as the counts of rows are known all place rows. With few tokens the
-// first of the others is the one that tells of them.
+// The first warps send rows, the others publish_item what belongs to them. When that is done some
+// of these wait for counts, and as soon as the counts of rows are known all place rows. With few
+// tokens the first of the others is the one that tells of them.
 struct Roles {
     int warp, warps;
     int senders;                // the first warps
     int first_waiter, waiters;  // the first of them waits for the counts of rows
-    int first_punctual;         // of those that nobody needs to wait for
+    int first_ready;            // of those that nobody needs to wait for
 
     __device__ __forceinline__ Roles(const DispatchArguments& a, bool quantizes)
         : warp(threadIdx.x / 32), warps(blockDim.x / 32), senders(0) {
@@ -23,13 +24,14 @@ struct Roles {
             senders = a.send_warps;
             if (few && !quantizes && a.flags & kReceive) {
                 const int blocks = gridDim.x;
-                senders = max(1, min((kFewSenders + blocks - 1) / blocks, warps - kTellingWarps));
+                senders =
+                    max(1, min((kFewSenders + blocks - 1) / blocks, warps - kPublishingWarps));
             }
             senders = min(senders, warps - 1);
         }
         waiters = waiting_warps(a, others());
         first_waiter = senders + min(1, others() - waiters);
-        first_punctual = few ? first_waiter : senders;
+        first_ready = few ? first_waiter : senders;
     }
 
     __device__ __forceinline__ int others() const { return warps - senders; }
@@ -41,17 +43,17 @@ struct Roles {
 
     // No row waits for counts that are only kept, nor for the warps that wait for those.
     __device__ __forceinline__ int needed_waiters() const { return kExpanded ? waiters : 1; }
-    __device__ __forceinline__ bool is_late() const {
-        return warp < first_punctual || (waits() && warp >= first_waiter + needed_waiters());
+    __device__ __forceinline__ bool joins_late() const {
+        return warp < first_ready || (waits() && warp >= first_waiter + needed_waiters());
     }
     __device__ __forceinline__ int late_warps() const {
-        return first_punctual + waiters - needed_waiters();
+        return first_ready + waiters - needed_waiters();
     }
 
-    // Returns when the counts are known: whoever has nothing else to do begins to place at once,
-    // the others when all of them are done.
+    // Returns when the counts are known: whoever has sentinel_piece else to do begins to place at
+    // once, the others when all of them are done.
     __device__ __forceinline__ void meet_others() const {
-        if (is_late()) {
+        if (joins_late()) {
             meet(kOthersMayPlace, late_warps() + needed_waiters());
         } else {
             if (waits() && late_warps()) arrive(kOthersMayPlace, late_warps() + needed_waiters());
@@ -60,15 +62,15 @@ struct Roles {
     }
 
     // Those that keep the counts: the last of the waiters, the first too if it is needed for that.
-    __device__ __forceinline__ int keepers() const {
+    __device__ __forceinline__ int stat_warps() const {
         return kExpanded || waiters == 1 ? waiters : waiters - 1;
     }
     __device__ __forceinline__ bool keeps() const {
-        return waits() && warp >= first_idle() - keepers();
+        return waits() && warp >= first_idle() - stat_warps();
     }
 
     // One that neither sends nor waits, if there is one.
-    __device__ __forceinline__ bool says_where() const {
+    __device__ __forceinline__ bool publishes_progress() const {
         return blockIdx.x == 0 && warp == min(first_idle(), warps - 1);
     }
 
@@ -78,3 +80,5 @@ struct Roles {
         return (nth < 0 ? nth + others() : nth) * gridDim.x + blockIdx.x;
     }
 };
+
+}  // namespace ll

@@ -4,12 +4,14 @@
 #pragma once
 
 #include "common/choices.cuh"
-#include "ll/heads.cuh"
+#include "ll/header.cuh"
 #include "ll/rows.cuh"
+
+namespace ll {
 
 // Dynamic shared memory of the sending half, in words.
 struct Masks {
-    int* homes;         // [E] as a.home_of
+    int* locations;     // [E] as a.expert_location
     unsigned* ranks;    // [R, words] tokens that go to each rank
     unsigned* experts;  // [kExpertChunk, words] tokens that choose each of some experts
     int words;          // of 32 tokens
@@ -100,9 +102,9 @@ struct BlockChoices {
     }
 };
 
-// What has to be told once is shared out: each block tells of some tokens, and those of its threads
+// What has to be item once is shared out: each block tells of some tokens, and those of its threads
 // that do not send take these tokens' choices, each for one rank.
-struct Told : Choice {
+struct MetadataItem : Choice {
     int number;       // among what the block tells
     int peer;         // whom
     unsigned weight;  // bits of a float
@@ -138,7 +140,8 @@ __device__ __forceinline__ void prepare_masks(const Arguments& a, const Masks& m
 #pragma unroll 1
     for (int i = threadIdx.x; i < ranks; i += blockDim.x) masks.ranks[i] = 0;
 #pragma unroll 1
-    for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) masks.homes[e] = a.home_of[e];
+    for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x)
+        masks.locations[e] = a.expert_location[e];
 }
 
 // Whole block: sets the masks for the experts from `chunk` on, and those of the ranks in the first
@@ -156,7 +159,7 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
         const int word = choice.token / 32;
         const unsigned bit = 1u << choice.token % 32;
         if (chunk == 0)
-            atomicOr(&masks.ranks[rank_of(masks.homes[expert]) * masks.words + word], bit);
+            atomicOr(&masks.ranks[rank_of(masks.locations[expert]) * masks.words + word], bit);
         if (is_in(chunk, expert))
             atomicOr(&masks.experts[(expert - chunk) * masks.words + word], bit);
     });
@@ -179,7 +182,7 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
         const int count = masked ? 0 : bits_in(masks.ranks + peer * masks.words, masks.words);
         a.rows_to[peer] = count;
         if (masked) continue;
-        say_head(a, call, peer, count, subject);
+        publish_header(a, call, peer, count, subject);
         if (a.rows_sent != nullptr) {
             a.rows_sent[peer] += count;
             if (peer != a.rank)
@@ -190,12 +193,12 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
          first += warps * gridDim.x * 32) {
         const int expert = chunk + first + lane;
         if (first + lane >= kExpertChunk || expert >= kNumExperts) continue;
-        const int home = masks.homes[expert], peer = rank_of(home);
+        const int location = masks.locations[expert], peer = rank_of(location);
         if (is_masked(call, peer)) continue;
         const int count = bits_in(masks.experts + (first + lane) * masks.words, masks.words);
-        store_tagged(
-            count_word(call.bases[peer], call.sending, a.rank, kFirstCountColumn + local_of(home)),
-            call.sending, count);
+        store_tagged(count_word(call.bases[peer], call.sending, a.rank,
+                                kColumnFirstCount + local_of(location)),
+                     call.sending, count);
     }
 }
 
@@ -233,23 +236,25 @@ __device__ __forceinline__ int ranks_before(const Masks& masks, int token, int p
 // and weight of the choice, or that it is another rank's; and which token it is. Chunks of experts
 // fill in the choices that they know. What the handle keeps of it likewise.
 template <typename Arguments>
-__device__ __forceinline__ void tell(const Arguments& a, const Call& call, const Masks& masks,
-                                     int chunk, const Told& told) {
-    const int token = told.token, k = told.k, peer = told.peer, expert = told.expert();
-    const int home = expert >= 0 ? masks.homes[expert] : -1;
+__device__ __forceinline__ void publish_item(const Arguments& a, const Call& call,
+                                             const Masks& masks, int chunk,
+                                             const MetadataItem& item) {
+    const int token = item.token, k = item.k, peer = item.peer, expert = item.expert();
+    const int location = expert >= 0 ? masks.locations[expert] : -1;
     const unsigned* const mask = masks.ranks + peer * masks.words;
     const bool goes = has_token(mask, token), sent = goes && !is_masked(call, peer);
-    const bool local = home >= 0 && rank_of(home) == peer;
+    const bool local = location >= 0 && rank_of(location) == peer;
     const bool known = local && is_in(chunk, expert);
     const int position = goes ? place_in(mask, token) : 0;
     const int place = known ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
     unsigned long long* const words =
-        beside_words(call.bases[peer], call.sending, a.rank * kMaxTokens + position, 0);
+        metadata_words(call.bases[peer], call.sending, a.rank * kMaxTokens + position, 0);
     // Absence, and which token it is, is said once.
     if (sent && (known || (!local && chunk == 0)))
-        store_tagged_pair(words + 2 * k, call.sending,
-                          known ? static_cast<unsigned>(place) << 16 | (local_of(home) + 1) : 0u,
-                          told.weight);
+        store_tagged_pair(
+            words + 2 * k, call.sending,
+            known ? static_cast<unsigned>(place) << 16 | (local_of(location) + 1) : 0u,
+            item.weight);
     if (chunk != 0) return;
     if (sent && k == 0) store_tagged_pair(words + 2 * kTopk, call.sending, token, 0u);
     if (k == 0) {
@@ -261,21 +266,24 @@ __device__ __forceinline__ void tell(const Arguments& a, const Call& call, const
     }
     if (peer != 0) return;
     const long long at = static_cast<long long>(token) * kTopk + k;
-    if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(told.weight);
+    if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(item.weight);
     if (a.flags & kWideIds)
-        static_cast<long long*>(a.ids_copy)[at] = told.id;
+        static_cast<long long*>(a.ids_copy)[at] = item.id;
     else
-        static_cast<int*>(a.ids_copy)[at] = static_cast<int>(told.id);
+        static_cast<int*>(a.ids_copy)[at] = static_cast<int>(item.id);
 }
 
 // All that this block tells, by these threads.
 template <typename Arguments>
-__device__ __forceinline__ void send_beside(const Arguments& a, const Call& call,
-                                            const Masks& masks, int chunk, Told told, int threads) {
+__device__ __forceinline__ void publish_metadata(const Arguments& a, const Call& call,
+                                                 const Masks& masks, int chunk, MetadataItem item,
+                                                 int threads) {
 #pragma unroll 1
-    while (told.token < a.num_tokens) {
-        tell(a, call, masks, chunk, told);
-        told.find(told.number + threads);
-        told.load(a);
+    while (item.token < a.num_tokens) {
+        publish_item(a, call, masks, chunk, item);
+        item.find(item.number + threads);
+        item.load(a);
     }
 }
+
+}  // namespace ll

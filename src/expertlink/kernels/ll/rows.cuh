@@ -3,6 +3,8 @@
 
 #include "ll/shares.cuh"
 
+namespace ll {
+
 // -- steps of a row -------------------------------------------------------------------------------
 
 // What a lane has of some steps of a row: 16 bytes of each of `count` steps, the first at `at`.
@@ -42,13 +44,13 @@ __device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDep
         if (i < span.count) store_piece(row + span.at + i * kStepBytes, piece[i]);
 }
 
-// The same in all lanes: steps whose data look like nothing.
+// The same in all lanes: steps whose data poll like sentinel_piece.
 template <int kDepth>
-__device__ __forceinline__ unsigned strange_steps(const uint4 (&piece)[kDepth], Span span) {
+__device__ __forceinline__ unsigned sentinel_steps(const uint4 (&piece)[kDepth], Span span) {
     unsigned strange = 0;
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
-        if (i < span.count && holds_nothing(piece[i])) strange |= 1u << i;
+        if (i < span.count && has_sentinel(piece[i])) strange |= 1u << i;
     return __reduce_or_sync(kAll, strange);
 }
 
@@ -57,7 +59,7 @@ template <int kDepth>
 struct Pieces {
     uint4 piece[kDepth];
 
-    // First look; pieces that do not exist are there.
+    // First poll; pieces that do not exist are there.
     __device__ __forceinline__ void look_at(const char* row, Span span) {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
@@ -76,19 +78,19 @@ struct Pieces {
         unsigned bits = 0;
 #pragma unroll
         for (int i = 0; i < kDepth; ++i)
-            if (holds_nothing(piece[i])) bits |= 1u << i;
+            if (has_sentinel(piece[i])) bits |= 1u << i;
         return bits;
     }
 
     // Waits until those of `which` are here; the warp finds the same. Where a rank is gone,
     // `awaited` says for which piece it was waited.
     template <typename Places>
-    __device__ __forceinline__ Found settle(const Call& call, const Places& places, unsigned which,
-                                            int& awaited) {
+    __device__ __forceinline__ WaitResult settle(const Call& call, const Places& places,
+                                                 unsigned which, int& awaited) {
         const unsigned bits = missing() & which, left = __reduce_or_sync(kAll, bits);
-        if (left == 0) return kHere;
+        if (left == 0) return kArrived;
         awaited = __ffs(left) - 1;
-        return poll(call, places, bits, awaited);
+        return poll_pieces(call, places, bits, awaited);
     }
 
     template <typename Places>
@@ -99,12 +101,12 @@ struct Pieces {
     }
 
     template <typename Places>
-    __device__ __forceinline__ Found poll(const Call& call, const Places& places, unsigned bits,
-                                          int& awaited) {
+    __device__ __forceinline__ WaitResult poll_pieces(const Call& call, const Places& places,
+                                                      unsigned bits, int& awaited) {
         unsigned long long since = 0;
-        long long* const longest = call.patience.longest_wait_ns;
+        long long* const longest = call.policy.longest_wait_ns;
         const unsigned long long began = longest != nullptr ? nanoseconds() : 0;
-        Found found = kHere;
+        WaitResult found = kArrived;
         // Looks keep the memory system from what is awaited. So, if there is much of it, only one
         // piece is looked at until it is here, then all.
         unsigned looked_at = kAll;
@@ -118,8 +120,8 @@ struct Pieces {
             looked_at = came || places.are_few() ? left : left & -left;
             if (spins > 2) __nanosleep(32);
             if (spins % 16 != 0) continue;
-            // The data themselves may look like nothing; then the sender has said that they are
-            // here.
+            // The data themselves may poll like sentinel_piece; then the sender has said that they
+            // are here.
             const unsigned here = places.escaped(call) & left;
             __syncwarp();  // every lane may read what one of them has acquired
             if (here) {
@@ -127,12 +129,12 @@ struct Pieces {
                 bits &= ~here;
                 continue;
             }
-            if (spins % kSpinsBetweenLooks != 0) continue;
+            if (spins % kSpinsBetweenPolls != 0) continue;
             const int peer = places.peer(awaited), index = places.index(awaited);
             if (threadIdx.x % 32 == 0)
-                found = look(call, kPhaseRow, peer, call.watch.transfer, 0, index, since);
-            found = static_cast<Found>(__shfl_sync(kAll, static_cast<int>(found), 0));
-            if (found != kHere) break;
+                found = poll(call, kPhaseRow, peer, call.watch.transfer, 0, index, since);
+            found = static_cast<WaitResult>(__shfl_sync(kAll, static_cast<int>(found), 0));
+            if (found != kArrived) break;
         }
         if (began) {
             const int peer = places.peer(awaited);
@@ -142,12 +144,12 @@ struct Pieces {
         return found;
     }
 
-    // The memory is free again; who may write it next has to be told first.
+    // The memory is free again; who may write it next has to be item first.
     __device__ __forceinline__ void put_back(char* row, Span span) const {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i)
             if (i < span.count)
-                *reinterpret_cast<uint4*>(row + span.at + i * kStepBytes) = nothing();
+                *reinterpret_cast<uint4*>(row + span.at + i * kStepBytes) = sentinel_piece();
     }
 };
 
@@ -162,7 +164,7 @@ struct StepsOfRow {
         return row + (first + i) * kStepBytes + threadIdx.x % 32 * 16;
     }
 
-    // Bit i: the data of piece i look like nothing, and are here.
+    // Bit i: the data of piece i poll like sentinel_piece, and are here.
     __device__ __forceinline__ unsigned escaped(const Call& call) const {
         const int lane = threadIdx.x % 32;
         return __ballot_sync(
@@ -175,8 +177,8 @@ struct StepsOfRow {
     __device__ __forceinline__ int index(int) const { return position; }
 };
 
-// After stores of a warp to a peer: bit i of `steps` says that the data of step `first` + i look
-// like nothing; the same in all lanes.
+// After stores of a warp to a peer: bit i of `steps` says that the data of step `first` + i poll
+// like sentinel_piece; the same in all lanes.
 __device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfer, int first,
                                              unsigned steps) {
     const int lane = threadIdx.x % 32;
@@ -184,3 +186,5 @@ __device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfe
     fence_system();  // the word says that all lanes' bytes are there
     if (steps >> lane & 1u) store_relaxed_system(escapes + first + lane, transfer);
 }
+
+}  // namespace ll

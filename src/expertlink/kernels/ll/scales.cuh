@@ -4,6 +4,8 @@
 #include "ll/counts.cuh"
 #include "ll/send.cuh"
 
+namespace ll {
+
 // Where this transfer's rows are staged: in registers, which are at hand sooner than the block's
 // `Call`.
 struct Staging {
@@ -37,7 +39,7 @@ __device__ __forceinline__ void store_scale(const DispatchArguments& a, int slot
 }
 
 // Words of a row's scales that a part brings: what the kernel has made comes with its steps, what
-// the caller has made with the last part. `early` are this lane's at the first look.
+// the caller has made with the last part. `early` are this lane's at the first poll.
 struct ScaleWords {
     int begin, end;
     unsigned early[2];
@@ -65,15 +67,16 @@ struct ScaleWords {
     // The row is here, so they may be.
     __device__ __forceinline__ void look_again(const char* row) {
         const int word = begin + threadIdx.x % 32;
-        if (early[0] == kNothing) early[0] = load(row, word);
-        if (early[1] == kNothing) early[1] = load(row, word + 32);
+        if (early[0] == kSentinel) early[0] = load(row, word);
+        if (early[1] == kSentinel) early[1] = load(row, word + 32);
     }
 };
 
 // Copies the scales of a part, word by word, to the slots that lanes hold.
-__device__ __forceinline__ Found receive_scales(const DispatchArguments& a, const Call& call,
-                                                const Staging& at, int source, int position,
-                                                int target, bool gone, const ScaleWords& words) {
+__device__ __forceinline__ WaitResult receive_scales(const DispatchArguments& a, const Call& call,
+                                                     const Staging& at, int source, int position,
+                                                     int target, bool gone,
+                                                     const ScaleWords& words) {
     const int lane = threadIdx.x % 32;
     const int staged = source * kMaxTokens + position;
     char* const row = staged_row(at.base, at.transfer, staged);
@@ -83,7 +86,7 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
         const int word = first + lane;
         const bool exists = word < words.end;
         unsigned value = 0;
-        Found found = kHere;
+        WaitResult found = kArrived;
         if (first < words.begin + 64)
             value = first == words.begin ? words.early[0] : words.early[1];
         else
@@ -94,27 +97,29 @@ __device__ __forceinline__ Found receive_scales(const DispatchArguments& a, cons
             const unsigned* const escape = escape_words(at.base, at.transfer, staged) +
                                            (a.scale_kind == kNotQuantized ? kMaxSteps : word);
             unsigned long long since = 0;
-            for (unsigned spins = 1; value == kNothing; ++spins) {
+            for (unsigned spins = 1; value == kSentinel; ++spins) {
                 value = words.load(row, word);
-                if (spins % 16 != 0 || value != kNothing) continue;
+                if (spins % 16 != 0 || value != kSentinel) continue;
                 if (a.scale_kind != kFloatScales && a.scale_kind != kPowerScales &&
                     load_acquire_system(escape) == at.transfer) {
                     value = words.load(row, word);
                     break;
                 }
-                if (spins % kSpinsBetweenLooks != 0) continue;
-                found = look(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
-                if (found != kHere) break;
+                if (spins % kSpinsBetweenPolls != 0) continue;
+                found = poll(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
+                if (found != kArrived) break;
             }
-            reinterpret_cast<unsigned*>(row + kScalesAt)[word] = kNothing;
+            reinterpret_cast<unsigned*>(row + kScalesAt)[word] = kSentinel;
         }
-        if (gone || found == kGone) value = 0;
-        if (__any_sync(kAll, found == kStop)) return kStop;
+        if (gone || found == kPeerMasked) value = 0;
+        if (__any_sync(kAll, found == kAbort)) return kAbort;
 #pragma unroll 1
         for (unsigned left = targets; left; left &= left - 1) {
             const int slot = __shfl_sync(kAll, target, __ffs(left) - 1);
             if (exists) store_scale(a, slot, word, value);
         }
     }
-    return kHere;
+    return kArrived;
 }
+
+}  // namespace ll

@@ -5,6 +5,8 @@
 #include "common/quantize.cuh"
 #include "ll/route.cuh"
 
+namespace ll {
+
 constexpr int kInStep = kStepBytes / kScaleBlock;  // scales of a step
 
 // Some steps of a token's row: loaded, then made what travels.
@@ -61,9 +63,9 @@ struct PartScales {
         if (here < min(steps, kDepth) && (packed || at + lane < kNumBlocks)) index = at + lane;
     }
 
-    // Packed scales may look like nothing: bit i for step i, in all lanes.
+    // Packed scales may poll like sentinel_piece: bit i for step i, in all lanes.
     __device__ __forceinline__ unsigned strange() const {
-        return __ballot_sync(kAll, index >= 0 && word == kNothing);
+        return __ballot_sync(kAll, index >= 0 && word == kSentinel);
     }
 };
 
@@ -91,7 +93,7 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
         for (int i = 3; i >= 0; --i)
             value = value << 8 | byte_at(from, word * 4 + i, a.scale_bytes);
         store_relaxed_system(to + word, value);
-        if (value == kNothing) strange = 1;
+        if (value == kSentinel) strange = 1;
     }
     if (__any_sync(kAll, strange)) escape_steps(escape, transfer, 0, 1u);
 }
@@ -160,7 +162,7 @@ struct Sender {
             scales.gather(scale, first, last - first, packed);
             if (packed) strange = scales.strange();
         }
-        strange |= strange_steps(part.piece, span);
+        strange |= sentinel_steps(part.piece, span);
         const int turn = (a.rank + token) % kNumRanks;
         const long long offset =
             staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
@@ -222,3 +224,5 @@ struct Sender {
         }
     }
 };
+
+}  // namespace ll

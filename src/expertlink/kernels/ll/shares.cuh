@@ -3,6 +3,8 @@
 
 #include "ll/begin.cuh"
 
+namespace ll {
+
 // How many rows come from each rank, in shared memory.
 struct RowsFrom {
     int rows_from[kNumRanks];  // rows from each rank
@@ -63,7 +65,7 @@ struct Draws {
     bool any;         // there are so many items
 
     __device__ __forceinline__ void begin(const Call& call, int warps, int items) {
-        drawn = &call.patience.counters->drawn[set_of(call.sending)];
+        drawn = &call.policy.counters->drawn[set_of(call.sending)];
         first = warps * gridDim.x;
         any = first < items;
         draw();
@@ -129,3 +131,5 @@ struct Cut {
         return {index * length, min((index + 1) * length, steps)};
     }
 };
+
+}  // namespace ll

@@ -3,6 +3,8 @@
 
 #include "ll/returns.cuh"
 
+namespace ll {
+
 // Lane i: where the i-th term of a token is staged (slot) and whose it is, or -1.
 struct Term {
     int slot, peer;
@@ -14,7 +16,7 @@ __device__ __forceinline__ Term term_of(const CombineArguments& a, int token) {
     if (kExact) {
         if (lane < kTopk) {
             const int expert = expert_of(a, token, lane);
-            if (expert >= 0) term = {token * kTopk + lane, rank_of(a.home_of[expert])};
+            if (expert >= 0) term = {token * kTopk + lane, rank_of(a.expert_location[expert])};
         }
     } else if (lane < kCopies) {
         const int code = a.slots_of_token[token * kCopies + lane];
@@ -24,20 +26,20 @@ __device__ __forceinline__ Term term_of(const CombineArguments& a, int token) {
 }
 
 // Exact sums: the weight of a term, and the gradient that came with it; lane k waits for its own.
-__device__ __forceinline__ bool receive_beside(const CombineArguments& a, const Call& call,
-                                               Term& term, float& weight, float& grad) {
-    Found found = kHere;
+__device__ __forceinline__ bool receive_metadata(const CombineArguments& a, const Call& call,
+                                                 Term& term, float& weight, float& grad) {
+    WaitResult found = kArrived;
     unsigned first = 0, second = 0;
     if (term.slot >= 0) {
         unsigned long long* const words =
-            beside_words(call.bases[a.rank], call.watch.transfer, term.slot, 0);
+            metadata_words(call.bases[a.rank], call.watch.transfer, term.slot, 0);
         found = wait_tagged(call, words, term.peer, kPhaseRow, first);
-        if (found == kHere) found = wait_tagged(call, words + 1, term.peer, kPhaseRow, second);
-        if (found == kGone) term.slot = -1;
+        if (found == kArrived) found = wait_tagged(call, words + 1, term.peer, kPhaseRow, second);
+        if (found == kPeerMasked) term.slot = -1;
     }
     weight = __uint_as_float(first);
     grad = __uint_as_float(second);
-    return !__any_sync(kAll, found == kStop);
+    return !__any_sync(kAll, found == kAbort);
 }
 
 // Gradients of a token's choices: each lies beside the term from the choice's rank.
@@ -45,7 +47,7 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
                                               const Term& term, int token) {
     const int lane = threadIdx.x % 32;
     const int expert = lane < kTopk ? expert_of(a, token, lane) : -1;
-    const int rank = expert >= 0 ? rank_of(a.home_of[expert]) : -1;
+    const int rank = expert >= 0 ? rank_of(a.expert_location[expert]) : -1;
     float grad = 0.0f;
     bool fine = true;
     for (unsigned left = __ballot_sync(kAll, term.slot >= 0); left; left &= left - 1) {
@@ -53,8 +55,9 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
         const int slot = __shfl_sync(kAll, term.slot, i), peer = __shfl_sync(kAll, term.peer, i);
         if (peer != rank) continue;
         unsigned bits = 0;
-        fine &= wait_tagged(call, beside_words(call.bases[a.rank], call.watch.transfer, slot, lane),
-                            peer, kPhaseRow, bits) != kStop;
+        fine &=
+            wait_tagged(call, metadata_words(call.bases[a.rank], call.watch.transfer, slot, lane),
+                        peer, kPhaseRow, bits) != kAbort;
         grad = __uint_as_float(bits);
     }
     if (lane < kTopk) a.grads_out[static_cast<long long>(token) * kTopk + lane] = grad;
@@ -117,3 +120,5 @@ struct Adding {
         return const_cast<char*>(row_at(a, own));
     }
 };
+
+}  // namespace ll

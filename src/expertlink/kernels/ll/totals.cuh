@@ -3,6 +3,8 @@
 
 #include "ll/terms.cuh"
 
+namespace ll {
+
 // Where pieces of one step of several terms are looked for. Lanes have the terms.
 struct PlacesOfTerms {
     Term term;
@@ -77,9 +79,9 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
         }
         while (true) {
             int awaited = 0;
-            const Found found = pieces.settle(call, places, staged & ~lost, awaited);
-            if (found == kStop) return false;
-            if (found == kHere) break;
+            const WaitResult found = pieces.settle(call, places, staged & ~lost, awaited);
+            if (found == kAbort) return false;
+            if (found == kArrived) break;
             lost |= 1u << awaited;
         }
 #pragma unroll
@@ -88,7 +90,8 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
             if (!(lost >> i & 1u))
                 add_piece<kExact>(sum, pieces.piece[i],
                                   kExact ? __shfl_sync(kAll, weight, places.lane[i]) : 0.0f);
-            if (exists && staged >> i & 1u) *reinterpret_cast<uint4*>(places.at(i)) = nothing();
+            if (exists && staged >> i & 1u)
+                *reinterpret_cast<uint4*>(places.at(i)) = sentinel_piece();
         }
     }
     return true;
@@ -101,7 +104,7 @@ __device__ __forceinline__ bool receive_notes(const CombineArguments& a, const C
     const int lane = threadIdx.x % 32;
     Term term = part.term;
     float grad = 0.0f;
-    if (kExact && !receive_beside(a, call, term, weight, grad)) return false;
+    if (kExact && !receive_metadata(a, call, term, weight, grad)) return false;
     gone = __ballot_sync(kAll, part.term.slot >= 0 && term.slot < 0);
     if (part.part != 0) return true;
     if (kExact && term.slot >= 0 && a.rows_sent != nullptr && a.row_bytes != 0)
@@ -142,17 +145,17 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
         if (a.row_bytes != 0) {
             char* const row = staged_row(call.bases[a.rank], call.watch.transfer, slot);
             const bool own = part.is_own(a, slot);
-            Found found = gone >> i & 1u ? kGone : kHere;
+            WaitResult found = gone >> i & 1u ? kPeerMasked : kArrived;
             const unsigned* const escapes =
                 escape_words(call.bases[a.rank], call.watch.transfer, slot);
             int awaited = 0;
-            if (!own && found == kHere)
+            if (!own && found == kArrived)
                 found = pieces.settle(call,
                                       StepsOfRow{row, escapes, range.first,
                                                  range.last - range.first, peer, slot % kMaxTokens},
                                       kAll, awaited);
-            if (found == kStop) return false;
-            if (found == kHere) {
+            if (found == kAbort) return false;
+            if (found == kArrived) {
                 if (kExact)
                     sums.add<true>(pieces.piece, __shfl_sync(kAll, weight, i));
                 else
@@ -219,3 +222,5 @@ __device__ __forceinline__ void add_up(const CombineArguments& a, const Call& ca
         part = ahead;
     }
 }
+
+}  // namespace ll

@@ -3,73 +3,76 @@
 
 #include "ll/protocol.cuh"
 
-enum Found { kHere, kGone, kStop };  // came; its rank is masked; give up
+namespace ll {
+
+enum WaitResult { kArrived, kPeerMasked, kAbort };  // came; its rank is masked; give up
 
 // What is not inlined takes the block's `Call` by its address and returns one word: results by
 // reference would cost a stack.
-constexpr unsigned long long kLookedGone = 1, kLookedStop = 2;
+constexpr unsigned long long kPollMasked = 1, kPollAbort = 2;
 
 // A rank that is only waiting itself must not be taken for lost: tells peers that this one is
-// there, and returns when the awaited one was last heard of. Masked ones are told nothing: one that
-// comes back would wait for ever for what nobody sends it any more.
-__device__ __noinline__ unsigned long long listen(const Call* call, int peer,
-                                                  unsigned long long now) {
+// there, and returns when the awaited one was last alive_word of. Masked ones are item
+// sentinel_piece: one that comes back would wait for ever for what nobody sends it any more.
+__device__ __noinline__ unsigned long long exchange_alive(const Call* call, int peer,
+                                                          unsigned long long now) {
     const int rank = call->watch.rank;
-    Counters* const counters = call->patience.counters;
+    Counters* const counters = call->policy.counters;
     for (int r = 0; r < kNumRanks; ++r)
         if (load_relaxed_system(&counters->masked[r]) == 0)
             store_relaxed_system(alive_word(call->bases[r], rank), static_cast<unsigned>(now));
     const unsigned said = load_relaxed_system(alive_word(call->bases[rank], peer));
     // Several warps may do this at once, with the same outcome.
-    if (said != load_relaxed_system(&counters->heard[peer])) {
-        store_relaxed_system(&counters->heard[peer], said);
-        atomicExch(&counters->heard_at[peer], now);
+    if (said != load_relaxed_system(&counters->alive_word[peer])) {
+        store_relaxed_system(&counters->alive_word[peer], said);
+        atomicExch(&counters->alive_at[peer], now);
     }
-    return load_tagged(&counters->heard_at[peer]);
+    return load_tagged(&counters->alive_at[peer]);
 }
 
 // The slow half of a wait, by one lane or several alike: when it began, or that it is over.
-__device__ __noinline__ unsigned long long look_slowly(const Call* call, Phase phase, int peer,
-                                                       unsigned expected, unsigned seen, int index,
-                                                       unsigned long long since) {
+__device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase phase, int peer,
+                                                     unsigned expected, unsigned seen, int index,
+                                                     unsigned long long since) {
     const Watch& watch = call->watch;
-    const Patience& patience = call->patience;
-    if (load_relaxed_system(&watch.masked[peer]) != 0) return kLookedGone;
-    if (gave_up(watch)) return kLookedStop;
+    const WaitPolicy& policy = call->policy;
+    if (load_relaxed_system(&watch.masked[peer]) != 0) return kPollMasked;
+    if (has_failed(watch)) return kPollAbort;
     const int own = has_aborted(watch, watch.rank) ? watch.rank : -1;
-    const int aborter = patience.masks_lost ? own : aborted_by(watch);
+    const int aborter = policy.masks_lost ? own : aborted_by(watch);
     if (aborter >= 0) {
         report(watch, kPhaseAborted, aborter, 0, 0, 0, 0);
-        return kLookedStop;
+        return kPollAbort;
     }
     // Only where lost ranks are masked: the word may have come since it was looked at above.
-    if (patience.masks_lost && has_aborted(watch, peer)) {
-        atomicExch(&patience.counters->masked[peer], 1u);
-        return kLookedGone;
+    if (policy.masks_lost && has_aborted(watch, peer)) {
+        atomicExch(&policy.counters->masked[peer], 1u);
+        return kPollMasked;
     }
     const unsigned long long now = nanoseconds();
     if (since == 0) since = now;
     const unsigned long long limit =
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
     unsigned long long quiet_since = since;
-    if (patience.masks_lost) quiet_since = max(since, listen(call, peer, now));
+    if (policy.masks_lost) quiet_since = max(since, exchange_alive(call, peer, now));
     const bool quiet = now - min(now, quiet_since) >= limit;
     // Each peer may have waited in vain for all others, one after the other. After that they wait
     // for each other, as in different calls.
     if (!quiet && now - since < kNumRanks * limit) return since;
-    if (quiet && patience.masks_lost && peer != watch.rank) {
-        // Whoever waits for this rank learns it at the next look.
-        atomicExch(&patience.counters->masked[peer], 1u);
-        return kLookedGone;
+    if (quiet && policy.masks_lost && peer != watch.rank) {
+        // Whoever waits for this rank learns it at the next poll.
+        atomicExch(&policy.counters->masked[peer], 1u);
+        return kPollMasked;
     }
     report(watch, phase, peer, expected, seen, index, now - since);
-    return kLookedStop;
+    return kPollAbort;
 }
 
-__device__ __forceinline__ Found look(const Call& call, Phase phase, int peer, unsigned expected,
-                                      unsigned seen, int index, unsigned long long& since) {
-    since = look_slowly(&call, phase, peer, expected, seen, index, since);
-    return since == kLookedGone ? kGone : since == kLookedStop ? kStop : kHere;
+__device__ __forceinline__ WaitResult poll(const Call& call, Phase phase, int peer,
+                                           unsigned expected, unsigned seen, int index,
+                                           unsigned long long& since) {
+    since = poll_slow(&call, phase, peer, expected, seen, index, since);
+    return since == kPollMasked ? kPeerMasked : since == kPollAbort ? kAbort : kArrived;
 }
 
 // A tagged word is of the awaited transfer.
@@ -82,20 +85,19 @@ __device__ __noinline__ unsigned long long wait_slowly(const Call* call,
                                                        const unsigned long long* word, int peer,
                                                        Phase phase) {
     const unsigned transfer = call->watch.transfer;
-    long long* const longest = call->patience.longest_wait_ns;
+    long long* const longest = call->policy.longest_wait_ns;
     const unsigned long long began = nanoseconds();
     unsigned long long since = 0, result = 0;
     for (unsigned spins = 1;; ++spins) {
         const unsigned long long now = load_tagged(word);
         if (static_cast<unsigned>(now >> 32) == transfer) {
-            result = tagged(kHere, static_cast<unsigned>(now));
+            result = tagged(kArrived, static_cast<unsigned>(now));
             break;
         }
-        if (spins % kSpinsBetweenLooks != 0) continue;
-        since =
-            look_slowly(call, phase, peer, transfer, static_cast<unsigned>(now >> 32), 0, since);
-        if (since == kLookedGone || since == kLookedStop) {
-            result = tagged(since == kLookedGone ? kGone : kStop, 0);
+        if (spins % kSpinsBetweenPolls != 0) continue;
+        since = poll_slow(call, phase, peer, transfer, static_cast<unsigned>(now >> 32), 0, since);
+        if (since == kPollMasked || since == kPollAbort) {
+            result = tagged(since == kPollMasked ? kPeerMasked : kAbort, 0);
             break;
         }
     }
@@ -105,13 +107,13 @@ __device__ __noinline__ unsigned long long wait_slowly(const Call* call,
 }
 
 // One lane for itself.
-__device__ __forceinline__ Found wait_tagged(const Call& call, const unsigned long long* word,
-                                             int peer, Phase phase, unsigned& value) {
+__device__ __forceinline__ WaitResult wait_tagged(const Call& call, const unsigned long long* word,
+                                                  int peer, Phase phase, unsigned& value) {
     unsigned long long now = load_tagged(word);
-    Found found = kHere;
+    WaitResult found = kArrived;
     if (!is_of(call, now)) {
         now = wait_slowly(&call, word, peer, phase);
-        found = static_cast<Found>(now >> 32);
+        found = static_cast<WaitResult>(now >> 32);
     }
     value = static_cast<unsigned>(now);
     return found;
@@ -130,11 +132,13 @@ __device__ __noinline__ bool peers_have_room(const Call& call, unsigned needed) 
             const unsigned now = load_acquire_system(word);
             if (reached(now, needed)) break;
             // At once first: the peer may be masked.
-            if (spins % kSpinsBetweenLooks != 0) continue;
-            const Found found = look(call, kPhaseCredit, peer, needed, now, 0, since);
-            if (found == kStop) fine = false;
-            if (found != kHere) break;
+            if (spins % kSpinsBetweenPolls != 0) continue;
+            const WaitResult found = poll(call, kPhaseCredit, peer, needed, now, 0, since);
+            if (found == kAbort) fine = false;
+            if (found != kArrived) break;
         }
     }
     return __all_sync(kAll, fine);
 }
+
+}  // namespace ll

@@ -1,9 +1,10 @@
-"""What the host tells the kernels dispatch.cu and combine.cu: one definition for both sides."""
+"""What a launch tells the kernels ht::dispatch and ht::combine."""
 
 from __future__ import annotations
 
 import enum
 
+from expertlink.jit.compiler import enum_declaration
 from expertlink.jit.kernel import Field, Struct
 
 
@@ -16,33 +17,15 @@ class Flag(enum.IntFlag):
     PLACE = 4
     CACHED = 8
     """Slots and ids are those of an earlier dispatch."""
-    ZERO_COPY = 16
-    """Peers' rows go to their place in the pool, nothing is moved here."""
-    WIDE_IDS = 32
+    WIDE_IDS = 16
     """`ids` are int64, else int32."""
-    CHECK_IDS = 64
-    """Ids out of range or chosen twice make this rank refuse the call."""
-    WANTS_MAIL = 128
-    """The host waits for the counts."""
-    DISCARD = 256
+    DISCARD = 32
     """Nothing is placed; the peers may go on."""
-    CLEAR_REST = 512
-    """Ids and weights of rows beyond the last are cleared."""
-    NEW_WEIGHTS = 1024
+    NEW_WEIGHTS = 64
     """Weights travel. (A rank without tokens has no address for them.)"""
-    GRADS = 2048
+    GRADS = 128
     """Gradients of the slots' weights travel."""
 
-
-def constants_of(flags: type[enum.IntFlag]) -> dict[str, int]:
-    """Flags under the names that kernels know: WIDE_IDS is kWideIds."""
-    return {
-        "k" + "".join(part.capitalize() for part in str(flag.name).split("_")): int(flag)
-        for flag in flags
-    }
-
-
-FLAG_CONSTANTS = constants_of(Flag)
 
 # What both kernels begin with: peers.cuh reads these.
 _COMMON = (
@@ -58,14 +41,14 @@ _COMMON = (
     Field("int", "capacity", "rows this rank has room for, or -1"),
     Field("int", "row_bytes", "bytes of a row"),
     Field("int", "header_metadata_bytes", "bytes of a row's weights and scales, as announced"),
-    Field("int", "beside_bytes", "bytes that travel beside a row, a multiple of 16"),
+    Field("int", "metadata_bytes", "bytes of a row's metadata, a multiple of 16"),
     Field("int", "flags", "Flag"),
     Field("int", "num_tokens", "T"),
     Field("int", "num_senders", "blocks that send; the others place or add up"),
-    Field("int", "slot_bytes", "shared memory of a warp's row and what is beside it"),
+    Field("int", "slot_bytes", "shared memory of a warp's row and its metadata"),
     Field("int", "max_slots", "rows that the output has room for"),
     Field("const void*", "ids", "[T, K] global expert ids"),
-    Field("const int*", "home_of", "[E] rank * kHomeStride + local index of each expert"),
+    Field("const int*", "expert_location", "[E] rank * kLocationStride + local index"),
     Field("int*", "slots_of_token", "[T, D] rank * T_max + position, ascending, then -1"),
     Field("int*", "rows_from", "[R] rows received from each rank"),
     Field("int*", "first_row", "[R] rows received from the ranks before"),
@@ -119,3 +102,8 @@ COMBINE = Struct(
         Field("float*", "grads_out", "[T, K]"),
     ),
 )
+
+
+def declarations() -> str:
+    """C++ text of all of this."""
+    return enum_declaration(Flag, prefix="k") + DISPATCH.declaration + COMBINE.declaration

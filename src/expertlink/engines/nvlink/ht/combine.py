@@ -11,7 +11,7 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall
 from expertlink.engines.nvlink.ht.arguments import COMBINE, Flag
-from expertlink.engines.nvlink.launch import BlockShape, Launch, Run, split_blocks
+from expertlink.engines.nvlink.launch import BlockShape, KernelName, Launch, Run, split_blocks
 from expertlink.engines.nvlink.tables import Route, as_route
 from expertlink.engines.ranks.header import Operation
 
@@ -117,7 +117,7 @@ class Combiner:
         if known is None:
             known = self._launches[key] = self._plan(*key)
         a.num_senders, a.slot_bytes, launch = known
-        self._run("combine", a, launch)
+        self._run(KernelName.COMBINE, a, launch)
         return grads_TK
 
     def _plan(self, row_bytes: int, num_sms: int | None) -> tuple[int, int, Launch]:

@@ -16,15 +16,24 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import DispatchCall
-from expertlink.engines.nvlink.arena import Arena, RowShape, round_up, row_limit
+from expertlink.engines.nvlink.ht.arena import HtArena
 from expertlink.engines.nvlink.ht.arguments import DISPATCH, Flag
 from expertlink.engines.nvlink.ht.combine import Combiner
 from expertlink.engines.nvlink.ht.outputs import Outputs
-from expertlink.engines.nvlink.launch import BlockShape, Launch, Run, homes_of, split_blocks
+from expertlink.engines.nvlink.launch import (
+    BlockShape,
+    KernelName,
+    Launch,
+    Run,
+    split_blocks,
+)
+from expertlink.engines.nvlink.rows import RowShape
+from expertlink.engines.nvlink.shared import Verdict, expert_locations
 from expertlink.engines.nvlink.tables import Route, TableLayout, as_route
-from expertlink.engines.nvlink.watchdog import FINE, Mail, Watchdog
-from expertlink.engines.ranks import capacity
+from expertlink.engines.nvlink.watchdog import Mail, Watchdog
+from expertlink.engines.ranks import capacity, metadata
 from expertlink.engines.ranks.header import Operation
+from expertlink.layouts import align
 from expertlink.routing import Placement
 from expertlink.types import DispatchLayout, DispatchOutput
 
@@ -40,7 +49,7 @@ _UNCACHED = int(Flag.COUNT | Flag.SEND)
 _IS_CACHED = int(Flag.CACHED)
 _CACHED = int(Flag.CACHED | Flag.SEND | Flag.PLACE)
 _COUNT = int(Flag.COUNT)
-_PLACE, _CLEAR_REST = int(Flag.PLACE), int(Flag.CLEAR_REST)
+_PLACE = int(Flag.PLACE)
 _WIDE_IDS, _NEW_WEIGHTS = int(Flag.WIDE_IDS), int(Flag.NEW_WEIGHTS)
 _DISCARD = int(Flag.DISCARD)
 
@@ -82,7 +91,7 @@ class HighThroughput:
         *,
         rank: int,
         placement: Placement,
-        arena: Arena,
+        arena: HtArena,
         watchdog: Watchdog,
         run: Run,
         num_sms: int,
@@ -97,7 +106,9 @@ class HighThroughput:
         self._shape = RowShape.of(config)
         experts = placement.experts_of_rank[rank]
         self._num_local = len(experts)
-        self._limit = row_limit(config, self._num_ranks, self._num_local)
+        self._limit = math.prod(
+            capacity.largest_shape(config, num_ranks=self._num_ranks, num_local=self._num_local)
+        )
         self._num_sms = num_sms
         self._blocks = blocks or BlockShape(
             config, num_ranks=self._num_ranks, num_local=self._num_local
@@ -106,17 +117,10 @@ class HighThroughput:
         self._launches: dict[tuple[int, int | None, bool, int], tuple[int, int, int, Launch]] = {}
         self._needed: collections.deque[int] = collections.deque(maxlen=_CALLS_REMEMBERED)
         self._mails = not config.static_shapes
-        self._always = int(Flag.ZERO_COPY) if config.zero_copy else 0
+        self._zero_copy = config.zero_copy
         self._pool_at = 0
-        clears = config.static_shapes and config.layout is DispatchLayout.TOKEN_MAJOR
-        self._clearing = _CLEAR_REST if clears else 0
-        self._counting = _UNCACHED
-        if check:
-            self._counting |= int(Flag.CHECK_IDS)
-        if self._mails:
-            self._counting |= int(Flag.WANTS_MAIL)
         device = arena.device
-        self._home_of = homes_of(placement)
+        self._expert_location = expert_locations(placement)
         self._experts = torch.tensor(experts or (0,), dtype=torch.int32, device=device)
         columns = self._num_ranks + config.num_experts
         self._histogram = torch.empty(num_sms * columns, dtype=torch.int32, device=device)
@@ -130,7 +134,7 @@ class HighThroughput:
             "control": watchdog.address,
             "rank": rank,
             "communicator": communicator,
-            "home_of": self._home_of.data_ptr(),
+            "expert_location": self._expert_location.data_ptr(),
         }
         self._dispatch: Any = DISPATCH.new(
             **common,
@@ -164,7 +168,7 @@ class HighThroughput:
         block = self._new_block(num_tokens)
         kept_ids = torch.empty_like(call.topk_ids_TK)
         public, _ = self._new_public()
-        self._set_rows(call, Operation.DISPATCH, self._counting, number)
+        self._set_rows(call, Operation.DISPATCH, _UNCACHED, number)
         self._set_tables(block.data_ptr(), num_tokens)
         weighted = call.weights_TK is not None
         a.weights_of_row = self._tables.address(block.data_ptr(), "weights") if weighted else None
@@ -176,14 +180,14 @@ class HighThroughput:
         outputs = Outputs()
         shape = self._expected_shape(call)
         if shape is not None:
-            a.flags |= _PLACE | self._clearing
+            a.flags |= _PLACE
             self._make(outputs, call, shape, weighted)
         before = self._watchdog.mail_number
         self._launch_dispatch(call, sends=True)
         mail = counts = None
         if self._mails:
             mail = self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
-            if mail.verdict != FINE:
+            if mail.verdict != Verdict.FINE:
                 self._discard()
                 return Started(None, None, mail)
             counts = mail.counts
@@ -236,7 +240,7 @@ class HighThroughput:
             keeps=own,
             number=number,
         )
-        self._set_rows(call, Operation.CACHED_DISPATCH, _CACHED | self._clearing, number)
+        self._set_rows(call, Operation.CACHED_DISPATCH, _CACHED, number)
         self._set_tables(old.block.data_ptr(), old.num_tokens)
         a.weights_of_row = route.weights_address()
         a.subject, a.origin = old.origin, route.origin
@@ -256,7 +260,7 @@ class HighThroughput:
         )
         block = self._new_block(0)
         public, _ = self._new_public()
-        self._set_rows(call, operation, self._counting, number)
+        self._set_rows(call, operation, _UNCACHED, number)
         self._set_tables(block.data_ptr(), 0)
         a.subject, a.origin = None, self._tables.address(block.data_ptr(), "origin")
         a.capacity, a.status = capacity.UNBOUNDED, 1
@@ -300,25 +304,24 @@ class HighThroughput:
         """What is sent."""
         a = self._dispatch
         x, scales, weights = call.x_TW, call.scales, call.weights_TK
-        flags |= self._always
         if weights is not None:
             flags |= _NEW_WEIGHTS
             a.weights = weights.data_ptr()
         if call.topk_ids_TK is not None and call.topk_ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
-        row_bytes = x.shape[1] * x.element_size()
-        scale_bytes = beside = 0
+        row_bytes = metadata.row_bytes(x)
+        scale_bytes = metadata_bytes = 0
         if not flags & _IS_CACHED or weights is not None:
-            beside = self._shape.scales_at
+            metadata_bytes = self._shape.scales_at
         if scales is not None:
-            scale_bytes = scales.shape[1] * scales.element_size()
-            beside = self._shape.scales_at + round_up(scale_bytes, 16)
+            scale_bytes = metadata.row_bytes(scales)
+            metadata_bytes = self._shape.scales_at + align(scale_bytes, 16)
             a.scales = scales.data_ptr()
         a.operation, a.flags = int(operation), flags
-        a.row_bytes, a.scale_bytes, a.beside_bytes = row_bytes, scale_bytes, beside
+        a.row_bytes, a.scale_bytes, a.metadata_bytes = row_bytes, scale_bytes, metadata_bytes
         a.header_metadata_bytes = scale_bytes + (0 if weights is None else 4 * self._tables.topk)
         a.num_tokens, a.x = x.shape[0], x.data_ptr()
-        if self._always:
+        if self._zero_copy:
             a.pool, self._pool_at = self._arena.next_pool(capturing=number == 0)
 
     def _set_tables(self, block: int, num_tokens: int) -> None:
@@ -359,7 +362,7 @@ class HighThroughput:
         a, x = self._dispatch, call.x_TW
         outputs.shape = shape
         full = (*shape, x.shape[1])
-        if self._always:  # zero copy
+        if self._zero_copy:
             nbytes = math.prod(full) * x.element_size()
             pool = self._arena.local[self._pool_at : self._pool_at + nbytes]
             tokens = pool.view(x.dtype).view(full)
@@ -392,7 +395,7 @@ class HighThroughput:
         if known is None:
             known = self._launches[key] = self._plan_dispatch(*key)
         a.num_senders, a.slot_bytes, a.groups, launch = known
-        self._run("dispatch", a, launch)
+        self._run(KernelName.DISPATCH, a, launch)
 
     def _plan_dispatch(
         self, row_bytes: int, num_sms: int | None, sends: bool, counts: int
@@ -403,7 +406,7 @@ class HighThroughput:
         if 2 * row_bytes <= self._shape.row and not self._layout.expanded:
             share = _SENDERS_OF_SHORT_ROWS
         senders, total = split_blocks(total, senders=share)
-        if self._always:  # zero copy: little is left to do for those who do not send
+        if self._zero_copy:  # little is left to do for those who do not send
             senders = max(1, total - max(1, total // 12))
         blocks = self._blocks
         launch = Launch(
@@ -420,4 +423,5 @@ class HighThroughput:
         """Lets the peers go on after a dispatch that does not happen."""
         a = self._dispatch
         a.flags, a.num_senders = _DISCARD, 0
-        self._run("dispatch", a, Launch(grid=1, block=32, shared_bytes=0, follows=True, local=True))
+        launch = Launch(grid=1, block=32, shared_bytes=0, follows=True, local=True)
+        self._run(KernelName.DISPATCH, a, launch)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
-from expertlink.engines.nvlink.arena import Arena
 from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.engine import ALIGNMENT, NvlinkBase, check_address, nothing_left
+from expertlink.engines.nvlink.ht.arena import HtArena
 from expertlink.engines.nvlink.ht.dispatch import HighThroughput, Started
+from expertlink.engines.nvlink.shared import Verdict
 from expertlink.engines.nvlink.tables import Route, as_route
-from expertlink.engines.nvlink.watchdog import DISAGREE, Mail, Watchdog
+from expertlink.engines.nvlink.watchdog import Mail, Watchdog
 from expertlink.engines.outputs import in_scale_order, into_buffers, into_tokens, largest_output
 from expertlink.engines.ranks import metadata
 from expertlink.engines.ranks.agreement import judge
@@ -55,7 +56,7 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         *,
         wire: Wire,
         placement: Placement,
-        arena: Arena,
+        arena: HtArena,
         watchdog: Watchdog,
         calls: HighThroughput,
         check: bool,
@@ -182,15 +183,15 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         explain: Callable[[], Exception] | None = None,
     ) -> NoReturn:
         """Raises why a dispatch does not happen, the same on all ranks."""
-        error = self.watchdog.disagreement(mail.heads)
-        if self.watchdog.is_fatal(mail.heads):
+        error = self.watchdog.disagreement(mail.headers)
+        if self.watchdog.is_fatal(mail.headers):
             self.watchdog.fail(str(error))
             raise error if refused is None else refused
         # The ranks that refused say why.
         judge(
             self._wire,
             Operation.DISPATCH,
-            [words[:NUM_FIELDS] for words in mail.heads],
+            [words[:NUM_FIELDS] for words in mail.headers],
             refused=refused,
             explain=explain,
             resynchronise=False,
@@ -201,7 +202,7 @@ class NvlinkEngine(NvlinkBase, Unmasked):
         """A dispatch that no rank carries out."""
         mail, number = started.mail, self._wire.call
         assert mail is not None
-        if mail.verdict == DISAGREE:
+        if mail.verdict is Verdict.DISAGREE:
             ids_TK = call.topk_ids_TK
             assert ids_TK is not None
             self._judge(mail, explain=lambda: explain_ids(ids_TK, self._placement.num_experts))

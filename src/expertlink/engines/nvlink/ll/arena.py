@@ -1,4 +1,4 @@
-"""What low-latency calls share: the arena with its counters, and memory of routings."""
+"""What calls of mode `ll` share: the arena with its counters, and memory of routings."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from expertlink.engines.nvlink.arena import Arena, Buffer
 from expertlink.engines.nvlink.capture import capture_of, is_capturing
 from expertlink.engines.nvlink.launch import raw_stream
 from expertlink.engines.nvlink.ll.halves import Halves
-from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.ll.plan import SETS, LlPlan
+from expertlink.engines.nvlink.shared import counters
 from expertlink.engines.nvlink.tables import Route, TableLayout
 
 
-class LatencyArena(Arena):
-    """An arena with the counters of low-latency calls, and the calls of which half is under way.
+class LlArena(Arena):
+    """An arena with the counters of `ll` calls, and the calls of which half is under way.
 
     Attributes:
-        counters: int64, as `Counters` in kernels/latency/protocol.cuh.
+        counters: uint8, the struct `shared.counters`.
         masks: `[R]` int32, the part of `counters` that says who is masked.
         halves: calls whose receiving half has not been launched.
         epoch: how often the ranks have begun anew.
     """
 
-    def __init__(
-        self, plan: LatencyPlan, *, rank: int, buffer: Buffer, device: torch.device
-    ) -> None:
+    def __init__(self, plan: LlPlan, *, rank: int, buffer: Buffer, device: torch.device) -> None:
         super().__init__(plan, rank=rank, buffer=buffer, device=device)
-        ranks = self.num_ranks
-        self.counters = torch.zeros(2 + 3 * ranks + 2, dtype=torch.int64, device=device)
-        self.masks = self.counters[2 + 2 * ranks :].view(torch.int32)[ranks : 2 * ranks]
+        layout = counters(self.num_ranks, SETS)
+        self.counters = torch.zeros(layout.size, dtype=torch.uint8, device=device)
+        self.masks = layout.member(self.counters, "masked")
         self.halves = Halves()
         self.epoch = 0
         self._current = raw_stream(device)
@@ -56,7 +55,7 @@ class LatencyArena(Arena):
             if capture == capture_of(raw):  # calls of this capture may have come on that stream
                 self._captured = capture, self._last
         self.enter(stream, capturing=True)
-        self._last_raw = None  # every call looks, until an eager one comes
+        self._last_raw = None  # every call looks again, until an eager one comes
 
     def capture(self) -> int:
         """Number of the capture that torch's current stream is in, or 0."""
@@ -73,8 +72,8 @@ class LatencyArena(Arena):
         torch.cuda.synchronize(self.device)
 
 
-class LatencyTables(TableLayout):
-    """Tables of a low-latency routing: rows are numbered rank * T_max + position there."""
+class LlTables(TableLayout):
+    """Tables of an `ll` routing: rows are numbered rank * T_max + position there."""
 
     dense = False
 

@@ -1,14 +1,18 @@
-"""What the host tells the kernels ll_dispatch and ll_combine: one definition for both sides."""
+"""What a launch tells the kernels ll::dispatch and ll::combine."""
 
 from __future__ import annotations
 
 import enum
 
-from expertlink.engines.nvlink.ht.arguments import OUTPUTS, constants_of
+from expertlink.engines.nvlink.ht.arguments import OUTPUTS
+from expertlink.engines.nvlink.ll.plan import SETS
+from expertlink.engines.nvlink.shared import CountColumn, Form, ScaleKind, counters
+from expertlink.engines.ranks.header import Operation
+from expertlink.jit.compiler import constants, enum_declaration
 from expertlink.jit.kernel import Field, Struct
 
 
-class LatencyFlag(enum.IntFlag):
+class Flag(enum.IntFlag):
     """What a launch does, and with what."""
 
     SEND = 1
@@ -19,15 +23,39 @@ class LatencyFlag(enum.IntFlag):
     """Weights travel. (A rank without tokens has no address for them.)"""
     GRADS = 16
     """Gradients of the slots' weights travel."""
-    MASK_LOST = 32
-    """A peer that does not come is masked, and the call goes on without it."""
-    ALONE = 64
+    ALONE = 32
     """The next launch takes no SM before this one leaves it."""
 
 
-FLAG_CONSTANTS = constants_of(LatencyFlag)
+# A signature is what all ranks must say of their call alike, in one word: the operation, then from
+# these bits on its form, its bytes of a row in units of 16, and its bytes of a row's scales.
+_FORM_BIT, _ROW_BIT, _SCALES_BIT = 3, 6, 19
+_WEIGHTS = int(Form.WEIGHTS)  # the operators of flags take microseconds
 
-# What both kernels begin with: latency/protocol.cuh reads these.
+
+def signature(
+    operation: Operation,
+    *,
+    row_bytes: int,
+    weights: bool = False,
+    scale_kind: ScaleKind = ScaleKind.NOT_QUANTIZED,
+    scale_bytes: int = 0,
+) -> int:
+    """The signature of a call.
+
+    Args:
+        operation: what kind of call.
+        row_bytes: bytes of a row on the wire.
+        weights: new weights travel, or gradients of weights.
+        scale_kind: what the kernel quantizes to.
+        scale_bytes: bytes of a row's scales.
+    """
+    form = (_WEIGHTS if weights else 0) | scale_kind << 1
+    word = operation | form << _FORM_BIT | row_bytes // 16 << _ROW_BIT | scale_bytes << _SCALES_BIT
+    return word & 0x7FFFFFFF
+
+
+# What both kernels begin with.
 _COMMON = (
     Field("char* const*", "bases", "[R] arena of every rank"),
     Field("State*", "state", "this rank's"),
@@ -38,14 +66,14 @@ _COMMON = (
     Field("unsigned", "communicator", "tells communicators apart"),
     Field("unsigned", "signature", "what all ranks must say of their call alike"),
     Field("const int*", "subject", "transfer of the dispatch that the call refers to, or null"),
-    Field("int", "flags", "LatencyFlag"),
+    Field("int", "flags", "Flag"),
     Field("int", "num_tokens", "T"),
     Field("int", "send_warps", "warps of a block that send rows first, unless there are few rows"),
     Field("int", "row_bytes", "bytes of a row on the wire"),
     Field("int", "max_slots", "rows that the output has room for"),
     Field("const void*", "ids", "[T, K] global expert ids"),
     Field("void*", "ids_copy", "[T, K] the ids, kept"),
-    Field("const int*", "home_of", "[E] rank * kHomeStride + local index of each expert"),
+    Field("const int*", "expert_location", "[E] rank * kLocationStride + local index"),
     Field("int*", "slots_of_token", "[T, D] rank * T_max + position, ascending, then -1"),
     Field("int*", "rows_from", "[R] rows received from each rank"),
     Field("int*", "rows_to", "[R] rows sent to each rank"),
@@ -93,3 +121,16 @@ COMBINE = Struct(
         Field("float*", "grads_out", "[T, K]"),
     ),
 )
+
+
+def declarations(num_ranks: int) -> str:
+    """C++ text of all of this."""
+    bits = {"kFormBit": _FORM_BIT, "kRowBit": _ROW_BIT, "kScalesBit": _SCALES_BIT}
+    return (
+        enum_declaration(Flag, prefix="k")
+        + enum_declaration(CountColumn, prefix="kColumn")
+        + constants(bits)
+        + counters(num_ranks, SETS).declaration
+        + DISPATCH.declaration
+        + COMBINE.declaration
+    )

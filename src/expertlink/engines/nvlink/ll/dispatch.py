@@ -16,11 +16,12 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, DispatchCall, RowKind
-from expertlink.engines.nvlink.launch import LATENCY_WARPS, Run, homes_of
-from expertlink.engines.nvlink.ll.arena import LatencyArena, LatencyTables, Tables
-from expertlink.engines.nvlink.ll.arguments import COMBINE, DISPATCH, LatencyFlag
+from expertlink.engines.nvlink.launch import LATENCY_WARPS, KernelName, Run
+from expertlink.engines.nvlink.ll.arena import LlArena, LlTables, Tables
+from expertlink.engines.nvlink.ll.arguments import COMBINE, DISPATCH, Flag, signature
 from expertlink.engines.nvlink.ll.launch import LatencyLauncher
 from expertlink.engines.nvlink.ll.plan import REFUSED
+from expertlink.engines.nvlink.shared import ScaleKind, expert_locations
 from expertlink.engines.nvlink.tables import ORIGINS, Route
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.outputs import largest_output
@@ -35,19 +36,16 @@ from expertlink.types import (
 )
 
 _SCALE_KINDS = {
-    None: 0,
-    BlockFormat.E4M3_FLOAT32: 1,
-    BlockFormat.E4M3_POW2: 2,
-    BlockFormat.E4M3_UE8M0: 3,
+    None: ScaleKind.NOT_QUANTIZED,
+    BlockFormat.E4M3_FLOAT32: ScaleKind.FLOAT_SCALES,
+    BlockFormat.E4M3_POW2: ScaleKind.POWER_SCALES,
+    BlockFormat.E4M3_UE8M0: ScaleKind.PACKED_SCALES,
 }
 
 # Plain numbers: the operators of enumerations take microseconds.
-_WIDE_IDS, _NEW_WEIGHTS = int(LatencyFlag.WIDE_IDS), int(LatencyFlag.NEW_WEIGHTS)
-_GRADS, _MASK_LOST = int(LatencyFlag.GRADS), int(LatencyFlag.MASK_LOST)
-_ALONE = int(LatencyFlag.ALONE)
-_DISPATCH, _COMBINE = int(Operation.DISPATCH), int(Operation.COMBINE)
-_CACHED_DISPATCH = int(Operation.CACHED_DISPATCH)
-_WEIGHT_GRADS = int(Operation.WEIGHT_GRADS)
+_WIDE_IDS, _NEW_WEIGHTS = int(Flag.WIDE_IDS), int(Flag.NEW_WEIGHTS)
+_GRADS, _ALONE = int(Flag.GRADS), int(Flag.ALONE)
+_COMBINE, _WEIGHT_GRADS = int(Operation.COMBINE), int(Operation.WEIGHT_GRADS)
 
 
 class LowLatency:
@@ -71,7 +69,7 @@ class LowLatency:
         *,
         rank: int,
         placement: Placement,
-        arena: LatencyArena,
+        arena: LlArena,
         watchdog: Watchdog,
         run: Run,
         num_sms: int,
@@ -82,7 +80,7 @@ class LowLatency:
         self._layout, self._device = config.layout, arena.device
         self._num_ranks = placement.num_ranks
         self._num_local = len(placement.experts_of_rank[rank])
-        self._tables = LatencyTables(config, num_ranks=self._num_ranks, num_local=self._num_local)
+        self._tables = LlTables(config, num_ranks=self._num_ranks, num_local=self._num_local)
         self._kinds: dict[tuple[Any, ...], RowKind] = {}
         self._launch = LatencyLauncher(
             config,
@@ -93,12 +91,14 @@ class LowLatency:
             num_sms=num_sms,
             warps=warps,
         )
-        self._always = _MASK_LOST if config.mask_lost_peers else 0
         self._arenas = arena.in_use
         self._row_bytes = config.hidden_size * config.dtype.itemsize
-        self._combine_signature = _COMBINE | self._row_bytes // 16 << 6
+        self._signatures = [
+            signature(Operation.COMBINE, row_bytes=self._row_bytes, weights=weights)
+            for weights in (False, True)
+        ]
         self._statistics: CallStatistics | None = None
-        self._home_of = homes_of(placement)
+        self._expert_location = expert_locations(placement)
         common: dict[str, int] = {
             "bases": arena.bases.data_ptr(),
             "state": arena.state.data_ptr(),
@@ -106,7 +106,7 @@ class LowLatency:
             "control": watchdog.address,
             "rank": rank,
             "communicator": communicator,
-            "home_of": self._home_of.data_ptr(),
+            "expert_location": self._expert_location.data_ptr(),
         }
         self._dispatch: Any = DISPATCH.new(**common, num_local=self._num_local)
         self._combine: Any = COMBINE.new(**common)
@@ -188,9 +188,7 @@ class LowLatency:
                 output.scales.tensor.zero_()
         a.subject = None if previous is None else previous.origin
         a.origin = route.origin
-        flags = self._always
-        if self._arenas[0] > 1:
-            flags |= _ALONE
+        flags = self._flags()
         if ids.dtype is torch.int64:
             flags |= _WIDE_IDS
         if weights is not None:
@@ -206,7 +204,8 @@ class LowLatency:
             a.num_tokens = num_tokens
             if tables is not None:
                 tables.named = named if call.scales is None else None
-        name = "ll_dispatch" if call.quantize_to is None else "ll_dispatch_quantized"
+        quantizes = call.quantize_to is not None
+        name = KernelName.DISPATCH_QUANTIZED if quantizes else KernelName.DISPATCH
         needs = (output, route, call.x_TW, call.scales, ids, weights) if call.halves else ()
         left = self._launch(
             name, a, flags, call.num_sms, halves=call.halves, needs=needs, tables=route.block
@@ -215,7 +214,7 @@ class LowLatency:
 
     def _flags(self) -> int:
         """Those of every call. Calls of several arenas must not hold SMs for their followers."""
-        return self._always | _ALONE if self._arenas[0] > 1 else self._always
+        return _ALONE if self._arenas[0] > 1 else 0
 
     def refuse(self) -> None:
         """Lets the peers know that this rank will not make the dispatch that they make."""
@@ -233,7 +232,7 @@ class LowLatency:
         self._name_rows(a, call, output, weighted=False)
         a.topk_weights, a.num_tokens, a.signature = None, 0, REFUSED
         a.subject, a.origin = None, self._tables.address(block.data_ptr(), "origin")
-        self._launch("ll_dispatch", a, self._flags() | _WIDE_IDS, None, halves=False)
+        self._launch(KernelName.DISPATCH, a, self._flags() | _WIDE_IDS, None, halves=False)
 
     def _name_rows(
         self, a: Any, call: DispatchCall, output: DispatchOutput, weighted: bool
@@ -252,10 +251,15 @@ class LowLatency:
             if call.scales is not None:
                 a.scales = call.scales.data_ptr()
         a.scale_kind, a.row_bytes, a.scale_bytes = kind, row_bytes, scale_bytes
-        a.operation = _DISPATCH if call.previous is None else _CACHED_DISPATCH
-        a.signature = (
-            a.operation | weighted << 3 | kind << 4 | row_bytes // 16 << 6 | scale_bytes << 19
-        ) & 0x7FFFFFFF
+        operation = Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH
+        a.operation = operation
+        a.signature = signature(
+            operation,
+            row_bytes=row_bytes,
+            weights=weighted,
+            scale_kind=kind,
+            scale_bytes=scale_bytes,
+        )
 
     def _name_tables(self, a: Any, block: Tensor, ids: Tensor) -> None:
         """Where the tables of the routing are."""
@@ -363,18 +367,15 @@ class LowLatency:
         a.slot_weights = None if weights is None else weights.data_ptr()
         a.weights_of_row = route.weights_address() if call.weighted else None
         grads_TK = self._name_grads(a, route, grads)
-        a.signature = self._combine_signature
-        flags = self._always
-        if self._arenas[0] > 1:
-            flags |= _ALONE
+        a.signature = self._signatures[grads is not None]
+        flags = self._flags()
         if grads is not None:
             flags |= _GRADS
-            a.signature = self._combine_signature | 1 << 3
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
         needs = (call, route, grads, grads_TK) if call.halves else ()
         left = self._launch(
-            "ll_combine",
+            KernelName.COMBINE,
             a,
             flags,
             call.num_sms,
@@ -389,14 +390,14 @@ class LowLatency:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
         a = self._arguments_for(route)
         a.operation, a.row_bytes = _WEIGHT_GRADS, 0
-        a.signature = _WEIGHT_GRADS | 1 << 3
+        a.signature = signature(Operation.WEIGHT_GRADS, row_bytes=0, weights=True)
         a.slot_weights = a.weights_of_row = None
         grads_TK = self._name_grads(a, route, grads)
         assert grads_TK is not None
         flags = self._flags() | _GRADS
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
-        self._launch("ll_combine", a, flags, None, halves=False)
+        self._launch(KernelName.COMBINE, a, flags, None, halves=False)
         return grads_TK
 
     def _arguments_for(self, route: Route) -> Any:

@@ -19,7 +19,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, RowKind
 from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.engine import ALIGNMENT, NvlinkBase, check_address, nothing_left
-from expertlink.engines.nvlink.ll.arena import LatencyArena
+from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.dispatch import LowLatency
 from expertlink.engines.nvlink.tables import as_route
 from expertlink.engines.nvlink.watchdog import Watchdog
@@ -46,7 +46,7 @@ class LatencyEngine(NvlinkBase):
     """
 
     quantizes = True
-    arena: LatencyArena
+    arena: LlArena
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class LatencyEngine(NvlinkBase):
         *,
         wire: Wire,
         placement: Placement,
-        arena: LatencyArena,
+        arena: LlArena,
         watchdog: Watchdog,
         calls: LowLatency,
         check: bool,

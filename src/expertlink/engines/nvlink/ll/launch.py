@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.launch import Launch, Run, latency_warps
+from expertlink.engines.nvlink import tuning
+from expertlink.engines.nvlink.launch import KernelName, Launch, Run, latency_warps
 from expertlink.engines.nvlink.ll import plan as ll_plan
-from expertlink.engines.nvlink.ll.arena import LatencyArena
-from expertlink.engines.nvlink.ll.arguments import LatencyFlag
+from expertlink.engines.nvlink.ll.arena import LlArena
+from expertlink.engines.nvlink.ll.arguments import Flag
 from expertlink.engines.nvlink.ll.halves import Half
 from expertlink.jit.kernel import Arguments
 
@@ -19,13 +20,15 @@ COMBINE_SMS = 64
 # Warps of all blocks that begin with sending, where both halves are in one launch and a row goes to
 # c peers: a / (b + c). So many fill the wire; more get into the way of those that wait for rows.
 # Quantizing a row takes as long as b copies of it.
-_SENDING_WARPS = {"ll_dispatch": (260.0, 0.0), "ll_dispatch_quantized": (950.0, 3.2)}
-_TELLING_WARPS = 4  # of a block of dispatch, at least: they deal with counts
+_SENDING_WARPS = {
+    KernelName.DISPATCH: (260.0, 0.0),
+    KernelName.DISPATCH_QUANTIZED: (950.0, 3.2),
+}
 _RETURNING_SHARE = {"sums": 0.84, "rows": 0.75}  # of the warps of combine's blocks, at most
 # Copying rows takes few warps: so many in all blocks, and in each at least the latter.
 _RETURNING_ROWS = (256, 4)
 IN_FLIGHT = 2  # calls whose receiving half has not been launched
-_SEND, _RECEIVE = int(LatencyFlag.SEND), int(LatencyFlag.RECEIVE)
+_SEND, _RECEIVE = int(Flag.SEND), int(Flag.RECEIVE)
 _BOTH = _SEND | _RECEIVE
 
 
@@ -48,7 +51,7 @@ class LatencyLauncher:
         *,
         num_ranks: int,
         num_local: int,
-        arena: LatencyArena,
+        arena: LlArena,
         run: Run,
         num_sms: int,
         warps: int,
@@ -56,11 +59,11 @@ class LatencyLauncher:
         self._config, self._arena, self._run = config, arena, run
         self._num_ranks, self._num_local = num_ranks, num_local
         self._num_sms, self._most_warps = num_sms, warps
-        self._plans: dict[tuple[str, int | None, str], tuple[Launch, int]] = {}
+        self._plans: dict[tuple[KernelName, int | None, str], tuple[Launch, int]] = {}
 
     def __call__(
         self,
-        name: str,
+        name: KernelName,
         a: Any,
         flags: int,
         num_sms: int | None,
@@ -111,7 +114,7 @@ class LatencyLauncher:
         arena.halves.add(half)
         return half
 
-    def _plan(self, name: str, num_sms: int | None, half: str) -> tuple[Launch, int]:
+    def _plan(self, name: KernelName, num_sms: int | None, half: str) -> tuple[Launch, int]:
         """Grid and block of a launch, and how many warps of a block begin with sending."""
         key = (name, num_sms, half)
         plan = self._plans.get(key)
@@ -119,8 +122,8 @@ class LatencyLauncher:
             plan = self._plans[key] = self._new_plan(*key)
         return plan
 
-    def _new_plan(self, name: str, num_sms: int | None, half: str) -> tuple[Launch, int]:
-        config, dispatches, both = self._config, name != "ll_combine", half == "both"
+    def _new_plan(self, name: KernelName, num_sms: int | None, half: str) -> tuple[Launch, int]:
+        config, dispatches, both = self._config, name is not KernelName.COMBINE, half == "both"
         default = config.num_sms_dispatch if dispatches else config.num_sms_combine
         usual = DISPATCH_SMS if dispatches else COMBINE_SMS
         words = 0
@@ -133,7 +136,7 @@ class LatencyLauncher:
         warps = max(1 if dispatches else 2, latency_warps(name, self._most_warps))
         launch = Launch(grid=blocks, block=32 * warps, shared_bytes=4 * words, follows=True)
         if dispatches:
-            senders = warps - _TELLING_WARPS
+            senders = warps - tuning.LL_PUBLISHING_WARPS
             if both:
                 work, once = _SENDING_WARPS[name]
                 wanted = work / (once + max(1.0, _copies_to_peers(config, self._num_ranks)))

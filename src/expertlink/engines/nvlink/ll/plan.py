@@ -1,4 +1,4 @@
-"""Memory of low-latency mode: regions of the arena, and what its kernels find in shared memory."""
+"""Memory of mode `ll`: regions of the arena, and what its kernels find in shared memory."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import FLAG_WORDS, RowShape, round_up
-from expertlink.engines.ranks.header import Operation
+from expertlink.engines.nvlink import tuning
+from expertlink.engines.nvlink.rows import RowShape
+from expertlink.engines.nvlink.shared import CountColumn
+from expertlink.layouts import align
 from expertlink.quantization import num_blocks
 
 SETS = 3  # staging sets that transfers take in turn
 LAST_NUMBER = SETS << 30  # of a transfer; the next one is 1 again
 STEP_BYTES = 512  # of a row that a warp moves at once
+_FLAG_WORDS = 4  # of each rank: ready, credit, abort and alive
 _ALIGNMENT = 1024
-_NOTHING = 0xFF  # every byte of staging memory that nobody has written
+_SENTINEL_BYTE = 0xFF  # every byte of staging memory that nobody has written
 _TAGGED = 8  # bytes of a word that carries its transfer
-_HEAD_COLUMNS = 8  # of a count row, before the counts: `CountColumn` in latency/protocol.cuh
 REFUSED = 0x7FFFFFFF  # no call has this signature
-_MASK_WORDS = 24 * 1024  # words of masks for experts that a block holds
-_TABLE_WORDS = 24 * 1024  # words of everything else
 
 
 @dataclass(frozen=True)
-class LatencyPlan:
-    """Sizes of the regions of a low-latency arena, in bytes. Every rank has the same.
+class LlPlan:
+    """Sizes of the regions of an arena in mode `ll`, in bytes. Every rank has the same.
 
     Attributes:
         flags: ready, credit, abort and alive words of every rank.
         counts: tagged count rows from every rank, in every set.
-        beside: tagged words beside every staged row, in every set.
+        metadata: tagged words of every staged row's metadata, in every set.
         escapes: a word for every step of every staged row, in every set.
         rows: staged rows with their scales, in every set.
         slots: staged rows of a set.
@@ -45,7 +45,7 @@ class LatencyPlan:
 
     flags: int
     counts: int
-    beside: int
+    metadata: int
     escapes: int
     rows: int
     slots: int
@@ -57,24 +57,24 @@ class LatencyPlan:
     exact: bool
 
     @staticmethod
-    def of(config: MoECommunicatorConfig, num_ranks: int) -> LatencyPlan:
+    def of(config: MoECommunicatorConfig, num_ranks: int) -> LlPlan:
         """What a communicator needs."""
         shape = RowShape.of(config)
-        stride = round_up(shape.row + shape.beside - shape.scales_at, 128)
+        stride = align(shape.row + shape.scales, 128)
         slots = num_ranks * config.max_tokens_per_rank
         if config.combine_precision == "exact":
             slots = max(slots, config.topk * config.max_tokens_per_rank)
         max_steps = -(-shape.row // STEP_BYTES)
-        columns = _HEAD_COLUMNS + config.num_experts
+        columns = count_columns(config)
         sizes = {
-            "flags": 4 * (FLAG_WORDS + 1) * num_ranks,
-            "counts": SETS * _TAGGED * num_ranks * round_up(columns, 2),
-            "beside": SETS * 2 * _TAGGED * slots * (config.topk + 1),
+            "flags": 4 * _FLAG_WORDS * num_ranks,
+            "counts": SETS * _TAGGED * num_ranks * columns,
+            "metadata": SETS * 2 * _TAGGED * slots * (config.topk + 1),
             "escapes": SETS * 4 * slots * (max_steps + 1),
             "rows": SETS * slots * stride,
         }
-        rounded = {name: round_up(size, _ALIGNMENT) for name, size in sizes.items()}
-        return LatencyPlan(
+        rounded = {name: align(size, _ALIGNMENT) for name, size in sizes.items()}
+        return LlPlan(
             **rounded,
             slots=slots,
             max_tokens=config.max_tokens_per_rank,
@@ -94,7 +94,7 @@ class LatencyPlan:
         return {
             "flags": self.flags,
             "counts": self.counts,
-            "ids, places and weights": self.beside,
+            "ids, places and weights": self.metadata,
             "escape words": self.escapes,
             "rows in transit": self.rows,
         }
@@ -106,36 +106,44 @@ class LatencyPlan:
 
     def offsets(self, num_ranks: int) -> dict[str, int]:
         """Offsets of the regions as the kernels name them."""
-        flags, counts, beside, escapes, rows = itertools.accumulate(
-            (0, self.flags, self.counts, self.beside, self.escapes)
+        flags, counts, metadata, escapes, rows = itertools.accumulate(
+            (0, self.flags, self.counts, self.metadata, self.escapes)
         )
         return {
             "kReadyAt": flags,
             "kCreditsAt": flags + 4 * num_ranks,
             "kAbortsAt": self.aborts_at(num_ranks),
-            "kAliveAt": flags + 4 * FLAG_WORDS * num_ranks,
+            "kAliveAt": flags + 4 * (_FLAG_WORDS - 1) * num_ranks,
             "kCountsAt": counts,
-            "kBesideAt": beside,
+            "kMetadataAt": metadata,
             "kEscapesAt": escapes,
             "kRowsAt": rows,
         }
 
     def aborts_at(self, num_ranks: int) -> int:
         """Offset of the abort words."""
-        return 4 * (FLAG_WORDS - 1) * num_ranks
+        return 4 * (_FLAG_WORDS - 2) * num_ranks
 
     def prepare(self, memory: Tensor) -> None:
         """Makes an arena what it has to be before the first call."""
         rows_at = self.total - self.rows
         memory[:rows_at].zero_()
-        memory[rows_at:].fill_(_NOTHING)
+        memory[rows_at:].fill_(_SENTINEL_BYTE)
+
+
+def count_columns(config: MoECommunicatorConfig) -> int:
+    """Tagged words of a count row, an even number: they are stored in pairs."""
+    return align(CountColumn.FIRST_COUNT + config.num_experts, 2)
 
 
 def constants_of(
-    config: MoECommunicatorConfig, plan: LatencyPlan, *, num_ranks: int
-) -> dict[str, int]:
-    """What the plan fixes for the kernels; the same on all ranks."""
+    config: MoECommunicatorConfig, plan: LlPlan, *, num_ranks: int
+) -> dict[str, int | bool]:
+    """What a communicator fixes for its kernels; the same on all ranks."""
     return {
+        "kDispatchWarps": tuning.LL_DISPATCH_WARPS,
+        "kCombineWarps": tuning.LL_COMBINE_WARPS,
+        "kPublishingWarps": tuning.LL_PUBLISHING_WARPS,
         "kSets": SETS,
         "kLastNumber": LAST_NUMBER,
         "kSlots": plan.slots,
@@ -143,12 +151,13 @@ def constants_of(
         "kScalesAt": RowShape.of(config).row,
         "kMaxSteps": plan.max_steps,
         "kNumBlocks": num_blocks(config.hidden_size),
-        "kCountWords": round_up(_HEAD_COLUMNS + config.num_experts, 2),
+        "kCountWords": count_columns(config),
         "kExpertChunk": experts_at_once(config),
-        "kExact": int(config.combine_precision == "exact"),
+        "kExact": plan.exact,
         "kRefused": REFUSED,
-        "kHostHeadColumns": _HEAD_COLUMNS,
-        "kDispatchOperation": int(Operation.DISPATCH),
+        "kSentinelByte": _SENTINEL_BYTE,
+        "kStepBytes": STEP_BYTES,
+        "kMaskLost": config.mask_lost_peers,
         **plan.offsets(num_ranks),
     }
 
@@ -156,7 +165,7 @@ def constants_of(
 def experts_at_once(config: MoECommunicatorConfig) -> int:
     """Experts whose masks fit into a block's shared memory together."""
     words = -(-config.max_tokens_per_rank // 32)
-    return max(1, min(config.num_experts, _MASK_WORDS // words))
+    return max(1, min(config.num_experts, tuning.LL_MASK_WORDS // words))
 
 
 def shared_words(
@@ -179,7 +188,7 @@ def unavailable_reason(
         return f"the host has to learn the shape of {config.layout.value} without static_shapes"
     total = shared_words(config, num_ranks=num_ranks, num_local=num_local, half="both")
     words = -(-config.max_tokens_per_rank // 32)
-    if total - experts_at_once(config) * words > _TABLE_WORDS:
+    if total - experts_at_once(config) * words > tuning.LL_TABLE_WORDS:
         return f"tables of {total * 4} bytes exceed the shared memory of a block"
     if config.max_tokens_per_rank >= 1 << 16 or config.num_experts >= 1 << 16:
         return "positions and experts are numbered with 16 bits"
