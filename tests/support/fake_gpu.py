@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
-from expertlink import session as session_module
+from expertlink import communicator as communicator_module
 from expertlink.engines.nvlink import arena, engine
-from expertlink.engines.nvlink.arena import ArenaPlan
 from expertlink.engines.nvlink.build import assemble, make_arena
 from expertlink.engines.nvlink.ht import engine as ht_engine
+from expertlink.engines.nvlink.ht.plan import HtPlan
+from expertlink.engines.nvlink.launch import KernelName
 from expertlink.engines.nvlink.ll import arena as ll_arena
 from expertlink.engines.nvlink.ll import engine as ll_engine
-from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.ll.plan import LlPlan
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.wire import Wire
 from expertlink.engines.select import EngineChoice
@@ -80,7 +81,8 @@ class FakeGpu:
             patch(module, "is_capturing", lambda: self.capture != 0)
         for module in (ll_arena, arena):
             patch(module, "capture_of", lambda _: self.capture)
-        patch(session_module, "choose_engine", lambda *_, **__: EngineChoice("nvlink", "a test"))
+        choice = EngineChoice("nvlink", "a test")
+        patch(communicator_module, "choose_engine", lambda *_, **__: choice)
 
     def communicator(self, **fields: Any) -> MoECommunicator:
         """A communicator of one rank."""
@@ -95,11 +97,11 @@ class FakeGpu:
         config = MoECommunicatorConfig(**{**usual, **fields})
         comm = MoECommunicator(config)
         placement = Placement.from_ranks(even_blocks(E, 1), num_ranks=1, device=CPU)
-        plan: Any = (LatencyPlan if config.mode == "ll" else ArenaPlan).of(config, 1)
+        plan: Any = (LlPlan if config.mode == "ll" else HtPlan).of(config, 1)
         memory = torch.zeros(plan.total, dtype=torch.uint8)
-        watchdog = Watchdog(rank=0, num_ranks=1, counts=2 * E, timeout_s=5.0)
+        watchdog = Watchdog(rank=0, num_ranks=1, num_experts=E, timeout_s=5.0)
 
-        def run(name: str, arguments: Arguments, launch: object) -> None:
+        def run(name: KernelName, arguments: Arguments, launch: object) -> None:
             fields = ("operation", "subject", "flags", "origin")
             self.launched.append(
                 {"name": name, **{field: getattr(arguments, field, None) for field in fields}}
@@ -107,7 +109,7 @@ class FakeGpu:
             if self.mails and config.mode == "ht" and not config.static_shapes:
                 watchdog._words.mail_number += 1
 
-        comm._engine = assemble(
+        engine = assemble(
             config,
             wire=Wire(None, device=CPU, timeout_s=5.0),
             placement=placement,
@@ -116,9 +118,7 @@ class FakeGpu:
             run=run,
             check_inputs=False,
         )
-        comm._placement = placement
-        comm._calls.num_local_experts = E
-        comm._calls.engine_quantizes = comm._engine.quantizes
+        comm._use(engine, placement)
         return comm
 
 

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
-from expertlink.calls import CallBuilder
-from expertlink.engines.nvlink.arena import ArenaPlan
 from expertlink.engines.nvlink.build import assemble, make_arena, serves_latency
+from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.launch import (
     LATENCY_WARPS,
     SHARED_BYTES,
     STATIC_BYTES,
     BlockShape,
+    KernelName,
     Launch,
     architecture,
     compile_for,
 )
-from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.ll.plan import LlPlan
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.wire import Transfer, Wire
 from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
@@ -128,7 +128,7 @@ class Memory:
 class _Share:
     """One rank's part of a launch."""
 
-    name: str
+    name: KernelName
     arguments: bytes
     launch: Launch
     stream: torch.cuda.Stream
@@ -165,7 +165,7 @@ class Fleet:
         )
         self.placement = Placement.from_ranks(owners, num_ranks=num_ranks, device=DEVICE)
         self.latency = serves_latency(config, self.placement)
-        self.plan: Any = (LatencyPlan if self.latency else ArenaPlan).of(config, num_ranks)
+        self.plan: Any = (LlPlan if self.latency else HtPlan).of(config, num_ranks)
         self._host = host
         if host is not None:
             assert host.plan.holds(self.plan)
@@ -192,7 +192,7 @@ class Fleet:
         """For new communicators: flags as in fresh memory, and NaN and -1 everywhere else."""
         torch.cuda.synchronize(DEVICE)
         for buffer in self._buffers if self._host is None else ():
-            if isinstance(self.plan, LatencyPlan):
+            if isinstance(self.plan, LlPlan):
                 self.plan.prepare(buffer)
             else:
                 buffer[: self.plan.flags].zero_()
@@ -205,7 +205,7 @@ class Fleet:
     def memory(self, rank: int) -> Memory:
         return Memory(self._buffers[rank], self.addresses, self._buffers)
 
-    def run(self, rank: int, name: str, arguments: Arguments, launch: Launch) -> None:
+    def run(self, rank: int, name: KernelName, arguments: Arguments, launch: Launch) -> None:
         """One rank's share of a launch; the last rank to come starts it for all."""
         if launch.local:
             # Rows that the common launch has sent are placed, or dropped: nobody is waited for, and
@@ -236,7 +236,7 @@ class Fleet:
         with torch.cuda.device(DEVICE), torch.cuda.stream(first.stream):
             self._launch(first.name, present, launch)
 
-    def _launch(self, name: str, arguments: list[bytes], launch: Launch) -> None:
+    def _launch(self, name: KernelName, arguments: list[bytes], launch: Launch) -> None:
         host = torch.frombuffer(bytearray(b"".join(arguments)), dtype=torch.uint8).pin_memory()
         table = host.to(DEVICE, non_blocking=True)
         self._kernels[name].launch(
@@ -275,29 +275,25 @@ class HostedCommunicator(MoECommunicator):
         super().__init__(dataclasses.replace(fleet.config, **fields))
         self._fleet, self._memory_of = fleet, share_with
         self.rank, self.num_ranks = rank, fleet.num_ranks
-        self._calls = CallBuilder(
-            self.config, device=DEVICE, num_ranks=fleet.num_ranks, identity=self._identity
-        )
 
     def initialize(self) -> None:
         if self._engine is not None:
             return
         fleet, config = self._fleet, self.config
         wire = HostedWire(self.rank, fleet.meeting)
-        self._placement = fleet.placement
         num_local = len(fleet.placement.experts_of_rank[self.rank])
         buffer = fleet.memory(self.rank)
         if self._memory_of is None:
             watchdog = Watchdog(
                 rank=self.rank,
                 num_ranks=fleet.num_ranks,
-                counts=config.num_experts,
+                num_experts=config.num_experts,
                 timeout_s=self._timeout_s,
             )
         else:
             watchdog = self._memory_of._engine.watchdog  # type: ignore[union-attr]
 
-        def run(name: str, arguments: Arguments, launch: Launch) -> None:
+        def run(name: KernelName, arguments: Arguments, launch: Launch) -> None:
             fleet.run(self.rank, name, arguments, launch)
 
         if self._memory_of is None:
@@ -320,9 +316,7 @@ class HostedCommunicator(MoECommunicator):
             ),
             latency_warps=fleet.latency_warps,
         )
-        self._engine = engine
-        self._calls.num_local_experts = num_local
-        self._calls.engine_quantizes = engine.quantizes
+        self._use(engine, fleet.placement)
 
 
 def fleet_of(mode: str, case: Case, *, warps: int | None = None, **fields: Any) -> Fleet:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import ArenaPlan
 from expertlink.engines.nvlink.build import assemble, make_arena, serves_latency
+from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.launch import DeviceRunner
-from expertlink.engines.nvlink.ll.plan import LatencyPlan
+from expertlink.engines.nvlink.ll.plan import LlPlan
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.jit import compiler
 from expertlink.routing import Placement, even_blocks
@@ -74,7 +74,6 @@ class Rank(MoECommunicator):
         super().__init__(MoECommunicatorConfig(**{**usual, **SMS, **fields}))
         self.world, self._memory_of = world, share_with
         self.rank, self.num_ranks = rank, world.num_ranks
-        self._calls._num_ranks = world.num_ranks
         self.initialize()
 
     def initialize(self) -> None:
@@ -87,9 +86,8 @@ class Rank(MoECommunicator):
             num_ranks=world.num_ranks,
             device=DEVICE,
         )
-        self._placement = placement
         latency = serves_latency(config, placement)
-        plan: Any = (LatencyPlan if latency else ArenaPlan).of(config, world.num_ranks)
+        plan: Any = (LlPlan if latency else HtPlan).of(config, world.num_ranks)
         if self._memory_of is not None:
             other: Any = self._memory_of._engine
             other.arena.check_fits(plan)
@@ -111,7 +109,7 @@ class Rank(MoECommunicator):
             watchdog = Watchdog(
                 rank=self.rank,
                 num_ranks=world.num_ranks,
-                counts=max(config.num_experts, 64),
+                num_experts=max(config.num_experts, 64),
                 timeout_s=self._timeout_s,
             )
         engine = assemble(
@@ -123,9 +121,7 @@ class Rank(MoECommunicator):
             run=DeviceRunner(config, plan, num_ranks=world.num_ranks, device=DEVICE),
             check_inputs=self._check,
         )
-        self._engine = engine
-        self._calls.num_local_experts = len(placement.experts_of_rank[self.rank])
-        self._calls.engine_quantizes = engine.quantizes
+        self._use(engine, placement)
         world.meet()
 
     # -- what tests need of it --------------------------------------------------------------------
