@@ -1,4 +1,4 @@
-"""Configuration of a communicator: what is fixed once, checked when it is built."""
+"""Configuration of a communicator: fixed once, and checked when it is built."""
 
 from __future__ import annotations
 
@@ -23,101 +23,123 @@ MODES = ("ht", "ll")
 COMBINE_PRECISIONS = ("wire", "exact")
 SCALE_ORDERS = ("row_major", "column_major")
 ENGINES = ("auto", "collective", "nvlink")
-NVLINK_ONLY = ("zero_copy", "static_shapes", "mask_lost_peers")  # what no other engine has
+NVLINK_ONLY = ("zero_copy", "static_shapes", "mask_lost_peers")  # no other engine has them
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoECommunicatorConfig:
-    """Everything a `MoECommunicator` fixes for its lifetime.
+    """Everything that a `MoECommunicator` fixes for its lifetime.
 
     All ranks of the group pass equal values, except for `device`, `num_local_experts`,
     `local_expert_start`, the two time-outs and the SM budgets.
 
-    Nothing in it changes, so copies, deep ones included, are the object itself. With a group it
-    cannot be pickled: a group belongs to its process.
+    A configuration never changes, so a copy of it, deep or shallow, is the object itself. One that
+    holds a process group cannot be pickled: a group belongs to its process.
 
     Raises:
-        ConfigurationError: a field cannot work; the message names it, its value and what would.
+        ConfigurationError: a field has a value that cannot work. The message names the field, its
+            value, and what is accepted.
     """
 
     num_experts: int
-    """E, experts in the model."""
+    """E, the experts of the model, over all ranks."""
     hidden_size: int
     """H, elements of a token's row."""
     topk: int
-    """K, experts chosen per token, at most 32."""
+    """K, experts chosen per token; at most 32."""
     max_tokens_per_rank: int
-    """Most tokens any rank dispatches in one call; padded layouts are sized by it."""
+    """Most tokens that any rank dispatches in one call. It sizes the padded layouts and the
+    memory of the nvlink engine, so set it to your largest batch and no higher."""
 
     group: torch.distributed.ProcessGroup | DeviceMesh | None = None
-    """Expert-parallel group, or a device mesh of one dimension, which stands for its group. None:
-    the default group, or a single rank where torch.distributed is not initialised."""
+    """The expert-parallel group, or a device mesh of one dimension, which stands for its group.
+    None: the default group, or a single rank where torch.distributed is not initialised. Set it
+    where experts are spread over some of the ranks only."""
     device: torch.device | str | None = None
-    """Where tensors live. None: CUDA's current device for groups that can use it, else CPU."""
+    """Where tensors live. None: CUDA's current device if the group can use it, else the CPU. Set it
+    to run on the CPU of a machine with GPUs."""
 
     mode: Literal["ht", "ll"] = "ht"
-    """"ht" for training and prefill, "ll" for decode; sets the defaults below and, on the
-    NVLink engine, the kernels."""
+    """"ht" (high throughput) for training and prefill, "ll" (low latency) for decode. It sets the
+    default of `output_layout` and, on the nvlink engine, the kernels."""
     engine: Literal["auto", "collective", "nvlink"] = "auto"
-    """"auto" picks the fastest engine that can run and logs why."""
+    """"auto" picks the fastest engine that can run and logs why. Set "nvlink" to get an error where
+    it cannot run, instead of a slower engine. Set "collective" to compare with torch.distributed.
+    Results are the same bits with either."""
     output_layout: (
         DispatchLayout | Literal["flat", "token_major", "rank_major", "expert_major"] | None
     ) = None
-    """None: FLAT in "ht" mode, EXPERT_MAJOR in "ll" mode."""
+    """How received rows are arranged. None: FLAT in "ht" mode, EXPERT_MAJOR in "ll" mode. Set it to
+    what your expert kernels read. TOKEN_MAJOR and RANK_MAJOR hold a token once per rank, whatever
+    number of its experts live there, and leave the weights to the experts."""
 
     dtype: torch.dtype = torch.bfloat16
     """Element type of unquantized rows, of expert outputs and of combine's result."""
     quantization: BlockFormat | Literal["e4m3_float32", "e4m3_pow2", "e4m3_ue8m0"] | None = None
-    """Set to let dispatch quantize rows of `dtype` itself; leave None to send rows as given
-    (rows quantized by the caller are accepted whenever `scales` are passed)."""
+    """Set it to let dispatch quantize rows of `dtype` to that format, which halves the bytes that
+    travel. None: rows travel as given; rows that the caller has quantized are accepted with
+    `scales`."""
 
     combine_precision: Literal["wire", "exact"] = "wire"
-    """FLAT and EXPERT_MAJOR. "wire": each rank adds up its rows of a token and sends one sum,
-    rounded to the wire type. "exact": every row travels back, and the token's rank adds them up in
-    float32 (float64 beside float64 rows), in top-k order: bits do not depend on the placement."""
+    """FLAT and EXPERT_MAJOR only. "wire": each rank adds up its rows of a token and sends one sum,
+    rounded to `dtype`. "exact": every row travels back, and the token's rank adds them up in
+    float32 (float64 for float64 rows), in top-k order. Set "exact" where results must not depend
+    on the placement of the experts, bit for bit; it sends more rows."""
     scale_order: Literal["row_major", "column_major"] = "row_major"
-    """Memory order of received scales: "column_major" stores their last two dimensions transposed,
-    as grouped GEMMs want them. Shape and values are the same."""
+    """Memory order of received scales. Set "column_major" where your grouped GEMM reads scales
+    transposed: their last two dimensions are swapped in memory, shape and values stay the same."""
 
     num_local_experts: int | None = None
-    """Experts on this rank, a contiguous block. None: as even as possible over the ranks."""
+    """Experts on this rank, a contiguous block. None: as even as possible over the ranks. Set it,
+    on all ranks, where they hold different numbers of experts."""
     local_expert_start: int | None = None
-    """First expert of this rank's block. None: blocks follow the order of the ranks."""
+    """First expert of this rank's block. None: blocks follow the order of the ranks. Set it, with
+    `num_local_experts`, where they do not."""
     expert_map: Sequence[int] | torch.Tensor | None = None
-    """`[E]` rank of every expert, for any placement; excludes the two fields above. Local experts
-    are numbered in ascending global order."""
+    """`[E]` the rank of every expert, for any placement; excludes the two fields above. Local
+    experts are numbered in ascending global order. Set it where a rank's experts are not one
+    block, as after load balancing."""
 
     expert_alignment: int = 1
-    """FLAT only: every expert's group of rows is padded with zero rows to this multiple."""
+    """FLAT only: every expert's group of rows is padded with zero rows to a multiple of this. Set
+    it to the tile size that your grouped GEMM asks for."""
     max_recv_tokens_per_rank: int | None = None
-    """Most rows (first dimension of `tokens`, FLAT and TOKEN_MAJOR) a rank accepts. None: the
-    most that can arrive."""
+    """FLAT and TOKEN_MAJOR only: most rows (first dimension of `tokens`) that a rank accepts; more
+    raise CapacityError on every rank. None: as many as can arrive. Set it to bound the memory of a
+    dispatch."""
 
     zero_copy: bool = False
-    """TOKEN_MAJOR and RANK_MAJOR on the nvlink engine: `tokens` is a view of memory that peers have
-    written to, valid until the next but one dispatch is issued. False: the caller owns it."""
+    """TOKEN_MAJOR and RANK_MAJOR on the nvlink engine: `tokens` is a view of the memory that peers
+    write to, valid until the dispatch after the next one is issued. Set it to save the copy, where
+    experts are done with `tokens` by then. False: the caller owns `tokens`."""
     static_shapes: bool = False
-    """nvlink engine: `tokens` has room for all rows that can arrive, counts stay on the device,
-    and no call waits on the host, so that calls can be captured in CUDA graphs."""
+    """nvlink engine: `tokens` has room for all rows that can arrive, counts stay on the device, and
+    no call waits on the host. Set it to capture calls in CUDA graphs."""
     mask_lost_peers: bool = False
-    """mode="ll" on the nvlink engine: a peer that does not come in time is masked instead of
-    failing the call: later calls neither wait for it nor send to it. See `query_mask`."""
+    """mode="ll" on the nvlink engine: a peer that does not arrive in time is masked, and the call
+    does not fail. Later calls neither wait for it nor send to it; see `query_mask`. Set it where
+    serving must outlive a lost rank."""
 
     num_sms_dispatch: int | None = None
-    """SMs a dispatch may occupy. None: the engine's choice. Ignored by the collective engine."""
+    """SMs that a dispatch may occupy. None: the engine's choice. Set it to leave SMs to kernels
+    that run at the same time. The collective engine ignores it."""
     num_sms_combine: int | None = None
-    """SMs a combine may occupy; as above."""
+    """SMs that a combine may occupy; as above."""
     enable_overlap: bool = True
-    """Run `dispatch_async` / `combine_async` beside the caller's stream. False: in line with it."""
+    """True: `dispatch_async` and `combine_async` run on a stream of their own. Set it to False to
+    run them on the caller's stream, as when you look for a race."""
 
     timeout_s: float | None = None
-    """Seconds a call waits for its peers. None: EXPERTLINK_TIMEOUT, else 100."""
+    """Seconds that a call waits for its peers. None: EXPERTLINK_TIMEOUT, else 100. Raise it where
+    ranks may be further apart than that; lower it where a lost rank must be noticed soon."""
     startup_timeout_s: float | None = None
-    """Seconds `initialize()` waits for its peers. None: EXPERTLINK_STARTUP_TIMEOUT, else 300."""
+    """Seconds that `initialize()` waits for its peers. None: EXPERTLINK_STARTUP_TIMEOUT, else 300.
+    Raise it where ranks load weights, or compile kernels, for longer than that."""
     check_inputs: bool | None = None
-    """Check values that only the data shows (id range, duplicate experts), and let ranks agree
-    before every combine and cached dispatch, so that an error on one rank is raised on all.
-    None: True on CPU, False on CUDA, where agreement costs a host wait per call."""
+    """True: check values that only the data shows (range of ids, experts chosen twice), and let
+    ranks agree before every combine and cached dispatch, so that an error on one rank is raised on
+    all. None: True on CPU, False on CUDA, where agreement costs a host wait per call. Set it to
+    True while you look for an error."""
 
     def __post_init__(self) -> None:
         _whole(self, "num_experts", 1)
@@ -165,17 +187,25 @@ class MoECommunicatorConfig:
             _refuse(
                 "combine_precision",
                 "exact",
-                f"'wire' for layout {self.layout.value}, whose rows the caller has added up",
+                f"'wire' for layout {self.layout.value}, whose rows the experts have added up",
             )
         if self.mask_lost_peers and self.mode != "ll":
-            _refuse("mask_lost_peers", True, f"False with mode={self.mode!r}; mode='ll' has it")
+            _refuse(
+                "mask_lost_peers",
+                True,
+                f"False with mode={self.mode!r}; mode='ll' has it",
+            )
         if self.mask_lost_peers and self.combine_precision == "exact":
             _refuse("mask_lost_peers", True, "False with combine_precision='exact'")
         for name in NVLINK_ONLY:
             if getattr(self, name) and self.engine == "collective":
-                _refuse(name, True, "False with engine='collective', which does not have it")
+                _refuse(name, True, "False with engine='collective'; only the nvlink engine has it")
         if self.zero_copy and self.layout.expanded:
-            _refuse("zero_copy", True, f"False for layout {self.layout.value}, which copies rows")
+            _refuse(
+                "zero_copy",
+                True,
+                f"False for layout {self.layout.value}, which copies rows",
+            )
         if self.max_recv_tokens_per_rank is not None and self.layout.padded:
             _refuse(
                 "max_recv_tokens_per_rank",
@@ -208,7 +238,7 @@ class MoECommunicatorConfig:
             return
         if self.num_local_experts is not None or self.local_expert_start is not None:
             raise ConfigurationError(
-                "expert_map excludes num_local_experts and local_expert_start: give either"
+                "expert_map excludes num_local_experts and local_expert_start: pass either"
             )
         try:
             ranks = tuple(int(rank) for rank in self.expert_map)
@@ -216,8 +246,8 @@ class MoECommunicatorConfig:
             _refuse("expert_map", self.expert_map, "one rank number per expert")
         if len(ranks) != self.num_experts:
             raise ConfigurationError(
-                f"expert_map has {len(ranks)} entries; needed are num_experts={self.num_experts} "
-                "entries"
+                f"expert_map has {len(ranks)} entries; accepted: one rank per expert, "
+                f"num_experts={self.num_experts}"
             )
         if min(ranks) < 0:
             raise ConfigurationError(
@@ -237,7 +267,7 @@ class MoECommunicatorConfig:
             raise NotPicklableError(
                 "a MoECommunicatorConfig with a process group cannot be pickled: the group belongs "
                 "to this process; pickle dataclasses.replace(config, group=None) and set the group "
-                "where it is loaded"
+                "after loading"
             )
         return dict(vars(self))
 
@@ -248,7 +278,7 @@ class MoECommunicatorConfig:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Element type of routing weights: float32, or float64 beside float64 rows."""
+        """Element type of routing weights: float32; float64 for float64 rows."""
         return torch.float64 if self.dtype is torch.float64 else torch.float32
 
     @property
@@ -262,18 +292,22 @@ def _refuse(field: str, value: object, accepted: str) -> NoReturn:
 
 
 def _group_of(group: Any) -> Any:
-    """The process group that was given, or that a mesh stands for."""
+    """The process group that was passed, or that a mesh stands for."""
     if group is None:
         return None
-    meshes = sys.modules.get("torch.distributed.device_mesh")  # never loaded: there is no mesh
+    meshes = sys.modules.get("torch.distributed.device_mesh")  # not loaded: no mesh exists
     if meshes is not None and isinstance(group, meshes.DeviceMesh):
         if group.ndim != 1:
             _refuse("group", group, 'a mesh of one dimension, such as mesh["ep"]')
         if group.get_coordinate() is None:
             _refuse("group", group, "a mesh that this rank is in")
         return group.get_group()
-    if isinstance(group, int):  # what new_group gives to ranks outside of the group
-        _refuse("group", group, "a group that this rank is in; build no communicator on the others")
+    if isinstance(group, int):  # what new_group returns to ranks outside of the group
+        _refuse(
+            "group",
+            group,
+            "a group that this rank is in; ranks outside build no communicator",
+        )
     if not all(callable(getattr(group, name, None)) for name in ("rank", "size")):
         _refuse("group", group, "a torch.distributed.ProcessGroup, a 1-D DeviceMesh, or None")
     return group

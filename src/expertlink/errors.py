@@ -1,7 +1,7 @@
-"""Every exception the library raises on purpose.
+"""Every exception that the library raises on purpose. All of them are `ExpertlinkError`s.
 
 Input and configuration errors are also `ValueError`s, time-outs are also `TimeoutError`s, so that
-generic handlers keep working. All of them are `ExpertlinkError`s.
+generic handlers keep working.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class ExpertlinkError(Exception):
 
 
 class ConfigurationError(ExpertlinkError, ValueError):
-    """A configuration that cannot work, or on which the ranks of a group disagree."""
+    """A configuration that cannot work, or one that differs between the ranks of a group."""
 
 
 class EngineUnavailableError(ExpertlinkError, RuntimeError):
@@ -30,7 +30,7 @@ class RoutingChangedError(InputError):
 
 
 class HandleError(ExpertlinkError, RuntimeError):
-    """A dispatch handle that is foreign, already consumed, or of a closed communicator."""
+    """A dispatch handle of another or a closed communicator, or one that was combined already."""
 
 
 class ClosedError(ExpertlinkError, RuntimeError):
@@ -38,7 +38,7 @@ class ClosedError(ExpertlinkError, RuntimeError):
 
 
 class NotPicklableError(ExpertlinkError, TypeError):
-    """Something that belongs to this process, such as a communicator, was to be pickled."""
+    """An attempt to pickle something that belongs to this process, such as a communicator."""
 
 
 class CapacityError(ExpertlinkError, RuntimeError):
@@ -80,13 +80,13 @@ class PeerError(ExpertlinkError, RuntimeError):
 
 
 class AbortError(ExpertlinkError, RuntimeError):
-    """A rank called `abort()`, or left a `with` block by an exception: nobody waits for it.
+    """A rank called `abort()`, or an exception left its `with` block: nobody waits for it.
 
     The communicator is unusable afterwards.
 
     Attributes:
         rank: the rank that aborted.
-        reason: what it said.
+        reason: why, in its own words.
     """
 
     def __init__(self, message: str, *, rank: int, reason: str) -> None:
@@ -103,7 +103,7 @@ class PeerTimeoutError(ExpertlinkError, TimeoutError):
 
     Attributes:
         rank: the rank that waited.
-        missing: the ranks that did not arrive, as far as could be found out; may be empty.
+        missing: the ranks that did not arrive, as far as this rank could find out; may be empty.
         phase: what was being waited for.
         call: sequence number of the call on this communicator.
         waited_s: seconds until the wait ended; less than the time-out where a connection broke.
@@ -134,5 +134,5 @@ class PeerTimeoutError(ExpertlinkError, TimeoutError):
 def _rebuild(
     cls: type[ExpertlinkError], message: str, fields: dict[str, object]
 ) -> ExpertlinkError:
-    # Exceptions with keyword-only fields need help to cross a process boundary.
+    # Pickle cannot rebuild exceptions with keyword-only arguments by itself.
     return cls(message, **fields)

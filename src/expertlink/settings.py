@@ -1,6 +1,6 @@
-"""Every environment variable the library reads, in one table.
+"""Every environment variable that the library reads, in one table.
 
-Most variables give the default of a configuration field; a field that is set wins. Variables are
+Most variables are the default of a configuration field; a field that is set wins. Variables are
 read when a communicator is built, never at import.
 """
 
@@ -19,7 +19,7 @@ from expertlink.errors import ConfigurationError
 Value = TypeVar("Value")
 
 LONGEST_S = 1e8
-"""No wait is longer, whatever is configured, about three years: engines count nanoseconds."""
+"""The longest wait, about three years, whatever is configured: engines count nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Variable(Generic[Value]):
         """Value of the variable.
 
         Raises:
-            ConfigurationError: the variable is set to something that cannot be meant.
+            ConfigurationError: the variable has a value that cannot be parsed.
         """
         text = os.environ.get(self.name)
         if text is None or text.strip() == "":
@@ -76,7 +76,7 @@ def _seconds_in(text: str) -> float:
 
 
 def _absolute_path(text: str) -> Path | None:
-    # Relative paths would mean another directory in every working directory.
+    # A relative path would be another directory in every working directory.
     path = Path(os.path.expanduser(text))
     if not path.is_absolute():
         raise ValueError("an absolute path")
@@ -86,19 +86,19 @@ def _absolute_path(text: str) -> Path | None:
 TIMEOUT = Variable(
     "EXPERTLINK_TIMEOUT",
     100.0,
-    "seconds a dispatch or combine waits for its peers (config field timeout_s)",
+    "seconds that a dispatch or combine waits for its peers (config field timeout_s)",
     _seconds_in,
 )
 STARTUP_TIMEOUT = Variable(
     "EXPERTLINK_STARTUP_TIMEOUT",
     300.0,
-    "seconds initialize() waits for its peers (config field startup_timeout_s)",
+    "seconds that initialize() waits for its peers (config field startup_timeout_s)",
     _seconds_in,
 )
 CACHE_DIR: Variable[Path | None] = Variable(
     "EXPERTLINK_CACHE_DIR",
     None,
-    "directory of compiled kernels, of mode 0700; unset: $XDG_CACHE_HOME/expertlink, "
+    "directory of compiled kernels, with mode 0700; unset: $XDG_CACHE_HOME/expertlink, "
     "else ~/.cache/expertlink",
     _absolute_path,
 )
