@@ -17,10 +17,10 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import DispatchCall
 from expertlink.engines.collective.route import Route
 from expertlink.engines.collective.tally import Tally
-from expertlink.engines.outputs import empty_scales, into_buffers
+from expertlink.engines.outputs import OutputTensors, PublicCounts, into_buffers
 from expertlink.engines.ranks import metadata
 from expertlink.engines.ranks.wire import Transfer
-from expertlink.types import DispatchLayout, DispatchOutput, QuantScales
+from expertlink.types import DispatchOutput
 from expertlink.workspace import Workspace
 
 
@@ -155,30 +155,20 @@ def allocate(
     config: MoECommunicatorConfig, call: DispatchCall, route: Route, tokens: Tensor
 ) -> DispatchOutput:
     """Everything a dispatch returns; ids, weights and scales are filled by `Delivery.finish`."""
-    shape = tokens.shape[:-1]
-    ids = weights = scales = None
-    if not config.layout.expanded:
-        ids = tokens.new_empty((*shape, config.topk), dtype=torch.int64)
-        if call.weights_TK is not None or route.weights_NK is not None:
-            weights = tokens.new_empty((*shape, config.topk), dtype=config.weight_dtype)
-    if call.scales is not None:
-        like = call.scales
-        tensor = empty_scales(config, shape, like.shape[1], dtype=like.dtype, device=like.device)
-        scales = QuantScales(tensor, call.scale_format)
+    scales = call.scales
+    tensors = OutputTensors.around(
+        config,
+        tokens,
+        shape=tuple(tokens.shape[:-1]),
+        weighted=call.weights_TK is not None or route.weights_NK is not None,
+        scale_dtype=None if scales is None else scales.dtype,
+        scale_columns=0 if scales is None else scales.shape[1],
+        scale_format=call.scale_format,
+    )
     # The host knows all counts: they go to the device in one piece.
     counts, received = route.tokens_per_expert, route.splits.receive
     offsets = layouts.expert_offsets(counts, config.expert_alignment)
-    packed = torch.tensor([*counts, *received, *offsets], dtype=torch.int32, device="cpu")
-    packed = packed.to(tokens.device, non_blocking=True)
-    counts_E, received_R, offsets_E = packed.split([len(counts), len(received), len(offsets)])
-    return DispatchOutput(
-        tokens=tokens,
-        num_tokens_per_expert=counts_E,
-        layout=config.layout,
-        scales=scales,
-        num_tokens_per_expert_list=list(counts),
-        expert_offsets=offsets_E if config.layout is DispatchLayout.FLAT else None,
-        topk_ids=ids,
-        topk_weights=weights,
-        num_tokens_per_rank=received_R,
-    )
+    memory = torch.tensor([*counts, *offsets, *received], dtype=torch.int32, device="cpu")
+    memory = memory.to(tokens.device, non_blocking=True)
+    public = PublicCounts.within(memory, [len(counts), len(offsets), len(received)])
+    return tensors.output(config.layout, public, counts)
