@@ -10,7 +10,7 @@ import torch
 from expertlink import BlockFormat, DispatchLayout
 from expertlink.launch import RankPool
 from support import decode, faults, jobs, payloads, training
-from support.cases import half_shapes, routings, usual
+from support.cases import usual
 from support.jobs import choice_of, contract
 from support.oracle import Case
 from support.payloads import opaque_rows, quantized_dispatch
@@ -48,25 +48,6 @@ def test_bits_over_nccl_equal_the_oracle(rank_pools, ranks: int, layout: Dispatc
     drawn = cases_for(ranks, layout)
     done = rank_pools(ranks, "cuda").run(contract, drawn, engine="collective", timeout_s=200)
     assert done == [len(drawn)] * ranks
-
-
-@RANKS
-@LAYOUTS
-def test_bits_over_nvlink_equal_the_oracle(rank_pools, ranks: int, layout: DispatchLayout) -> None:
-    pool = rank_pools(ranks, "cuda")
-    shape = usual(ranks, layout)
-    drawn = [*routings(shape), shape.case(placement="scattered", seed=8)]
-    done = pool.run(contract, drawn, engine="nvlink", timeout_s=200)
-    assert done == [len(drawn)] * ranks
-    variants: list[dict[str, bool]] = [{"static_shapes": True}]
-    if not layout.expanded:
-        variants.append({"zero_copy": True})
-    for fields in variants:
-        done = pool.run(contract, drawn[:2], engine="nvlink", timeout_s=100, **fields)
-        assert done == [2] * ranks
-    if shape in half_shapes():
-        half = dataclasses.replace(shape, dtype=torch.float16)
-        assert pool.run(contract, [half.case(seed=1)], engine="nvlink", timeout_s=100) == [1, 1]
 
 
 @RANKS

@@ -100,14 +100,14 @@ def test_communicators_that_share_memory(fields: dict[str, Any], layout: Dispatc
 def test_memory_that_does_not_suit_is_not_shared() -> None:
     """Too small for more experts or longer rows, or that of the other mode; calls go on."""
     shape = usual(3, DispatchLayout.TOKEN_MAJOR)
-    refused = [
-        ("ht", {"experts": 2 * shape.experts}, "the communicator with most experts comes first"),
-        ("ht", {"hidden": 2 * shape.hidden}, "equal max_tokens_per_rank, hidden_size, dtype and"),
-        ("ll", {}, "memory of their own each"),
-    ]
+    fleet = fleet_of("ht", shape.case(seed=1))
+    config, plan_of = fleet.config, type(fleet.plan).of
+    experts = dataclasses.replace(config, num_experts=2 * shape.experts)
+    hidden = dataclasses.replace(config, hidden_size=2 * shape.hidden)
     plans = [
-        (fleet_of(mode, dataclasses.replace(shape, **changed).case(seed=1)).plan, text)
-        for mode, changed, text in refused
+        (plan_of(experts, 3), "the communicator with most experts comes first"),
+        (plan_of(hidden, 3), "equal max_tokens_per_rank, hidden_size, dtype and topk"),
+        (fleet_of("ll", shape.case(seed=1)).plan, "memory of their own each"),
     ]
 
     def job(comm: MoECommunicator) -> None:
@@ -118,4 +118,4 @@ def test_memory_that_does_not_suit_is_not_shared() -> None:
                 engine.arena.check_fits(plan)
         jobs.contracts(comm, routings(shape)[:2])
 
-    run_hosted(fleet_of("ht", shape.case(seed=1)), job)
+    run_hosted(fleet, job)

@@ -7,8 +7,7 @@ import pytest
 from expertlink import BlockFormat, DispatchLayout, PeerTimeoutError
 from expertlink.launch import RankPool
 from support import decode, faults, jobs, payloads, processes, training
-from support.cases import LL, exact, routings, usual
-from support.jobs import contract
+from support.cases import LL, routings, usual
 from support.oracle import Case
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
@@ -16,9 +15,6 @@ RANKS = pytest.mark.parametrize(
     "ranks", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (1, 2, 4)]
 )
 MANY = pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (2, 4)])
-ALL = pytest.mark.parametrize(
-    "ranks", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (1, 2, 4, 8)]
-)
 
 
 def steady(ranks: int, layout: DispatchLayout) -> list[Case]:
@@ -32,20 +28,6 @@ def steady(ranks: int, layout: DispatchLayout) -> list[Case]:
         shape.case(tokens, only_rank=ranks - 1, seed=4),
         shape.case(tokens, masked=1.0, seed=5),
     ]
-
-
-@ALL
-@LAYOUTS
-def test_bits_equal_the_oracle(rank_pools, ranks: int, layout: DispatchLayout) -> None:
-    pool = rank_pools(ranks, "cuda")
-    shape = usual(ranks, layout)
-    drawn = [*routings(shape), shape.case(placement="scattered", seed=8)]
-    done = pool.run(contract, drawn, timeout_s=200, **LL)
-    assert done == [len(drawn)] * ranks
-    if layout.expanded and ranks == 2:
-        drawn = routings(exact(shape))
-        done = pool.run(contract, drawn, timeout_s=200, **LL)
-        assert done == [len(drawn)] * ranks
 
 
 @MANY

@@ -11,7 +11,7 @@ from expertlink import DispatchLayout, InputError, MoECommunicator
 from expertlink.engines.nvlink import watchdog
 from expertlink.launch import RankPool
 from support import faults, jobs
-from support.cases import LAYOUTS, LL, MODES, Shape, usual
+from support.cases import LAYOUTS, MODES, Shape, fields_of, usual
 from support.faults import (
     CULPRIT,
     FAULTY_IDS,
@@ -198,7 +198,6 @@ def test_a_missing_rank_is_named(
     ("mode", "layout"), [("ht", "flat"), ("ht", "token_major"), ("ll", "expert_major")]
 )
 def test_a_killed_rank_is_named(phase: str, mode: str, layout: str) -> None:
-    fields = LL if mode == "ll" else {}
     with RankPool(num_ranks=4, device="cuda") as pool:
         results = pool.run(
             faults.killed,
@@ -207,7 +206,7 @@ def test_a_killed_rank_is_named(phase: str, mode: str, layout: str) -> None:
             DispatchLayout(layout),
             timeout_s=90,
             return_exceptions=True,
-            **fields,
+            **fields_of(mode),
         )
     for rank in (0, 2, 3):
         lost = results[rank]

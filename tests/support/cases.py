@@ -33,6 +33,11 @@ FORMATS = pytest.mark.parametrize("fmt", list(BlockFormat), ids=lambda fmt: fmt.
 ORDERS = pytest.mark.parametrize("order", ["row_major", "column_major"])
 
 
+def fields_of(mode: str) -> dict[str, Any]:
+    """Configuration of communicators in a mode of the nvlink engine."""
+    return LL if mode == "ll" else {"engine": "nvlink"}
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a communicator fixes for its kernels."""

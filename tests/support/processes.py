@@ -240,6 +240,22 @@ def shared_memory(ctx: RankContext, cases: list[Case]) -> int:
     return len(cases)
 
 
+def ht_shared_memory(ctx: RankContext, pairs: list[tuple[Case, Case]]) -> int:
+    """Layers of a model with different numbers of experts in one arena, in turns."""
+    first_case, second_case = pairs[0]
+    with (
+        torch.no_grad(),
+        MoECommunicator(config_of(first_case, ctx.device, engine="nvlink")) as first,
+        MoECommunicator(
+            config_of(second_case, ctx.device, engine="nvlink"), share_with=first
+        ) as second,
+    ):
+        for pair in pairs:
+            for comm, case in zip((first, second), pair, strict=True):
+                check_contract(comm, case)
+    return len(pairs)
+
+
 def other_streams(ctx: RankContext, case: Case) -> bool:
     """A hook on another stream than its call; calls on streams that take turns."""
     streams = [torch.cuda.Stream(ctx.device) for _ in range(2)]
