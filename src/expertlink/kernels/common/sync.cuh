@@ -1,5 +1,5 @@
 // Waiting and telling: every word that ranks or blocks wait for, and the report of a wait that ends
-// without it. docs/architecture.md, "The flag protocol", says who writes what and when.
+// without it. docs/protocol/ht.md, "Words", says who writes what and when.
 #pragma once
 
 #include "common/ptx.cuh"
