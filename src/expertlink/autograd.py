@@ -5,17 +5,17 @@ cached dispatch of the tokens' gradients, scaled by the routing weights where co
 Gradients of the weights travel back as `[T, K]` numbers. Rounding on the wire passes gradients
 unchanged.
 
-Both are collective, so which calls autograd follows must not depend on what a rank received: a rank
-without rows has experts' outputs that lead nowhere. A dispatch is followed where its own tensors
-require grad, a combine wherever gradients are enabled. An empty tensor, the anchor, leads from
-combine to its dispatch, so that their backward calls come in one order on every rank.
+Both are collective, so which calls autograd tracks must not depend on what a rank received: the
+expert outputs of a rank without rows have no graph. A dispatch is tracked where its own tensors
+require grad, a combine wherever gradients are enabled. An empty tensor, the anchor, connects a
+combine to its dispatch in the graph, so that their backward calls come in one order on every rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,35 +23,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
+from expertlink.gradients import TrackedDispatch, needs_grad, without_gradients
 from expertlink.reduction import accumulator_dtype
-from expertlink.requests import without_gradients
 from expertlink.types import DispatchHandle
 
 
-@dataclass(eq=False)
-class FollowedDispatch(Dispatched):
-    """A dispatch that autograd follows.
-
-    Attributes:
-        anchor: `[0]` float32; an input of the combine, whose backward then precedes this one's.
-    """
-
-    anchor: Tensor | None = None
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """True where autograd has to follow a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def follows_combine(call: CombineCall, handle: DispatchHandle, out: Tensor | None) -> bool:
-    """Whether autograd follows a combine; called where gradients are enabled.
+def tracks_combine(call: CombineCall, handle: DispatchHandle, out: Tensor | None) -> bool:
+    """Whether autograd tracks a combine; called where gradients are enabled.
 
     Args:
         call: the combine.
         handle: of its dispatch.
         out: the caller's tensor for the result. With it, as with other arguments that exclude
-            gradients, a combine is followed only if something here requires grad.
+            gradients, a combine is tracked only if something here requires grad.
     """
     weights_TK = handle.topk_weights if call.weighted else None
     if handle._anchor is not None or needs_grad(call.rows, weights_TK):
@@ -66,17 +50,20 @@ def follows_combine(call: CombineCall, handle: DispatchHandle, out: Tensor | Non
     )
 
 
-def dispatch(engine: Engine, call: DispatchCall, weights_TK: Tensor | None) -> Dispatched:
+def dispatch(engine: Engine, call: DispatchCall, weights_TK: Tensor | None) -> TrackedDispatch:
     """`engine.dispatch` whose tokens and weights carry gradients back to the call's tensors.
 
-    `weights_TK` are the routing weights: the call's, or those that a cached dispatch keeps.
+    Args:
+        engine: moves the rows.
+        call: the dispatch.
+        weights_TK: the routing weights: the call's, or those that a cached dispatch keeps.
     """
     started: list[Dispatched] = []
-    tokens, weights, anchor = _completed(
-        lambda: _Dispatch.apply(call.x_TW, weights_TK, engine, call, started), started
-    )
+    with _finishing_failed(started):
+        results: Any = _Dispatch.apply(call.x_TW, weights_TK, engine, call, started)
+    tokens, weights, anchor = results
     plain = started[0]
-    return FollowedDispatch(
+    return TrackedDispatch(
         output=dataclasses.replace(plain.output, tokens=tokens, topk_weights=weights),
         state=plain.state,
         finish=plain.finish,
@@ -93,20 +80,20 @@ def combine(engine: Engine, call: CombineCall, handle: DispatchHandle) -> Combin
     if anchor is None:
         anchor = _new_anchor(call.rows).requires_grad_()
     started: list[Combined] = []
-    out_TH = _completed(
-        lambda: _Combine.apply(call.rows, weights_TK, anchor, engine, call, started), started
-    )
+    with _finishing_failed(started):
+        out_TH: Any = _Combine.apply(call.rows, weights_TK, anchor, engine, call, started)
     handle._anchor = None  # a handle that is kept for cached dispatches keeps no graph
     return dataclasses.replace(started[0], out_TH=out_TH)
 
 
-def _completed(apply: Callable[[], Any], started: list[Any]) -> Any:
-    """The results of a call, which is completed if they are not wanted any more.
+@contextmanager
+def _finishing_failed(started: Sequence[Dispatched | Combined]) -> Iterator[None]:
+    """Finishes a call that started but whose results nobody gets, because an exception ends it.
 
-    The recomputation of a checkpoint ends, by an exception, with the last tensor that is saved.
+    The recomputation of a checkpoint ends so: by an exception, at the last tensor that is saved.
     """
     try:
-        return apply()
+        yield
     except Exception:
         for operation in started:
             without_gradients(operation.finish)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from expertlink import quantization
-from expertlink.autograd import FollowedDispatch, needs_grad
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, DispatchCall, Dispatched
 from expertlink.errors import InputError
-from expertlink.fast_path import UsualForm
+from expertlink.fast_path import FastPath
+from expertlink.gradients import TrackedDispatch, needs_grad
 from expertlink.handles import (
     check_current,
     check_handle,
@@ -31,20 +31,19 @@ from expertlink.validation import (
 
 
 class CallBuilder:
-    """Checks the arguments of one communicator's calls.
+    """Checks the arguments of one communicator's calls and makes the engine's calls of them.
 
-    What decode passes (plain rows, a new routing, tensors of the right form, no gradients) is
-    recognised by a few comparisons. All else, faulty arguments included, takes the detailed way.
+    There are two paths. The fast path recognizes, by a few comparisons, what decode passes: plain
+    rows, a new routing, tensors of the right form, no gradients. All else, wrong arguments
+    included, takes the checked path. Both make the same call.
 
     Args:
         config: the communicator's configuration.
         device: where its tensors live.
         num_ranks: R.
+        num_local_experts: E_loc.
+        engine_quantizes: `Engine.quantizes`.
         identity: marks the communicator's own handles and buffers.
-
-    Attributes:
-        num_local_experts: E_loc; known once the ranks have met.
-        engine_quantizes: `Engine.quantizes`; known then as well.
     """
 
     def __init__(
@@ -53,55 +52,60 @@ class CallBuilder:
         *,
         device: torch.device,
         num_ranks: int,
+        num_local_experts: int,
+        engine_quantizes: bool,
         identity: int,
     ) -> None:
         self._config = config
         self._device = device
-        self._num_ranks = num_ranks
+        self._num_ranks, self._num_local_experts = num_ranks, num_local_experts
         self._identity = identity
-        self.num_local_experts = 0
-        self.engine_quantizes = False
-        # What every call looks at, without a property in between.
+        # What every call reads, without a property in between.
         self._layout, self._expanded = config.layout, config.layout.expanded
         self._dtype, self._weight_dtype = config.dtype, config.weight_dtype
         self._hidden, self._topk = config.hidden_size, config.topk
         self._block_format, self._zero_copy = config.block_format, config.zero_copy
+        self._engine_quantizes = engine_quantizes
         self._kind = plain_kind(config)
-        self._usual = UsualForm(config, device)
+        self._fast = FastPath(config, device)
+        # The engine gets plain rows as they are, whether or not they arrive quantized.
+        self._passes_rows = config.block_format is None or engine_quantizes
 
     # -- dispatch ---------------------------------------------------------------------------------
 
     def dispatch(
         self,
-        x: Tensor,
+        input: Tensor,
         topk_ids: Tensor | None,
-        weights: Tensor | None,
-        scales: QuantScales | Tensor | None,
-        into: Tensor | DispatchBuffers | None,
-        previous: DispatchHandle | None,
+        weights: Tensor | None = None,
+        scales: QuantScales | Tensor | None = None,
+        *,
+        output_buffer: Tensor | DispatchBuffers | None = None,
+        previous_handle: DispatchHandle | None = None,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
         num_sms: int | None = None,
-        later: bool = False,
-        halves: bool = False,
     ) -> DispatchCall:
-        """The call for `MoECommunicator.dispatch`; raises what that documents.
-
-        `into` is its `output_buffer`, `later` its `async_finish`, `halves` its `return_recv_hook`.
-        """
+        """The call for `MoECommunicator.dispatch`; raises what that documents."""
         if (
             scales is None
-            and previous is None
-            and (self._block_format is None or self.engine_quantizes)
-            and (into is None or self._is_usual_buffer(into))
-            and not (later and halves)
+            and previous_handle is None
+            and self._passes_rows
+            and (
+                output_buffer is None
+                # Buffers of this communicator's own kind: for plain rows with weights.
+                or (isinstance(output_buffer, DispatchBuffers) and output_buffer.kind is self._kind)
+            )
+            and not (async_finish and return_recv_hook)
             and not self._zero_copy
             and not torch.is_grad_enabled()
-            and self._usual.inputs(x, topk_ids, weights)
+            and self._fast.takes_dispatch(input, topk_ids, weights)
         ):
-            if into is not None:
-                into.generation += 1  # type: ignore[union-attr]
-            # By position: names double the time that this takes.
+            if output_buffer is not None:
+                output_buffer.generation += 1
+            # By position: keywords would double the 0.2 us that this takes.
             return DispatchCall(
-                x,
+                input,
                 None,
                 None,
                 topk_ids,
@@ -111,42 +115,47 @@ class CallBuilder:
                 False,
                 num_sms,
                 self._block_format,
-                into,  # type: ignore[arg-type]
-                halves,
+                output_buffer,
+                return_recv_hook,
             )
-        return self._unusual_dispatch(
-            x, topk_ids, weights, scales, into, previous, num_sms, later, halves
+        return self._dispatch_checked(
+            input,
+            topk_ids,
+            weights,
+            scales,
+            output_buffer=output_buffer,
+            previous_handle=previous_handle,
+            async_finish=async_finish,
+            return_recv_hook=return_recv_hook,
+            num_sms=num_sms,
         )
 
-    def _is_usual_buffer(self, into: Tensor | DispatchBuffers) -> bool:
-        # The kind is this builder's own object: made here, for plain rows with weights.
-        return into.__class__ is DispatchBuffers and into.kind is self._kind  # type: ignore[union-attr]
-
-    def _unusual_dispatch(
+    def _dispatch_checked(
         self,
-        x: Tensor,
+        input: Tensor,
         topk_ids: Tensor | None,
         weights: Tensor | None,
         scales: QuantScales | Tensor | None,
-        into: Tensor | DispatchBuffers | None,
-        previous: DispatchHandle | None,
+        *,
+        output_buffer: Tensor | DispatchBuffers | None,
+        previous_handle: DispatchHandle | None,
+        async_finish: bool,
+        return_recv_hook: bool,
         num_sms: int | None,
-        later: bool,
-        halves: bool,
     ) -> DispatchCall:
         config, device = self._config, self._device
-        rows, quant = check_rows(config, x, scales, device=device)
-        if topk_ids is None and previous is None:
+        rows, quant = check_rows(config, input, scales, device=device)
+        if topk_ids is None and previous_handle is None:
             raise InputError(
                 "topk_ids is None; only a dispatch with previous_handle may leave it out"
             )
         ids_TK, weights_TK = check_routing(config, topk_ids, weights, rows.shape[0], device=device)
-        if previous is not None:
-            check_handle(previous, self._identity).wait()
-            check_same_routing(previous, topk_ids, ids_TK, rows.shape[0])
-        tracked = needs_grad(rows, weights_TK) or self.tracked(
-            rows, None if previous is None else previous.topk_weights
-        )
+        kept_weights_TK = None
+        if previous_handle is not None:
+            check_handle(previous_handle, self._identity).wait()
+            check_same_routing(previous_handle, topk_ids, ids_TK, rows.shape[0])
+            kept_weights_TK = previous_handle.topk_weights
+        tracked = needs_grad(rows, weights_TK) or self.is_tracked(rows, kept_weights_TK)
         kind, quantize_to = self._kind, None
         if quant is not None:
             kind = kind_of(rows, quant)
@@ -156,14 +165,14 @@ class CallBuilder:
                     "input requires grad, but quantized rows carry no gradients: dispatch under "
                     "torch.no_grad(), or configure quantization=None"
                 )
-            if self.engine_quantizes:
+            if self._engine_quantizes:
                 quantize_to = self._block_format
             else:
                 rows, values = quantization.quantize(rows, self._block_format)
                 quant = QuantScales(values, self._block_format)
-        self._check_halves(halves, later=later, tracked=tracked)
+        _check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook, tracked=tracked)
         if self._zero_copy:
-            if into is not None:
+            if output_buffer is not None:
                 raise InputError("output_buffer and zero_copy=True exclude each other")
             if tracked:
                 raise InputError(
@@ -171,38 +180,38 @@ class CallBuilder:
                     "overwrites the rows that backward needs"
                 )
         buffer = buffers = None
-        if into is not None:
+        if output_buffer is not None:
             if tracked:
                 raise InputError(
                     "output_buffer cannot be used where gradients are tracked: backward needs the "
                     "rows to stay as they are"
                 )
-            if isinstance(into, DispatchBuffers):
-                buffers = into
-                earlier = None if previous is None else previous.topk_weights
-                self._check_buffers(buffers, kind, weights is not None or earlier is not None)
+            if isinstance(output_buffer, DispatchBuffers):
+                buffers = output_buffer
+                weighted = weights is not None or kept_weights_TK is not None
+                self._check_buffers(buffers, kind, weighted=weighted)
                 buffers.generation += 1
             else:
-                buffer = into
-                self._check_buffer(buffer, kind, previous)
+                buffer = output_buffer
+                self._check_buffer(buffer, kind, previous_handle)
         return DispatchCall(
             x_TW=rows,
             scales=None if quant is None else quant.tensor,
             scale_format=None if quant is None else quant.format,
-            topk_ids_TK=None if previous is not None else ids_TK,
+            topk_ids_TK=None if previous_handle is not None else ids_TK,
             weights_TK=weights_TK,
             output_buffer=buffer,
-            previous=None if previous is None else previous.state,
+            previous=None if previous_handle is None else previous_handle.state,
             # Gradients of the experts multiply whole padded blocks: garbage there must not be NaN.
             zero_padding=torch.is_grad_enabled(),
             num_sms=num_sms,
             quantize_to=quantize_to,
             buffers=buffers,
-            halves=halves,
+            halves=return_recv_hook,
         )
 
-    def tracked(self, rows: Tensor, weights_TK: Tensor | None) -> bool:
-        """Whether autograd follows a dispatch: its rows, or the weights that come out with them.
+    def is_tracked(self, rows: Tensor, weights_TK: Tensor | None) -> bool:
+        """Whether autograd tracks a dispatch: its rows, or the weights that come out with them.
 
         `weights_TK` are those of the routing, which a cached dispatch may have kept.
         """
@@ -212,17 +221,18 @@ class CallBuilder:
         self,
         call: DispatchCall,
         started: Dispatched,
-        previous: DispatchHandle | None,
+        *,
+        previous_handle: DispatchHandle | None,
         topk_ids: Tensor | None,
     ) -> DispatchHandle:
         """The handle of a dispatch that was started with the caller's `topk_ids`."""
         ids_TK, weights_TK, buffers = started.topk_ids_TK, call.weights_TK, call.buffers
         leases = () if buffers is None else ((buffers, buffers.generation),)
-        if previous is not None:
-            ids_TK = previous.topk_ids
+        if previous_handle is not None:
+            ids_TK = previous_handle.topk_ids
             if weights_TK is None:
-                weights_TK = previous.topk_weights
-            leases += tuple(lease for lease in previous.leases if lease[0] is not buffers)
+                weights_TK = previous_handle.topk_weights
+            leases += tuple(lease for lease in previous_handle.leases if lease[0] is not buffers)
         elif ids_TK is None:
             assert call.topk_ids_TK is not None
             ids_TK = call.topk_ids_TK.clone()
@@ -232,6 +242,7 @@ class CallBuilder:
         shape: tuple[int, ...] = started.output.tokens.shape
         if shape[-1] != self._hidden:
             shape = (*shape[:-1], self._hidden)
+        # By position: keywords take twice as long.
         handle = DispatchHandle(
             self._identity,
             started.call,
@@ -245,25 +256,27 @@ class CallBuilder:
             seen,
             leases,
         )
-        if isinstance(started, FollowedDispatch):
+        if isinstance(started, TrackedDispatch):
             handle._anchor = started.anchor
         return handle
 
-    def _check_buffer(self, buffer: Tensor, kind: RowKind, previous: DispatchHandle | None) -> None:
+    def _check_buffer(
+        self, buffer: Tensor, kind: RowKind, previous_handle: DispatchHandle | None
+    ) -> None:
         check_output_buffer(
             self._config,
             buffer,
             kind,
             num_ranks=self._num_ranks,
-            num_local=self.num_local_experts,
+            num_local=self._num_local_experts,
             device=self._device,
         )
-        if previous is None or self._layout.padded:
+        if previous_handle is None or self._layout.padded:
             return
-        if len(buffer) < previous.rows_shape[0]:
+        if len(buffer) < previous_handle.rows_shape[0]:
             raise InputError(
                 f"output_buffer has {len(buffer)} rows; the routing of previous_handle needs "
-                f"{previous.rows_shape[0]}"
+                f"{previous_handle.rows_shape[0]}"
             )
 
     # -- buffers ----------------------------------------------------------------------------------
@@ -282,7 +295,7 @@ class CallBuilder:
                 kind = kind_of(rows, quant)
         return kind if weighted else dataclasses.replace(kind, weighted=False)
 
-    def _check_buffers(self, buffers: DispatchBuffers, kind: RowKind, weighted: bool) -> None:
+    def _check_buffers(self, buffers: DispatchBuffers, kind: RowKind, *, weighted: bool) -> None:
         if buffers.owner != self._identity:
             raise InputError("output_buffer belongs to another communicator")
         have = buffers.kind
@@ -291,22 +304,25 @@ class CallBuilder:
                 "output_buffer was made with create_buffers(weighted=False); this dispatch has "
                 "weights"
             )
-        beside = (have.scale_dtype, have.scale_columns) == (kind.scale_dtype, kind.scale_columns)
-        if not beside or (have.dtype, have.width) != (kind.dtype, kind.width):
+        same_rows = (have.dtype, have.width) == (kind.dtype, kind.width)
+        same_scales = have.scale_dtype == kind.scale_dtype
+        same_scales &= have.scale_columns == kind.scale_columns
+        if not (same_rows and same_scales):
             raise InputError(f"output_buffer was made for {have}; this dispatch has {kind}")
 
     # -- combine ----------------------------------------------------------------------------------
 
     def combine(
         self,
-        rows: Tensor,
+        expert_output: Tensor,
         handle: DispatchHandle,
-        out: Tensor | None,
-        weight_grads: Tensor | None,
+        *,
+        out: Tensor | None = None,
         weights: Tensor | None = None,
+        weight_grads: Tensor | None = None,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
         num_sms: int | None = None,
-        later: bool = False,
-        halves: bool = False,
     ) -> CombineCall:
         """The call for `MoECommunicator.combine`; raises what that documents."""
         if (
@@ -314,31 +330,49 @@ class CallBuilder:
             and handle.__class__ is DispatchHandle
             and handle.owner == self._identity
             and not handle.consumed
-            and not (later and halves)
+            and not (async_finish and return_recv_hook)
             and not torch.is_grad_enabled()
-            and self._usual.rows(rows, handle, out, weights)
+            and self._fast.takes_combine(expert_output, handle, out=out, weights=weights)
         ):
             check_current(handle)
             if handle._finish is not None:
                 handle.wait()
             weighted = self._expanded and (weights is not None or handle.topk_weights is not None)
             if out is None:
-                out = rows.new_empty((handle.num_tokens, self._hidden))
-            return CombineCall(rows, handle.state, weighted, out, None, num_sms, weights, halves)
-        return self._unusual_combine(
-            rows, handle, out, weight_grads, weights, num_sms, later, halves
+                out = expert_output.new_empty((handle.num_tokens, self._hidden))
+            # By position: keywords take twice as long.
+            return CombineCall(
+                expert_output,
+                handle.state,
+                weighted,
+                out,
+                None,
+                num_sms,
+                weights,
+                return_recv_hook,
+            )
+        return self._combine_checked(
+            expert_output,
+            handle,
+            out=out,
+            weights=weights,
+            weight_grads=weight_grads,
+            async_finish=async_finish,
+            return_recv_hook=return_recv_hook,
+            num_sms=num_sms,
         )
 
-    def _unusual_combine(
+    def _combine_checked(
         self,
-        rows: Tensor,
+        expert_output: Tensor,
         handle: DispatchHandle,
+        *,
         out: Tensor | None,
-        weight_grads: Tensor | None,
         weights: Tensor | None,
+        weight_grads: Tensor | None,
+        async_finish: bool,
+        return_recv_hook: bool,
         num_sms: int | None,
-        later: bool,
-        halves: bool,
     ) -> CombineCall:
         device = self._device
         check_handle(handle, self._identity)
@@ -346,13 +380,13 @@ class CallBuilder:
         handle.wait()
         shape = handle.rows_shape
         rows = check_tensor(
-            "expert_output", rows, device=device, dtypes=(self._dtype,), shape=shape
+            "expert_output", expert_output, device=device, dtypes=(self._dtype,), shape=shape
         )
-        numbers = (self._weight_dtype,)
+        weight_dtypes = (self._weight_dtype,)
         if weight_grads is not None:
             leading = shape[:-1] if self._expanded else (*shape[:-1], self._topk)
             weight_grads = check_tensor(
-                "weight_grads", weight_grads, device=device, dtypes=numbers, shape=leading
+                "weight_grads", weight_grads, device=device, dtypes=weight_dtypes, shape=leading
             ).contiguous()
         if weights is not None:
             if not self._expanded:
@@ -361,12 +395,12 @@ class CallBuilder:
                     "weighted by the experts"
                 )
             weights = check_tensor(
-                "weights", weights, device=device, dtypes=numbers, shape=shape[:-1]
+                "weights", weights, device=device, dtypes=weight_dtypes, shape=shape[:-1]
             ).contiguous()
         tracked = needs_grad(rows, handle.topk_weights, weights, handle._anchor)
         if weights is not None and tracked:
             raise InputError("weights cannot be used where gradients are tracked")
-        self._check_halves(halves, later=later, tracked=tracked)
+        _check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook, tracked=tracked)
         if handle.leases and tracked:
             raise InputError(
                 "a dispatch into DispatchBuffers cannot be combined where gradients are tracked: a "
@@ -392,16 +426,16 @@ class CallBuilder:
             weight_grads=weight_grads,
             num_sms=num_sms,
             slot_weights=weights,
-            halves=halves,
+            halves=return_recv_hook,
         )
-
-    @staticmethod
-    def _check_halves(halves: bool, *, later: bool, tracked: bool) -> None:
-        if halves and later:
-            raise InputError("return_recv_hook and async_finish exclude each other")
-        if halves and tracked:
-            raise InputError("return_recv_hook cannot be used where gradients are tracked")
 
     def check_handle(self, handle: object) -> None:
         """Refuses what is not a handle of this communicator, or stale."""
         check_handle(handle, self._identity)
+
+
+def _check_flags(*, async_finish: bool, return_recv_hook: bool, tracked: bool) -> None:
+    if return_recv_hook and async_finish:
+        raise InputError("return_recv_hook and async_finish exclude each other")
+    if return_recv_hook and tracked:
+        raise InputError("return_recv_hook cannot be used where gradients are tracked")

@@ -1,23 +1,34 @@
-"""`MoECommunicator`: dispatch and combine."""
+"""`MoECommunicator`: dispatch, combine, and the life around them."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from types import TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from expertlink import autograd
+from expertlink.calls import CallBuilder
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
+from expertlink.engines.ranks.handshake import handshake, resolve_device
 from expertlink.engines.ranks.header import Operation
-from expertlink.errors import ExpertlinkError
-from expertlink.overlap import check_operation, check_overlap, launch
-from expertlink.requests import CombineRequest, DispatchRequest, ReceiveHook, without_gradients
-from expertlink.session import Session
+from expertlink.engines.ranks.wire import Wire
+from expertlink.engines.select import EngineChoice, build_engine, choose_engine
+from expertlink.errors import ConfigurationError, ExpertlinkError, InputError, NotPicklableError
+from expertlink.gradients import without_gradients
+from expertlink.overlap import check_operation, check_settings, operation_of, queued, wait_of
+from expertlink.requests import DispatchRequest, Life, ReceiveHook, Request
+from expertlink.routing import Placement
+from expertlink.settings import LONGEST_S, positive_seconds
 from expertlink.types import (
+    CallStatistics,
     CommOverlapConfig,
     DispatchBuffers,
     DispatchHandle,
@@ -25,10 +36,14 @@ from expertlink.types import (
     QuantScales,
 )
 
-_Started = TypeVar("_Started", Dispatched, Combined)
+logger = logging.getLogger("expertlink")
+_identities = itertools.count(1)
+_Self = TypeVar("_Self", bound="MoECommunicator")
+_Received = tuple[DispatchOutput, DispatchHandle]
+_Sums = Tensor | tuple[Tensor, Tensor]  # with the gradients of the weights
 
 
-class MoECommunicator(Session):
+class MoECommunicator:
     """Dispatches tokens to the ranks of their experts and combines what the experts return.
 
     All calls but the constructor, `close` and those marked as local are collective: every rank of
@@ -47,7 +62,175 @@ class MoECommunicator(Session):
     def __init__(
         self, config: MoECommunicatorConfig, *, share_with: MoECommunicator | None = None
     ) -> None:
-        super().__init__(config, share_with=share_with)
+        self.config = config
+        self._share_with = share_with
+        if share_with is not None and share_with.config.group is not config.group:
+            raise ConfigurationError("share_with: that communicator belongs to another group")
+        self._identity = next(_identities)
+        self._group: Any = config.group
+        if self._group is None and dist.is_available() and dist.is_initialized():
+            self._group = dist.group.WORLD
+        self.device = resolve_device(config.device, self._group)
+        self._choice: EngineChoice = choose_engine(config, device=self.device)
+        self._check = self.device.type == "cpu"
+        if config.check_inputs is not None:
+            self._check = config.check_inputs
+        assert config.timeout_s is not None
+        assert config.startup_timeout_s is not None
+        self._timeout_s = min(config.timeout_s, LONGEST_S)
+        self._startup_timeout_s = min(config.startup_timeout_s, LONGEST_S)
+        self.rank: int = 0 if self._group is None else self._group.rank()
+        self.num_ranks: int = 1 if self._group is None else self._group.size()
+        self._engine: Engine | None = None
+        self._aborted_engine: Engine | None = None
+        self._placement: Placement | None = None
+        self._number: int | None = None  # tells communicators apart, the same on all ranks
+        self._stream: torch.cuda.Stream | None = None
+        # What outlives close(), such as graphs of old results, must not hold on to the group.
+        self._groupless = dataclasses.replace(config, group=None)
+        self._calls: CallBuilder  # made with the engine
+        self._life = Life()
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Meets the other ranks and prepares everything calls need. Collective; safe to repeat.
+
+        The first dispatch does it if nobody did.
+
+        Raises:
+            ConfigurationError: on every rank, naming the fields on which the ranks disagree.
+            PeerTimeoutError: a rank did not come within `startup_timeout_s`.
+            ClosedError: the communicator is closed or aborted.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            uncompiled(self.initialize)
+            return
+        self._life.check()
+        if self._engine is None:
+            with torch.inference_mode(False):  # tensors that calls in any mode may write to
+                self._handshake()
+
+    def _handshake(self) -> None:
+        wire = Wire(self._group, device=self.device, timeout_s=self._startup_timeout_s)
+        other, asked = self._share_with, self.config.engine
+        shared_engine = other_number = None
+        if other is not None:
+            asked += ", memory shared"
+            shared_engine, other_number = other._ready(), other._number
+        placement = handshake(
+            wire,
+            self.config,
+            engine=asked,
+            check_inputs=self._check,
+            shared_with=other_number,
+        )
+        self._number = wire.number
+        self._choice, engine = build_engine(
+            self._choice,
+            self._groupless,
+            wire=wire,
+            placement=placement,
+            check_inputs=self._check,
+            share_with=shared_engine,
+        )
+        engine.set_timeout(self._timeout_s)
+        self._use(engine, placement)
+        if self.config.enable_overlap and self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+        logger.info("rank %d: %s engine: %s", self.rank, self._choice.name, self._choice.reason)
+
+    def _use(self, engine: Engine, placement: Placement) -> None:
+        """What follows from the engine and from where the experts live."""
+        self._engine, self._placement = engine, placement
+        self._calls = CallBuilder(
+            self._groupless,
+            device=self.device,
+            num_ranks=self.num_ranks,
+            num_local_experts=len(placement.experts_of_rank[self.rank]),
+            engine_quantizes=engine.quantizes,
+            identity=self._identity,
+        )
+
+    def abort(self, reason: str) -> None:
+        """Gives this communicator up on all ranks. Local; safe to repeat; never raises.
+
+        For a rank that cannot go on, as when its experts raised: ranks that wait for it, or will,
+        raise AbortError with the reason instead of waiting until the time-out. A `with` block that
+        an exception leaves does this. Later calls here raise ClosedError; `close()` is still to be
+        called. Before `initialize()` there is nobody to tell: others wait for their time-out.
+
+        Args:
+            reason: for messages.
+        """
+        if self._life.over is not None:
+            return
+        self._life.over = f"this communicator was aborted on this rank: {reason}"
+        self._aborted_engine, self._engine = self._engine, None
+        if self._aborted_engine is not None:
+            self._aborted_engine.abort(reason)
+
+    def close(self) -> None:
+        """Releases everything; handles become unusable. Not collective; safe to repeat."""
+        engine = self._engine or self._aborted_engine
+        if engine is not None:
+            engine.close()
+        self._engine = self._aborted_engine = self._group = None
+        self._life.over = self._life.over or "this communicator is closed"
+
+    def __enter__(self: _Self) -> _Self:
+        self.initialize()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, GeneratorExit):
+            self.abort(f"{type(error).__name__}: {error}")
+        self.close()
+
+    def __copy__(self: _Self) -> _Self:
+        """A communicator exists once; copies of a module, deep ones included, share it."""
+        return self
+
+    def __deepcopy__(self: _Self, memo: object) -> _Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise NotPicklableError(
+            f"a {type(self).__name__} cannot be pickled: it is connected to the other ranks; save "
+            "the model's state_dict() and make a communicator where it is loaded"
+        )
+
+    def set_timeouts(
+        self, *, timeout_s: float | None = None, startup_timeout_s: float | None = None
+    ) -> None:
+        """Changes how long later waits may take, in seconds; None leaves a bound as it is.
+
+        Raises:
+            InputError: not a finite, positive number.
+        """
+        seconds = []
+        for name, value in (("timeout_s", timeout_s), ("startup_timeout_s", startup_timeout_s)):
+            try:
+                seconds.append(None if value is None else min(positive_seconds(value), LONGEST_S))
+            except ValueError as error:
+                raise InputError(f"{name}={value!r}: {error} is expected") from None
+        self._timeout_s = seconds[0] or self._timeout_s
+        self._startup_timeout_s = seconds[1] or self._startup_timeout_s
+        if self._engine is not None:
+            self._engine.set_timeout(self._timeout_s)
+
+    def _ready(self) -> Engine:
+        self._life.check()
+        self.initialize()
+        assert self._engine is not None
+        return self._engine
 
     # -- dispatch ---------------------------------------------------------------------------------
 
@@ -90,7 +273,7 @@ class MoECommunicator(Session):
         previous_handle: DispatchHandle | None = None,
         async_finish: bool = False,
         return_recv_hook: bool = False,
-    ) -> Any:
+    ) -> _Received | tuple[DispatchOutput, DispatchHandle, Callable[[], None]]:
         """Sends every token to the ranks of its experts. Collective, differentiable.
 
         Args:
@@ -146,28 +329,26 @@ class MoECommunicator(Session):
                 topk_ids,
                 weights,
                 scales,
-                output_buffer,
-                previous_handle,
-                None,
-                async_finish,
-                return_recv_hook,
+                output_buffer=output_buffer,
+                previous_handle=previous_handle,
+                async_finish=async_finish,
+                return_recv_hook=return_recv_hook,
             )
         except ExpertlinkError as error:
-            _refuse_dispatch(engine, previous_handle, error)
+            engine.refuse(_dispatch_operation(previous_handle), error)
         if async_finish:
-            begin = partial(self._begin_dispatch, engine, call, previous_handle)
-            started, finish = self._launch(begin, call)
+            return self._dispatch_queued(engine, call, previous_handle, topk_ids, overlap=None)
+        if torch.is_grad_enabled():
+            started = self._start_dispatch(engine, call, previous_handle)
         else:
-            started = self._begin_dispatch(engine, call, previous_handle)
-            finish = started.finish
-        handle = self._calls.handle(call, started, previous_handle, topk_ids)
+            started = engine.dispatch(call)
+        handle = self._calls.handle(
+            call, started, previous_handle=previous_handle, topk_ids=topk_ids
+        )
         if return_recv_hook:
-            handle._finish = hook = ReceiveHook(finish, self._life)
+            handle._finish = hook = ReceiveHook(started.finish, self._life)
             return started.output, handle, hook
-        if async_finish:
-            handle._finish = finish
-        else:
-            without_gradients(finish)
+        without_gradients(started.finish)
         return started.output, handle
 
     def dispatch_async(
@@ -198,30 +379,54 @@ class MoECommunicator(Session):
                 previous_handle=previous_handle,
                 overlap=overlap,
             )
-        check_operation(overlap, "dispatch")
+        check_operation(overlap, Operation.DISPATCH)
         engine = self._ready()
-        num_sms = None if overlap is None else overlap.num_sms
         try:
             call = self._calls.dispatch(
-                input, topk_ids, weights, scales, output_buffer, previous_handle, num_sms
+                input,
+                topk_ids,
+                weights,
+                scales,
+                output_buffer=output_buffer,
+                previous_handle=previous_handle,
+                num_sms=None if overlap is None else overlap.num_sms,
             )
         except ExpertlinkError as error:
-            _refuse_dispatch(engine, previous_handle, error)
-        begin = partial(self._begin_dispatch, engine, call, previous_handle)
-        started, wait = self._launch(begin, call, overlap)
-        handle = self._calls.handle(call, started, previous_handle, topk_ids)
-        handle._finish = wait
-        return DispatchRequest((started.output, handle), handle.wait)
+            engine.refuse(_dispatch_operation(previous_handle), error)
+        output, handle = self._dispatch_queued(
+            engine, call, previous_handle, topk_ids, overlap=overlap
+        )
+        return DispatchRequest((output, handle), handle.wait)
 
-    def _begin_dispatch(
-        self, engine: Engine, call: DispatchCall, previous: DispatchHandle | None
+    def _dispatch_queued(
+        self,
+        engine: Engine,
+        call: DispatchCall,
+        previous_handle: DispatchHandle | None,
+        topk_ids: Tensor | None,
+        *,
+        overlap: CommOverlapConfig | None,
+    ) -> _Received:
+        """Starts an asynchronous dispatch; `handle.wait()` makes its results readable."""
+        stream, wait_events = self._place_of(overlap)
+        with queued(call, stream=stream, wait_events=wait_events):
+            started = self._start_dispatch(engine, call, previous_handle)
+            wait = wait_of(started, stream=stream, life=self._life)
+        handle = self._calls.handle(
+            call, started, previous_handle=previous_handle, topk_ids=topk_ids
+        )
+        handle._finish = wait
+        return started.output, handle
+
+    def _start_dispatch(
+        self, engine: Engine, call: DispatchCall, previous_handle: DispatchHandle | None
     ) -> Dispatched:
-        if torch.is_grad_enabled():
-            weights_TK = call.weights_TK
-            if weights_TK is None and previous is not None:
-                weights_TK = previous.topk_weights
-            if self._calls.tracked(call.x_TW, weights_TK):
-                return autograd.dispatch(engine, call, weights_TK)
+        """Starts a dispatch that autograd tracks where it has to."""
+        weights_TK = call.weights_TK
+        if weights_TK is None and previous_handle is not None:
+            weights_TK = previous_handle.topk_weights
+        if self._calls.is_tracked(call.x_TW, weights_TK):
+            return autograd.dispatch(engine, call, weights_TK)
         return engine.dispatch(call)
 
     def create_buffers(
@@ -265,10 +470,10 @@ class MoECommunicator(Session):
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
-        weight_grads: Tensor | None = None,
+        weight_grads: None = None,
         async_finish: bool = False,
         return_recv_hook: Literal[False] = False,
-    ) -> Tensor | Any: ...
+    ) -> Tensor: ...
 
     @overload
     def combine(
@@ -278,10 +483,36 @@ class MoECommunicator(Session):
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
-        weight_grads: Tensor | None = None,
+        weight_grads: Tensor,
+        async_finish: bool = False,
+        return_recv_hook: Literal[False] = False,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def combine(
+        self,
+        expert_output: Tensor,
+        handle: DispatchHandle,
+        *,
+        out: Tensor | None = None,
+        weights: Tensor | None = None,
+        weight_grads: None = None,
         async_finish: bool = False,
         return_recv_hook: Literal[True],
-    ) -> tuple[Any, Callable[[], None]]: ...
+    ) -> tuple[Tensor, Callable[[], None]]: ...
+
+    @overload
+    def combine(
+        self,
+        expert_output: Tensor,
+        handle: DispatchHandle,
+        *,
+        out: Tensor | None = None,
+        weights: Tensor | None = None,
+        weight_grads: Tensor,
+        async_finish: bool = False,
+        return_recv_hook: Literal[True],
+    ) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]: ...
 
     def combine(
         self,
@@ -293,7 +524,7 @@ class MoECommunicator(Session):
         weight_grads: Tensor | None = None,
         async_finish: bool = False,
         return_recv_hook: bool = False,
-    ) -> Any:
+    ) -> _Sums | tuple[_Sums, Callable[[], None]]:
         """Returns every token's weighted sum over its experts. Collective, differentiable.
 
         FLAT and EXPERT_MAJOR: rows are multiplied by the routing weights here. TOKEN_MAJOR and
@@ -344,31 +575,51 @@ class MoECommunicator(Session):
             call = self._calls.combine(
                 expert_output,
                 handle,
-                out,
-                weight_grads,
-                weights,
-                None,
-                async_finish,
-                return_recv_hook,
+                out=out,
+                weights=weights,
+                weight_grads=weight_grads,
+                async_finish=async_finish,
+                return_recv_hook=return_recv_hook,
             )
         except ExpertlinkError as error:
             engine.refuse(Operation.COMBINE, error)
         if async_finish:
-            begin = partial(self._begin_combine, engine, call, handle, out)
-            started, finish = self._launch(begin, call)
+            started, handle._finish = self._combine_queued(engine, call, handle, out, overlap=None)
+            return _sums_of(started)
+        if torch.is_grad_enabled():
+            started = self._start_combine(engine, call, handle, out)
         else:
-            started = self._begin_combine(engine, call, handle, out)
-            finish = started.finish
+            started = engine.combine(call)
         handle.consumed = True
-        result = _result_of(started)
         if return_recv_hook:
-            handle._finish = hook = ReceiveHook(finish, self._life)
-            return result, hook
-        if async_finish:
-            handle._finish = finish
-        else:
-            without_gradients(finish)
-        return result
+            handle._finish = hook = ReceiveHook(started.finish, self._life)
+            return _sums_of(started), hook
+        without_gradients(started.finish)
+        return _sums_of(started)
+
+    @overload
+    def combine_async(
+        self,
+        expert_output: Tensor,
+        handle: DispatchHandle,
+        *,
+        out: Tensor | None = None,
+        weights: Tensor | None = None,
+        weight_grads: None = None,
+        overlap: CommOverlapConfig | None = None,
+    ) -> Request[Tensor]: ...
+
+    @overload
+    def combine_async(
+        self,
+        expert_output: Tensor,
+        handle: DispatchHandle,
+        *,
+        out: Tensor | None = None,
+        weights: Tensor | None = None,
+        weight_grads: Tensor,
+        overlap: CommOverlapConfig | None = None,
+    ) -> Request[tuple[Tensor, Tensor]]: ...
 
     def combine_async(
         self,
@@ -379,7 +630,7 @@ class MoECommunicator(Session):
         weights: Tensor | None = None,
         weight_grads: Tensor | None = None,
         overlap: CommOverlapConfig | None = None,
-    ) -> CombineRequest:
+    ) -> Request[Tensor] | Request[tuple[Tensor, Tensor]]:
         """`combine` that returns while sums are on their way; `wait()` gives its result.
 
         `expert_output` must not be written to before `wait()`.
@@ -396,22 +647,46 @@ class MoECommunicator(Session):
                 weight_grads=weight_grads,
                 overlap=overlap,
             )
-        check_operation(overlap, "combine")
+        check_operation(overlap, Operation.COMBINE)
         engine = self._ready()
-        num_sms = None if overlap is None else overlap.num_sms
         try:
-            call = self._calls.combine(expert_output, handle, out, weight_grads, weights, num_sms)
+            call = self._calls.combine(
+                expert_output,
+                handle,
+                out=out,
+                weights=weights,
+                weight_grads=weight_grads,
+                num_sms=None if overlap is None else overlap.num_sms,
+            )
         except ExpertlinkError as error:
             engine.refuse(Operation.COMBINE, error)
-        begin = partial(self._begin_combine, engine, call, handle, out)
-        started, wait = self._launch(begin, call, overlap)
-        handle.consumed = True
-        return CombineRequest(_result_of(started), wait)
+        started, wait = self._combine_queued(engine, call, handle, out, overlap=overlap)
+        if started.weight_grads_TK is None:
+            return Request(started.out_TH, wait)
+        return Request((started.out_TH, started.weight_grads_TK), wait)
 
-    def _begin_combine(
+    def _combine_queued(
+        self,
+        engine: Engine,
+        call: CombineCall,
+        handle: DispatchHandle,
+        out: Tensor | None,
+        *,
+        overlap: CommOverlapConfig | None,
+    ) -> tuple[Combined, Callable[[], None]]:
+        """Starts an asynchronous combine; second value: what makes its results readable."""
+        stream, wait_events = self._place_of(overlap)
+        with queued(call, stream=stream, wait_events=wait_events):
+            started = self._start_combine(engine, call, handle, out)
+            wait = wait_of(started, stream=stream, life=self._life)
+        handle.consumed = True
+        return started, wait
+
+    def _start_combine(
         self, engine: Engine, call: CombineCall, handle: DispatchHandle, out: Tensor | None
     ) -> Combined:
-        if torch.is_grad_enabled() and autograd.follows_combine(call, handle, out):
+        """Starts a combine that autograd tracks where it has to."""
+        if torch.is_grad_enabled() and autograd.tracks_combine(call, handle, out):
             return autograd.combine(engine, call, handle)
         return engine.combine(call)
 
@@ -433,35 +708,144 @@ class MoECommunicator(Session):
             wait_events: CUDA events to wait for, beside the caller's current stream.
             num_sms: SMs the operation may use; None: `num_sms_dispatch` / `num_sms_combine`.
         """
-        check_overlap(op, device=self.device, on_stream=bool(stream or wait_events), sms=num_sms)
+        operation = operation_of(op)
+        check_settings(device=self.device, on_stream=bool(stream or wait_events), num_sms=num_sms)
         if num_sms is None:
             config = self.config
-            num_sms = config.num_sms_dispatch if op == "dispatch" else config.num_sms_combine
+            on_dispatch = operation is Operation.DISPATCH
+            num_sms = config.num_sms_dispatch if on_dispatch else config.num_sms_combine
         return CommOverlapConfig(op, stream or self._stream, tuple(wait_events), num_sms)
 
-    def _launch(
-        self,
-        begin: Callable[[], _Started],
-        call: DispatchCall | CombineCall,
-        overlap: CommOverlapConfig | None = None,
-    ) -> tuple[_Started, Callable[[], None]]:
-        """Begins a call beside the caller's stream; second value: what waits for it."""
-        return launch(
-            begin,
-            stream=self._stream if overlap is None else overlap.stream,
-            wait_events=() if overlap is None else overlap.wait_events,
-            call=call,
-            life=self._life,
-        )
+    def _place_of(
+        self, overlap: CommOverlapConfig | None
+    ) -> tuple[torch.cuda.Stream | None, Sequence[torch.cuda.Event]]:
+        """The stream of an asynchronous call, None for in line, and what it waits for."""
+        return (self._stream, ()) if overlap is None else (overlap.stream, overlap.wait_events)
+
+    # -- what it is -------------------------------------------------------------------------------
+
+    @property
+    def engine_name(self) -> str:
+        """Engine in use: "nvlink" or "collective"; settled once initialized."""
+        return self._choice.name
+
+    @property
+    def engine_reason(self) -> str:
+        """Why that engine, in one sentence."""
+        return self._choice.reason
+
+    @property
+    def local_experts(self) -> list[int]:
+        """Global ids of this rank's experts in local order. Initializes (collective) if needed."""
+        self.initialize()
+        assert self._placement is not None
+        return list(self._placement.experts_of_rank[self.rank])
+
+    @property
+    def num_local_experts(self) -> int:
+        """E_loc. Initializes (collective) if needed."""
+        return len(self.local_experts)
+
+    def memory_estimate(self) -> dict[str, int]:
+        """Bytes by region that the largest possible call holds beyond inputs and outputs."""
+        return self._ready().memory_estimate()
+
+    # -- what has arrived -------------------------------------------------------------------------
+
+    def wire_rows(self, handle: DispatchHandle) -> tuple[list[int], list[int]]:
+        """Rows that a dispatch sent to and received from each rank, own rank included."""
+        engine = self._ready()
+        self._calls.check_handle(handle)
+        handle.wait()
+        return engine.wire_rows(handle.state)
+
+    def expert_ranges(self, handle: DispatchHandle) -> tuple[Tensor, Tensor]:
+        """Where the rows of each source rank lie among those of each local expert.
+
+        FLAT and EXPERT_MAJOR, whose groups are ordered by source rank.
+
+        Returns:
+            `(starts, counts)`, int32 `[E_loc, R]` on the device, owned by the caller: rows of local
+            expert `e` that came from rank `r` are slots `starts[e, r]` up to, not including,
+            `starts[e, r] + counts[e, r]`: of `tokens` (FLAT), of `tokens[e]` (EXPERT_MAJOR).
+
+        Raises:
+            InputError: the layout is another one.
+            HandleError, ClosedError: the handle or this communicator cannot be used.
+        """
+        engine = self._ready()
+        self._calls.check_handle(handle)
+        if not self.config.layout.expanded:
+            raise InputError(
+                f"expert_ranges needs a layout with a row per expert (flat, expert_major), not "
+                f"{self.config.layout.value}"
+            )
+        handle.wait()
+        return engine.expert_ranges(handle.state)
+
+    # -- health -----------------------------------------------------------------------------------
+
+    def check_health(self) -> None:
+        """Raises what went wrong in calls that the host did not wait for, if anything. Local.
+
+        PeerTimeoutError or, with static shapes, CapacityError. Every call does this first; replays
+        of CUDA graphs do not: look after the stream has been synchronized.
+
+        Raises:
+            ClosedError: the communicator is closed or aborted, or an earlier failure has made it
+                unusable.
+        """
+        self._life.check()
+        if self._engine is not None:
+            self._engine.check_health()
+
+    def enable_statistics(self) -> CallStatistics:
+        """Counts this rank's calls from now on. Local; safe to repeat.
+
+        Returns:
+            The running totals, the same tensors every time; valid as long as referenced.
+
+        Raises:
+            ConfigurationError: the engine does not count in this mode.
+        """
+        engine = self._ready()
+        with torch.inference_mode(False):  # calls in any mode add to them
+            return engine.enable_statistics()
+
+    def query_mask(self) -> Tensor:
+        """Ranks that calls leave out, `[R]` bool on the device, a copy. Local.
+
+        True for ranks that `mask_peer` named and, with `mask_lost_peers=True`, for those that did
+        not come to a call in time. All False on engines that cannot leave out a rank.
+        """
+        return self._ready().query_mask()
+
+    def mask_peer(self, rank: int) -> None:
+        """Leaves out a rank: later calls neither wait for it nor send to it. Local.
+
+        Rows of its experts are missing in this rank's results from then on: they count as zero.
+
+        Raises:
+            InputError: no such rank, or this one.
+            ConfigurationError: the engine needs all ranks; mode="ll" on the nvlink engine does not.
+        """
+        engine = self._ready()
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < self.num_ranks:
+            raise InputError(f"rank={rank!r}: ranks are 0..{self.num_ranks - 1}")
+        if rank == self.rank:
+            raise InputError(f"rank={rank}: a rank cannot leave out itself")
+        engine.mask_peer(rank)
+
+    def clear_mask(self) -> None:
+        """Lets all ranks take part again. Collective: every rank, those left out included."""
+        self._ready().clear_mask()
 
 
-def _refuse_dispatch(
-    engine: Engine, previous: DispatchHandle | None, error: ExpertlinkError
-) -> NoReturn:
-    engine.refuse(Operation.DISPATCH if previous is None else Operation.CACHED_DISPATCH, error)
+def _dispatch_operation(previous_handle: DispatchHandle | None) -> Operation:
+    return Operation.DISPATCH if previous_handle is None else Operation.CACHED_DISPATCH
 
 
-def _result_of(started: Combined) -> Tensor | tuple[Tensor, Tensor]:
+def _sums_of(started: Combined) -> _Sums:
     if started.weight_grads_TK is None:
         return started.out_TH
     return started.out_TH, started.weight_grads_TK

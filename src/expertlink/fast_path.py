@@ -1,7 +1,8 @@
-"""The usual arguments of a call, recognised by a few comparisons.
+"""The arguments of nearly all calls, recognized by a few comparisons.
 
-Decode calls every few hundred microseconds, and checking arguments in detail takes ten. What is not
-recognised here, faulty arguments among it, takes the detailed way (calls.py).
+Decode makes a call every few hundred microseconds; checking all arguments takes ten of them. What
+is not recognized here, wrong arguments included, takes the checked path (calls.py), which says what
+is wrong.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 from expertlink.types import DispatchHandle
 
-_IDS = (torch.int64, torch.int32)
+_ID_DTYPES = (torch.int64, torch.int32)
 
 
-class UsualForm:
-    """What tensors of one communicator look like in nearly all calls.
+class FastPath:
+    """Tells whether the tensors of a call can go to the engine as they are.
+
+    They can if they are contiguous plain tensors on the communicator's device, in the configured
+    dtypes and in shapes that fit each other.
 
     Args:
         config: the communicator's.
@@ -30,9 +34,9 @@ class UsualForm:
         self._max_tokens = config.max_tokens_per_rank
         self._expanded = config.layout.expanded
 
-    def inputs(self, x: Tensor, topk_ids: Tensor | None, weights: Tensor | None) -> bool:
-        """Unquantized rows with a routing."""
-        # Anything may be passed: nothing is asked of an object that is no plain tensor.
+    def takes_dispatch(self, x: Tensor, topk_ids: Tensor | None, weights: Tensor | None) -> bool:
+        """Unquantized rows with a new routing."""
+        # Callers may pass anything: what is no plain tensor is asked nothing.
         if x.__class__ is not Tensor or topk_ids is None or topk_ids.__class__ is not Tensor:
             return False
         device, shape = self._device, topk_ids.shape
@@ -40,7 +44,7 @@ class UsualForm:
             len(shape) == 2
             and shape[1] == self._topk
             and shape[0] <= self._max_tokens
-            and topk_ids.dtype in _IDS
+            and topk_ids.dtype in _ID_DTYPES
             and _is_plain(topk_ids, device)
             and x.shape == (shape[0], self._hidden)
             and x.dtype is self._dtype
@@ -56,10 +60,10 @@ class UsualForm:
             )
         )
 
-    def rows(
-        self, rows: Tensor, handle: DispatchHandle, out: Tensor | None, weights: Tensor | None
+    def takes_combine(
+        self, rows: Tensor, handle: DispatchHandle, *, out: Tensor | None, weights: Tensor | None
     ) -> bool:
-        """Expert outputs for a handle, with or without `out` and `weights` of a combine."""
+        """Expert outputs that fit a handle, with or without `out` and `weights`."""
         if rows.__class__ is not Tensor:
             return False
         device, dtype, shape = self._device, self._dtype, handle.rows_shape

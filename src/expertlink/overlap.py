@@ -1,86 +1,114 @@
-"""Starting an operation in line with the caller's stream, or beside it."""
+"""Where an asynchronous call runs: on a stream of its own, or in line with the caller's work."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.ranks.header import Operation
 from expertlink.errors import InputError
-from expertlink.requests import Life, in_present_mode, without_gradients
+from expertlink.gradients import in_current_mode, without_gradients
+from expertlink.requests import Life
 from expertlink.types import CommOverlapConfig
 
-Started = TypeVar("Started", Dispatched, Combined)
+_OPERATIONS = {"dispatch": Operation.DISPATCH, "combine": Operation.COMBINE}
 
 
-def launch(
-    begin: Callable[[], Started],
+@contextmanager
+def queued(
+    call: DispatchCall | CombineCall,
     *,
     stream: torch.cuda.Stream | None,
     wait_events: Sequence[torch.cuda.Event],
-    call: DispatchCall | CombineCall,
-    life: Life,
-) -> tuple[Started, Callable[[], None]]:
-    """Starts an operation and returns it with the function that makes its results readable.
+) -> Iterator[None]:
+    """What one asynchronous call is started in, up to and including its `wait_of`.
 
-    Without a stream, waiting does the remaining work on the caller's stream (on CPU: in the
-    caller's thread, while the transfer runs in the process group's). With one, all work is queued
-    there now and waiting only orders the then current stream after it. Waiting raises ClosedError
-    once `life` is over.
+    On a stream, all work of the call is queued after what the caller's current stream has been
+    given so far, and the call's tensors are recorded there, also where the call fails.
+
+    Args:
+        call: the call.
+        stream: CUDA stream to run on; None: in line with the caller's work, as always on CPU.
+        wait_events: CUDA events that the call waits for, besides the caller's current stream.
     """
     if stream is None:
         for event in wait_events:
             event.wait()
-        started = begin()
-        finish = in_present_mode(started.finish)
-
-        def complete() -> None:
-            life.check()
-            without_gradients(finish)
-
-        return started, complete
-
+        yield
+        return
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     for event in wait_events:
         stream.wait_event(event)
     with torch.cuda.stream(stream):
         try:
-            started = begin()
-            without_gradients(started.finish)
-            done = torch.cuda.Event()
-            done.record(stream)
-        finally:  # what fails may have queued work before
+            yield
+        finally:  # a call that fails may have queued work before
             for tensor in tensors_in(call):
                 tensor.record_stream(stream)  # its memory must outlive the work queued here
+
+
+def wait_of(
+    started: Dispatched | Combined, *, stream: torch.cuda.Stream | None, life: Life
+) -> Callable[[], None]:
+    """What makes the results of an asynchronous call readable. Made inside `queued`.
+
+    In line: waiting does the remaining work on the stream that is current then (on CPU: in the
+    thread that waits, while the transfer runs in the process group's threads). On a stream: all
+    work is queued now, and waiting orders the stream that is current then after it.
+
+    Args:
+        started: the call.
+        stream: that of `queued`.
+        life: of the communicator; once it is over, waiting raises ClosedError.
+    """
+    if stream is None:
+        finish = in_current_mode(started.finish)
+
+        def complete() -> None:
+            life.check()
+            without_gradients(finish)
+
+        return complete
+
+    without_gradients(started.finish)
+    done = torch.cuda.Event()
+    done.record(stream)
 
     def join() -> None:
         life.check()
         current = torch.cuda.current_stream(stream.device)
         current.wait_event(done)
-        for tensor in tensors_in(started):  # allocated for the side stream, read on this one
+        for tensor in tensors_in(started):  # allocated for the call's stream, read on this one
             tensor.record_stream(current)
 
-    return started, join
+    return join
 
 
-def check_overlap(op: str, *, device: torch.device, on_stream: bool, sms: int | None) -> None:
-    """Refuses settings that no operation can have."""
-    if op not in ("dispatch", "combine"):
+def operation_of(op: str) -> Operation:
+    """The operation that a caller names: "dispatch" or "combine"."""
+    operation = _OPERATIONS.get(op)
+    if operation is None:
         raise InputError(f"op={op!r}: dispatch or combine is expected")
+    return operation
+
+
+def check_settings(*, device: torch.device, on_stream: bool, num_sms: int | None) -> None:
+    """Refuses settings that no operation can have."""
     if device.type != "cuda" and on_stream:
         raise InputError(f"stream and wait_events need a CUDA device, not {device}")
-    if sms is not None and sms < 1:
-        raise InputError(f"num_sms={sms}: at least 1, or None")
+    if num_sms is not None and num_sms < 1:
+        raise InputError(f"num_sms={num_sms}: at least 1, or None")
 
 
-def check_operation(overlap: CommOverlapConfig | None, operation: str) -> None:
+def check_operation(overlap: CommOverlapConfig | None, operation: Operation) -> None:
     """Refuses settings that were made for the other operation."""
-    if overlap is not None and overlap.operation != operation:
-        raise InputError(f"overlap was created for {overlap.operation}; this is {operation}")
+    if overlap is not None and operation_of(overlap.operation) is not operation:
+        raise InputError(f"overlap was created for {overlap.operation}; this is {operation.title}")
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from expertlink.errors import ClosedError
+from expertlink.gradients import in_current_mode, without_gradients
 from expertlink.types import DispatchHandle, DispatchOutput
 
-Result = TypeVar("Result")
+Result = TypeVar("Result", covariant=True)
 
 
 class Life:
@@ -72,7 +73,7 @@ class ReceiveHook:
     __slots__ = ("_finish", "_life")
 
     def __init__(self, finish: Callable[[], None], life: Life) -> None:
-        self._finish: Callable[[], None] | None = in_present_mode(finish)
+        self._finish: Callable[[], None] | None = in_current_mode(finish)
         self._life = life
 
     def __call__(self) -> None:
@@ -87,27 +88,6 @@ class ReceiveHook:
                 self._life.check()
             without_gradients(self._finish)
             self._finish = None  # a failed one stays failed
-
-
-def without_gradients(finish: Callable[[], None]) -> None:
-    """Finishes an operation whose gradients, if any, autograd.py has taken care of."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            finish()
-    else:  # entering no_grad takes longer than many a `finish`
-        finish()
-
-
-def in_present_mode(finish: Callable[[], None]) -> Callable[[], None]:
-    """`finish` for later: tensors made in inference mode can be written to nowhere else."""
-    if not torch.is_inference_mode_enabled():
-        return finish
-
-    def finish_in_inference_mode() -> None:
-        with torch.inference_mode():
-            finish()
-
-    return finish_in_inference_mode
 
 
 DispatchRequest = Request[tuple[DispatchOutput, DispatchHandle]]

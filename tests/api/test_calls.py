@@ -1,4 +1,4 @@
-"""What an engine is asked to do: the same by the quick and by the detailed way."""
+"""What an engine is asked to do: the same on the fast and on the checked path."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def builder_of(**fields: Any) -> tuple[CallBuilder, MoECommunicatorConfig]:
+def builder_of(
+    *, engine_quantizes: bool = False, **fields: Any
+) -> tuple[CallBuilder, MoECommunicatorConfig]:
     config = MoECommunicatorConfig(**{**CONFIG, **fields})
-    builder = CallBuilder(config, device=CPU, num_ranks=RANKS, identity=1)
-    builder.num_local_experts = E // RANKS
+    builder = CallBuilder(
+        config,
+        device=CPU,
+        num_ranks=RANKS,
+        num_local_experts=E // RANKS,
+        engine_quantizes=engine_quantizes,
+        identity=1,
+    )
     return builder, config
 
 
@@ -43,9 +51,9 @@ def arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_both_ways_make_the_same_dispatch(weighted: bool, halves: bool, given: bool) -> None:
+def test_both_paths_make_the_same_dispatch(weighted: bool, hook: bool, given: bool) -> None:
     builder, config = builder_of()
     x, ids, weights = arguments()
     buffers = buffers_of(builder, config) if given else None
@@ -53,20 +61,25 @@ def test_both_ways_make_the_same_dispatch(weighted: bool, halves: bool, given: b
     for tracking in (False, True):
         with torch.set_grad_enabled(tracking):
             call = builder.dispatch(
-                x, ids, weights if weighted else None, None, buffers, None, None, False, halves
+                x,
+                ids,
+                weights if weighted else None,
+                output_buffer=buffers,
+                return_recv_hook=hook,
+                num_sms=5,
             )
         calls.append(vars(call))
         assert buffers is None or buffers.generation == len(calls)
-    quick, detailed = calls
-    assert not quick.pop("zero_padding")
-    assert detailed.pop("zero_padding")
-    assert quick.keys() == detailed.keys()
-    assert all(quick[name] is detailed[name] for name in quick)
+    fast, checked = calls
+    assert not fast.pop("zero_padding")
+    assert checked.pop("zero_padding")
+    assert fast.keys() == checked.keys()
+    assert all(fast[name] is checked[name] for name in fast)
 
 
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
 @pytest.mark.parametrize("weighted", ["by the routing", "by the combine", "not"])
-def test_both_ways_make_the_same_combine(weighted: str, halves: bool) -> None:
+def test_both_paths_make_the_same_combine(weighted: str, hook: bool) -> None:
     builder, _ = builder_of()
     x, ids, weights = arguments()
     rows = torch.randn(E // RANKS, RANKS * T, H).bfloat16()
@@ -84,37 +97,39 @@ def test_both_ways_make_the_same_combine(weighted: str, halves: bool) -> None:
     calls = []
     for tracking in (False, True):
         with torch.set_grad_enabled(tracking):
-            call = builder.combine(rows, handle, x, None, given, None, False, halves)
+            call = builder.combine(
+                rows, handle, out=x, weights=given, return_recv_hook=hook, num_sms=5
+            )
         calls.append(vars(call))
-    quick, detailed = calls
-    assert quick.keys() == detailed.keys()
-    assert all(quick[name] is detailed[name] for name in quick)
-    assert quick["weighted"] == (weighted != "not")
+    fast, checked = calls
+    assert fast.keys() == checked.keys()
+    assert all(fast[name] is checked[name] for name in fast)
+    assert fast["weighted"] == (weighted != "not")
 
 
 @pytest.mark.parametrize("tracking", [False, True])
 def test_engines_that_quantize_get_rows_as_they_are(tracking: bool) -> None:
-    builder, config = builder_of(quantization="e4m3_ue8m0")
+    library, _ = builder_of(quantization="e4m3_ue8m0")
+    builder, config = builder_of(quantization="e4m3_ue8m0", engine_quantizes=True)
     x, ids, weights = arguments()
     with torch.set_grad_enabled(tracking):
-        before = builder.dispatch(x, ids, weights, None, None, None)
+        before = library.dispatch(x, ids, weights)
         assert before.quantize_to is None
         assert before.x_TW.dtype is torch.float8_e4m3fn
-        builder.engine_quantizes = True
-        call = builder.dispatch(x, ids, weights, None, buffers_of(builder, config), None)
+        call = builder.dispatch(x, ids, weights, output_buffer=buffers_of(builder, config))
         assert call.x_TW is x
         assert call.scales is None
         assert call.quantize_to is BlockFormat.E4M3_UE8M0
         # Rows that the caller has quantized stay as they are.
-        call = builder.dispatch(before.x_TW, ids, weights, before.scales, None, None)
+        call = builder.dispatch(before.x_TW, ids, weights, before.scales)
         assert call.quantize_to is None
         assert call.x_TW is before.x_TW
         # A given tensor takes the rows as they arrive.
         shape = (E // RANKS, RANKS * T, H)
         arrived = torch.empty(shape, dtype=torch.float8_e4m3fn)
-        assert builder.dispatch(x, ids, None, None, arrived, None).output_buffer is arrived
+        assert builder.dispatch(x, ids, output_buffer=arrived).output_buffer is arrived
         with pytest.raises(InputError, match="output_buffer has dtype torch.bfloat16"):
-            builder.dispatch(x, ids, None, None, torch.empty(shape).bfloat16(), None)
+            builder.dispatch(x, ids, output_buffer=torch.empty(shape).bfloat16())
 
 
 def test_rows_of_the_pool_need_no_buffers() -> None:
@@ -124,7 +139,7 @@ def test_rows_of_the_pool_need_no_buffers() -> None:
         builder.kind(None, None, weighted=True)
     plain, _ = builder_of(output_layout="token_major")
     with torch.no_grad(), pytest.raises(InputError, match="output_buffer and zero_copy=True"):
-        builder.dispatch(x, ids, weights, None, buffers_of(plain, config), None)
+        builder.dispatch(x, ids, weights, output_buffer=buffers_of(plain, config))
 
 
 def test_handles_keep_what_the_engine_copied() -> None:
@@ -135,10 +150,10 @@ def test_handles_keep_what_the_engine_copied() -> None:
     output = DispatchOutput(
         torch.empty(2, 6, H), torch.zeros(2, dtype=torch.int32), layout=builder._layout
     )
-    call = builder.dispatch(x, ids, weights, None, None, None)
+    call = builder.dispatch(x, ids, weights)
     for own in (kept, None):
         started = Dispatched(output, object(), lambda: None, 7, own)
-        handle = builder.handle(call, started, None, ids)
+        handle = builder.handle(call, started, previous_handle=None, topk_ids=ids)
         assert handle.topk_ids is kept if own is kept else handle.topk_ids is not ids
         assert (handle.call, handle.num_tokens, handle.rows_shape) == (7, T, (2, 6, H))
         assert handle.topk_weights is weights

@@ -19,8 +19,7 @@ from expertlink import (
 )
 from expertlink.engines.base import CombineCall
 from expertlink.launch import RankPool
-from expertlink.overlap import launch
-from expertlink.requests import Life
+from expertlink.overlap import queued
 from support import life
 from support.oracle import Case
 from support.small_calls import E, H, good, make, works
@@ -86,7 +85,7 @@ def test_long_timeouts(rank_pools, seconds: float) -> None:
 # -- the end --------------------------------------------------------------------------------------
 
 
-def test_abort_before_the_ranks_met() -> None:
+def test_abort_before_the_handshake() -> None:
     comm = make()
     comm.abort("no weights")
     comm.abort("again")
@@ -128,7 +127,7 @@ def test_an_exception_that_leaves_the_block_aborts(
     assert reasons == [f"{type(error).__name__}: {error}"]
 
 
-def test_a_block_that_is_left_in_peace_aborts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_ends_without_an_error_aborts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
 
     def steps() -> Any:
@@ -151,10 +150,10 @@ def test_other_ranks_learn_of_an_abort() -> None:
     assert (theirs.rank, theirs.reason) == (0, "ValueError: no such expert")
 
 
-def test_health_without_a_meeting() -> None:
+def test_health_without_a_handshake() -> None:
     comm = make()
     comm.check_health()
-    assert comm._engine is None, "a look at the health must not meet the other ranks"
+    assert comm._engine is None, "check_health() must not wait for other ranks"
     comm.close()
     with pytest.raises(ClosedError, match="closed"):
         comm.check_health()
@@ -181,10 +180,10 @@ def test_what_is_waited_for_after_the_end() -> None:
     assert done.wait() is received
 
 
-# -- beside the caller's stream -------------------------------------------------------------------
+# -- on a stream of its own -----------------------------------------------------------------------
 
 
-def test_tensors_are_recorded_where_a_launch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_recorded_where_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = []
 
     class OnGpu(torch.Tensor):
@@ -199,16 +198,16 @@ def test_tensors_are_recorded_where_a_launch_fails(monkeypatch: pytest.MonkeyPat
         def wait_stream(self, other: Any) -> None:
             pass
 
-    def begin() -> Any:
-        raise RuntimeError("second launch failed")
-
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     rows, out = (torch.zeros(1).as_subclass(OnGpu) for _ in range(2))
     call = CombineCall(rows=rows, state=None, weighted=False, out_TH=out)
     stream: Any = Stream()
-    with pytest.raises(RuntimeError, match="second launch"):
-        launch(begin, stream=stream, wait_events=(), call=call, life=Life())
+    with (
+        pytest.raises(RuntimeError, match="second launch"),
+        queued(call, stream=stream, wait_events=()),
+    ):
+        raise RuntimeError("second launch failed")
     assert recorded == [stream, stream]
 
 

@@ -1,0 +1,51 @@
+"""Gradient and inference mode of a call: what is tracked, how it finishes. Below autograd.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertlink.engines.base import Dispatched
+
+
+@dataclass(eq=False)
+class TrackedDispatch(Dispatched):
+    """A dispatch that autograd tracks.
+
+    Attributes:
+        anchor: `[0]` float32; an input of the combine, whose backward then precedes this one's.
+    """
+
+    anchor: Tensor | None = None
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """True where autograd has to track a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def without_gradients(finish: Callable[[], None]) -> None:
+    """Finishes a call. Gradients, if any, are the business of autograd.py."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            finish()
+    else:  # entering no_grad takes longer than most calls of `finish`
+        finish()
+
+
+def in_current_mode(finish: Callable[[], None]) -> Callable[[], None]:
+    """`finish`, to be called later in the inference mode of now.
+
+    Tensors made in inference mode can be written to nowhere else.
+    """
+    if not torch.is_inference_mode_enabled():
+        return finish
+
+    def finish_in_inference_mode() -> None:
+        with torch.inference_mode():
+            finish()
+
+    return finish_in_inference_mode
