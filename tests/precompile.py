@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from expertlink.engines.nvlink import tuning
-from expertlink.engines.nvlink.ht.plan import HtPlan
-from expertlink.engines.nvlink.launch import compile_for
-from expertlink.engines.nvlink.ll.plan import LlPlan
+from expertlink.engines.nvlink.ht.mode import HtMode
+from expertlink.engines.nvlink.launch import compile_program
+from expertlink.engines.nvlink.ll.mode import LlMode
 from support.cases import (
     LL,
     Kernels,
@@ -38,8 +38,10 @@ def compile_one(wanted: Kernels, arch: str) -> None:
     try:
         if wanted.mask_words is not None:
             tuning.LL_MASK_WORDS = wanted.mask_words
-        plan = (LlPlan if wanted.mode == "ll" else HtPlan).of(config, shape.ranks)
-        compile_for(config, plan, num_ranks=shape.ranks, arch=arch, hosted=wanted.hosted)
+        mode = LlMode if wanted.mode == "ll" else HtMode
+        plan = mode.plan(config, shape.ranks)
+        program = mode.program(config, plan, num_ranks=shape.ranks)
+        compile_program(config, program, num_ranks=shape.ranks, arch=arch, hosted=wanted.hosted)
     finally:
         tuning.LL_MASK_WORDS = usual_words
 

@@ -16,6 +16,7 @@ from expertlink import (
     MoECommunicatorConfig,
 )
 from expertlink.engines.nvlink import build
+from expertlink.engines.nvlink.ll.mode import LlMode
 from expertlink.engines.ranks.handshake import resolve_device
 from expertlink.engines.select import choose_engine
 from expertlink.routing import Placement, even_blocks
@@ -180,14 +181,14 @@ def test_what_low_latency_kernels_serve(fields: dict[str, Any], served: bool) ->
     """Calls whose shapes the host knows; the others have the kernels of mode="ht"."""
     config = config_with(**{**LATENCY, **fields})
     placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=CPU)
-    assert build.serves_latency(config, placement) is served
+    assert (build.mode_of(config, placement) is LlMode) is served
 
 
 def test_masks_need_low_latency_kernels() -> None:
     config = config_with(**LATENCY, mask_lost_peers=True, output_layout="flat")
     placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=CPU)
     with pytest.raises(EngineUnavailableError, match="mask_lost_peers needs low-latency kernels"):
-        build.serves_latency(config, placement)
+        build.mode_of(config, placement)
 
 
 # -- process groups -------------------------------------------------------------------------------

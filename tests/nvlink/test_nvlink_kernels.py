@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -13,19 +12,14 @@ import torch
 
 from expertlink import MoECommunicatorConfig
 from expertlink.engines.nvlink import launch
-from expertlink.engines.nvlink.ht.plan import HtPlan
-from expertlink.engines.nvlink.launch import (
-    SHARED_BYTES,
-    STATIC_BYTES,
-    BlockShape,
-    KernelName,
-    KernelPlan,
-    compile_for,
-    latency_warps,
-)
+from expertlink.engines.nvlink.ht.blocks import BlockShape
+from expertlink.engines.nvlink.ht.mode import HtMode
+from expertlink.engines.nvlink.launch import KernelName, Program, compile_program
 from expertlink.engines.nvlink.ll import plan as ll_plan
-from expertlink.engines.nvlink.ll.plan import LlPlan
+from expertlink.engines.nvlink.ll.mode import LlMode
+from expertlink.engines.nvlink.mode import Mode
 from expertlink.engines.nvlink.rows import RowShape
+from expertlink.engines.nvlink.tuning import SHARED_BYTES, STATIC_BYTES
 from expertlink.jit import compiler
 from expertlink.jit.compiler import CompiledKernel
 
@@ -69,9 +63,8 @@ def config_of(fields: dict[str, Any]) -> MoECommunicatorConfig:
 @pytest.mark.parametrize(("ranks", "fields"), CASES)
 def test_resources(ranks: int, fields: dict[str, Any], arch: str) -> None:
     config = config_of(fields)
-    compiled = compiled_here(config, HtPlan.of(config, ranks), num_ranks=ranks, arch=arch)
-    assert set(compiled) == {KernelName.DISPATCH, KernelName.COMBINE}
-    check_budgets(compiled, lambda name: 16)
+    compiled = check_budgets(config, HtMode, num_ranks=ranks, arch=arch)
+    assert compiled == {KernelName.DISPATCH, KernelName.COMBINE}
 
 
 # Several ranks on one GPU are for tests, which run on sm_90a.
@@ -83,37 +76,41 @@ def test_resources_of_low_latency(
     ranks: int, fields: dict[str, Any], hosted: bool, arch: str
 ) -> None:
     config = config_of({**DECODE, **fields})
-    plan = LlPlan.of(config, ranks)
-    compiled = compiled_here(config, plan, num_ranks=ranks, arch=arch, hosted=hosted)
+    compiled = check_budgets(config, LlMode, num_ranks=ranks, arch=arch, hosted=hosted)
     names = {KernelName.DISPATCH, KernelName.COMBINE}
     if config.quantization is not None:
         names.add(KernelName.DISPATCH_QUANTIZED)
-    assert set(compiled) == names
-    check_budgets(compiled, latency_warps)
+    assert compiled == names
 
 
-def compiled_here(config: MoECommunicatorConfig, plan: KernelPlan, **options: Any) -> Compiled:
-    """`compile_for` with a report of the compiler; a communicator's kernels side by side."""
+def compiled_here(config: MoECommunicatorConfig, program: Program, **options: Any) -> Compiled:
+    """`compile_program` with a report of the compiler; a communicator's kernels side by side."""
     compiler.cuda_core().Program  # noqa: B018 - the module loads it here rather than in threads
     with ThreadPoolExecutor() as threads, pytest.MonkeyPatch.context() as patch:
         # NVRTC reports nothing of a kernel that it finds in a cache of its own.
         patch.setitem(compiler._OPTIONS, "no_cache", True)
         compile_anew = partial(threads.submit, compiler.compile_kernel.__wrapped__)
         patch.setattr(launch, "compile_kernel", compile_anew)
-        coming: dict[KernelName, Any] = dict(compile_for(config, plan, **options))
+        coming: dict[KernelName, Any] = dict(compile_program(config, program, **options))
         return {name: future.result() for name, future in coming.items()}
 
 
-def check_budgets(compiled: Compiled, warps_of: Callable[[KernelName], int]) -> None:
-    for name, code in compiled.items():
-        report = code.report
+def check_budgets(
+    config: MoECommunicatorConfig, mode: type[Mode], *, num_ranks: int, **options: Any
+) -> set[KernelName]:
+    """Compiles all kernels of a communicator; returns their names."""
+    program = mode.program(config, mode.plan(config, num_ranks), num_ranks=num_ranks)
+    compiled = compiled_here(config, program, num_ranks=num_ranks, **options)
+    for kernel in program.kernels:
+        report = compiled[kernel.name].report
         assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
         assert set(re.findall(r"(\d+) bytes stack frame", report)) == {"0"}, report
         registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
         assert registers
-        assert max(registers) <= REGISTERS // (32 * warps_of(name)) // 8 * 8, report
+        assert max(registers) <= REGISTERS // (32 * kernel.max_warps) // 8 * 8, report
         memory = [int(size) for size in re.findall(r"(\d+) bytes smem", report)]
         assert max(memory) <= STATIC_BYTES, report
+    return set(compiled)
 
 
 @pytest.mark.parametrize(("ranks", "fields"), CASES)
@@ -134,8 +131,10 @@ def test_blocks_of_low_latency_fit_a_multiprocessor(ranks: int, fields: dict[str
     config = config_of({**DECODE, **fields})
     local = -(-config.num_experts // ranks)
     assert ll_plan.unavailable_reason(config, num_ranks=ranks, num_local=local) is None
-    for half in ("send", "receive", "both"):
-        words = ll_plan.shared_words(config, num_ranks=ranks, num_local=local, half=half)
+    for sends, receives in ((True, False), (False, True), (True, True)):
+        words = ll_plan.shared_words(
+            config, num_ranks=ranks, num_local=local, sends=sends, receives=receives
+        )
         assert 4 * words + STATIC_BYTES <= SHARED_BYTES
 
 

@@ -13,14 +13,10 @@ from torch import Tensor
 from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink import communicator as communicator_module
 from expertlink.engines.nvlink import arena, engine
-from expertlink.engines.nvlink.build import assemble, make_arena
-from expertlink.engines.nvlink.ht import engine as ht_engine
-from expertlink.engines.nvlink.ht.plan import HtPlan
+from expertlink.engines.nvlink.build import assemble, make_memory, mode_of
 from expertlink.engines.nvlink.launch import KernelName
 from expertlink.engines.nvlink.ll import arena as ll_arena
-from expertlink.engines.nvlink.ll import engine as ll_engine
-from expertlink.engines.nvlink.ll.plan import LlPlan
-from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.nvlink.ll import mode as ll_mode
 from expertlink.engines.ranks.wire import Wire
 from expertlink.engines.select import EngineChoice
 from expertlink.jit.kernel import Arguments
@@ -77,7 +73,7 @@ class FakeGpu:
         for name in ("zeros", "ones"):
             patch(torch, name, _unpinned(getattr(torch, name)))
         patch(ll_arena, "raw_stream", lambda _: lambda: stream.cuda_stream)
-        for module in (ll_arena, engine, ht_engine, ll_engine):
+        for module in (ll_arena, engine, ll_mode):
             patch(module, "is_capturing", lambda: self.capture != 0)
         for module in (ll_arena, arena):
             patch(module, "capture_of", lambda _: self.capture)
@@ -97,9 +93,12 @@ class FakeGpu:
         config = MoECommunicatorConfig(**{**usual, **fields})
         comm = MoECommunicator(config)
         placement = Placement.from_ranks(even_blocks(E, 1), num_ranks=1, device=CPU)
-        plan: Any = (LlPlan if config.mode == "ll" else HtPlan).of(config, 1)
-        memory = torch.zeros(plan.total, dtype=torch.uint8)
-        watchdog = Watchdog(rank=0, num_ranks=1, num_experts=E, timeout_s=5.0)
+        mode = mode_of(config, placement)
+        plan = mode.plan(config, 1)
+        local = torch.zeros(plan.total, dtype=torch.uint8)
+        memory = make_memory(
+            config, mode, plan, rank=0, buffer=_Memory(local), device=CPU, timeout_s=5.0
+        )
 
         def run(name: KernelName, arguments: Arguments, launch: object) -> None:
             fields = ("operation", "subject", "flags", "origin")
@@ -107,14 +106,14 @@ class FakeGpu:
                 {"name": name, **{field: getattr(arguments, field, None) for field in fields}}
             )
             if self.mails and config.mode == "ht" and not config.static_shapes:
-                watchdog._words.mail_number += 1
+                memory.watchdog._words.mail_number += 1
 
         engine = assemble(
             config,
+            mode,
             wire=Wire(None, device=CPU, timeout_s=5.0),
             placement=placement,
-            arena=make_arena(plan, rank=0, buffer=_Memory(memory), device=CPU),
-            watchdog=watchdog,
+            memory=memory,
             run=run,
             check_inputs=False,
         )

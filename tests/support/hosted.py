@@ -19,22 +19,15 @@ import torch
 from torch import Tensor
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
-from expertlink.engines.nvlink.build import assemble, make_arena, serves_latency
+from expertlink.engines.nvlink import tuning
+from expertlink.engines.nvlink.arena import Plan
+from expertlink.engines.nvlink.build import assemble, make_memory, mode_of
 from expertlink.engines.nvlink.ht.plan import HtPlan
-from expertlink.engines.nvlink.launch import (
-    LATENCY_WARPS,
-    SHARED_BYTES,
-    STATIC_BYTES,
-    BlockShape,
-    KernelName,
-    Launch,
-    architecture,
-    compile_for,
-)
-from expertlink.engines.nvlink.ll.plan import LlPlan
-from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.nvlink.launch import KernelName, Launch, compile_program
+from expertlink.engines.nvlink.ll.mode import LlMode
+from expertlink.engines.nvlink.tuning import SHARED_BYTES, STATIC_BYTES
 from expertlink.engines.ranks.wire import Transfer, Wire
-from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
+from expertlink.jit.kernel import Arguments, Field, Struct, architecture, load_kernel
 from expertlink.routing import Placement, even_blocks
 from support.cases import LL, MANY_RANKS, SMS
 from support.jobs import config_of, without_gradients
@@ -113,7 +106,7 @@ class HostedWire(Wire):
 
 
 @dataclass
-class Memory:
+class HostedBuffer:
     """A rank's buffer, and where all of them are."""
 
     local: Tensor
@@ -140,8 +133,7 @@ class Fleet:
     Args:
         config: of every rank's communicator.
         num_ranks: R.
-        max_warps: warps of a block; few, so that many blocks fit on the GPU.
-        latency_warps: warps of a block of the low-latency kernels.
+        max_warps: most warps of a block; None: all in mode "ll", else few: many blocks are to fit.
         host: another fleet, whose memory this one uses as well.
         skip: called with the number of a launch that all ranks make together (one per dispatch or
             combine); ranks it returns do not take part in it.
@@ -152,8 +144,7 @@ class Fleet:
         config: MoECommunicatorConfig,
         num_ranks: int,
         *,
-        max_warps: int = 4,
-        latency_warps: int = LATENCY_WARPS,
+        max_warps: int | None = None,
         host: Fleet | None = None,
         skip: Callable[[int], Sequence[int]] = lambda number: (),
     ) -> None:
@@ -164,21 +155,25 @@ class Fleet:
             else [int(rank) for rank in config.expert_map]
         )
         self.placement = Placement.from_ranks(owners, num_ranks=num_ranks, device=DEVICE)
-        self.latency = serves_latency(config, self.placement)
-        self.plan: Any = (LlPlan if self.latency else HtPlan).of(config, num_ranks)
+        self.mode = mode_of(config, self.placement)
+        self.plan = self.mode.plan(config, num_ranks)
         self._host = host
         if host is not None:
             assert host.plan.holds(self.plan)
             self.plan = host.plan
         torch.cuda.init()
-        compiled = compile_for(
-            config, self.plan, num_ranks=num_ranks, arch=architecture(DEVICE), hosted=True
+        compiled = compile_program(
+            config,
+            self.mode.program(config, self.plan, num_ranks=num_ranks),
+            num_ranks=num_ranks,
+            arch=architecture(DEVICE),
+            hosted=True,
         )
         self._kernels = {
             name: load_kernel(DEVICE, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
             for name, code in compiled.items()
         }
-        self.max_warps, self.latency_warps = max_warps, latency_warps
+        self.max_warps = max_warps or (tuning.LL_DISPATCH_WARPS if self.mode is LlMode else 4)
         self._buffers: list[Tensor] = []
         if host is not None:
             self._buffers = host._buffers
@@ -192,18 +187,14 @@ class Fleet:
         """For new communicators: flags as in fresh memory, and NaN and -1 everywhere else."""
         torch.cuda.synchronize(DEVICE)
         for buffer in self._buffers if self._host is None else ():
-            if isinstance(self.plan, LlPlan):
-                self.plan.prepare(buffer)
-            else:
-                buffer[: self.plan.flags].zero_()
-                buffer[self.plan.flags :].fill_(0xFF)
+            prepare(self.plan, buffer)
         torch.cuda.synchronize(DEVICE)
         self._number = 0
         self.meeting = Meeting(self.num_ranks)
         self._launches = Meeting(self.num_ranks, self._start)
 
-    def memory(self, rank: int) -> Memory:
-        return Memory(self._buffers[rank], self.addresses, self._buffers)
+    def memory(self, rank: int) -> HostedBuffer:
+        return HostedBuffer(self._buffers[rank], self.addresses, self._buffers)
 
     def run(self, rank: int, name: KernelName, arguments: Arguments, launch: Launch) -> None:
         """One rank's share of a launch; the last rank to come starts it for all."""
@@ -254,6 +245,13 @@ class Fleet:
         self._launches.break_up()
 
 
+def prepare(plan: Plan, memory: Tensor) -> None:
+    """Memory as it may be before the first call: NaN and -1 wherever the kernels must not care."""
+    plan.prepare(memory)
+    if isinstance(plan, HtPlan):
+        memory[plan.flags :].fill_(0xFF)
+
+
 class HostedCommunicator(MoECommunicator):
     """A communicator whose ranks are threads.
 
@@ -281,40 +279,31 @@ class HostedCommunicator(MoECommunicator):
             return
         fleet, config = self._fleet, self.config
         wire = HostedWire(self.rank, fleet.meeting)
-        num_local = len(fleet.placement.experts_of_rank[self.rank])
-        buffer = fleet.memory(self.rank)
-        if self._memory_of is None:
-            watchdog = Watchdog(
+        if self._memory_of is not None:
+            memory = self._memory_of._engine.memory  # type: ignore[union-attr]
+        else:
+            memory = make_memory(
+                config,
+                fleet.mode,
+                fleet.plan,
                 rank=self.rank,
-                num_ranks=fleet.num_ranks,
-                num_experts=config.num_experts,
+                buffer=fleet.memory(self.rank),
+                device=DEVICE,
                 timeout_s=self._timeout_s,
             )
-        else:
-            watchdog = self._memory_of._engine.watchdog  # type: ignore[union-attr]
 
         def run(name: KernelName, arguments: Arguments, launch: Launch) -> None:
             fleet.run(self.rank, name, arguments, launch)
 
-        if self._memory_of is None:
-            arena = make_arena(fleet.plan, rank=self.rank, buffer=buffer, device=DEVICE)
-        else:
-            arena = self._memory_of._engine.arena  # type: ignore[union-attr]
         engine = assemble(
             config,
+            fleet.mode,
             wire=wire,
             placement=fleet.placement,
-            arena=arena,
-            watchdog=watchdog,
+            memory=memory,
             run=run,
             check_inputs=self._check,
-            blocks=BlockShape(
-                config,
-                num_ranks=fleet.num_ranks,
-                num_local=num_local,
-                max_warps=fleet.max_warps,
-            ),
-            latency_warps=fleet.latency_warps,
+            max_warps=fleet.max_warps,
         )
         self._use(engine, fleet.placement)
 
@@ -325,15 +314,15 @@ def fleet_of(mode: str, case: Case, *, warps: int | None = None, **fields: Any) 
     Args:
         mode: "ht" or "ll".
         case: of every rank.
-        warps: of a block of the kernels of mode "ll"; None: as many as fit.
+        warps: most warps of a block; None: as many as fit.
         fields: of the configuration.
     """
     mode_fields = LL if mode == "ll" else {"engine": "nvlink"}
     config = config_of(case, DEVICE, **{**mode_fields, **SMS, **fields})
     if warps is None:
-        warps = LATENCY_WARPS if case.ranks <= MANY_RANKS else 4
-    fleet = Fleet(config, case.ranks, latency_warps=warps)
-    assert fleet.latency == (mode == "ll")
+        warps = None if case.ranks <= MANY_RANKS else 4
+    fleet = Fleet(config, case.ranks, max_warps=warps)
+    assert (fleet.mode is LlMode) == (mode == "ll")
     return fleet
 
 

@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
-from expertlink.engines.nvlink.build import assemble, make_arena, serves_latency
-from expertlink.engines.nvlink.ht.plan import HtPlan
+from expertlink.engines.nvlink.build import assemble, make_memory, mode_of
 from expertlink.engines.nvlink.launch import DeviceRunner
-from expertlink.engines.nvlink.ll.plan import LlPlan
-from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.jit import compiler
 from expertlink.routing import Placement, even_blocks
-from support.hosted import DEVICE, HostedWire, Meeting, Memory, results_of
+from support.hosted import DEVICE, HostedBuffer, HostedWire, Meeting, prepare, results_of
 
 SMS = {"num_sms_dispatch": 3, "num_sms_combine": 3}
 
@@ -86,39 +83,34 @@ class Rank(MoECommunicator):
             num_ranks=world.num_ranks,
             device=DEVICE,
         )
-        latency = serves_latency(config, placement)
-        plan: Any = (LlPlan if latency else HtPlan).of(config, world.num_ranks)
+        mode = mode_of(config, placement)
+        plan = mode.plan(config, world.num_ranks)
         if self._memory_of is not None:
-            other: Any = self._memory_of._engine
-            other.arena.check_fits(plan)
-            arena, watchdog, plan = other.arena, other.watchdog, other.arena.plan
+            memory = self._memory_of._engine.memory  # type: ignore[union-attr]
+            memory.arena.check_fits(plan)
+            plan = memory.arena.plan
         else:
-            memory = torch.full((plan.total,), 0xFF, dtype=torch.uint8, device=DEVICE)
-            if latency:
-                plan.prepare(memory)
-            else:
-                memory[: plan.flags].zero_()
-            buffers = world.meeting.swap(self.rank, memory)
+            local = torch.empty(plan.total, dtype=torch.uint8, device=DEVICE)
+            prepare(plan, local)
+            buffers = world.meeting.swap(self.rank, local)
             addresses = [buffer.data_ptr() for buffer in buffers]
-            arena = make_arena(
+            memory = make_memory(
+                config,
+                mode,
                 plan,
                 rank=self.rank,
-                buffer=Memory(memory, addresses, buffers),
+                buffer=HostedBuffer(local, addresses, buffers),
                 device=DEVICE,
-            )
-            watchdog = Watchdog(
-                rank=self.rank,
-                num_ranks=world.num_ranks,
-                num_experts=max(config.num_experts, 64),
                 timeout_s=self._timeout_s,
             )
+        program = mode.program(config, plan, num_ranks=world.num_ranks)
         engine = assemble(
             config,
+            mode,
             wire=wire,
             placement=placement,
-            arena=arena,
-            watchdog=watchdog,
-            run=DeviceRunner(config, plan, num_ranks=world.num_ranks, device=DEVICE),
+            memory=memory,
+            run=DeviceRunner(config, program, num_ranks=world.num_ranks, device=DEVICE),
             check_inputs=self._check,
         )
         self._use(engine, placement)

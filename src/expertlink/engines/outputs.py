@@ -1,9 +1,11 @@
-"""Memory for what a dispatch returns: its largest shape, the order of scales, filling buffers."""
+"""What a dispatch returns: the one place where its tensors and its `DispatchOutput` are made."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import DispatchCall
 from expertlink.engines.ranks import capacity
 from expertlink.types import (
+    BlockFormat,
     DispatchBuffers,
     DispatchLayout,
     DispatchOutput,
@@ -20,27 +23,127 @@ from expertlink.types import (
 )
 
 
-def empty_scales(
-    config: MoECommunicatorConfig,
-    shape: tuple[int, ...],
-    columns: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """`[*shape, columns]` uninitialised, in the memory order of the configuration."""
-    if config.scale_order == "row_major":
-        return torch.empty((*shape, columns), dtype=dtype, device=device)
-    memory = torch.empty((*shape[:-1], columns, shape[-1]), dtype=dtype, device=device)
-    return memory.transpose(-1, -2)
+class PublicCounts(NamedTuple):
+    """The caller's own counts, int32 on the device.
+
+    Attributes:
+        memory: what they lie in.
+        per_expert: `[E_loc]` rows of each local expert.
+        offsets: `[E_loc + 1]` where their groups start, in FLAT.
+        per_rank: `[R]` rows from each rank.
+    """
+
+    memory: Tensor
+    per_expert: Tensor
+    offsets: Tensor
+    per_rank: Tensor
+
+    @staticmethod
+    def within(memory: Tensor, sizes: Sequence[int]) -> PublicCounts:
+        """Counts, offsets and rows in this order; `sizes` adds up to the memory."""
+        per_expert, offsets, per_rank, *_ = memory.split_with_sizes(sizes)
+        return PublicCounts(memory, per_expert, offsets, per_rank)
 
 
-def in_scale_order(config: MoECommunicatorConfig, output: DispatchOutput) -> DispatchOutput:
-    """The output of a dispatch that has row-major scales, in the order of the configuration."""
-    if output.scales is None or config.scale_order == "row_major":
-        return output
-    tensor = output.scales.tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return dataclasses.replace(output, scales=QuantScales(tensor, output.scales.format))
+@dataclass(eq=False)
+class OutputTensors:
+    """Tensors of one leading shape, from which an output is made.
+
+    Attributes:
+        shape: leading dimensions.
+        tokens: rows.
+        scales: scales of quantized rows.
+        scale_format: their block format, or None.
+        ids: `[..., K]` int64, deduplicated layouts.
+        weights: `[..., K]`, deduplicated layouts of weighted dispatches.
+    """
+
+    shape: tuple[int, ...]
+    tokens: Tensor
+    scales: Tensor | None
+    scale_format: BlockFormat | None
+    ids: Tensor | None
+    weights: Tensor | None
+
+    @staticmethod
+    def around(
+        config: MoECommunicatorConfig,
+        tokens: Tensor,
+        *,
+        shape: tuple[int, ...],
+        weighted: bool,
+        scale_dtype: torch.dtype | None = None,
+        scale_columns: int = 0,
+        scale_format: BlockFormat | None = None,
+        row_major: bool = False,
+    ) -> OutputTensors:
+        """Uninitialised tensors beside the rows.
+
+        Args:
+            config: the communicator's.
+            tokens: the rows.
+            shape: leading dimensions of `tokens`.
+            weighted: weights come with the rows.
+            scale_dtype: of scales, if there are any.
+            scale_columns: scales of a row.
+            scale_format: their block format, or None.
+            row_major: scales in that memory order, whatever the configuration says.
+        """
+        scales = ids = weights = None
+        device = tokens.device
+        if scale_dtype is not None:
+            if row_major or config.scale_order == "row_major":
+                scales = torch.empty((*shape, scale_columns), dtype=scale_dtype, device=device)
+            else:
+                *outer, last = shape
+                memory = torch.empty(
+                    (*outer, scale_columns, last), dtype=scale_dtype, device=device
+                )
+                scales = memory.transpose(-1, -2)
+        if not config.layout.expanded:
+            choices = (*shape, config.topk)
+            ids = torch.empty(choices, dtype=torch.int64, device=device)
+            if weighted:
+                weights = torch.empty(choices, dtype=config.weight_dtype, device=device)
+        return OutputTensors(shape, tokens, scales, scale_format, ids, weights)
+
+    def cut(self, rows: int) -> None:
+        """Leaves the first rows of what was made larger."""
+        self.shape = (rows,)
+        if self.tokens.shape[0] != rows:
+            self.tokens = self.tokens[:rows]
+        if self.scales is not None and self.scales.shape[0] != rows:
+            self.scales = self.scales[:rows]
+        if self.ids is not None and self.ids.shape[0] != rows:
+            self.ids = self.ids[:rows]
+        if self.weights is not None and self.weights.shape[0] != rows:
+            self.weights = self.weights[:rows]
+
+    def zero_rows(self) -> None:
+        """Clears rows and scales, for slots that nothing fills."""
+        self.tokens.zero_()
+        if self.scales is not None:
+            self.scales.zero_()
+
+    def output(
+        self,
+        layout: DispatchLayout,
+        counts: PublicCounts,
+        per_expert: list[int] | None = None,
+    ) -> DispatchOutput:
+        """The output; `per_expert` are the counts of experts, where the host knows them."""
+        scales = self.scales
+        return DispatchOutput(
+            tokens=self.tokens,
+            num_tokens_per_expert=counts.per_expert,
+            layout=layout,
+            scales=None if scales is None else QuantScales(scales, self.scale_format),
+            num_tokens_per_expert_list=None if per_expert is None else list(per_expert),
+            expert_offsets=counts.offsets if layout is DispatchLayout.FLAT else None,
+            topk_ids=self.ids,
+            topk_weights=self.weights,
+            num_tokens_per_rank=counts.per_rank,
+        )
 
 
 def largest_output(
@@ -53,34 +156,36 @@ def largest_output(
     tokens: Tensor | None = None,
 ) -> DispatchOutput:
     """Tensors of the largest shape that any dispatch of such rows can return, or for `tokens`."""
-    layout = config.layout
-    shape = capacity.largest_shape(config, num_ranks=num_ranks, num_local=num_local)
     if tokens is None:
+        shape = capacity.largest_shape(config, num_ranks=num_ranks, num_local=num_local)
         tokens = torch.empty((*shape, rows.width), dtype=rows.dtype, device=device)
-    shape = tuple(tokens.shape[:-1])
-    scales = ids = weights = offsets = None
-    if rows.scale_dtype is not None:
-        tensor = empty_scales(
-            config, shape, rows.scale_columns, dtype=rows.scale_dtype, device=device
-        )
-        scales = QuantScales(tensor, rows.scale_format)
-    if not layout.expanded:
-        ids = torch.empty((*shape, config.topk), dtype=torch.int64, device=device)
-        if rows.weighted:
-            weights = torch.empty_like(ids, dtype=config.weight_dtype)
-    sizes = [num_local, num_local + 1, num_ranks]
-    counts = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    per_expert, offsets, per_rank = counts.split_with_sizes(sizes)
-    return DispatchOutput(
-        tokens=tokens,
-        num_tokens_per_expert=per_expert,
-        layout=layout,
-        scales=scales,
-        expert_offsets=offsets if layout is DispatchLayout.FLAT else None,
-        topk_ids=ids,
-        topk_weights=weights,
-        num_tokens_per_rank=per_rank,
+    else:
+        shape = tuple(tokens.shape[:-1])
+    tensors = OutputTensors.around(
+        config,
+        tokens,
+        shape=shape,
+        weighted=rows.weighted,
+        scale_dtype=rows.scale_dtype,
+        scale_columns=rows.scale_columns,
+        scale_format=rows.scale_format,
     )
+    sizes = [num_local, num_local + 1, num_ranks]
+    memory = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    return tensors.output(config.layout, PublicCounts.within(memory, sizes))
+
+
+def without_weights(output: DispatchOutput) -> DispatchOutput:
+    """The same tensors for a dispatch without weights."""
+    return DispatchOutput(**{**vars(output), "topk_weights": None})
+
+
+def in_scale_order(config: MoECommunicatorConfig, output: DispatchOutput) -> DispatchOutput:
+    """The output of a dispatch that has row-major scales, in the order of the configuration."""
+    if output.scales is None or config.scale_order == "row_major":
+        return output
+    tensor = output.scales.tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return dataclasses.replace(output, scales=QuantScales(tensor, output.scales.format))
 
 
 def into_tokens(call: DispatchCall) -> DispatchCall:
@@ -114,14 +219,14 @@ def into_buffers(
     )
 
     def fill() -> None:
-        pairs = zip(_tensors_beside(views), _tensors_beside(output), strict=True)
+        pairs = zip(_tensors_but_tokens(views), _tensors_but_tokens(output), strict=True)
         for target, source in pairs:
             target.copy_(source)
 
     return views, fill
 
 
-def _tensors_beside(output: DispatchOutput) -> Iterator[Tensor]:
+def _tensors_but_tokens(output: DispatchOutput) -> Iterator[Tensor]:
     """Everything but the rows."""
     scales = None if output.scales is None else output.scales.tensor
     for tensor in (

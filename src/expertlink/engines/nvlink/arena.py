@@ -160,6 +160,10 @@ class Arena:
         # work on those may be waiting for the very ranks that an abort is to reach.
         self._abort_stream = torch.cuda.Stream(device, priority=-1)
 
+    def follow(self, *, capturing: bool = False) -> None:
+        """`enter` for torch's current stream, where the next call is made."""
+        self.enter(torch.cuda.current_stream(self.device), capturing=capturing)
+
     def enter(self, stream: torch.cuda.Stream, *, capturing: bool) -> None:
         """Orders `stream` after the last call, where that was made on another stream.
 

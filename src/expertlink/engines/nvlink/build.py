@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import Arena, Buffer, SymmetricBuffer
-from expertlink.engines.nvlink.engine import NvlinkBase
-from expertlink.engines.nvlink.ht.arena import HtArena
-from expertlink.engines.nvlink.ht.dispatch import HighThroughput
-from expertlink.engines.nvlink.ht.engine import NvlinkEngine
-from expertlink.engines.nvlink.ht.plan import HtPlan
-from expertlink.engines.nvlink.launch import (
-    LATENCY_WARPS,
-    BlockShape,
-    DeviceRunner,
-    KernelPlan,
-    Run,
-)
+from expertlink.engines.nvlink.arena import Buffer, Plan, SymmetricBuffer
+from expertlink.engines.nvlink.engine import NvlinkEngine
+from expertlink.engines.nvlink.ht.blocks import BlockShape
+from expertlink.engines.nvlink.ht.mode import HtMode
+from expertlink.engines.nvlink.launch import DeviceRunner, Run
 from expertlink.engines.nvlink.ll import plan as ll_plan
-from expertlink.engines.nvlink.ll.arena import LlArena
-from expertlink.engines.nvlink.ll.dispatch import LowLatency
-from expertlink.engines.nvlink.ll.engine import LatencyEngine
-from expertlink.engines.nvlink.ll.plan import LlPlan
+from expertlink.engines.nvlink.ll.mode import LlMode
+from expertlink.engines.nvlink.mode import Memory, Mode
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.wire import Wire
@@ -53,65 +42,75 @@ def unavailable_reason(config: MoECommunicatorConfig, device: torch.device) -> s
     return compiler.unavailable_reason()
 
 
+def mode_of(config: MoECommunicatorConfig, placement: Placement) -> type[Mode]:
+    """The mode whose kernels serve a communicator; the same on all ranks.
+
+    Raises:
+        EngineUnavailableError: that is not mode "ll", but the configuration needs what only this
+            has.
+    """
+    if config.mode != "ll":
+        return HtMode
+    most = max(len(experts) for experts in placement.experts_of_rank)
+    reason = ll_plan.unavailable_reason(config, num_ranks=placement.num_ranks, num_local=most)
+    if reason is None:
+        return LlMode
+    if config.mask_lost_peers:
+        raise EngineUnavailableError(f"mask_lost_peers needs low-latency kernels: {reason}")
+    logger.info("mode='ll' is served by the high-throughput kernels: %s", reason)
+    return HtMode
+
+
 def build(
     config: MoECommunicatorConfig,
     *,
     wire: Wire,
     placement: Placement,
     check_inputs: bool,
-    share_with: Any | None = None,
-) -> NvlinkBase:
+    share_with: object | None = None,
+) -> NvlinkEngine:
     """The engine of this rank. Collective; what is in the way of one rank is raised on all.
+
+    Args:
+        config: the communicator's.
+        wire: the ranks' connection.
+        placement: where the experts live.
+        check_inputs: ranks agree before calls.
+        share_with: engine of another communicator whose memory serves this one too.
 
     Raises:
         EngineUnavailableError: the GPUs cannot reach each other, or the kernels cannot be built.
         ConfigurationError: `share_with` has no memory to share, or too little.
     """
     num_ranks, device = placement.num_ranks, wire.device
-    num_local = len(placement.experts_of_rank[wire.rank])
-    blocks = BlockShape(config, num_ranks=num_ranks, num_local=num_local)
-    latency = serves_latency(config, placement)
-    plan: KernelPlan = (LlPlan if latency else HtPlan).of(config, num_ranks)
-    reason = blocks.unavailable_reason(RowShape.of(config).row) or _unreachable(wire)
+    mode = mode_of(config, placement)
+    plan = mode.plan(config, num_ranks)
+    memory: Memory | None = None
     runner: DeviceRunner | None = None
+    reason = _too_large(config, wire=wire, placement=placement) or _unreachable(wire)
     if reason is None:
         if share_with is not None:
-            shared: Any = _shared_arena(share_with, plan).plan
-            plan = shared
+            memory = _shared_memory(share_with, plan)
+            plan = memory.arena.plan
         try:
-            runner = DeviceRunner(config, plan, num_ranks=num_ranks, device=device)
+            program = mode.program(config, plan, num_ranks=num_ranks)
+            runner = DeviceRunner(config, program, num_ranks=num_ranks, device=device)
         except ExpertlinkError as error:
             reason = str(error)
     _all_or_none(wire, reason)
     assert runner is not None
-    if share_with is not None:
-        arena, watchdog = share_with.arena, share_with.watchdog
-    else:
-        buffer = error_text = None
-        try:
-            buffer = SymmetricBuffer(wire.group, plan.total, device, plan.prepare)
-        except EngineUnavailableError as error:
-            error_text = str(error)
-        _all_or_none(wire, error_text)  # also: everybody's memory is prepared before it is used
-        assert buffer is not None
-        arena = make_arena(plan, rank=wire.rank, buffer=buffer, device=device)
-        watchdog = Watchdog(
-            rank=wire.rank,
-            num_ranks=num_ranks,
-            num_experts=config.num_experts,
-            timeout_s=wire.timeout_s,
-        )
+    if memory is None:
+        memory = _new_memory(config, mode, plan, wire=wire)
     for region, size in plan.regions().items():
         logger.debug("rank %d: arena: %s: %d bytes", wire.rank, region, size)
     engine = assemble(
         config,
+        mode,
         wire=wire,
         placement=placement,
-        arena=arena,
-        watchdog=watchdog,
+        memory=memory,
         run=runner,
         check_inputs=check_inputs,
-        blocks=blocks,
     )
     torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
     return engine
@@ -119,84 +118,109 @@ def build(
 
 def assemble(
     config: MoECommunicatorConfig,
+    mode: type[Mode],
     *,
     wire: Wire,
     placement: Placement,
-    arena: Arena,
-    watchdog: Watchdog,
+    memory: Memory,
     run: Run,
     check_inputs: bool,
-    blocks: BlockShape | None = None,
-    latency_warps: int = LATENCY_WARPS,
-) -> NvlinkEngine | LatencyEngine:
-    """The engine over memory that all ranks can reach; its mode is that of the arena. Local.
+    max_warps: int | None = None,
+) -> NvlinkEngine:
+    """The engine over memory that all ranks can reach. Local.
 
     Args:
         config: the communicator's.
+        mode: what `mode_of` says.
         wire: the ranks' connection.
-        placement: where the experts live.
-        arena: memory shared with the other ranks.
-        watchdog: host memory that the kernels write.
+        placement: where the experts live, on this rank's GPU.
+        memory: made for a plan of the mode.
         run: queues a kernel.
         check_inputs: ranks agree before calls.
-        blocks: high throughput: shape of the blocks.
-        latency_warps: low latency: most warps of a block.
+        max_warps: most warps of a block, if fewer than tuned: several ranks on one GPU.
     """
-    num_sms = torch.cuda.get_device_properties(arena.device).multi_processor_count
-    common: dict[str, Any] = {
-        "rank": wire.rank,
-        "placement": placement,
-        "watchdog": watchdog,
-        "run": run,
-        "num_sms": num_sms,
-        "communicator": wire.number,
-    }
-    seams: dict[str, Any] = {
-        "wire": wire,
-        "placement": placement,
-        "watchdog": watchdog,
-        "check": check_inputs,
-    }
-    if isinstance(arena, LlArena):
-        low = LowLatency(config, arena=arena, warps=latency_warps, **common)
-        return LatencyEngine(config, arena=arena, calls=low, **seams)
-    assert isinstance(arena, HtArena)
-    calls = HighThroughput(config, arena=arena, check=check_inputs, blocks=blocks, **common)
-    return NvlinkEngine(config, arena=arena, calls=calls, **seams)
+    properties = torch.cuda.get_device_properties(memory.arena.device)
+    return NvlinkEngine(
+        config,
+        wire=wire,
+        placement=placement,
+        memory=memory,
+        mode=mode(
+            config,
+            wire=wire,
+            placement=placement,
+            memory=memory,
+            run=run,
+            num_sms=properties.multi_processor_count,
+            max_warps=max_warps,
+        ),
+        check_inputs=check_inputs,
+    )
 
 
-def make_arena(plan: KernelPlan, *, rank: int, buffer: Buffer, device: torch.device) -> Arena:
-    """The arena of a plan's mode."""
-    if isinstance(plan, LlPlan):
-        return LlArena(plan, rank=rank, buffer=buffer, device=device)
-    return HtArena(plan, rank=rank, buffer=buffer, device=device)
+def make_memory(
+    config: MoECommunicatorConfig,
+    mode: type[Mode],
+    plan: Plan,
+    *,
+    rank: int,
+    buffer: Buffer,
+    device: torch.device,
+    timeout_s: float,
+) -> Memory:
+    """What a rank keeps of a buffer that the plan has prepared, for communicators to share. Local.
 
-
-def serves_latency(config: MoECommunicatorConfig, placement: Placement) -> bool:
-    """Whether calls have the low-latency kernels; the same on all ranks.
-
-    Raises:
-        EngineUnavailableError: they do not, but the configuration needs what only these have.
+    Those that share it have no more experts than this one, so a mail has room for their counts.
     """
-    if config.mode != "ll":
-        return False
-    most = max(len(experts) for experts in placement.experts_of_rank)
-    why_not = ll_plan.unavailable_reason(config, num_ranks=placement.num_ranks, num_local=most)
-    if why_not is None:
-        return True
-    if config.mask_lost_peers:
-        raise EngineUnavailableError(f"mask_lost_peers needs low-latency kernels: {why_not}")
-    logger.info("mode='ll' is served by the high-throughput kernels: %s", why_not)
-    return False
+    arena = mode.make_arena(plan, rank=rank, buffer=buffer, device=device)
+    watchdog = Watchdog(
+        rank=rank,
+        num_ranks=arena.num_ranks,
+        num_experts=config.num_experts,
+        timeout_s=timeout_s,
+    )
+    return Memory(arena, watchdog)
 
 
-def _shared_arena(other: object, plan: KernelPlan) -> Arena:
-    if not isinstance(other, NvlinkBase):
+def _new_memory(
+    config: MoECommunicatorConfig, mode: type[Mode], plan: Plan, *, wire: Wire
+) -> Memory:
+    """Memory of this communicator's own. Collective."""
+    buffer = reason = None
+    try:
+        buffer = SymmetricBuffer(wire.group, plan.total, wire.device, plan.prepare)
+    except EngineUnavailableError as error:
+        reason = str(error)
+    _all_or_none(wire, reason)  # also: everybody's memory is prepared before it is used
+    assert buffer is not None
+    return make_memory(
+        config,
+        mode,
+        plan,
+        rank=wire.rank,
+        buffer=buffer,
+        device=wire.device,
+        timeout_s=wire.timeout_s,
+    )
+
+
+def _shared_memory(other: object, plan: Plan) -> Memory:
+    if not isinstance(other, NvlinkEngine):
         raise ConfigurationError(
             "share_with: that communicator does not use the nvlink engine and has no such memory"
         )
     other.arena.check_fits(plan)
-    return other.arena
+    return other.memory
+
+
+def _too_large(config: MoECommunicatorConfig, *, wire: Wire, placement: Placement) -> str | None:
+    """Why rows or counts exceed a block's shared memory, or None. One bound for both modes."""
+    blocks = BlockShape(
+        config,
+        num_ranks=placement.num_ranks,
+        num_local=len(placement.experts_of_rank[wire.rank]),
+    )
+    return blocks.unavailable_reason(RowShape.of(config).row)
 
 
 def _unreachable(wire: Wire) -> str | None:

@@ -1,39 +1,49 @@
-"""What both modes of the nvlink engine share behind the seam of engines/base.py."""
+"""The nvlink engine: it checks calls, agrees on them, orders them, and says how they fail.
+
+How rows move is up to its mode (mode.py).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from expertlink import routing
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink.arena import Arena
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.nvlink.capture import is_capturing
-from expertlink.engines.nvlink.rows import RowShape
-from expertlink.engines.nvlink.tables import Route, as_route
-from expertlink.engines.nvlink.watchdog import Watchdog
-from expertlink.engines.ranks.agreement import begin_agreement
+from expertlink.engines.nvlink.mode import ALIGNMENT, Memory, Mode
+from expertlink.engines.nvlink.tables import as_route
+from expertlink.engines.ranks import metadata
+from expertlink.engines.ranks.agreement import agree
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError
 from expertlink.routing import Placement
-from expertlink.types import DispatchLayout
+from expertlink.types import CallStatistics, DispatchBuffers, RowKind
+from expertlink.validation import explain_ids
 
-ALIGNMENT = 16  # bytes of what kernels read and write at once
+# Looking up members of an enumeration, and their titles, takes time that decode notices.
+_DISPATCH, _CACHED_DISPATCH = Operation.DISPATCH, Operation.CACHED_DISPATCH
+_COMBINE, _WEIGHT_GRADS = Operation.COMBINE, Operation.WEIGHT_GRADS
+_TITLES = {operation: operation.title for operation in Operation}
 
 
-class NvlinkBase:
-    """An engine whose kernels address the memory of other GPUs.
+class NvlinkEngine:
+    """An engine whose kernels address the memory of other GPUs; see `engines.base.Engine`.
 
     Args:
         config: the communicator's.
         wire: the ranks' connection, for what is said in words.
         placement: where the experts live.
-        arena: memory shared with the other ranks.
-        watchdog: host memory that the kernels write.
-        check: ranks agree before calls that do not agree by themselves.
+        memory: what communicators can share.
+        mode: makes the calls over that memory.
+        check_inputs: the hosts agree before calls whose kernels do not agree by themselves.
     """
 
     name = "nvlink"
@@ -44,21 +54,143 @@ class NvlinkBase:
         *,
         wire: Wire,
         placement: Placement,
-        arena: Arena,
-        watchdog: Watchdog,
-        check: bool,
+        memory: Memory,
+        mode: Mode,
+        check_inputs: bool,
     ) -> None:
         self._config, self._wire, self._placement = config, wire, placement
-        self.arena, self.watchdog, self._check = arena, watchdog, check
-        arena.join(wire.number)
-        watchdog.attach(wire.post_abort, wire.abort_reason)
-        watchdog.interrupted = weakref.WeakMethod(self.abort)
-        self._rows = RowShape.of(config)
+        self.memory, self.arena, self.watchdog = memory, memory.arena, memory.watchdog
+        self._mode, self._check = mode, check_inputs
+        self.quantizes = mode.quantizes
+        self.arena.join(wire.number)
+        self.watchdog.attach(wire.post_abort, wire.abort_reason)
+        self.watchdog.interrupted = weakref.WeakMethod(self.abort)
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def dispatch(self, call: DispatchCall) -> Dispatched:
+        """Queues a dispatch; waits for all ranks' counts where the host has to know them."""
+        mode, previous = self._mode, call.previous
+        operation = _DISPATCH if previous is None else _CACHED_DISPATCH
+        try:
+            mode.check(call)
+        except InputError as error:
+            self.refuse(operation, error)
+        capturing = (mode.counts_captures or self._check) and is_capturing()
+        number = self._enter(operation, capturing)
+        if capturing or previous is not None:
+            error = mode.find_fault(previous, capturing=capturing)
+            if error is not None:
+                self.refuse(operation, error)
+        if call.x_TW.data_ptr() % ALIGNMENT:
+            call = dataclasses.replace(call, x_TW=call.x_TW.clone())
+        if self._check and number:
+            self._agree_on(operation, call)
+        self.arena.follow(capturing=capturing)
+        return mode.dispatch(call, number)
+
+    def combine(self, call: CombineCall) -> Combined:
+        """Queues a combine."""
+        capturing = (self._mode.counts_captures or self._check) and is_capturing()
+        self._begin(_COMBINE, call.state, capturing)
+        return self._mode.combine(call)
+
+    def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
+        """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
+        self._begin(_WEIGHT_GRADS, state, is_capturing())
+        return self._mode.weight_grads(state, weight_grads)
+
+    def refuse(self, operation: Operation, error: Exception) -> NoReturn:
+        """Raises `error` here; the ranks that make the call learn that it does not happen."""
+        if is_capturing():
+            raise error  # a capture is no call: the peers know nothing of it
+        mode, is_new = self._mode, operation is _DISPATCH
+        if self._check and not (is_new and mode.agrees_on_device):
+            self._enter(operation, False)
+            self._agree(operation, refused=error)
+        elif is_new:
+            number = self._enter(operation, False)
+            self.arena.follow(capturing=False)
+            mode.refuse(number, error)
+        raise error
+
+    def _enter(self, operation: Operation, capturing: bool) -> int:
+        """Begins a call; returns its number, 0 in a capture, which launches nothing."""
+        wire = self._wire
+        number = wire.call if capturing else wire.call + 1
+        wire.enter(_TITLES[operation], number)
+        self.watchdog.check(number)
+        return 0 if capturing else number
+
+    def _begin(self, operation: Operation, state: object, capturing: bool) -> None:
+        """Everything before a call that uses a routing and brings no rows."""
+        number = self._enter(operation, capturing)
+        error = self._mode.find_fault(state, capturing=capturing)
+        if error is not None:
+            self.refuse(operation, error)
+        if self._check and number:
+            self._agree(operation, subject=as_route(state).number)
+        self.arena.follow(capturing=capturing)
+
+    def _agree_on(self, operation: Operation, call: DispatchCall) -> None:
+        """The hosts agree on a dispatch; faulty ids are refused."""
+        refused = None
+        if operation is _DISPATCH:
+            if self._mode.agrees_on_device:
+                return
+            ids_TK, experts = call.topk_ids_TK, self._placement.num_experts
+            assert ids_TK is not None
+            faulty = routing.out_of_range(ids_TK, experts) | routing.has_duplicates(ids_TK)
+            if bool(faulty.any()):
+                refused = explain_ids(ids_TK, experts)
+        self._agree(
+            operation,
+            refused=refused,
+            row_bytes=metadata.row_bytes(call.x_TW),
+            metadata_bytes=metadata.width(call),
+            subject=0 if call.previous is None else as_route(call.previous).number,
+        )
+
+    def _agree(
+        self,
+        operation: Operation,
+        *,
+        refused: Exception | None = None,
+        row_bytes: int = 0,
+        metadata_bytes: int = 0,
+        subject: int = 0,
+    ) -> None:
+        agree(
+            self._wire,
+            operation,
+            num_experts=self._placement.num_experts,
+            refused=refused,
+            row_bytes=row_bytes,
+            metadata_bytes=metadata_bytes,
+            subject=subject,
+        )
+
+    # -- failures and the end ---------------------------------------------------------------------
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds."""
         self._wire.timeout_s = timeout_s
         self.watchdog.set_timeout(timeout_s)
+
+    def check_health(self) -> None:
+        """Raises what the kernels have reported since the last call, and overflows."""
+        self.watchdog.check(self._wire.call)
+        self.watchdog.check_overflow()
+
+    def abort(self, reason: str) -> None:
+        """Ends this communicator, and those that share its memory, on all ranks. Never raises."""
+        if self.watchdog.dead:
+            return
+        self.watchdog.fail(f"abort: {reason}")
+        # Peers that learn of it wait a moment for the reason.
+        with contextlib.suppress(RuntimeError):
+            self.arena.post_abort()
+        self.watchdog.post_abort(reason)
 
     def close(self) -> None:
         """Waits for the calls under way, then lets go of memory and group.
@@ -71,19 +203,7 @@ class NvlinkBase:
             self.watchdog.release()
         self._wire.close()
 
-    def abort(self, reason: str) -> None:
-        """Ends this communicator, and those that share its memory, on all ranks. Never raises."""
-        if self.watchdog.dead:
-            return
-        self.watchdog.fail(f"abort: {reason}")
-        # Peers that learn of it wait a moment for the reason.
-        with contextlib.suppress(RuntimeError):
-            self.arena.post_abort()
-        self.watchdog.post_abort(reason)
-
-    def memory_estimate(self) -> dict[str, int]:
-        """Bytes of the arena by region; no call needs more beyond its inputs and outputs."""
-        return self.arena.plan.regions()
+    # -- what a routing says ----------------------------------------------------------------------
 
     def wire_rows(self, state: object) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank, own rank included."""
@@ -91,67 +211,34 @@ class NvlinkBase:
 
     def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
         """Expanded layouts: first slot and rows of each source in each group, `[E_loc, R]`."""
-        return expert_ranges(as_route(state), self._config.layout)
-
-    def check_health(self) -> None:
-        """Raises what the kernels have reported since the last call, and overflows."""
-        self.watchdog.check(self._wire.call)
-        self.watchdog.check_overflow()
+        return as_route(state).expert_ranges(self._config.layout)
 
     def slot_weights(self, state: object) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
         return as_route(state).slot_weights()
 
-    # -- shared -----------------------------------------------------------------------------------
+    # -- memory, statistics, masks ----------------------------------------------------------------
 
-    def _enter(self, phase: str) -> int:
-        """Begins a call; returns its number, 0 in a capture, which launches nothing."""
-        wire = self._wire
-        capturing = is_capturing()
-        number = wire.call if capturing else wire.call + 1
-        wire.enter(phase, number)
-        self.watchdog.check(number)
-        return 0 if capturing else number
+    def memory_estimate(self) -> dict[str, int]:
+        """Bytes of the arena by region; no call needs more beyond its inputs and outputs."""
+        return self.arena.plan.regions()
 
-    def _agree(
-        self,
-        operation: Operation,
-        *,
-        refused: Exception | None = None,
-        row_bytes: int = 0,
-        metadata_bytes: int = 0,
-        subject: int = 0,
-    ) -> None:
-        """Exchanges headers between the hosts."""
-        begin_agreement(
-            self._wire,
-            operation,
-            num_experts=self._placement.num_experts,
-            refused=refused,
-            row_bytes=row_bytes,
-            metadata_bytes=metadata_bytes,
-            subject=subject,
-        ).conclude()
+    def make_buffers(self, rows: RowKind) -> DispatchBuffers:
+        """Outputs of the largest shape for such rows, and tables of one routing."""
+        return self._mode.make_buffers(rows)
 
+    def enable_statistics(self) -> CallStatistics:
+        """Counts calls from now on; returns the same tensors every time."""
+        return self._mode.enable_statistics()
 
-def expert_ranges(route: Route, layout: DispatchLayout) -> tuple[Tensor, Tensor]:
-    """See `Engine.expert_ranges`."""
-    first_ER = route.table("first_slot").t()
-    ends_E = first_ER[:, 0] + route.table("counts")
-    counts_ER = torch.cat([first_ER[:, 1:], ends_E[:, None]], dim=1) - first_ER
-    groups_E = torch.zeros_like(ends_E)
-    if layout is DispatchLayout.EXPERT_MAJOR:
-        groups_E = torch.arange(len(ends_E), dtype=torch.int32, device=ends_E.device)
-        groups_E *= route.layout.rows
-    return first_ER - groups_E[:, None], counts_ER
+    def query_mask(self) -> Tensor:
+        """`[R]` bool on the device: ranks that calls no longer wait for."""
+        return self._mode.query_mask()
 
+    def mask_peer(self, rank: int) -> None:
+        """Calls neither wait for that rank nor send to it from now on."""
+        self._mode.mask_peer(rank)
 
-def check_address(buffer: Tensor | None) -> None:
-    if buffer is not None and buffer.data_ptr() % ALIGNMENT:
-        raise InputError(
-            f"output_buffer starts at an address that is no multiple of {ALIGNMENT} bytes"
-        )
-
-
-def nothing_left() -> None:
-    """All work of a call is queued before it returns."""
+    def clear_mask(self) -> None:
+        """All ranks take part again. Collective."""
+        self._mode.clear_mask()

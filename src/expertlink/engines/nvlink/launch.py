@@ -1,29 +1,22 @@
-"""The kernels of the nvlink engine, specialised to a communicator, and how they are launched."""
+"""How kernels are described, compiled and launched; the same for every mode."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.nvlink import shared, tuning
-from expertlink.engines.nvlink.ht import arguments as ht_arguments
-from expertlink.engines.nvlink.ht import plan as ht_plan
-from expertlink.engines.nvlink.ht.plan import HtPlan
-from expertlink.engines.nvlink.ll import arguments as ll_arguments
-from expertlink.engines.nvlink.ll import plan as ll_plan
-from expertlink.engines.nvlink.ll.plan import LlPlan
-from expertlink.engines.nvlink.rows import RowShape
+from expertlink.engines.nvlink import shared
 from expertlink.engines.nvlink.tuning import SHARED_BYTES, STATIC_BYTES
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
 from expertlink.jit.kernel import Arguments, architecture, load_kernel
-from expertlink.layouts import align
 from expertlink.types import DispatchLayout
 
-LATENCY_WARPS = tuning.LL_DISPATCH_WARPS
+Planned = TypeVar("Planned")
 
 
 class KernelName(enum.IntEnum):
@@ -33,6 +26,40 @@ class KernelName(enum.IntEnum):
     DISPATCH_QUANTIZED = 1
     """Dispatch that quantizes the rows."""
     COMBINE = 2
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """Where the device code of a kernel is.
+
+    Attributes:
+        name: what the host calls it.
+        source: file below kernels/, without its ending.
+        function: name of the `__global__` function.
+        template: its template arguments, such as `<true>`.
+        max_warps: most warps of a block, for which the compiler has to find registers.
+    """
+
+    name: KernelName
+    source: str
+    function: str
+    template: str = ""
+    max_warps: int = 32
+
+
+@dataclass(frozen=True)
+class Program:
+    """The kernels of a mode, and what it tells the compiler beside what is common to all modes.
+
+    Attributes:
+        constants: what a communicator fixes, by the names in device code; alike on all ranks.
+        declarations: C++ text of what a launch tells the kernels.
+        kernels: the kernels.
+    """
+
+    constants: dict[str, int | bool]
+    declarations: str
+    kernels: tuple[KernelSource, ...]
 
 
 @dataclass(frozen=True)
@@ -57,11 +84,26 @@ class Launch:
 Run = Callable[[KernelName, Arguments, Launch], None]
 """Queues a kernel with its arguments on the current stream."""
 
-KernelPlan = HtPlan | LlPlan
+
+class Launches(dict[Any, Planned]):
+    """Launches of a kernel by what decides them; each is planned at its first use.
+
+    Args:
+        plan: makes one from the parts of its key. It must not refer to the owner of the launches:
+            a communicator that is dropped has to be freed without the collector of cycles.
+    """
+
+    def __init__(self, plan: Callable[..., Planned]) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def __missing__(self, key: tuple[Hashable, ...]) -> Planned:
+        planned = self[key] = self._plan(*key)
+        return planned
 
 
-def kernel_constants(config: MoECommunicatorConfig, *, num_ranks: int) -> dict[str, int | bool]:
-    """What a communicator fixes for the kernels of both modes; the same on all ranks."""
+def common_constants(config: MoECommunicatorConfig, *, num_ranks: int) -> dict[str, int | bool]:
+    """What a communicator fixes for the kernels of every mode; the same on all ranks."""
     layout = config.layout
     return {
         "kNumRanks": num_ranks,
@@ -77,21 +119,9 @@ def kernel_constants(config: MoECommunicatorConfig, *, num_ranks: int) -> dict[s
     }
 
 
-def prelude_of(config: MoECommunicatorConfig, plan: KernelPlan, *, num_ranks: int) -> str:
-    """C++ text in front of a communicator's kernels: all that the host has to tell them."""
-    values = kernel_constants(config, num_ranks=num_ranks)
-    if isinstance(plan, LlPlan):
-        values |= ll_plan.constants_of(config, plan, num_ranks=num_ranks)
-        structs = ll_arguments.declarations(num_ranks)
-    else:
-        values |= ht_plan.constants_of(config, plan, num_ranks=num_ranks)
-        structs = ht_arguments.declarations()
-    return constants(values) + shared.declarations(num_ranks, config.num_experts) + structs
-
-
-def compile_for(
+def compile_program(
     config: MoECommunicatorConfig,
-    plan: KernelPlan,
+    program: Program,
     *,
     num_ranks: int,
     arch: str,
@@ -101,37 +131,21 @@ def compile_for(
 
     Args:
         config: the communicator's.
-        plan: of its arena.
+        program: its mode's kernels.
         num_ranks: R.
         arch: target such as `sm_90a`.
         hosted: entry points for several ranks on one GPU, whose argument is a table of structs.
     """
-    prelude = prelude_of(config, plan, num_ranks=num_ranks)
+    fixed = {**common_constants(config, num_ranks=num_ranks), **program.constants}
+    prelude = constants(fixed) + shared.declarations(num_ranks, config.num_experts)
+    prelude += program.declarations
     suffix = "_hosted" if hosted else ""
     return {
-        name: compile_kernel(source, function + suffix + variant, arch, prelude=prelude)
-        for name, source, function, variant in _instances(config, is_ll=isinstance(plan, LlPlan))
+        kernel.name: compile_kernel(
+            kernel.source, kernel.function + suffix + kernel.template, arch, prelude=prelude
+        )
+        for kernel in program.kernels
     }
-
-
-def _instances(
-    config: MoECommunicatorConfig, *, is_ll: bool
-) -> Iterator[tuple[KernelName, str, str, str]]:
-    """Name, source, function and template arguments of a communicator's kernels."""
-    if not is_ll:
-        yield KernelName.DISPATCH, "ht/dispatch", "ht::dispatch", ""
-        yield KernelName.COMBINE, "ht/combine", "ht::combine", ""
-        return
-    yield KernelName.DISPATCH, "ll/dispatch", "ll::dispatch", "<false>"
-    if config.quantization is not None:
-        yield KernelName.DISPATCH_QUANTIZED, "ll/dispatch", "ll::dispatch", "<true>"
-    yield KernelName.COMBINE, "ll/combine", "ll::combine", ""
-
-
-def latency_warps(name: KernelName, most: int = LATENCY_WARPS) -> int:
-    """Warps of a block of an `ll` kernel, `most` at most."""
-    is_combine = name is KernelName.COMBINE
-    return min(most, tuning.LL_COMBINE_WARPS if is_combine else tuning.LL_DISPATCH_WARPS)
 
 
 class DeviceRunner:
@@ -140,13 +154,13 @@ class DeviceRunner:
     def __init__(
         self,
         config: MoECommunicatorConfig,
-        plan: KernelPlan,
+        program: Program,
         *,
         num_ranks: int,
         device: torch.device,
     ) -> None:
         self._stream = raw_stream(device)
-        compiled = compile_for(config, plan, num_ranks=num_ranks, arch=architecture(device))
+        compiled = compile_program(config, program, num_ranks=num_ranks, arch=architecture(device))
         self._kernels = {
             name: load_kernel(device, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
             for name, code in compiled.items()
@@ -171,68 +185,3 @@ def raw_stream(device: torch.device) -> Callable[[], int]:
         return current(index)
 
     return stream
-
-
-class BlockShape:
-    """Threads and shared memory of blocks for rows of a size.
-
-    Args:
-        config: the communicator's.
-        num_ranks: R.
-        num_local: E_loc.
-        max_warps: most warps of a block.
-    """
-
-    def __init__(
-        self,
-        config: MoECommunicatorConfig,
-        *,
-        num_ranks: int,
-        num_local: int,
-        max_warps: int = tuning.HT_MAX_WARPS,
-    ) -> None:
-        self._metadata = RowShape.of(config).metadata
-        self._room = SHARED_BYTES - STATIC_BYTES
-        self._columns = ht_plan.count_columns(config, num_ranks)
-        table = ht_plan.shared_table_words(config, num_ranks)
-        self._plan_bytes = 4 * (2 * num_ranks + num_local + 1 + table)
-        self._max_warps = max_warps
-
-    def slot_bytes(self, row_bytes: int) -> int:
-        """Shared memory of a warp that moves rows."""
-        return align(row_bytes + self._metadata, 128)
-
-    def warps(self, row_bytes: int) -> int:
-        """Warps that move rows, each with one of its own in shared memory."""
-        return max(1, min(self._max_warps, self._room // self.slot_bytes(row_bytes)))
-
-    def threads(self, row_bytes: int) -> int:
-        """Threads of a block."""
-        return 32 * (self.warps(row_bytes) + 1)
-
-    def groups(self, warps: int) -> int:
-        """Masks of 32 tokens that counting can hold at a time."""
-        return min(warps, self._room // (4 * self._columns) - 2)
-
-    def shared_bytes(self, row_bytes: int, *, counts: bool) -> int:
-        """Dynamic shared memory of a block."""
-        warps = self.warps(row_bytes)
-        ring = warps * self.slot_bytes(row_bytes)
-        if not counts:
-            return ring
-        return max(ring, 4 * (self.groups(warps) + 2) * self._columns, self._plan_bytes)
-
-    def unavailable_reason(self, row_bytes: int) -> str | None:
-        """Why a communicator is too large for these kernels, or None."""
-        if self.slot_bytes(row_bytes) > self._room:
-            return f"rows of {row_bytes} bytes exceed the shared memory of a block"
-        if self.groups(1) < 1 or self._plan_bytes > self._room:
-            return f"{self._columns} ranks and experts exceed the shared memory of a block"
-        return None
-
-
-def split_blocks(total: int, *, senders: float) -> tuple[int, int]:
-    """Blocks that send, and all blocks, of `total`; a single block does both."""
-    if total == 1:
-        return 1, 1
-    return min(total - 1, max(1, round(total * senders))), total

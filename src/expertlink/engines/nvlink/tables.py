@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
+from expertlink.types import DispatchLayout
 
 _WORD = 4  # bytes
 ORIGINS = 2  # numbers of transfers that tables may be of: they alternate where memory is used again
@@ -98,8 +98,6 @@ class Route:
             since graphs are replayed. Calls that use the routing say it to each other.
         keeps: owns the memory of `origin`, where that is not `block`.
         number: the host's number of the dispatch, 0 if it was captured.
-        epoch: low latency: how often the ranks had begun anew.
-        combine_arguments: arguments of the kernel ll_combine that name these tables, if kept.
     """
 
     shape: tuple[int, ...]
@@ -113,8 +111,6 @@ class Route:
     origin: int
     keeps: Tensor | None = None
     number: int = 0
-    epoch: int = 0
-    combine_arguments: Any = None
 
     def weights_address(self) -> int | None:
         """Address of the weights, if there are any."""
@@ -137,6 +133,17 @@ class Route:
         ranks = slots[slots >= 0].div(self.layout.max_tokens, rounding_mode="floor")
         sent = torch.bincount(ranks.to(torch.int64), minlength=self.layout.num_ranks)
         return sent.tolist(), self.table("rows_from").tolist()
+
+    def expert_ranges(self, layout: DispatchLayout) -> tuple[Tensor, Tensor]:
+        """See `Engine.expert_ranges`."""
+        first_ER = self.table("first_slot").t()
+        ends_E = first_ER[:, 0] + self.table("counts")
+        counts_ER = torch.cat([first_ER[:, 1:], ends_E[:, None]], dim=1) - first_ER
+        groups_E = torch.zeros_like(ends_E)
+        if layout is DispatchLayout.EXPERT_MAJOR:
+            groups_E = torch.arange(len(ends_E), dtype=torch.int32, device=ends_E.device)
+            groups_E *= self.layout.rows
+        return first_ER - groups_E[:, None], counts_ER
 
     def slot_weights(self) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""

@@ -3,34 +3,75 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall
+from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.ht.arguments import COMBINE, Flag
-from expertlink.engines.nvlink.launch import BlockShape, KernelName, Launch, Run, split_blocks
+from expertlink.engines.nvlink.ht.blocks import BlockShape, split_blocks
+from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
+from expertlink.engines.nvlink.mode import ALIGNMENT
 from expertlink.engines.nvlink.tables import Route, as_route
 from expertlink.engines.ranks.header import Operation
 
-_SENDERS = {True: 0.78, False: 0.6}  # share of the blocks that send; expanded layouts or not
-
 # Plain numbers: the operators of enumerations take microseconds.
 _WIDE_IDS, _GRADS = int(Flag.WIDE_IDS), int(Flag.GRADS)
+_COMBINE, _WEIGHT_GRADS = int(Operation.COMBINE), int(Operation.WEIGHT_GRADS)
+_KERNEL = KernelName.COMBINE
 
 
-class Combiner:
-    """Builds and queues the combines of one rank.
+class CombineLaunch(NamedTuple):
+    """A launch, and what the kernel is told of it: sending blocks, shared memory of a warp."""
+
+    num_senders: int
+    slot_bytes: int
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class CombinePlanner:
+    """Plans launches.
+
+    Attributes:
+        config: the communicator's.
+        blocks: shape of the blocks.
+        num_sms: multiprocessors of the GPU.
+    """
+
+    config: MoECommunicatorConfig
+    blocks: BlockShape
+    num_sms: int
+
+    def __call__(self, row_bytes: int, num_sms: int | None) -> CombineLaunch:
+        """The launch for rows of a size (0: gradients only) and a caller's number of SMs."""
+        config, blocks = self.config, self.blocks
+        total = min(self.num_sms, num_sms or config.num_sms_combine or tuning.HT_SMS)
+        share = tuning.HT_COMBINE_SENDERS
+        if config.layout.expanded:
+            share = tuning.HT_COMBINE_SENDERS_EXPANDED
+        senders, total = split_blocks(total, senders=share)
+        launch = Launch(
+            grid=total,
+            block=blocks.threads(row_bytes),
+            shared_bytes=blocks.shared_bytes(row_bytes, counts=False),
+        )
+        return CombineLaunch(senders, blocks.slot_bytes(row_bytes), launch)
+
+
+class HtCombiner:
+    """Queues the combines of one rank.
 
     Args:
         config: the communicator's.
         common: arguments that all calls share, by name.
         run: queues a kernel.
         blocks: shape of the blocks.
-        num_sms: SMs to use where a call does not say.
-        max_sms: multiprocessors of the GPU.
+        num_sms: multiprocessors of the GPU.
     """
 
     def __init__(
@@ -41,97 +82,64 @@ class Combiner:
         run: Run,
         blocks: BlockShape,
         num_sms: int,
-        max_sms: int,
     ) -> None:
-        self._config, self._run, self._blocks = config, run, blocks
-        self._num_sms, self._max_sms = num_sms, max_sms
-        self._arguments: Any = COMBINE.new(**common)
-        self._launches: dict[tuple[int, int | None], tuple[int, int, Launch]] = {}
+        self._topk, self._run = config.topk, run
+        self._row_bytes = config.hidden_size * config.dtype.itemsize
+        self._arguments = COMBINE.new(**common)
+        self._launches = Launches(CombinePlanner(config, blocks, num_sms))
 
     def combine(self, call: CombineCall) -> Tensor | None:
         """Queues a combine; returns the weight gradients if the call asks for them."""
+        rows, route = call.rows, as_route(call.state)
+        if rows.data_ptr() % ALIGNMENT:  # bulk copies do not accept that
+            rows = rows.clone()
+        a = self._arguments
+        a.rows, a.out = rows.data_ptr(), call.out_TH.data_ptr()
+        a.weights_of_row = route.weights_address() if call.weighted else None
         return self._return(
-            as_route(call.state),
-            Operation.COMBINE,
-            rows=call.rows,
-            out_TH=call.out_TH,
-            weighted=call.weighted,
-            grads=call.weight_grads,
-            num_sms=call.num_sms,
+            route, _COMBINE, self._row_bytes, grads=call.weight_grads, num_sms=call.num_sms
         )
 
     def weight_grads(self, route: Route, grads: Tensor) -> Tensor:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
-        returned = self._return(
-            route,
-            Operation.WEIGHT_GRADS,
-            rows=None,
-            out_TH=None,
-            weighted=False,
-            grads=grads,
-            num_sms=None,
-        )
+        self._arguments.weights_of_row = None
+        returned = self._return(route, _WEIGHT_GRADS, 0, grads=grads, num_sms=None)
         assert returned is not None
         return returned
 
     def _return(
         self,
         route: Route,
-        operation: Operation,
+        operation: int,
+        row_bytes: int,
         *,
-        rows: Tensor | None,
-        out_TH: Tensor | None,
-        weighted: bool,
         grads: Tensor | None,
         num_sms: int | None,
     ) -> Tensor | None:
-        a, config = self._arguments, self._config
-        row_bytes = 0
-        if rows is not None and out_TH is not None:
-            rows = _aligned(rows)
-            row_bytes = config.hidden_size * config.dtype.itemsize
-            a.rows, a.out = rows.data_ptr(), out_TH.data_ptr()
+        """Writes what all calls say, and launches.
+
+        The struct is used again: a new one takes more time than everything else a call does.
+        """
+        a, tables, block = self._arguments, route.layout, route.block.data_ptr()
         grads_TK = None
         flags = _WIDE_IDS if route.ids_TK.dtype is torch.int64 else 0
+        a.header_metadata_bytes = 0
         if grads is not None:
             grads = grads.to(torch.float32).contiguous()
             grads_TK = torch.empty(
-                (route.num_tokens, config.topk), dtype=torch.float32, device=route.block.device
+                (route.num_tokens, self._topk), dtype=torch.float32, device=route.block.device
             )
             a.slot_grads, a.grads_out = grads.data_ptr(), grads_TK.data_ptr()
+            a.header_metadata_bytes = 4 * self._topk
             flags |= _GRADS
-        tables, block = route.layout, route.block.data_ptr()
-        a.operation, a.row_bytes, a.flags = int(operation), row_bytes, flags
-        a.header_metadata_bytes = 0 if grads is None else 4 * config.topk
+        a.operation, a.row_bytes, a.flags = operation, row_bytes, flags
         a.subject = route.origin
-        a.num_tokens = route.num_tokens
-        a.max_slots = math.prod(route.shape)
+        a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
         a.ids = route.ids_TK.data_ptr()
         a.slots_of_token = tables.address(block, "slots")
         a.rows_from = tables.address(block, "rows_from")
         a.first_row = tables.address(block, "first_row")
         a.choices_of_row = tables.address(block, "choices")
-        a.weights_of_row = route.weights_address() if weighted else None
-        key = (row_bytes, num_sms)
-        known = self._launches.get(key)
-        if known is None:
-            known = self._launches[key] = self._plan(*key)
-        a.num_senders, a.slot_bytes, launch = known
-        self._run(KernelName.COMBINE, a, launch)
+        a.num_senders, a.slot_bytes, launch = self._launches[row_bytes, num_sms]
+        self._run(_KERNEL, a, launch)
         return grads_TK
-
-    def _plan(self, row_bytes: int, num_sms: int | None) -> tuple[int, int, Launch]:
-        """Sending blocks, shared memory of a warp, and the grid."""
-        total = min(self._max_sms, num_sms or self._num_sms)
-        senders, total = split_blocks(total, senders=_SENDERS[self._config.layout.expanded])
-        launch = Launch(
-            grid=total,
-            block=self._blocks.threads(row_bytes),
-            shared_bytes=self._blocks.shared_bytes(row_bytes, counts=False),
-        )
-        return senders, self._blocks.slot_bytes(row_bytes), launch
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """Rows at an address that bulk copies accept."""
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()

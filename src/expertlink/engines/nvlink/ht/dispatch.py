@@ -1,7 +1,7 @@
-"""High-throughput dispatch of one rank: outputs, arguments, launches. Combine: combiner.py.
+"""High-throughput dispatch of one rank: outputs, arguments, launches.
 
 Knows addresses and nothing of process groups, so that several ranks can live in one process. The
-host's time counts here: a tensor made is as dear as a kernel launched.
+host's time counts here: making a tensor takes as long as launching a kernel.
 """
 
 from __future__ import annotations
@@ -9,49 +9,36 @@ from __future__ import annotations
 import collections
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import DispatchCall
+from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.ht.arena import HtArena
 from expertlink.engines.nvlink.ht.arguments import DISPATCH, Flag
-from expertlink.engines.nvlink.ht.combine import Combiner
-from expertlink.engines.nvlink.ht.outputs import Outputs
-from expertlink.engines.nvlink.launch import (
-    BlockShape,
-    KernelName,
-    Launch,
-    Run,
-    split_blocks,
-)
+from expertlink.engines.nvlink.ht.blocks import BlockShape, split_blocks
+from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
 from expertlink.engines.nvlink.rows import RowShape
-from expertlink.engines.nvlink.shared import Verdict, expert_locations
-from expertlink.engines.nvlink.tables import Route, TableLayout, as_route
+from expertlink.engines.nvlink.shared import Verdict
+from expertlink.engines.nvlink.tables import Route, TableLayout
 from expertlink.engines.nvlink.watchdog import Mail, Watchdog
+from expertlink.engines.outputs import OutputTensors, PublicCounts
 from expertlink.engines.ranks import capacity, metadata
-from expertlink.engines.ranks.header import Operation
+from expertlink.engines.ranks.header import UNBOUNDED, Operation
 from expertlink.layouts import align
-from expertlink.routing import Placement
 from expertlink.types import DispatchLayout, DispatchOutput
-
-# Shares and SMs: docs/architecture.md, "How many SMs".
-DEFAULT_SMS = 24
-_SENDERS = {True: 0.34, False: 0.36}  # share of dispatch's blocks that send; expanded or not
-_SENDERS_OF_SHORT_ROWS = 0.42  # rows of at most half the bytes of an unquantized one
-_SLACK = 32  # outputs are made a 32nd larger than the most that recent calls needed
-_CALLS_REMEMBERED = 8
 
 # Plain numbers: the operators of enumerations take microseconds.
 _UNCACHED = int(Flag.COUNT | Flag.SEND)
-_IS_CACHED = int(Flag.CACHED)
 _CACHED = int(Flag.CACHED | Flag.SEND | Flag.PLACE)
-_COUNT = int(Flag.COUNT)
-_PLACE = int(Flag.PLACE)
+_COUNT, _PLACE, _DISCARD = int(Flag.COUNT), int(Flag.PLACE), int(Flag.DISCARD)
 _WIDE_IDS, _NEW_WEIGHTS = int(Flag.WIDE_IDS), int(Flag.NEW_WEIGHTS)
-_DISCARD = int(Flag.DISCARD)
+_DISPATCH, _CACHED_DISPATCH = int(Operation.DISPATCH), int(Operation.CACHED_DISPATCH)
+_KERNEL = KernelName.DISPATCH
+_DISCARDS = Launch(grid=1, block=32, shared_bytes=0, follows=True, local=True)
 
 
 @dataclass(frozen=True)
@@ -69,74 +56,110 @@ class Started:
     mail: Mail | None
 
 
-class HighThroughput:
-    """Builds and queues the calls of one rank.
+class DispatchLaunch(NamedTuple):
+    """A launch, and what the kernel is told of it.
+
+    Sending blocks, shared memory of a warp, masks of 32 tokens that are counted at once.
+    """
+
+    num_senders: int
+    slot_bytes: int
+    groups: int
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class DispatchPlanner:
+    """Plans launches.
+
+    Attributes:
+        config: the communicator's.
+        blocks: shape of the blocks.
+        num_sms: multiprocessors of the GPU.
+    """
+
+    config: MoECommunicatorConfig
+    blocks: BlockShape
+    num_sms: int
+
+    def __call__(
+        self, row_bytes: int, num_sms: int | None, sends: bool, counts: int
+    ) -> DispatchLaunch:
+        """The launch for rows of a size and a caller's number of SMs.
+
+        With `sends` it counts or not, and sends and places; else it places what the launch before
+        it has sent.
+        """
+        config, blocks = self.config, self.blocks
+        total = min(self.num_sms, num_sms or config.num_sms_dispatch or tuning.HT_SMS)
+        share = tuning.HT_DISPATCH_SENDERS
+        if config.layout.expanded:
+            share = tuning.HT_DISPATCH_SENDERS_EXPANDED
+        elif 2 * row_bytes <= RowShape.of(config).row:
+            share = tuning.HT_DISPATCH_SENDERS_SHORT_ROWS
+        senders, total = split_blocks(total, senders=share)
+        if config.zero_copy:  # little is left to do for those who do not send
+            senders = max(1, total - max(1, total // tuning.HT_ZERO_COPY_PLACERS))
+        launch = Launch(
+            grid=total if sends else max(1, total - senders),
+            block=blocks.threads(row_bytes),
+            shared_bytes=blocks.shared_bytes(row_bytes, counts=bool(counts)),
+            follows=not sends,
+            local=not sends,
+        )
+        groups = blocks.groups(blocks.warps(row_bytes))
+        return DispatchLaunch(senders if sends else 0, blocks.slot_bytes(row_bytes), groups, launch)
+
+
+class HtDispatcher:
+    """Queues the dispatches of one rank.
 
     Args:
         config: the communicator's.
-        rank: this rank.
-        placement: where the experts live, on this rank's GPU.
+        common: arguments that all calls share, by name.
+        experts: global ids of this rank's experts.
+        num_ranks: R.
         arena: memory shared with the other ranks.
         watchdog: host memory that the kernels write.
         run: queues a kernel.
-        num_sms: multiprocessors of the GPU.
-        communicator: tells communicators apart, the same on all ranks.
-        check: look for faulty ids.
         blocks: shape of the blocks.
+        num_sms: multiprocessors of the GPU.
     """
 
     def __init__(
         self,
         config: MoECommunicatorConfig,
         *,
-        rank: int,
-        placement: Placement,
+        common: dict[str, int],
+        experts: tuple[int, ...],
+        num_ranks: int,
         arena: HtArena,
         watchdog: Watchdog,
         run: Run,
+        blocks: BlockShape,
         num_sms: int,
-        communicator: int,
-        check: bool,
-        blocks: BlockShape | None = None,
     ) -> None:
         self._config, self._arena = config, arena
         self._watchdog, self._run = watchdog, run
-        self._num_ranks = placement.num_ranks
-        self._layout = config.layout
+        self._num_ranks, self._num_local = num_ranks, len(experts)
+        self._layout, self._device = config.layout, arena.device
         self._shape = RowShape.of(config)
-        experts = placement.experts_of_rank[rank]
-        self._num_local = len(experts)
         self._limit = math.prod(
             capacity.largest_shape(config, num_ranks=self._num_ranks, num_local=self._num_local)
         )
-        self._num_sms = num_sms
-        self._blocks = blocks or BlockShape(
-            config, num_ranks=self._num_ranks, num_local=self._num_local
-        )
         self._tables = TableLayout(config, num_ranks=self._num_ranks, num_local=self._num_local)
-        self._launches: dict[tuple[int, int | None, bool, int], tuple[int, int, int, Launch]] = {}
-        self._needed: collections.deque[int] = collections.deque(maxlen=_CALLS_REMEMBERED)
-        self._mails = not config.static_shapes
-        self._zero_copy = config.zero_copy
-        self._pool_at = 0
-        device = arena.device
-        self._expert_location = expert_locations(placement)
-        self._experts = torch.tensor(experts or (0,), dtype=torch.int32, device=device)
+        self._launches = Launches(DispatchPlanner(config, blocks, num_sms))
+        # Rows that recent calls needed.
+        self._needed: collections.deque[int] = collections.deque(maxlen=tuning.HT_CALLS_REMEMBERED)
+        self._mails, self._zero_copy = not config.static_shapes, config.zero_copy
+        self._experts = torch.tensor(experts or (0,), dtype=torch.int32, device=self._device)
         columns = self._num_ranks + config.num_experts
-        self._histogram = torch.empty(num_sms * columns, dtype=torch.int32, device=device)
+        self._histogram = torch.empty(num_sms * columns, dtype=torch.int32, device=self._device)
         self._ordinals = torch.empty(
-            config.max_tokens_per_rank * config.topk, dtype=torch.int32, device=device
+            config.max_tokens_per_rank * config.topk, dtype=torch.int32, device=self._device
         )
-        self._faulty = torch.zeros(1, dtype=torch.int32, device=device)
-        common: dict[str, int] = {
-            "bases": arena.bases.data_ptr(),
-            "state": arena.state.data_ptr(),
-            "control": watchdog.address,
-            "rank": rank,
-            "communicator": communicator,
-            "expert_location": self._expert_location.data_ptr(),
-        }
-        self._dispatch: Any = DISPATCH.new(
+        self._faulty = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._arguments = DISPATCH.new(
             **common,
             experts=self._experts.data_ptr(),
             num_local=self._num_local,
@@ -144,88 +167,86 @@ class HighThroughput:
             ordinals=self._ordinals.data_ptr(),
             faulty=self._faulty.data_ptr(),
         )
-        self.combiner = Combiner(
-            config,
-            common=common,
-            run=run,
-            blocks=self._blocks,
-            num_sms=config.num_sms_combine or DEFAULT_SMS,
-            max_sms=num_sms,
-        )
 
-    # -- dispatch ---------------------------------------------------------------------------------
+    # -- calls ------------------------------------------------------------------------------------
 
     def dispatch(self, call: DispatchCall, *, number: int) -> Started:
-        """Queues a dispatch; an uncached one waits for the counts unless shapes are static.
+        """Queues a dispatch with a new routing; waits for the counts unless shapes are static.
 
         `number` is the host's, 0 in a capture.
         """
-        if call.previous is not None:
-            return self._cached_dispatch(call, as_route(call.previous), number)
-        assert call.topk_ids_TK is not None
-        a, config = self._dispatch, self._config
+        ids_TK = call.topk_ids_TK
+        assert ids_TK is not None
+        a, tables = self._arguments, self._tables
         num_tokens = call.x_TW.shape[0]
-        block = self._new_block(num_tokens)
-        kept_ids = torch.empty_like(call.topk_ids_TK)
-        public, _ = self._new_public()
-        self._set_rows(call, Operation.DISPATCH, _UNCACHED, number)
-        self._set_tables(block.data_ptr(), num_tokens)
         weighted = call.weights_TK is not None
-        a.weights_of_row = self._tables.address(block.data_ptr(), "weights") if weighted else None
-        a.ids, a.ids_copy = call.topk_ids_TK.data_ptr(), kept_ids.data_ptr()
-        a.subject, a.origin = None, self._tables.address(block.data_ptr(), "origin")
-        a.capacity = capacity.announced(config, call.output_buffer)
-        if config.static_shapes and a.capacity < 0 and not self._layout.padded:
-            a.capacity = self._limit
-        outputs = Outputs()
+        block = self._new_block(num_tokens)
+        base = block.data_ptr()
+        kept_ids_TK = torch.empty_like(ids_TK)
+        public = self._new_counts()
+        origin = tables.address(base, "origin")
+        a.weights_of_row = tables.address(base, "weights") if weighted else None
+        a.ids, a.ids_copy = ids_TK.data_ptr(), kept_ids_TK.data_ptr()
+        pool_at = self._write(
+            call,
+            _DISPATCH,
+            _UNCACHED,
+            capturing=number == 0,
+            block=base,
+            public=public,
+            subject=None,
+            origin=origin,
+            room=self._announced(call),
+        )
+        tensors = None
         shape = self._expected_shape(call)
         if shape is not None:
             a.flags |= _PLACE
-            self._make(outputs, call, shape, weighted)
+            tensors = self._make_output(call, shape, weighted, pool_at)
         before = self._watchdog.mail_number
-        self._launch_dispatch(call, sends=True)
+        self._launch(call, sends=True)
         mail = counts = None
         if self._mails:
             mail = self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
-            if mail.verdict != Verdict.FINE:
+            if mail.verdict is not Verdict.FINE:
                 self._discard()
                 return Started(None, None, mail)
             counts = mail.counts
             if not self._layout.padded:
                 rows = mail.slots if self._layout.expanded else mail.arrivals
                 self._needed.append(rows)
-                if outputs.tokens is None or outputs.shape[0] < rows:
+                if tensors is None or tensors.shape[0] < rows:
                     try:
-                        self._make(outputs, call, (rows,), weighted)
+                        tensors = self._make_output(call, (rows,), weighted, pool_at)
                     except RuntimeError:  # no memory: the peers must not wait for this rank
                         self._discard()
                         raise
                     a.flags = _PLACE | a.flags & (_WIDE_IDS | _NEW_WEIGHTS)
-                    self._launch_dispatch(call, sends=False)
-                outputs.cut(rows)
+                    self._launch(call, sends=False)
+                tensors.cut(rows)
+        assert tensors is not None
         route = Route(
-            shape=outputs.shape,
+            shape=tensors.shape,
             num_tokens=num_tokens,
-            ids_TK=kept_ids,
-            layout=self._tables,
+            ids_TK=kept_ids_TK,
+            layout=tables,
             block=block,
             weights_block=None,
             weighted=weighted,
             counts=counts,
-            origin=a.origin,
+            origin=origin,
             number=number,
         )
-        return Started(outputs.finish(call, self._layout, public, counts), route, mail)
+        return Started(tensors.output(self._layout, public, counts), route, mail)
 
-    def _cached_dispatch(self, call: DispatchCall, old: Route, number: int) -> Started:
-        a = self._dispatch
-        public, own = self._new_public(old.block)
+    def dispatch_cached(self, call: DispatchCall, old: Route, *, number: int) -> Started:
+        """Queues a dispatch with the routing of an earlier one."""
+        tables = self._tables
+        public = self._new_counts(old.block)
         weights_block = old.weights_block
         if call.weights_TK is not None:
             weights_block = torch.empty(
-                (self._tables.rows, self._tables.topk),
-                dtype=torch.float32,
-                device=self._arena.device,
+                (tables.rows, tables.topk), dtype=torch.float32, device=self._device
             )
         route = Route(
             shape=old.shape,
@@ -236,99 +257,124 @@ class HighThroughput:
             weights_block=weights_block,
             weighted=old.weighted or call.weights_TK is not None,
             counts=old.counts,
-            origin=own.data_ptr() + 4 * sum(self._tables.public),
-            keeps=own,
+            origin=public.memory.data_ptr() + 4 * sum(tables.public),
+            keeps=public.memory,
             number=number,
         )
-        self._set_rows(call, Operation.CACHED_DISPATCH, _CACHED, number)
-        self._set_tables(old.block.data_ptr(), old.num_tokens)
-        a.weights_of_row = route.weights_address()
-        a.subject, a.origin = old.origin, route.origin
-        outputs = Outputs()
-        self._make(outputs, call, old.shape, route.weighted)
-        self._launch_dispatch(call, sends=True)
+        self._arguments.weights_of_row = route.weights_address()
+        pool_at = self._write(
+            call,
+            _CACHED_DISPATCH,
+            _CACHED,
+            capturing=number == 0,
+            block=old.block.data_ptr(),
+            public=public,
+            subject=old.origin,
+            origin=route.origin,
+        )
+        tensors = self._make_output(call, old.shape, route.weighted, pool_at)
+        self._launch(call, sends=True)
         if not self._layout.padded:
-            outputs.cut(old.shape[0])
-        return Started(outputs.finish(call, self._layout, public, old.counts), route, None)
+            tensors.cut(old.shape[0])
+        return Started(tensors.output(self._layout, public, old.counts), route, None)
 
-    def refuse(self, operation: Operation, *, number: int) -> Mail | None:
-        """Takes part in an uncached dispatch only to say that this rank refuses it."""
-        config, a, device = self._config, self._dispatch, self._arena.device
+    def refuse(self, *, number: int) -> Mail | None:
+        """Takes part in a dispatch only to say that this rank refuses it."""
+        config, a = self._config, self._arguments
         call = DispatchCall(
-            x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=device),
-            topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=device),
+            x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
+            topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=self._device),
         )
         block = self._new_block(0)
-        public, _ = self._new_public()
-        self._set_rows(call, operation, _UNCACHED, number)
-        self._set_tables(block.data_ptr(), 0)
-        a.subject, a.origin = None, self._tables.address(block.data_ptr(), "origin")
-        a.capacity, a.status = capacity.UNBOUNDED, 1
+        public = self._new_counts()
+        self._write(
+            call,
+            _DISPATCH,
+            _UNCACHED,
+            capturing=number == 0,
+            block=block.data_ptr(),
+            public=public,
+            subject=None,
+            origin=self._tables.address(block.data_ptr(), "origin"),
+            room=UNBOUNDED,
+        )
+        a.status = 1
         before = self._watchdog.mail_number
         try:
-            self._launch_dispatch(call, sends=True)
+            self._launch(call, sends=True)
         finally:
             a.status = 0
         mail = None
         if self._mails:
             mail = self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
         self._discard()
-        del public
         return mail
+
+    # -- parts of them ----------------------------------------------------------------------------
 
     def _new_block(self, num_tokens: int) -> Tensor:
         """Memory for the tables of a routing."""
         words = self._tables.words(num_tokens)
-        return torch.empty(words, dtype=torch.int32, device=self._arena.device)
+        return torch.empty(words, dtype=torch.int32, device=self._device)
 
-    def _new_public(
-        self, block: Tensor | None = None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """The caller's own counts, offsets and rows from each rank; copies of a block's tables.
-
-        And the memory that they lie in, with a word behind them.
-        """
-        sizes = self._tables.public
-        total = sum(sizes) + 1
+    def _new_counts(self, block: Tensor | None = None) -> PublicCounts:
+        """The caller's own counts, or copies of a block's, with a word behind them."""
+        sizes = [*self._tables.public, 1]
+        total = sum(sizes)
         if block is None:
-            memory = torch.empty(total, dtype=torch.int32, device=self._arena.device)
+            memory = torch.empty(total, dtype=torch.int32, device=self._device)
         else:
             memory = block[:total].clone()
-        address, a = memory.data_ptr(), self._dispatch
-        a.counts_out, a.offsets_out = address, address + 4 * sizes[0]
-        a.rows_from_out = address + 4 * (sizes[0] + sizes[1])
-        counts, offsets, rows_from, _ = memory.split_with_sizes([*sizes, 1])
-        return (counts, offsets, rows_from), memory
+        return PublicCounts.within(memory, sizes)
 
-    def _set_rows(self, call: DispatchCall, operation: Operation, flags: int, number: int) -> None:
-        """What is sent."""
-        a = self._dispatch
-        x, scales, weights = call.x_TW, call.scales, call.weights_TK
+    def _announced(self, call: DispatchCall) -> int:
+        """Rows that this rank has room for, or UNBOUNDED."""
+        room = capacity.announced(self._config, call.output_buffer)
+        if room < 0 and self._config.static_shapes and not self._layout.padded:
+            return self._limit
+        return room
+
+    def _write(
+        self,
+        call: DispatchCall,
+        operation: int,
+        flags: int,
+        *,
+        capturing: bool,
+        block: int,
+        public: PublicCounts,
+        subject: int | None,
+        origin: int,
+        room: int | None = None,
+    ) -> int:
+        """Tells the kernel what is sent, and where tables and counts are; not the output.
+
+        The struct is used again: a new one takes 8 µs. Returns where the pool of a zero-copy
+        dispatch is.
+        """
+        a, tables, x = self._arguments, self._tables, call.x_TW
+        scales, weights = call.scales, call.weights_TK
         if weights is not None:
             flags |= _NEW_WEIGHTS
             a.weights = weights.data_ptr()
         if call.topk_ids_TK is not None and call.topk_ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
-        row_bytes = metadata.row_bytes(x)
         scale_bytes = metadata_bytes = 0
-        if not flags & _IS_CACHED or weights is not None:
+        if operation == _DISPATCH or weights is not None:
             metadata_bytes = self._shape.scales_at
         if scales is not None:
             scale_bytes = metadata.row_bytes(scales)
             metadata_bytes = self._shape.scales_at + align(scale_bytes, 16)
             a.scales = scales.data_ptr()
-        a.operation, a.flags = int(operation), flags
-        a.row_bytes, a.scale_bytes, a.metadata_bytes = row_bytes, scale_bytes, metadata_bytes
-        a.header_metadata_bytes = scale_bytes + (0 if weights is None else 4 * self._tables.topk)
+        a.operation, a.flags, a.subject, a.origin = operation, flags, subject, origin
         a.num_tokens, a.x = x.shape[0], x.data_ptr()
-        if self._zero_copy:
-            a.pool, self._pool_at = self._arena.next_pool(capturing=number == 0)
-
-    def _set_tables(self, block: int, num_tokens: int) -> None:
-        """Where the tables of the routing are."""
-        a, tables = self._dispatch, self._tables
+        a.row_bytes, a.scale_bytes = metadata.row_bytes(x), scale_bytes
+        a.metadata_bytes = metadata_bytes
+        a.header_metadata_bytes = scale_bytes + (0 if weights is None else 4 * tables.topk)
+        if room is not None:
+            a.capacity = room
         a.slots_of_token = tables.address(block, "slots")
-        a.own_tokens = tables.own_tokens(block, num_tokens)
+        a.own_tokens = tables.own_tokens(block, x.shape[0])
         a.rows_from = tables.address(block, "rows_from")
         a.first_row = tables.address(block, "first_row")
         a.first_sent = tables.address(block, "first_sent")
@@ -336,6 +382,14 @@ class HighThroughput:
         a.tokens_per_expert = tables.address(block, "counts")
         a.expert_offsets = tables.address(block, "offsets")
         a.choices_of_row = tables.address(block, "choices")
+        counts, offsets, _ = tables.public
+        address = public.memory.data_ptr()
+        a.counts_out, a.offsets_out = address, address + 4 * counts
+        a.rows_from_out = address + 4 * (counts + offsets)
+        if not self._zero_copy:
+            return 0
+        a.pool, pool_at = self._arena.next_pool(capturing=capturing)
+        return pool_at
 
     def _expected_shape(self, call: DispatchCall) -> tuple[int, ...] | None:
         """Leading dimensions of a `tokens` that rows can go to before they are counted, or None.
@@ -353,75 +407,51 @@ class HighThroughput:
         if config.static_shapes or config.zero_copy:
             return (self._limit,)
         most = max(self._needed, default=0)
-        return (min(most + most // _SLACK, self._limit),) if most else None
+        return (min(most + most // tuning.HT_OUTPUT_SLACK, self._limit),) if most else None
 
-    def _make(
-        self, outputs: Outputs, call: DispatchCall, shape: tuple[int, ...], weighted: bool
-    ) -> None:
+    def _make_output(
+        self, call: DispatchCall, shape: tuple[int, ...], weighted: bool, pool_at: int
+    ) -> OutputTensors:
         """Allocates what a dispatch of a leading shape returns, and tells the kernel."""
-        a, x = self._dispatch, call.x_TW
-        outputs.shape = shape
+        a, x, scales = self._arguments, call.x_TW, call.scales
         full = (*shape, x.shape[1])
         if self._zero_copy:
             nbytes = math.prod(full) * x.element_size()
-            pool = self._arena.local[self._pool_at : self._pool_at + nbytes]
+            pool = self._arena.local[pool_at : pool_at + nbytes]
             tokens = pool.view(x.dtype).view(full)
         elif call.output_buffer is not None:
             tokens = call.output_buffer
         else:
             tokens = x.new_empty(full)
-        outputs.tokens = tokens
-        a.tokens, a.max_slots = tokens.data_ptr(), math.prod(shape)
-        if call.scales is not None:
-            outputs.scales = call.scales.new_empty((*shape, call.scales.shape[1]))
-            a.scales_out = outputs.scales.data_ptr()
-        if not self._layout.expanded:
-            choices = (*shape, self._tables.topk)
-            outputs.ids = torch.empty(choices, dtype=torch.int64, device=x.device)
-            a.topk_ids, a.topk_weights = outputs.ids.data_ptr(), None
-            if weighted:
-                outputs.weights = torch.empty(choices, dtype=torch.float32, device=x.device)
-                a.topk_weights = outputs.weights.data_ptr()
-        if call.zero_padding and self._layout.padded:
-            tokens.zero_()
-            if outputs.scales is not None:
-                outputs.scales.zero_()
-
-    def _launch_dispatch(self, call: DispatchCall, *, sends: bool) -> None:
-        """Queues one kernel; without `sends` it places what the one before it has sent."""
-        a = self._dispatch
-        key = (a.row_bytes, call.num_sms, sends, a.flags & _COUNT)
-        known = self._launches.get(key)
-        if known is None:
-            known = self._launches[key] = self._plan_dispatch(*key)
-        a.num_senders, a.slot_bytes, a.groups, launch = known
-        self._run(KernelName.DISPATCH, a, launch)
-
-    def _plan_dispatch(
-        self, row_bytes: int, num_sms: int | None, sends: bool, counts: int
-    ) -> tuple[int, int, int, Launch]:
-        """Sending blocks, shared memory of a warp, groups counted at once, and the grid."""
-        total = min(self._num_sms, num_sms or self._config.num_sms_dispatch or DEFAULT_SMS)
-        share = _SENDERS[self._layout.expanded]
-        if 2 * row_bytes <= self._shape.row and not self._layout.expanded:
-            share = _SENDERS_OF_SHORT_ROWS
-        senders, total = split_blocks(total, senders=share)
-        if self._zero_copy:  # little is left to do for those who do not send
-            senders = max(1, total - max(1, total // 12))
-        blocks = self._blocks
-        launch = Launch(
-            grid=total if sends else max(1, total - senders),
-            block=blocks.threads(row_bytes),
-            shared_bytes=blocks.shared_bytes(row_bytes, counts=bool(counts)),
-            follows=not sends,
-            local=not sends,
+        tensors = OutputTensors.around(
+            self._config,
+            tokens,
+            shape=shape,
+            scale_dtype=None if scales is None else scales.dtype,
+            scale_columns=0 if scales is None else scales.shape[1],
+            scale_format=call.scale_format,
+            weighted=weighted,
+            row_major=True,
         )
-        groups = blocks.groups(blocks.warps(row_bytes))
-        return senders if sends else 0, blocks.slot_bytes(row_bytes), groups, launch
+        a.tokens, a.max_slots = tokens.data_ptr(), math.prod(shape)
+        if tensors.scales is not None:
+            a.scales_out = tensors.scales.data_ptr()
+        if tensors.ids is not None:
+            a.topk_ids = tensors.ids.data_ptr()
+            a.topk_weights = None if tensors.weights is None else tensors.weights.data_ptr()
+        if call.zero_padding and self._layout.padded:
+            tensors.zero_rows()
+        return tensors
+
+    def _launch(self, call: DispatchCall, *, sends: bool) -> None:
+        """Queues one kernel; without `sends` it places what the one before it has sent."""
+        a = self._arguments
+        key = (a.row_bytes, call.num_sms, sends, a.flags & _COUNT)
+        a.num_senders, a.slot_bytes, a.groups, launch = self._launches[key]
+        self._run(_KERNEL, a, launch)
 
     def _discard(self) -> None:
         """Lets the peers go on after a dispatch that does not happen."""
-        a = self._dispatch
+        a = self._arguments
         a.flags, a.num_senders = _DISCARD, 0
-        launch = Launch(grid=1, block=32, shared_bytes=0, follows=True, local=True)
-        self._run(KernelName.DISPATCH, a, launch)
+        self._run(_KERNEL, a, _DISCARDS)

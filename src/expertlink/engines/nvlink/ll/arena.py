@@ -1,21 +1,15 @@
-"""What calls of mode `ll` share: the arena with its counters, and memory of routings."""
+"""What calls of mode `ll` share: the arena with its counters, and the halves that are left."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink.arena import Arena, Buffer
 from expertlink.engines.nvlink.capture import capture_of, is_capturing
 from expertlink.engines.nvlink.launch import raw_stream
 from expertlink.engines.nvlink.ll.halves import Halves
 from expertlink.engines.nvlink.ll.plan import SETS, LlPlan
 from expertlink.engines.nvlink.shared import counters
-from expertlink.engines.nvlink.tables import Route, TableLayout
 
 
 class LlArena(Arena):
@@ -38,8 +32,11 @@ class LlArena(Arena):
         self._current = raw_stream(device)
         self._last_raw: int | None = None
 
-    def follow(self) -> None:
-        """Orders torch's current stream after the last call, where that was made on another."""
+    def follow(self, *, capturing: bool = False) -> None:
+        """Orders torch's current stream after the last call, where that was made on another.
+
+        `capturing` is not read: not every caller knows.
+        """
         raw = self._current()
         if raw != self._last_raw:
             self._change_stream(raw)
@@ -70,39 +67,3 @@ class LlArena(Arena):
         self.halves = Halves()
         self.epoch += 1
         torch.cuda.synchronize(self.device)
-
-
-class LlTables(TableLayout):
-    """Tables of an `ll` routing: rows are numbered rank * T_max + position there."""
-
-    dense = False
-
-    def _table_shapes(self, config: MoECommunicatorConfig) -> dict[str, tuple[int, ...]]:
-        return {
-            **super()._table_shapes(config),
-            "rows_to": (self.num_ranks,),
-            "tokens": (self.rows,),
-            "own_weights": (self.max_tokens, config.topk),
-        }
-
-
-@dataclass(eq=False)
-class Tables:
-    """Memory of one routing, and arguments that name it.
-
-    Attributes:
-        block: the tables.
-        ids: `[T, K]` or larger: the ids, kept.
-        dispatch: arguments of dispatches into it.
-        combine: arguments of its combine.
-        routes: what was made of it, by T, whether there are weights, and by what ids and numbers
-            of transfers are kept.
-        named: what the arguments of dispatches say of the rows, where the caller made no scales.
-    """
-
-    block: Tensor
-    ids: Tensor
-    dispatch: Any
-    combine: Any
-    routes: dict[tuple[int, bool, bool, int], Route]
-    named: tuple[object, ...] | None = None

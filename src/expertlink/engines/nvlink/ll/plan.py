@@ -169,13 +169,13 @@ def experts_at_once(config: MoECommunicatorConfig) -> int:
 
 
 def shared_words(
-    config: MoECommunicatorConfig, *, num_ranks: int, num_local: int, half: str
+    config: MoECommunicatorConfig, *, num_ranks: int, num_local: int, sends: bool, receives: bool
 ) -> int:
-    """Words of dynamic shared memory of a dispatch: "send", "receive" or "both" halves."""
+    """Words of dynamic shared memory of a dispatch's launch that sends, receives, or both."""
     words = -(-config.max_tokens_per_rank // 32)
     arrivals = (num_ranks + 2) * num_local + 2
     masks = config.num_experts + (num_ranks + experts_at_once(config)) * words
-    return (arrivals if half != "send" else 0) + (masks if half != "receive" else 0)
+    return (arrivals if receives else 0) + (masks if sends else 0)
 
 
 def unavailable_reason(
@@ -186,7 +186,9 @@ def unavailable_reason(
         return "zero_copy=True gives views, which they do not write"
     if not config.layout.padded and not config.static_shapes:
         return f"the host has to learn the shape of {config.layout.value} without static_shapes"
-    total = shared_words(config, num_ranks=num_ranks, num_local=num_local, half="both")
+    total = shared_words(
+        config, num_ranks=num_ranks, num_local=num_local, sends=True, receives=True
+    )
     words = -(-config.max_tokens_per_rank // 32)
     if total - experts_at_once(config) * words > tuning.LL_TABLE_WORDS:
         return f"tables of {total * 4} bytes exceed the shared memory of a block"

@@ -1,0 +1,269 @@
+"""High-throughput mode: many rows, for training and prefill. Hosts may wait for counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.nvlink import tuning
+from expertlink.engines.nvlink.arena import Buffer, Plan
+from expertlink.engines.nvlink.ht import arguments
+from expertlink.engines.nvlink.ht.arena import HtArena
+from expertlink.engines.nvlink.ht.blocks import BlockShape
+from expertlink.engines.nvlink.ht.combine import HtCombiner
+from expertlink.engines.nvlink.ht.dispatch import HtDispatcher, Started
+from expertlink.engines.nvlink.ht.plan import HtPlan, constants_of
+from expertlink.engines.nvlink.launch import KernelName, KernelSource, Program, Run
+from expertlink.engines.nvlink.mode import (
+    ALIGNMENT,
+    Memory,
+    check_address,
+    common_arguments,
+    nothing_left,
+)
+from expertlink.engines.nvlink.rows import RowShape
+from expertlink.engines.nvlink.shared import Verdict, expert_locations
+from expertlink.engines.nvlink.tables import Route, as_route
+from expertlink.engines.nvlink.watchdog import Mail
+from expertlink.engines.outputs import in_scale_order, into_buffers, into_tokens, largest_output
+from expertlink.engines.ranks.agreement import judge
+from expertlink.engines.ranks.header import NUM_FIELDS, Operation
+from expertlink.engines.ranks.wire import Wire
+from expertlink.errors import (
+    CapacityError,
+    ConfigurationError,
+    EngineUnavailableError,
+    InputError,
+)
+from expertlink.routing import Placement
+from expertlink.types import CallStatistics, DispatchBuffers, RowKind
+from expertlink.validation import explain_ids
+
+
+class HtMode:
+    """See `mode.Mode`."""
+
+    quantizes = False
+    counts_captures = True
+    agrees_on_device = True
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        *,
+        wire: Wire,
+        placement: Placement,
+        memory: Memory,
+        run: Run,
+        num_sms: int,
+        max_warps: int | None = None,
+    ) -> None:
+        if config.combine_precision == "exact":
+            raise EngineUnavailableError("combine_precision='exact' needs low-latency kernels")
+        assert isinstance(memory.arena, HtArena)
+        self._config, self._wire, self._placement = config, wire, placement
+        self._watchdog = memory.watchdog
+        self._rows = RowShape.of(config)
+        experts = placement.experts_of_rank[wire.rank]
+        self._num_local = len(experts)
+        blocks = BlockShape(
+            config,
+            num_ranks=placement.num_ranks,
+            num_local=self._num_local,
+            max_warps=max_warps or tuning.HT_MAX_WARPS,
+        )
+        self._expert_location = expert_locations(placement)
+        common = common_arguments(memory, wire=wire, expert_location=self._expert_location)
+        self._dispatcher = HtDispatcher(
+            config,
+            common=common,
+            experts=experts,
+            num_ranks=placement.num_ranks,
+            arena=memory.arena,
+            watchdog=memory.watchdog,
+            run=run,
+            blocks=blocks,
+            num_sms=num_sms,
+        )
+        self._combiner = HtCombiner(config, common=common, run=run, blocks=blocks, num_sms=num_sms)
+
+    # -- what a communicator needs ----------------------------------------------------------------
+
+    @staticmethod
+    def plan(config: MoECommunicatorConfig, num_ranks: int) -> HtPlan:
+        """Sizes of the arena."""
+        return HtPlan.of(config, num_ranks)
+
+    @staticmethod
+    def program(config: MoECommunicatorConfig, plan: Plan, *, num_ranks: int) -> Program:
+        """The kernels, for an arena of this plan."""
+        assert isinstance(plan, HtPlan)
+        warps = tuning.HT_MAX_WARPS + 1
+        return Program(
+            constants=constants_of(config, plan, num_ranks=num_ranks),
+            declarations=arguments.declarations(),
+            kernels=(
+                KernelSource(KernelName.DISPATCH, "ht/dispatch", "ht::dispatch", max_warps=warps),
+                KernelSource(KernelName.COMBINE, "ht/combine", "ht::combine", max_warps=warps),
+            ),
+        )
+
+    @staticmethod
+    def make_arena(plan: Plan, *, rank: int, buffer: Buffer, device: torch.device) -> HtArena:
+        """This rank's view of the memory of all ranks."""
+        assert isinstance(plan, HtPlan)
+        return HtArena(plan, rank=rank, buffer=buffer, device=device)
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def check(self, call: DispatchCall) -> None:
+        """Raises InputError where the kernels cannot move such rows."""
+        self._rows.check(call.x_TW, call.scales)
+        if call.output_buffer is not None:
+            check_address(call.output_buffer)
+
+    def find_fault(self, previous: object | None, *, capturing: bool) -> InputError | None:
+        """A capture cannot wait for counts."""
+        if not capturing or previous is not None or self._config.static_shapes:
+            return None
+        return InputError(
+            "a dispatch without previous_handle waits for the row counts of all ranks, so it "
+            "cannot be captured in a CUDA graph: configure static_shapes=True, or capture "
+            "cached dispatches"
+        )
+
+    def dispatch(self, call: DispatchCall, number: int) -> Dispatched:
+        """Queues a dispatch; a new routing waits for the counts unless shapes are static."""
+        call = into_tokens(call)
+        if call.previous is None:
+            started = self._dispatcher.dispatch(call, number=number)
+        else:
+            old = as_route(call.previous)
+            started = self._dispatcher.dispatch_cached(call, old, number=number)
+        output, route = started.output, started.route
+        if output is None or route is None:
+            self._raise_verdict(call, started)
+        if call.buffers is None:
+            output = in_scale_order(self._config, output)
+        else:
+            output, fill = into_buffers(call.buffers, output)
+            fill()
+        return Dispatched(
+            output=output,
+            state=route,
+            finish=nothing_left,
+            call=self._wire.call,
+            topk_ids_TK=route.ids_TK,
+        )
+
+    def combine(self, call: CombineCall) -> Combined:
+        """Queues a combine."""
+        if call.slot_weights is not None:
+            route = with_slot_weights(as_route(call.state), call.slot_weights)
+            call = dataclasses.replace(call, state=route)
+        out_TH = call.out_TH
+        if out_TH.data_ptr() % ALIGNMENT:
+            call = dataclasses.replace(call, out_TH=torch.empty_like(out_TH))
+        grads_TK = self._combiner.combine(call)
+        if call.out_TH is not out_TH:
+            out_TH.copy_(call.out_TH)
+        return Combined(out_TH=out_TH, weight_grads_TK=grads_TK, finish=nothing_left)
+
+    def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
+        """Queues the return of per-slot gradients: `[T, K]` float32."""
+        return self._combiner.weight_grads(as_route(state), weight_grads)
+
+    def refuse(self, number: int, error: Exception) -> None:
+        """Takes part in a dispatch only to refuse it; where the host learns of it, all ranks agree.
+
+        Raises:
+            PeerError: the ranks are not even in the same call.
+        """
+        mail = self._dispatcher.refuse(number=number)
+        if mail is not None:
+            self._judge(mail, refused=error)
+
+    def _raise_verdict(self, call: DispatchCall, started: Started) -> NoReturn:
+        """A dispatch that no rank carries out."""
+        mail, number = started.mail, self._wire.call
+        assert mail is not None
+        if mail.verdict is Verdict.DISAGREE:
+            ids_TK = call.topk_ids_TK
+            assert ids_TK is not None
+            self._judge(mail, explain=lambda: explain_ids(ids_TK, self._placement.num_experts))
+        raise CapacityError(
+            f"rank {mail.rank} would receive {mail.rows} rows in dispatch #{number} but has room "
+            f"for {mail.capacity} (max_recv_tokens_per_rank or its output_buffer); nothing was "
+            "placed",
+            rank=mail.rank,
+            rows=mail.rows,
+            capacity=mail.capacity,
+        )
+
+    def _judge(
+        self,
+        mail: Mail,
+        *,
+        refused: Exception | None = None,
+        explain: Callable[[], Exception] | None = None,
+    ) -> NoReturn:
+        """Raises why a dispatch does not happen, the same on all ranks."""
+        error = self._watchdog.disagreement(mail.headers)
+        if self._watchdog.is_fatal(mail.headers):
+            self._watchdog.fail(str(error))
+            raise error if refused is None else refused
+        # The ranks that refused say why.
+        judge(
+            self._wire,
+            Operation.DISPATCH,
+            [words[:NUM_FIELDS] for words in mail.headers],
+            refused=refused,
+            explain=explain,
+            resynchronise=False,
+        )
+        raise error
+
+    # -- memory, statistics, masks ----------------------------------------------------------------
+
+    def make_buffers(self, rows: RowKind) -> DispatchBuffers:
+        """Outputs of the largest shape; tables and copies of the rest are made by every call."""
+        output = largest_output(
+            self._config,
+            rows,
+            num_ranks=self._placement.num_ranks,
+            num_local=self._num_local,
+            device=self._wire.device,
+        )
+        return DispatchBuffers(output=output, tables=None, kind=rows)
+
+    def enable_statistics(self) -> CallStatistics:
+        """Refuses: these kernels count nothing."""
+        raise ConfigurationError("statistics are kept by mode='ll' on the nvlink engine")
+
+    def query_mask(self) -> Tensor:
+        """`[R]` bool on the device: nobody is masked."""
+        return torch.zeros(self._wire.num_ranks, dtype=torch.bool, device=self._wire.device)
+
+    def mask_peer(self, rank: int) -> None:
+        """Refuses."""
+        raise ConfigurationError(
+            f"rank {rank} cannot be masked: peers can be masked with mode='ll' on the nvlink engine"
+        )
+
+    def clear_mask(self) -> None:
+        """There is nothing to clear."""
+
+
+def with_slot_weights(route: Route, slot_weights: Tensor) -> Route:
+    """The same routing with other weights: one for every slot of an expanded layout."""
+    weights = slot_weights.reshape(-1)
+    # Entries beyond the last row, and those that name no slot, are never multiplied.
+    slots = route.table("choices").clamp(min=0, max=max(weights.numel() - 1, 0))
+    picked = weights[slots] if weights.numel() else weights.new_zeros(slots.shape)
+    return dataclasses.replace(route, weights_block=picked, weighted=True)

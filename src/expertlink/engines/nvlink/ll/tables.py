@@ -1,0 +1,60 @@
+"""What a low-latency dispatch leaves beyond the tables of every mode, and memory for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink.tables import Route, TableLayout
+from expertlink.jit.kernel import Arguments
+
+
+class LlTableLayout(TableLayout):
+    """Tables of an `ll` routing: rows are numbered rank * T_max + position there."""
+
+    dense = False
+
+    def _table_shapes(self, config: MoECommunicatorConfig) -> dict[str, tuple[int, ...]]:
+        return {
+            **super()._table_shapes(config),
+            "rows_to": (self.num_ranks,),
+            "tokens": (self.rows,),
+            "own_weights": (self.max_tokens, config.topk),
+        }
+
+
+@dataclass(eq=False)
+class LlRoute(Route):
+    """Tables of one `ll` routing. Those in buffers are made once for all dispatches into them.
+
+    Attributes:
+        epoch: how often the ranks had begun anew when the dispatch was made.
+        combine: arguments of combines that name these tables already, or None.
+    """
+
+    epoch: int = 0
+    combine: Arguments | None = None
+
+
+@dataclass(eq=False)
+class BufferTables:
+    """What `DispatchBuffers` hold beside the outputs: memory of one routing, and arguments.
+
+    Attributes:
+        block: the tables.
+        ids: `[T_max, K]` int64: the ids, kept.
+        dispatch: arguments of dispatches into the buffers.
+        combine: arguments of their combines.
+        routes: what was made of the tables, by T, whether there are weights, whether ids are int64,
+            and where the number of the transfer is kept.
+        named: what `dispatch` says of the rows, where the caller made no scales.
+    """
+
+    block: Tensor
+    ids: Tensor
+    dispatch: Arguments
+    combine: Arguments
+    routes: dict[tuple[int, bool, bool, int], LlRoute]
+    named: tuple[object, ...] | None = None
