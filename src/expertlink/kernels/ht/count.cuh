@@ -163,7 +163,7 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
     }
     for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
         a.histogram[blockIdx.x * kColumns + c] = running[c];
-    if (a.flags & kCheckIds && faulty) atomicOr(a.faulty, 1);
+    if (kCheckInputs && faulty) atomicOr(a.faulty, 1);
     if (!grid_barrier(watch)) return false;
     add_blocks(a, running, totals);
     if (!publish_counts(a, watch, totals)) return false;

@@ -35,7 +35,7 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
     if (a.flags & kCount) {
         if (!count_tokens(a, watch, reinterpret_cast<unsigned*>(shared))) return false;
         // The launch that places what this one has no room for runs beside the sending half.
-        if (a.flags & kWantsMail) let_follower_start();
+        if (kWantsMail) let_follower_start();
         if (block == blocks - 1 && !plan_slots(a, watch, reinterpret_cast<int*>(shared)))
             return false;
     } else if (a.flags & kSend) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
     }
     __syncthreads();
     if (a.flags & kSend && block < a.num_senders) {
-        if (a.flags & kZeroCopy && a.flags & kCount && !wait_for_plan(a, watch)) return false;
+        if (kZeroCopy && a.flags & kCount && !wait_for_plan(a, watch)) return false;
         if (!send_rows(a, watch, shared, ring)) return false;
     }
     if (!(a.flags & kPlace)) return true;

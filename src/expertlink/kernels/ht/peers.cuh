@@ -24,7 +24,9 @@ __device__ __forceinline__ int header_word(const Arguments& a, const Watch& watc
         case kRowBytes: return a.row_bytes;
         case kMetadataBytes: return a.header_metadata_bytes;
         case kSubject: return a.subject == nullptr ? 0 : load_fresh(a.subject);
-        case kForm: return ((a.flags & kNewWeights) != 0) | ((a.flags & kWantsMail) != 0) << 1;
+        case kForm:
+            return (a.flags & kNewWeights ? kFormWeights : 0) |
+                   (kWantsMail && a.flags & kCount ? kFormMail : 0);
         case kPool: return a.pool;
         default: return 0;
     }

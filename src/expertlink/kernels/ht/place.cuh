@@ -68,7 +68,7 @@ __device__ __forceinline__ unsigned* flag_of(const DispatchArguments& a, const A
 __device__ __forceinline__ const char* metadata_of(const DispatchArguments& a,
                                                    const Arrival& arrival) {
     return staged_metadata(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position,
-                           a.row_bytes, a.flags & kZeroCopy);
+                           a.row_bytes);
 }
 
 // What came beside the row for choice k. Returns its slot (expanded layouts).
@@ -260,11 +260,10 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Wat
     load_groups(a, groups, kNumRanks * a.num_local <= kMostSharedSlots ? slots : nullptr);
     bool fine = true;
     if (threadIdx.x / 32 < movers) {
-        fine = a.flags & kZeroCopy ? receive_turns(a, watch, groups)
-                                   : place_turns(a, watch, groups, slot);
+        fine = kZeroCopy ? receive_turns(a, watch, groups) : place_turns(a, watch, groups, slot);
         const int num_warps = movers * gridDim.x;
         const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-        if (fine && a.flags & kClearRest) {
+        if (fine && kClearsRest) {
             const int last = kNumRanks - 1;
             for (int row = groups.first_row[last] + groups.rows_from[last] + warp;
                  row < a.max_slots; row += num_warps)

@@ -71,8 +71,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     __syncthreads();
 
     Control* const control = watch.control;
-    const bool mails = a.flags & kWantsMail;
-    if (mails) {
+    if (kWantsMail) {
         for (int e = threadIdx.x; e < a.num_local; e += blockDim.x)
             control->mail_counts[e] = groups[e];
         for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
@@ -123,7 +122,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     __syncthreads();
 
     if (threadIdx.x == 0) {
-        if (mails) {
+        if (kWantsMail) {
             control->mail_verdict = verdict;
             control->mail_rank = worst;
             control->mail_rows = needed[worst];
@@ -144,10 +143,10 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         // counts that do not belong together place nothing.
         const int rows = kExpanded ? num_slots : num_arrivals;
         const bool fits = kPadded || rows <= a.max_slots;
-        watch.state->deferred = verdict == kDisagree || (mails && (verdict != kFine || !fits));
+        watch.state->deferred = verdict == kDisagree || (kWantsMail && (verdict != kFine || !fits));
         store_release_device(&watch.state->planned, watch.transfer);
     }
-    return mails || verdict != kDisagree;
+    return kWantsMail || verdict != kDisagree;
 }
 
 }  // namespace ht

@@ -59,11 +59,10 @@ __device__ __forceinline__ char* staged_row(char* base, int slot) {
     return base + kStagingAt + static_cast<long long>(slot) * kStagingStride;
 }
 
-// What came beside a row: behind it, or on its own where rows lie in the pool one after another.
-__device__ __forceinline__ char* staged_metadata(char* base, int slot, int row_bytes,
-                                                 bool rows_in_pool) {
-    return rows_in_pool ? base + kMetadataAt + static_cast<long long>(slot) * kMetadataStride
-                        : staged_row(base, slot) + row_bytes;
+// Metadata of a row: behind it, or apart where rows lie in the pool one after another.
+__device__ __forceinline__ char* staged_metadata(char* base, int slot, int row_bytes) {
+    return kZeroCopy ? base + kMetadataAt + static_cast<long long>(slot) * kMetadataStride
+                     : staged_row(base, slot) + row_bytes;
 }
 
 __device__ __forceinline__ unsigned* arrival_flag(char* base, int slot) {

@@ -38,7 +38,7 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
         if (lane >= kCopies || token >= a.num_tokens) return -1;
         const int code = load_fresh(&a.slots_of_token[token * kCopies + lane]);
         // Rows to experts of this rank are placed from the input, unless all rows go to the pool.
-        const bool placed = !(a.flags & kZeroCopy) && code / kMaxTokens == a.rank;
+        const bool placed = !kZeroCopy && code / kMaxTokens == a.rank;
         return placed ? -1 : code;
     };
 
@@ -64,7 +64,7 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
         const int at = a.rank * kMaxTokens + position;
         char* const base = a.bases[rank];
         char* target = staged_row(base, at);
-        if (a.flags & kZeroCopy)
+        if (kZeroCopy)
             target =
                 base + kPoolAt + pools[rank] * kPoolBytes +
                 static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) * a.row_bytes;
@@ -72,10 +72,10 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
         post(ring, written, words);
         slot.loaded();
         if (code >= 0) {
-            const bool apart = a.flags & kZeroCopy && a.metadata_bytes;
+            const bool apart = kZeroCopy && a.metadata_bytes;
             bulk_store(target, slot.row, a.row_bytes + (apart ? 0 : a.metadata_bytes));
             if (apart)
-                bulk_store(staged_metadata(base, at, a.row_bytes, true), slot.row + a.row_bytes,
+                bulk_store(staged_metadata(base, at, a.row_bytes), slot.row + a.row_bytes,
                            a.metadata_bytes);
             bulk_commit();
         }
@@ -90,8 +90,8 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
 __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watch& watch,
                                           char* shared, Ring& ring) {
     __shared__ int pools[kNumRanks];
-    if (!peers_have_room(a, watch, a.flags & kZeroCopy)) return false;
-    if (a.flags & kZeroCopy) {
+    if (!peers_have_room(a, watch, kZeroCopy)) return false;
+    if (kZeroCopy) {
         // Every rank says itself which pool its view of this dispatch is in. One that is in another
         // call may be reading its pools: then nothing is sent, and whoever compares heads reports.
         bool same = true;

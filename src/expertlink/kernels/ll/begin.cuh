@@ -24,7 +24,7 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
         call.watch = {
             a.state, a.control,         0, static_cast<unsigned>(a.operation), ready_word(base, 0),
             a.rank,  a.counters->masked};
-        call.policy = {a.counters, a.longest_wait_ns, (a.flags & kMaskLost) != 0};
+        call.policy = {a.counters, a.longest_wait_ns};
     }
     prepare();
     wait_for_predecessor();

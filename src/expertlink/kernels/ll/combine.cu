@@ -66,10 +66,14 @@ __global__ void __launch_bounds__(kCombineWarps * 32, 1)
     combine_rank(arguments);
 }
 
-// Several ranks on one GPU, each a row of the grid.
+// Several ranks on one GPU, each a row of the grid. A rank's arguments are copied to shared memory,
+// whose address takes no register.
 __global__ void __launch_bounds__(kCombineWarps * 32, 1)
     combine_hosted(const CombineArguments* arguments) {
-    combine_rank(arguments[blockIdx.y]);
+    __shared__ CombineArguments own;
+    if (threadIdx.x == 0) own = arguments[blockIdx.y];
+    __syncthreads();
+    combine_rank(own);
 }
 
 }  // namespace ll

@@ -169,7 +169,7 @@ __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call&
     // all which are, once everything that the others have to say is here; then nobody waits any
     // more.
 #pragma unroll 1
-    for (int pass = a.flags & kMaskLost ? 0 : 1; pass < 2; ++pass) {
+    for (int pass = kMaskLost ? 0 : 1; pass < 2; ++pass) {
         bool fine = true;
         if (pass == 0 && blockIdx.x != 0) {
             fine = thread >= 32 || read_lost(a, call);

@@ -4,7 +4,7 @@
 // every word; a reader polls the row itself until no word of it is kSentinel, and puts kSentinel
 // back. A sender whose data contain such a word says so with an escape word, after a fence. Small
 // words (counts, ids, weights) are stored together with the number of their transfer, eight bytes
-// at a time, and need no putting back. docs/architecture.md, "Low latency", says who writes what
+// at a time, and need no putting back. docs/protocol/ll.md says who writes what
 // and when.
 #pragma once
 
@@ -130,7 +130,6 @@ __device__ __forceinline__ uint4 sentinel_piece() {
 struct WaitPolicy {
     Counters* counters;
     long long* longest_wait_ns;  // [R] statistics, or null
-    bool masks_lost;
 };
 
 // Static shared memory of a block. What waits need is there too: it would take many registers.

@@ -38,14 +38,15 @@ __device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase pha
     const WaitPolicy& policy = call->policy;
     if (load_relaxed_system(&watch.masked[peer]) != 0) return kPollMasked;
     if (has_failed(watch)) return kPollAbort;
-    const int own = has_aborted(watch, watch.rank) ? watch.rank : -1;
-    const int aborter = policy.masks_lost ? own : aborted_by(watch);
+    const int aborter = !kMaskLost                         ? aborted_by(watch)
+                        : has_aborted(watch, watch.rank) ? watch.rank
+                                                         : -1;
     if (aborter >= 0) {
         report(watch, kPhaseAborted, aborter, 0, 0, 0, 0);
         return kPollAbort;
     }
     // Only where lost ranks are masked: the word may have come since it was looked at above.
-    if (policy.masks_lost && has_aborted(watch, peer)) {
+    if (kMaskLost && has_aborted(watch, peer)) {
         atomicExch(&policy.counters->masked[peer], 1u);
         return kPollMasked;
     }
@@ -54,12 +55,12 @@ __device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase pha
     const unsigned long long limit =
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
     unsigned long long quiet_since = since;
-    if (policy.masks_lost) quiet_since = max(since, exchange_alive(call, peer, now));
+    if (kMaskLost) quiet_since = max(since, exchange_alive(call, peer, now));
     const bool quiet = now - min(now, quiet_since) >= limit;
     // Each peer may have waited in vain for all others, one after the other. After that they wait
     // for each other, as in different calls.
     if (!quiet && now - since < kNumRanks * limit) return since;
-    if (quiet && policy.masks_lost && peer != watch.rank) {
+    if (quiet && kMaskLost && peer != watch.rank) {
         // Whoever waits for this rank learns it at the next poll.
         atomicExch(&policy.counters->masked[peer], 1u);
         return kPollMasked;
