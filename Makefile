@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -38,6 +38,10 @@ lint: $(STAMP) ## ruff and pyright
 format: $(STAMP) ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## write docs/reference from the sources and docs/results from the records
+	$(BIN)/python docs/generate.py
+	$(BIN)/expertlink report
 
 bench: $(STAMP) ## measure dispatch and combine
 	$(BIN)/expertlink bench $(ARGS)

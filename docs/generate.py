@@ -1,0 +1,96 @@
+"""Writes docs/reference from the sources that it documents.
+
+python docs/generate.py, or `make docs`. A test holds the pages equal to what this makes.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from pathlib import Path
+
+from expertlink import config, settings
+
+ROOT = Path(__file__).parents[1]
+NOTE = "<!-- Written by docs/generate.py. Change the source, then run `make docs`. -->"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page, by its path."""
+    folder = ROOT / "docs" / "reference"
+    return {
+        folder / "configuration.md": configuration_page(),
+        folder / "environment.md": environment_page(),
+    }
+
+
+def configuration_page() -> str:
+    """Fields of `MoECommunicatorConfig` with types, defaults and docstrings, as they are."""
+    tree = ast.parse(inspect.getsource(config.MoECommunicatorConfig))
+    body = tree.body[0]
+    assert isinstance(body, ast.ClassDef)
+    lines = [
+        "# Configuration",
+        "",
+        NOTE,
+        "",
+        f"`{body.name}` and its fields, in the order of the source.",
+        "",
+        as_markdown(ast.get_docstring(body) or ""),
+        "",
+        "## Fields",
+        "",
+    ]
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        assert isinstance(field.target, ast.Name)
+        default = "" if field.value is None else f" = {ast.unparse(field.value)}"
+        kind = ast.unparse(field.annotation)
+        lines += [f"### {field.target.id}", "", f"`{kind}{default}`", ""]
+        assert isinstance(text, ast.Expr), f"{field.target.id} has no docstring"
+        assert isinstance(text.value, ast.Constant), f"{field.target.id} has no docstring"
+        lines += [inspect.cleandoc(str(text.value.value)), ""]
+    return "\n".join(lines)
+
+
+def environment_page() -> str:
+    """The table of `settings.VARIABLES`."""
+    lines = [
+        "# Environment variables",
+        "",
+        NOTE,
+        "",
+        as_markdown(inspect.getdoc(settings) or ""),
+        "",
+    ]
+    for variable in settings.VARIABLES:
+        default = "none" if variable.default is None else f"{variable.default:g}"
+        lines += [f"## {variable.name}", "", f"Default: {default}.", ""]
+        lines += textwrap.wrap(variable.meaning[0].upper() + variable.meaning[1:] + ".", 100)
+        lines += [""]
+    return "\n".join(lines)
+
+
+def as_markdown(docstring: str) -> str:
+    """A docstring whose sections, such as `Raises:`, are lists."""
+    out: list[str] = []
+    for line in docstring.splitlines():
+        if line.endswith(":") and line[:-1].isalpha():
+            out += [f"**{line[:-1]}**", ""]
+        elif line.startswith("    ") and not line.startswith("     "):
+            out.append(f"- {line.strip()}")
+        else:
+            out.append(line)
+    return "\n".join(out)
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
