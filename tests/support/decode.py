@@ -22,7 +22,7 @@ from expertlink import (
     InputError,
     MoECommunicator,
 )
-from expertlink.engines.nvlink.ll.dispatch import Tables
+from expertlink.engines.nvlink.ll.tables import BufferTables
 from expertlink.launch import RankContext
 from support.jobs import (
     ROUNDS,
@@ -168,7 +168,7 @@ def guards_like(comm: MoECommunicator, case: Case) -> list[Tensor]:
     largest = comm.create_buffers()
     wanted = [value for value in vars(largest.output).values() if isinstance(value, Tensor)]
     sizes = [value.nbytes for value in wanted]
-    if isinstance(largest.tables, Tables):
+    if isinstance(largest.tables, BufferTables):
         sizes += [largest.tables.block.nbytes]
     engine: Any = comm._engine
     sizes += [4 * engine._low._tables.words(len(own.x_TH)), own.x_TH.nbytes, own.ids_TK.nbytes]
