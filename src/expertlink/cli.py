@@ -1,7 +1,7 @@
-"""The command line: `expertlink demo | bench | doctor | plot`.
+"""The command line: `expertlink demo | bench | plot | report | doctor`.
 
-Every command is a thin function that imports its implementation when it is called, so that
-`--help` answers at once. Started through `__main__.main`, which turns errors into sentences.
+One function per command. It imports what it runs when it is called, so `--help` is quick.
+`__main__.main` starts it and turns errors into sentences.
 """
 
 from __future__ import annotations
@@ -251,12 +251,34 @@ def plot(
     results: Annotated[list[Path], typer.Argument(help="Files that bench --out wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("out/plots"),
 ) -> None:
-    """Draw what bench measured: time, latency, ratios to the raw exchange and the wire, SMs."""
+    """Draw what bench measured: time against tokens, cases side by side, time against SMs."""
     from rich.console import Console
 
     from expertlink.bench.command import run_plot
 
     raise typer.Exit(run_plot(results, out, Console()))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of files that bench --out wrote.")] = Path(
+        "benchmarks/results"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder of the pages.")] = Path("docs/results"),
+    table: Annotated[
+        bool, typer.Option("--table", help="Print the README's table of figures instead.")
+    ] = False,
+) -> None:
+    """Write pages of tables and pictures about recorded measurements.
+
+    The pictures are drawn into a folder beside each file of records. A Markdown file of the same
+    name there has notes, which the page repeats.
+    """
+    from rich.console import Console
+
+    from expertlink.bench.command import run_report
+
+    raise typer.Exit(run_report(results, out, Console(), table=table))
 
 
 @app.command()

@@ -16,13 +16,14 @@ from expertlink.bench.ceilings import (
     BulkCopies,
     Ceilings,
     Share,
+    WireRows,
     get_share,
     most_rows,
     put_share,
 )
-from expertlink.bench.raw import WireRows
+from expertlink.bench.clock import Clock
+from expertlink.bench.measured import Measured, make_record
 from expertlink.bench.records import PHASES
-from expertlink.bench.results import Measured, make_record
 from expertlink.errors import EngineUnavailableError
 from expertlink.launch import RankContext
 
@@ -75,7 +76,7 @@ def note_on_a_rank(context: RankContext) -> str | None:
         dispatch_row_bytes=16,
         combine_row_bytes=16,
     )
-    with Ceilings([wire], device=context.device, control=None, num_sms=1) as ceilings:
+    with Ceilings([wire], Clock(context.device), num_sms=1) as ceilings:
         assert ceilings.calls(0, "dispatch") == {}
         return ceilings.note
 
@@ -99,12 +100,13 @@ def test_a_record_compares_with_the_right_ceiling() -> None:
         medians[phase, "host"] = medians[phase, "raw"] = 10.0
     measured = Measured(
         device=torch.device("cpu"),
-        engine_name="nvlink",
+        engine="nvlink",
         aligned="device",
         num_inputs=1,
         times={key: torch.tensor([[value / 2], [value]]) for key, value in medians.items()},
         traffic=torch.full((2, 3, 3), 8000.0),
         ceiling_note=None,
+        variant="uncached",
     )
     case = Case(ranks=2, tokens=16, hidden=64, topk=2, experts=4)
     dispatch, combine, pair = (make_record(phase, case, Plan(), measured) for phase in PHASES)
@@ -115,7 +117,7 @@ def test_a_record_compares_with_the_right_ceiling() -> None:
     assert pair.put_us is not None
     assert pair.put_us.median == 170.0
     assert dispatch.ceiling_gbps == 0.1
-    assert dispatch.ceiling_num_sms == Plan().ceiling_num_sms
+    assert dispatch.ceiling_num_sms == Plan().ceiling_sms
 
 
 @pytest.mark.gpu

@@ -12,17 +12,15 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import RankPools
-from expertlink.bench.cases import Case, Plan, batches
-from expertlink.bench.clocks import on_one_host
+from expertlink.bench.cases import Case, Plan, batches, recorded_as
+from expertlink.bench.clock import Clock
 from expertlink.bench.flag_latency import FlagLatency
 from expertlink.bench.floor import Floor
+from expertlink.bench.measured import Measured
+from expertlink.bench.measured import make_record as record_of
 from expertlink.bench.options import BenchOptions, build_cases
-from expertlink.bench.plots import draw_plots
 from expertlink.bench.records import PHASES, Record, latest, read_records
-from expertlink.bench.results import Measured
-from expertlink.bench.results import make_record as record_of
-from expertlink.bench.runner import CaseResult, run_on_own_ranks
-from expertlink.bench.variants import recorded_as
+from expertlink.bench.runner import CaseResult, Job, run_on_own_ranks
 from expertlink.cli import app
 from expertlink.errors import ConfigurationError, InputError
 from expertlink.launch import RankContext
@@ -89,7 +87,7 @@ class TestCases:
 
 
 def one_host(context: RankContext) -> bool:
-    return on_one_host(None)
+    return Clock(context.device).on_one_host()
 
 
 def test_ranks_of_one_host_read_one_clock(rank_pools: RankPools) -> None:
@@ -113,7 +111,7 @@ def measured_of(variant: str, phases: tuple[str, ...], **changes: Any) -> Measur
     values: dict[str, Any] = {"ceiling_note": None, "calls_per_graph": 20, "floor": None}
     return Measured(
         device=torch.device("cpu"),
-        engine_name="nvlink",
+        engine="nvlink",
         aligned="device",
         num_inputs=1,
         times=times,
@@ -217,14 +215,13 @@ def broken_after_one(
 def test_what_a_batch_has_measured_is_kept() -> None:
     cases = [latency_case(tokens=tokens, max_tokens_per_rank=8) for tokens in (1, 2, 3)]
     seen: list[CaseResult] = []
-    results = run_on_own_ranks(
-        [*cases, latency_case(tokens=4)],
-        Plan(timeout_s=30.0),
-        device="cpu",
-        timeout_s=60.0,
+    job = Job(
+        cases=[*cases, latency_case(tokens=4)],
+        plan=Plan(timeout_s=30.0),
         measure=broken_after_one,
         on_result=seen.append,
     )
+    results = run_on_own_ranks(job, device="cpu", timeout_s=60.0)
     assert results == seen
     assert [result.case.tokens for result in results] == [1, 2, 3, 4]
     first, second, third, other = results
@@ -234,37 +231,6 @@ def test_what_a_batch_has_measured_is_kept() -> None:
     assert "no more (rank 0, 1)" in second.error
     assert third.error == "not run: an earlier case of the same communicator failed"
     assert other.error is None
-
-
-def test_a_picture_of_latencies(tmp_path: Path) -> None:
-    names = ("graph", "eager", "send", "recv")
-    records = [
-        make_record(
-            10.0 + tokens,
-            mode="ll",
-            variant=variant,
-            layout=layout,
-            tokens=tokens,
-            phase=phase,
-            quantization=quantization,
-            floor_us=5.0 if variant == "graph" else None,
-        )
-        for variant in names
-        for layout in ("expert_major", "rank_major")
-        for tokens in (1, 16)
-        for phase in PHASES[: 3 if variant in ("graph", "eager") else 2]
-        for quantization in (None, "e4m3_float32")
-    ]
-    assert [path.name for path in draw_plots(records, tmp_path)] == ["latency.png"]
-    swept = [
-        make_record(mode="ll", variant="graph", phase=phase, num_sms=count)
-        for phase in PHASES
-        for count in (1, 8)
-    ]
-    drawn = draw_plots([*records, *swept, make_record()], tmp_path)
-    assert [path.name for path in drawn] == [
-        *("time.png", "ratio.png", "bandwidth.png", "sms.png", "latency.png")
-    ]
 
 
 @pytest.mark.gpu(2)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from conftest import RankPools
-from expertlink.bench import prepared
+from expertlink.bench import steps as bench_steps
 from expertlink.bench.cases import Case, Plan
+from expertlink.bench.clock import Clock
 from expertlink.bench.inputs import prepare_inputs
 from expertlink.bench.measure import open_communicator
-from expertlink.bench.prepared import Caller
 from expertlink.bench.records import PHASES
+from expertlink.bench.steps import Caller
 from expertlink.communicator import MoECommunicator
 from expertlink.launch import RankContext
 from support.bench_records import latency_case
@@ -25,7 +26,7 @@ LAYOUTS = ("expert_major", "rank_major", "flat", "token_major")
 
 
 def caller_of(comm: MoECommunicator, case: Case, context: RankContext) -> Caller:
-    [item] = prepare_inputs(comm, case.situation, Plan(inputs=1), context.device, None)
+    [item] = prepare_inputs(comm, case.situation, Plan(inputs=1), Clock(context.device))
     return Caller(comm, case, item, comm.create_buffers())
 
 
@@ -102,10 +103,11 @@ def check_captured_calls(context: RankContext, case: Case) -> tuple[list[Any], s
     with (
         torch.no_grad(),
         mock.patch.object(Caller, "_results", results),
-        mock.patch.object(prepared, "capture_repeated", capture),
+        mock.patch.object(bench_steps, "capture", capture),
         open_communicator(context, case.situation, Plan()) as comm,
     ):
         caller = caller_of(comm, case, context)
+        assert caller.buffers is not None
         out = caller.buffers.output
         watched.append(out.tokens)
         if out.scales is not None:

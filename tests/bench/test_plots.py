@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from expertlink.bench import plots
+from expertlink.bench.plots import draw_plots, pictures
+from expertlink.bench.records import PHASES
 from expertlink.demo.plots import plot_expert_load, plot_loss
 from expertlink.demo.train import StepRecord
 from support.bench_records import make_record
@@ -22,36 +24,89 @@ def drawn(figure: Figure) -> tuple[Figure, FigureCanvasAgg]:
     return figure, canvas
 
 
-@pytest.mark.parametrize("name", ["ratio.png", "bandwidth.png"])
-def test_labels_beside_long_names_are_whole(name: str) -> None:
+def test_several_t_are_lines_and_one_t_is_bars(tmp_path: Path) -> None:
+    lines = [
+        make_record(phase=phase, tokens=tokens, layout=layout)
+        for phase in PHASES
+        for tokens in (128, 1024)
+        for layout in ("flat", "rank_major")
+    ]
+    bars = [make_record(phase=phase, layout="token_major") for phase in PHASES]
+    assert list(pictures(lines)) == ["time"]
+    assert list(pictures(bars)) == ["cases"]
+    paths = draw_plots([*lines, *bars], tmp_path / "new" / "folder")
+    assert [path.name for path in paths] == ["time.png", "cases.png"]
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in draw_plots(lines[:1], tmp_path)] == ["cases.png"]
+
+
+def test_several_budgets_are_a_picture_of_their_own() -> None:
+    def named(sms: Sequence[int | None]) -> list[str]:
+        return list(pictures([make_record(phase=p, num_sms=n) for p in PHASES for n in sms]))
+
+    assert named([None, 8]) == ["cases"]
+    assert named([8, 24]) == ["sms"]
+    assert named([None, 8, 24]) == ["cases", "sms"]
+
+
+@pytest.mark.parametrize("tokens", [(128,), (1, 16)])
+def test_no_picture_has_more_than_eight_series_and_every_record_has_one(
+    tokens: tuple[int, ...],
+) -> None:
+    records = [
+        make_record(tokens=count, layout=layout, variant=variant, quantization=quantization)
+        for layout in ("flat", "token_major", "rank_major")
+        for variant in ("uncached", "cached", "static", "graph", "zero_copy")
+        for quantization in (None, "e4m3_float32")
+        for count in tokens
+    ]
+    drawn = pictures(records).values()
+    assert 4 <= len(drawn) <= 6
+    for picture in drawn:
+        assert len(picture.records) <= 8 * len(tokens)
+    assert len({id(record) for picture in drawn for record in picture.records}) == len(records)
+
+
+def test_single_calls_of_a_late_host_are_a_band() -> None:
+    records = [
+        make_record(time, mode="ll", variant=variant, aligned="device", tokens=tokens)
+        for variant in ("eager", "graph")
+        for tokens, time in ((1, 10.0), (8, 50.0), (16, 12.0))
+    ]
+    figure = pictures(records)["time"].draw()
+    [panel] = figure.axes
+    assert len(panel.collections) == 1
+    dashed = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert [list(np.asarray(line.get_ydata())) for line in dashed] == [[9.0, 45.0, 10.8]]
+
+
+def test_the_best_peer_is_a_line_where_a_record_has_one() -> None:
+    records = [make_record(tokens=tokens, peer="some peer", peer_us=70.0) for tokens in (1, 8)]
+    for own in (records, records[:1]):
+        [picture] = pictures(own).values()
+        figure, _ = drawn(picture.draw())
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert "best peer: some peer" in texts
+
+
+def test_names_and_legend_are_whole() -> None:
     records = [
         make_record(layout=layout, variant=variant, quantization=quantization, num_sms=sms)
         for layout, variant in (("token_major", "zero_copy_cached"), ("expert_major", "uncached"))
         for quantization in (None, "e4m3_float32")
         for sms in (None, 132)
     ]
-    chosen = plots._call_figures(records)[name]
-    assert chosen is not None
-    figure, canvas = drawn(chosen)
-    [panel] = figure.axes
-    box = panel.xaxis.label.get_window_extent(canvas.get_renderer())
-    assert len(panel.get_xlabel()) > 40
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
-    legend = figure.legends[0].get_window_extent(canvas.get_renderer())
-    assert not box.overlaps(legend)
-
-
-def test_numbers_stand_before_the_line_that_crosses_them() -> None:
-    figure = plots._call_figures([make_record()])["ratio.png"]
-    assert figure is not None
-    [panel] = figure.axes
-    line = next(line for line in panel.lines if line.get_linestyle() == "--")
-    assert panel.texts
-    for text in panel.texts:
-        patch = text.get_bbox_patch()
-        assert patch is not None
-        assert patch.get_alpha() in (None, 1)
-        assert text.get_zorder() > line.get_zorder()
+    for picture in pictures(records).values():
+        figure, canvas = drawn(picture.draw())
+        renderer = canvas.get_renderer()
+        legend = figure.legends[0].get_window_extent(renderer)
+        for panel in figure.axes:
+            box = panel.xaxis.label.get_window_extent(renderer)
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+            assert not box.overlaps(legend)
+            for label in panel.get_yticklabels():
+                assert label.get_window_extent(renderer).x0 >= 0
 
 
 def steps(count: int) -> list[StepRecord]:

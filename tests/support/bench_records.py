@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from expertlink.bench.cases import Case
-from expertlink.bench.records import Environment, Record
-from expertlink.bench.summary import Summary
+from expertlink.bench.records import Environment, Record, Summary
 
 
 def make_record(

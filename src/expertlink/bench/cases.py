@@ -1,17 +1,19 @@
-"""What is measured, one `Case` per communicator, routing and variant; and how: the `Plan`."""
+"""What is measured: a `Case` is one situation, a `Variant` one way to make the calls.
+
+`VARIANTS` is the one table of variants, `Plan` says how often and how long.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from expertlink.bench.routings import RoutingSpec
-from expertlink.bench.variants import VARIANTS, Variant
 from expertlink.config import ENGINES, MAX_TOPK, MODES
 from expertlink.errors import ConfigurationError
 from expertlink.types import BlockFormat, DispatchLayout
@@ -20,6 +22,64 @@ LAYOUTS = tuple(layout.value for layout in DispatchLayout)
 QUANTIZATIONS = tuple(block_format.value for block_format in BlockFormat)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_RANKS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How dispatch and combine are called.
+
+    Attributes:
+        cached: dispatch passes the handle of an earlier one, whose counts, ids and weights are
+            kept: rows alone travel. Else every dispatch counts and exchanges its routing.
+        zero_copy: the received rows are a view of the engine's pool. Else the caller owns them.
+        static: no host wait; outputs have their maximal shape.
+        graph: calls are captured in CUDA graphs, and their replays are measured.
+        prepared: calls write into outputs that were made once, as a decode loop does.
+        chained: a graph holds `Plan.calls_per_graph` calls, one after the other.
+        halves: what sends and what receives are timed apart.
+    """
+
+    cached: bool = False
+    zero_copy: bool = False
+    static: bool = False
+    graph: bool = False
+    prepared: bool = False
+    chained: bool = False
+    halves: bool = False
+
+    @property
+    def needs_nvlink(self) -> bool:
+        """Whether only the NVLink engine has it."""
+        return self.zero_copy or self.static or self.graph
+
+
+SEND, RECV = "send", "recv"
+"""What records call the two parts of the variant `halves`."""
+
+_CALLED = {"uncached": Variant(), "cached": Variant(cached=True)}
+VARIANTS = {
+    "ht": {
+        **_CALLED,
+        "zero_copy": Variant(zero_copy=True),
+        "zero_copy_cached": Variant(zero_copy=True, cached=True),
+        "static": Variant(static=True),
+        "zero_copy_static": Variant(zero_copy=True, static=True),
+        "graph": Variant(static=True, graph=True),
+    },
+    "ll": {
+        "graph": Variant(graph=True, prepared=True, chained=True),
+        "graph_single": Variant(graph=True, prepared=True),
+        "eager": Variant(prepared=True),
+        "halves": Variant(prepared=True, halves=True),
+        **_CALLED,
+    },
+}
+"""By mode, and by the name that the command line uses."""
+
+
+def recorded_as(variant: str) -> tuple[str, ...]:
+    """What records call a variant: its own name, or those of its two halves."""
+    return (SEND, RECV) if variant == "halves" else (variant,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +105,7 @@ class Case:
     mode: str = "ht"
     engine: str = "auto"
     variant: str = "uncached"
-    """See `variants.py`."""
+    """A key of `VARIANTS`."""
     quantization: str | None = None
     """What rows are quantized to: in mode "ht" before dispatch, as models do, in "ll" by it."""
     max_tokens_per_rank: int | None = None
@@ -56,11 +116,10 @@ class Case:
     """File that the routing `trace` replays."""
 
     def __post_init__(self) -> None:
-        self._whole("ranks", 1, MAX_RANKS)
-        self._whole("tokens", 1)
-        self._whole("hidden", 1)
-        self._whole("topk", 1, MAX_TOPK)
-        self._whole("experts", 1)
+        for name, most in (("ranks", MAX_RANKS), ("topk", MAX_TOPK)):
+            self._whole(name, 1, most)
+        for name in ("tokens", "hidden", "experts"):
+            self._whole(name, 1)
         for name in ("num_sms_dispatch", "num_sms_combine"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
@@ -100,20 +159,11 @@ class Case:
         return DTYPES[self.dtype]
 
     @property
-    def wire_dtype(self) -> torch.dtype:
-        """Element type of combine's rows on the wire, whatever dispatch sends."""
-        return self.torch_dtype
-
-    @property
     def routing_label(self) -> str:
         """Routing as records name it: a trace by its file name, without the folder."""
         if self.routing == "trace" and self.trace is not None:
             return f"trace:{Path(self.trace).name}"
         return self.routing
-
-    def key(self) -> str:
-        """All fields in one line: equal for equal cases, different for different ones."""
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
     @property
     def situation(self) -> Case:
@@ -169,7 +219,7 @@ class Plan:
         inputs: different inputs that iterations take turns with, as far as memory allows.
         timeout_s: bound of every wait inside a case, in seconds.
         command: command line to note in the records.
-        ceiling_num_sms: SMs that the bulk copies of the ceilings occupy.
+        ceiling_sms: SMs that the bulk copies of the ceilings occupy.
         gemm: m, n, k of the matrix product that is measured beside a dispatch; None where no
             overlap is measured.
         calls_per_graph: calls in one graph of the variant `graph` in mode "ll".
@@ -181,7 +231,7 @@ class Plan:
     inputs: int = 4
     timeout_s: float = 100.0
     command: str = ""
-    ceiling_num_sms: int = 24
+    ceiling_sms: int = 24
     gemm: tuple[int, int, int] | None = None
     calls_per_graph: int = 20
 
@@ -223,53 +273,3 @@ def grid(*, fixed: dict[str, Any], **lists: Sequence[Any]) -> list[Case]:
     combinations = itertools.product(*lists.values())
     cases = [Case(**fixed, **dict(zip(lists, values, strict=True))) for values in combinations]
     return list(dict.fromkeys(cases))
-
-
-def default_fields(device_type: str, mode: str) -> dict[str, Any]:
-    """What is measured where nothing else is asked for.
-
-    CUDA: the model shape that the field publishes figures for. CPU: one that a laptop measures in
-    seconds.
-    """
-    on_gpu = device_type == "cuda"
-    shape = {"hidden": [7168], "topk": [8], "experts": [256]}
-    if not on_gpu:
-        shape = {"hidden": [1024], "topk": [4], "experts": [16]}
-    if mode == "ht":
-        tokens = [4096] if on_gpu else [128, 1024]
-        return {"tokens": tokens, **shape, "layout": ["flat"], "quantization": [None]}
-    return {
-        "tokens": [1, 8, 16, 32, 64, 128, 256, 512] if on_gpu else [1, 16, 128],
-        **shape,
-        "layout": ["expert_major", "rank_major"],
-        "quantization": [None, BlockFormat.E4M3_FLOAT32.value],
-    }
-
-
-def default_variants(device_type: str, mode: str, engine: str) -> list[str]:
-    """Variants that are measured where none are asked for: those that the engine has."""
-    if mode == "ht":
-        return ["uncached", "cached"]
-    if device_type == "cpu":
-        return ["eager", "halves"]
-    # NCCL stands beside the others for comparison: one line is enough.
-    return ["eager"] if engine == "collective" else ["graph", "graph_single", "eager", "halves"]
-
-
-def parse_ints(text: str, *, name: str) -> list[int]:
-    """Reads "128,1024".
-
-    Raises:
-        ConfigurationError: an item is no whole number.
-    """
-    try:
-        return [int(item) for item in parse_names(text)]
-    except ValueError:
-        raise ConfigurationError(
-            f"{name}={text!r} cannot be measured; accepted: whole numbers separated by commas"
-        ) from None
-
-
-def parse_names(text: str) -> list[str]:
-    """Reads "flat,token_major"; blanks around the commas do not count."""
-    return [item.strip() for item in text.split(",") if item.strip()]

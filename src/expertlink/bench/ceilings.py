@@ -1,9 +1,9 @@
-"""The ceilings: how fast plain bulk copies move the rows of a case between the GPUs, and no more.
+"""What the calls are compared with: the same rows, moved and no more.
 
-*put*: every rank copies rows from its memory through shared memory into that of the others. *get*:
-every rank copies rows from the memory of the others into its shared memory. Both move, rank by
-rank, exactly the rows that the measured calls put on the wire, so a skewed routing is compared with
-its own busiest link. Kernels: kernels/ceiling.cu.
+*raw*: `all_to_all_single`. *put*: every rank copies rows from its memory through shared memory into
+that of the others. *get*: every rank copies rows from the memory of the others into its shared
+memory. All move, rank by rank, exactly the rows that the measured calls put on the wire: a skewed
+routing is compared with its own busiest link. Kernels: kernels/bench/ceiling.cu.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expertlink.bench.clocks import gather_on_hosts
-from expertlink.bench.raw import WireRows
+from expertlink.bench.clock import Clock
 from expertlink.errors import EngineUnavailableError
 from expertlink.jit.compiler import CompiledKernel, compile_kernel
 from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
@@ -47,11 +46,71 @@ _SHARED_BYTES = 220 << 10
 FLAG_BYTES = 1024
 """Room for flags behind the rows of a `WireMemory`."""
 _COPY_UNIT = 16  # bytes that bulk copies move at least
+_METADATA_BYTES = 8  # of an id and its weight
 
 
 def compile_ceiling(kind: str, arch: str) -> CompiledKernel:
     """The kernel of a ceiling, "put" or "get"; needs no GPU."""
     return compile_kernel("bench/ceiling", f"{kind}_rows", arch, prelude=ARGUMENTS.declaration)
+
+
+@dataclass(frozen=True)
+class WireRows:
+    """Rows that one rank exchanges with every rank in a dispatch; combine reverses them.
+
+    Attributes:
+        rank: the rank.
+        rows_to: `[R]` rows it sends, its own share included.
+        rows_from: `[R]` rows it receives, its own share included.
+        dispatch_row_bytes: payload and scales of a dispatched row.
+        combine_row_bytes: payload of a combined row.
+    """
+
+    rank: int
+    rows_to: list[int]
+    rows_from: list[int]
+    dispatch_row_bytes: int
+    combine_row_bytes: int
+
+    def sent(self, phase: str) -> int:
+        """Bytes that leave the rank in a phase; its own share does not."""
+        out = self._remote(self.rows_to) * self.dispatch_row_bytes
+        back = self._remote(self.rows_from) * self.combine_row_bytes
+        return {"dispatch": out, "combine": back, "pair": out + back}[phase]
+
+    def received(self, phase: str) -> int:
+        """Bytes that arrive at the rank from others in a phase."""
+        out = self._remote(self.rows_from) * self.dispatch_row_bytes
+        back = self._remote(self.rows_to) * self.combine_row_bytes
+        return {"dispatch": out, "combine": back, "pair": out + back}[phase]
+
+    def metadata(self, phase: str, *, topk: int) -> int:
+        """Bytes of the expert ids (int32) and weights (float32) beside the rows that leave."""
+        return 0 if phase == "combine" else self._remote(self.rows_to) * topk * _METADATA_BYTES
+
+    def raw_exchange(self, device: torch.device) -> dict[str, Callable[[], object]]:
+        """`all_to_all_single` of as many bytes, by phase, on buffers that are allocated once.
+
+        No counting, no reordering, no reduction: what is left of a call when that costs nothing.
+        """
+        to, back = self.rows_to, self.rows_from
+        return {
+            "dispatch": _all_to_all(to, back, self.dispatch_row_bytes, device),
+            "combine": _all_to_all(back, to, self.combine_row_bytes, device),
+        }
+
+    def _remote(self, rows: list[int]) -> int:
+        return sum(rows) - rows[self.rank]
+
+
+def _all_to_all(
+    rows_out: list[int], rows_in: list[int], row_bytes: int, device: torch.device
+) -> Callable[[], object]:
+    source, target = (
+        torch.zeros(sum(rows), row_bytes, dtype=torch.uint8, device=device)
+        for rows in (rows_out, rows_in)
+    )
+    return functools.partial(dist.all_to_all_single, target, source, rows_in, rows_out)
 
 
 @dataclass(frozen=True)
@@ -72,27 +131,21 @@ class Share:
 def put_share(rows_SD: Tensor, rank: int) -> Share:
     """What `rank` puts: its rows lie ordered by destination, and arrive ordered by source.
 
-    Args:
-        rows_SD: `[R, R]` int64 rows from every source to every destination, own shares 0.
-        rank: the source.
+    `rows_SD`: `[R, R]` int64 rows from every source to every destination, own shares 0.
     """
-    leave_SD, arrive_SD = _starts(rows_SD, dim=1), _starts(rows_SD, dim=0)
+    leave_SD, arrive_SD = (rows_SD.cumsum(dim) - rows_SD for dim in (1, 0))
     return Share(leave_SD[rank].tolist(), arrive_SD[rank].tolist(), rows_SD[rank].tolist())
 
 
 def get_share(rows_SD: Tensor, rank: int) -> Share:
     """What `rank` gets of the rows that lie with their sources, ordered by destination."""
-    leave_SD = _starts(rows_SD, dim=1)
+    leave_SD = rows_SD.cumsum(1) - rows_SD
     return Share([0] * len(rows_SD), leave_SD[:, rank].tolist(), rows_SD[:, rank].tolist())
 
 
 def most_rows(rows_SD: Tensor) -> int:
     """Rows that no rank's buffer holds more of, whether it sends or receives."""
     return int(torch.maximum(rows_SD.sum(dim=0), rows_SD.sum(dim=1)).max())
-
-
-def _starts(rows_SD: Tensor, *, dim: int) -> Tensor:
-    return rows_SD.cumsum(dim) - rows_SD
 
 
 class BulkCopies:
@@ -124,16 +177,10 @@ class BulkCopies:
     def prepare(
         self, kind: str, share: Share, *, rank: int, near: int, far: Sequence[int]
     ) -> Callable[[], None]:
-        """A call that moves a share on the current stream.
+        """A call that moves a share on the current stream: a "put" or a "get".
 
-        Args:
-            kind: "put" or "get".
-            share: what to move.
-            rank: this rank.
-            near: address of the own buffer.
-            far: `[R]` addresses of everyone's buffer as seen from here.
+        `near` is the address of the own buffer, `far` has everyone's as seen from here.
         """
-        ranks = len(far)
         tables = [
             [near + start * self.row_bytes for start in share.near],
             [base + start * self.row_bytes for base, start in zip(far, share.far, strict=True)],
@@ -147,7 +194,7 @@ class BulkCopies:
             rows=rows_R.data_ptr(),
             most_rows=max(share.rows),
             rank=rank,
-            ranks=ranks,
+            ranks=len(far),
             row_bytes=self.row_bytes,
         )
         return functools.partial(self._launch, kind, arguments, tables_3R)
@@ -167,12 +214,8 @@ class BulkCopies:
 class WireMemory:
     """Memory that plain copies move rows between: symmetric, and local to put from. Collective.
 
-    Args:
-        nbytes: of the rows that one rank sends or receives at most.
-        device: this rank's GPU.
-
     Attributes:
-        nbytes: as given, at least one unit of bulk copies.
+        nbytes: of the rows that one rank sends or receives at most; at least one unit of copies.
         addresses: of every rank's symmetric memory as seen from here.
         flags_at: offset behind the rows, of `FLAG_BYTES` that no copy touches.
 
@@ -210,14 +253,12 @@ class Ceilings:
 
     Args:
         wires: rows of each of the case's inputs.
-        device: where the measured calls run.
-        control: group of all ranks in which hosts exchange counts; None: the default group.
+        clock: where the measured calls run, and where hosts exchange counts.
         num_sms: SMs that the copies occupy.
         memory: the caller's, where it is large enough; None: memory of their own.
 
     Attributes:
         note: why nothing can be measured, the same on every rank; None where it can.
-        num_sms: as given.
 
     Building and closing are collective.
     """
@@ -225,22 +266,19 @@ class Ceilings:
     def __init__(
         self,
         wires: Sequence[WireRows],
+        clock: Clock,
         *,
-        device: torch.device,
-        control: dist.ProcessGroup | None,
         num_sms: int,
         memory: WireMemory | None = None,
     ) -> None:
-        self.num_sms = num_sms
         self._calls: list[dict[tuple[str, str], Callable[[], None]]] = []
         self._memory = memory
         self._own: WireMemory | None = None
-        self._control = control
-        self.note = self._build(wires, device)
+        self.note = self._build(wires, clock, num_sms)
 
     def calls(self, index: int, phase: str) -> dict[str, Callable[[], None]]:
         """What moves the bytes of a phase of an input, by kind; empty where nothing can."""
-        if self.note is not None:
+        if self.note is not None or phase == "pair":
             return {}
         return {kind: self._calls[index][phase, kind] for kind in KINDS}
 
@@ -258,10 +296,9 @@ class Ceilings:
             self._own.close()
             self._own = None
 
-    def _build(self, wires: Sequence[WireRows], device: torch.device) -> str | None:
+    def _build(self, wires: Sequence[WireRows], clock: Clock, num_sms: int) -> str | None:
         rank = wires[0].rank
-        rows_to = torch.tensor([wire.rows_to for wire in wires])
-        rows_SID = gather_on_hosts(rows_to, self._control)
+        rows_SID = clock.gather(torch.tensor([wire.rows_to for wire in wires]))
         if len(rows_SID) == 1:
             return "one rank sends nothing to others"
         copies: dict[str, BulkCopies] = {}
@@ -269,9 +306,11 @@ class Ceilings:
 
         def compile_all() -> None:
             for phase in PHASES:
-                copies[phase] = BulkCopies(device, row_bytes=row_bytes[phase], num_sms=self.num_sms)
+                copies[phase] = BulkCopies(
+                    clock.device, row_bytes=row_bytes[phase], num_sms=num_sms
+                )
 
-        note = try_everywhere(compile_all, self._control)
+        note = try_everywhere(compile_all, clock)
         if note is not None:
             return note
         exchanges = [_exchanges(rows_SD) for rows_SD in rows_SID.unbind(dim=1)]
@@ -282,41 +321,41 @@ class Ceilings:
         )
 
         def allocate() -> None:
-            self._memory = self._own = WireMemory(num_bytes, device)
+            self._memory = self._own = WireMemory(num_bytes, clock.device)
 
         if self._memory is None or self._memory.nbytes < num_bytes:
-            note = try_everywhere(allocate, self._control)
+            note = try_everywhere(allocate, clock)
         if note is not None:
             self.close()
             return note
         memory = self._memory
         assert memory is not None
         for exchange in exchanges:
-            calls: dict[tuple[str, str], Callable[[], None]] = {}
-            for phase, rows_SD in exchange.items():
-                for kind, share in zip(KINDS, (put_share, get_share), strict=True):
-                    calls[phase, kind] = copies[phase].prepare(
+            self._calls.append(
+                {
+                    (phase, kind): copies[phase].prepare(
                         kind,
                         share(rows_SD, rank),
                         rank=rank,
                         near=memory.source,
                         far=memory.addresses,
                     )
-            self._calls.append(calls)
+                    for phase, rows_SD in exchange.items()
+                    for kind, share in zip(KINDS, (put_share, get_share), strict=True)
+                }
+            )
         return None
 
 
-def try_everywhere(step: Callable[[], None], control: dist.ProcessGroup | None) -> str | None:
+def try_everywhere(step: Callable[[], None], clock: Clock) -> str | None:
     """Does a step on every rank; why it failed, on whichever rank it did. Collective."""
     reason: str | None = None
     try:
         step()
     except EngineUnavailableError as error:
         reason = str(error)
-    failed = gather_on_hosts(torch.tensor([float(reason is not None)]), control).flatten()
-    if not bool(failed.any()):
-        return None
-    return reason or f"refused on ranks {failed.nonzero().flatten().tolist()}"
+    failed = clock.ranks_with(reason)
+    return (reason or f"refused on ranks {failed}") if failed else None
 
 
 def _exchanges(rows_SD: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The commands `bench` and `plot`: from options to cases, ranks, files and a table."""
+"""The commands `bench`, `plot` and `report`: from options to cases, ranks, files and a table."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from expertlink.bench.cases import Case, Plan
 from expertlink.bench.files import reason, try_folder
+from expertlink.bench.measure import measure_batch
 from expertlink.bench.options import (
     BenchOptions,
     build_cases,
@@ -22,20 +22,10 @@ from expertlink.bench.options import (
     make_plan,
     under_torchrun,
 )
-from expertlink.bench.overlap import (
-    OverlapRecord,
-    check_overlap,
-    measure_overlaps,
-    print_overlap,
-)
-from expertlink.bench.records import Line, Record, latest, read_records, write_records
-from expertlink.bench.runner import (
-    CaseResult,
-    measure_any,
-    run_on_own_ranks,
-    run_under_torchrun,
-)
-from expertlink.bench.terminal import print_records
+from expertlink.bench.overlap import OverlapRecord, check_overlap, measure_overlaps
+from expertlink.bench.records import Record, latest, read_records, write_records
+from expertlink.bench.runner import CaseResult, Job, run_on_own_ranks, run_under_torchrun
+from expertlink.bench.terminal import print_overlaps, print_records
 from expertlink.errors import ConfigurationError, ExpertlinkError
 from expertlink.launch import RankContext, torchrun_context
 
@@ -52,6 +42,8 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     context = torchrun_context() if under_torchrun() else None
     if context is not None and context.rank != 0:
         console = Console(quiet=True)
+    results: list[CaseResult] = []
+    unwritable: _UnwritableError | None = None
     try:
         device, ranks = device_and_ranks(options, context)
         cases = build_cases(options, device=device, ranks=ranks)
@@ -59,22 +51,26 @@ def run_bench(options: BenchOptions, console: Console) -> int:
         if plan.gemm is not None:
             check_overlap(cases)
         _check_out(options, context)
+        measure = measure_batch if plan.gemm is None else measure_overlaps
+        job = Job(cases=cases, plan=plan, measure=measure, results=results)
     except ExpertlinkError as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        _say_error(error, console)
         _leave(context)
         return USAGE
-    results: list[CaseResult] = []
-    unwritable: _UnwritableError | None = None
     try:
-        _measure(options, cases, plan, device, context, console, results)
+        _measure(job, options, device, context, console)
     except _UnwritableError as error:  # what was measured until then is shown
         unwritable = error
     _leave(context)
     records = [record for result in results for record in result.records]
-    if records:
-        _print(records, console)
+    phases = [record for record in records if isinstance(record, Record)]
+    overlaps = [record for record in records if isinstance(record, OverlapRecord)]
+    if phases:
+        print_records(phases, console)
+    if overlaps:
+        print_overlaps(overlaps, console)
     if unwritable is not None:
-        console.print(f"[red]error:[/red] {escape(str(unwritable))}", soft_wrap=True)
+        _say_error(unwritable, console)
         return USAGE
     if records and options.out is not None:
         console.print(f"{len(records)} records in {escape(str(options.out))}", soft_wrap=True)
@@ -87,17 +83,8 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     return FAILED if failed else OK
 
 
-def _print(records: Sequence[Line], console: Console) -> None:
-    phases = [record for record in records if isinstance(record, Record)]
-    overlaps = [record for record in records if isinstance(record, OverlapRecord)]
-    if phases:
-        print_records(phases, console)
-    if overlaps:
-        print_overlap(overlaps, console)
-
-
 def run_plot(results: Sequence[Path], out: Path, console: Console) -> int:
-    """`expertlink plot`: pictures of results files. Returns the exit code."""
+    """`expertlink plot`: pictures of files of records. Returns the exit code."""
     try:
         records = latest(record for path in results for record in read_records(path))
         if not records:
@@ -106,29 +93,48 @@ def run_plot(results: Sequence[Path], out: Path, console: Console) -> int:
 
         paths = draw_plots(records, out)
     except (ExpertlinkError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        _say_error(error, console)
         return USAGE
     for path in paths:
         console.print(escape(str(path)), soft_wrap=True)
     return OK
 
 
+def run_report(results: Path, out: Path, console: Console, *, table: bool) -> int:
+    """`expertlink report`: pages and pictures of a folder of records. Returns the exit code."""
+    from expertlink.bench.report import read_folder, readme_table, write_pages
+
+    try:
+        if table:
+            text = readme_table(read_folder(results))
+            console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            return OK
+        paths = write_pages(results, out)
+    except (ExpertlinkError, OSError) as error:
+        _say_error(error, console)
+        return USAGE
+    for path in paths:
+        console.print(escape(str(path)), soft_wrap=True)
+    return OK
+
+
+def _say_error(error: Exception, console: Console) -> None:
+    console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+
+
 def _measure(
+    job: Job,
     options: BenchOptions,
-    cases: list[Case],
-    plan: Plan,
     device: Literal["cpu", "cuda"],
     context: RankContext | None,
     console: Console,
-    results: list[CaseResult],
 ) -> None:
-    """Measures all cases; `results` gets what became of each as soon as it is known."""
-    measure = measure_any if plan.gemm is None else measure_overlaps
+    """Measures all cases; `job.results` gets what became of each as soon as it is known."""
+    cases, iters = job.cases, job.plan.iters
     written = options.append
 
-    def keep(result: CaseResult) -> None:
+    def write(result: CaseResult) -> None:
         nonlocal written
-        results.append(result)
         if result.records and options.out is not None:
             try:
                 write_records(options.out, result.records, append=written)
@@ -145,28 +151,21 @@ def _measure(
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("", total=len(cases) * plan.iters)
+        task = progress.add_task("", total=len(cases) * iters)
 
         def show(number: int, done: int) -> None:
             label = f"{number + 1}/{len(cases)} {escape(cases[number].label())}"
-            progress.update(task, completed=number * plan.iters + done, description=label)
+            progress.update(task, completed=number * iters + done, description=label)
 
+        job = replace(job, on_result=write, on_progress=show)
         if context is None:
-            run_on_own_ranks(
-                cases,
-                plan,
-                device=device,
-                threads=options.threads,
-                timeout_s=options.timeout,
-                measure=measure,
-                on_result=keep,
-                on_progress=show,
-            )
+            threads, timeout_s = options.threads, options.timeout
+            run_on_own_ranks(job, device=device, threads=threads, timeout_s=timeout_s)
             return
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         context = replace(context, device=torch.device("cpu")) if device == "cpu" else context
-        run_under_torchrun(context, cases, plan, measure=measure, on_result=keep, on_progress=show)
+        run_under_torchrun(job, context)
 
 
 def _leave(context: RankContext | None) -> None:

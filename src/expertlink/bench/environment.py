@@ -16,8 +16,8 @@ from expertlink.bench.records import Environment
 _COMMAND_TIMEOUT_S = 10.0
 
 
-def describe_environment(*, device: torch.device, backend: str) -> Environment:
-    """Environment of a measurement on `device` whose raw baseline ran on `backend`."""
+def describe_environment(device: torch.device) -> Environment:
+    """Environment of a measurement on a device."""
     on_gpu = device.type == "cuda"
     return Environment(
         gpu=torch.cuda.get_device_name(device) if on_gpu else None,
@@ -28,7 +28,7 @@ def describe_environment(*, device: torch.device, backend: str) -> Environment:
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cpu=_cpu_name(),
         cores=usable_cores(),
-        backend=backend,
+        backend="nccl" if on_gpu else "gloo",
     )
 
 

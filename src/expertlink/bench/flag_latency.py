@@ -1,6 +1,6 @@
 """How long a word takes from one GPU to another: pairs of ranks pass a number back and forth.
 
-Kernel: kernels/flag_latency.cu.
+Kernel: kernels/bench/flag_latency.cu.
 """
 
 from __future__ import annotations

@@ -8,16 +8,16 @@ instead, both measured in the same run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 import torch.distributed as dist
 
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import BulkCopies, WireMemory, put_share, try_everywhere
-from expertlink.bench.clocks import Clock, gather_on_hosts
+from expertlink.bench.clock import Clock, capture
 from expertlink.bench.flag_latency import FlagLatency
-from expertlink.bench.graphs import capture_repeated
-from expertlink.bench.summary import slowest_rank, summarize
+from expertlink.bench.records import slowest_rank
 from expertlink.errors import EngineUnavailableError
 
 LARGE_BYTES = 160 << 20
@@ -48,57 +48,40 @@ class Floor:
 class Yardstick:
     """Memory for the plain copies of all cases of a communicator, and the floor under them.
 
-    Args:
-        case: any of the cases.
-        plan: how to measure.
-        device: this rank's GPU.
-        clock: what times the copies.
-        control: group of all ranks in which hosts meet; None: the default group.
+    Building is collective. Only prepared calls (`Variant.prepared`) have a floor.
 
     Attributes:
         memory: room for the rows of every case; None where no rows cross a wire.
         floor: None likewise.
-
-    Building is collective.
     """
 
-    def __init__(
-        self,
-        case: Case,
-        plan: Plan,
-        *,
-        device: torch.device,
-        clock: Clock,
-        control: dist.ProcessGroup | None,
-    ) -> None:
+    def __init__(self, case: Case, plan: Plan, clock: Clock) -> None:
         self.memory: WireMemory | None = None
         self.floor: Floor | None = None
-        if case.ranks == 1:
+        if case.ranks == 1 or not case.calls.prepared:
             return
-        row_bytes = case.hidden * case.torch_dtype.itemsize  # the widest kind
         copies: list[BulkCopies] = []
 
         def compile_all() -> None:
-            copies.extend(_copies(device, row_bytes, plan.ceiling_num_sms))
+            row_bytes = case.hidden * case.torch_dtype.itemsize  # the widest kind
+            copies.append(BulkCopies(clock.device, row_bytes=row_bytes, num_sms=plan.ceiling_sms))
+            # On all SMs as well: the faster ones count.
+            most = torch.cuda.get_device_properties(clock.device).multi_processor_count
+            copies.append(BulkCopies(clock.device, row_bytes=row_bytes, num_sms=most))
 
         def allocate() -> None:
             # A token sends at most one row to every other rank.
             tokens = case.max_tokens_per_rank or case.tokens
             most_bytes = (case.ranks - 1) * tokens * copies[0].row_bytes
-            self.memory = WireMemory(max(LARGE_BYTES, most_bytes), device)
+            self.memory = WireMemory(max(LARGE_BYTES, most_bytes), clock.device)
 
         for step in (compile_all, allocate):
-            if try_everywhere(step, control) is not None:  # the cases' own ceilings say why
+            if try_everywhere(step, clock) is not None:  # the cases' own ceilings say why
                 self.close()
                 return
         assert self.memory is not None
-        rank = dist.get_rank()
-        gbps = max(
-            _put_bandwidth(copy, self.memory, rank=rank, clock=clock, control=control)
-            for copy in copies
-        )
-        flag_us = _flag_latency(self.memory, rank=rank, device=device, control=control)
-        self.floor = Floor(gbps, flag_us)
+        gbps = max(_put_bandwidth(copy, self.memory, clock) for copy in copies)
+        self.floor = Floor(gbps, _flag_latency(self.memory, clock))
 
     def __enter__(self) -> Yardstick:
         return self
@@ -113,57 +96,40 @@ class Yardstick:
             self.memory = None
 
 
-def _copies(device: torch.device, row_bytes: int, num_sms: int) -> list[BulkCopies]:
-    """Copies on as many SMs as those of the ceilings, and on all: the faster ones count."""
-    copies = [BulkCopies(device, row_bytes=row_bytes, num_sms=num_sms)]
-    most = torch.cuda.get_device_properties(device).multi_processor_count
-    return [*copies, BulkCopies(device, row_bytes=row_bytes, num_sms=most)]
-
-
-def _put_bandwidth(
-    copies: BulkCopies,
-    memory: WireMemory,
-    *,
-    rank: int,
-    clock: Clock,
-    control: dist.ProcessGroup | None,
-) -> float:
+def _put_bandwidth(copies: BulkCopies, memory: WireMemory, clock: Clock) -> float:
     """GB/s that leave the average rank while each puts `LARGE_BYTES` to the others. Collective."""
-    ranks = len(memory.addresses)
+    rank, ranks = dist.get_rank(), len(memory.addresses)
     rows = max(1, LARGE_BYTES // copies.row_bytes // (ranks - 1))
-    rows_SD = torch.full((ranks, ranks), rows).fill_diagonal_(0)
-    put = copies.prepare(
-        "put", put_share(rows_SD, rank), rank=rank, near=memory.source, far=memory.addresses
-    )
+    share = put_share(torch.full((ranks, ranks), rows).fill_diagonal_(0), rank)
+    put = copies.prepare("put", share, rank=rank, near=memory.source, far=memory.addresses)
     # In one graph, so that launches are no part of it.
-    graph = capture_repeated(put, _PUTS_PER_GRAPH)
+    graph = capture(put, _PUTS_PER_GRAPH)
     times = [clock.sample(graph.replay).time_us / _PUTS_PER_GRAPH for _ in range(_SAMPLES)]
-    times_RI = gather_on_hosts(torch.tensor([times], dtype=torch.float64), control)[:, 0]
+    times_RI = clock.gather(torch.tensor(times, dtype=torch.float64))
     num_bytes = (ranks - 1) * rows * copies.row_bytes
-    return num_bytes / summarize(slowest_rank(times_RI)).median / 1e3
+    return num_bytes / median(slowest_rank(times_RI)) / 1e3
 
 
-def _flag_latency(
-    memory: WireMemory, *, rank: int, device: torch.device, control: dist.ProcessGroup | None
-) -> float:
+def _flag_latency(memory: WireMemory, clock: Clock) -> float:
     """Microseconds one way between the closest two of the pairs that ranks form. Collective.
 
     Raises:
         EngineUnavailableError: on every rank, if a rank did not answer.
     """
+    rank = dist.get_rank()
     partner = rank ^ 1
-    medians = torch.zeros(1, dtype=torch.float64)
+    median_us = 0.0
     if partner < len(memory.addresses):
         pair = FlagLatency(
-            device,
+            clock.device,
             mine=memory.addresses[rank] + memory.flags_at,
             theirs=memory.addresses[partner] + memory.flags_at,
             leads=rank < partner,
             limit_s=_LONGEST_ANSWER_S,
         )
         values = [pair.measure() for _ in range(_SAMPLES)]
-        medians[0] = summarize(values).median if min(values) > 0 else 0.0
-    everyone = gather_on_hosts(medians, control).flatten()
+        median_us = median(values) if min(values) > 0 else 0.0
+    everyone = clock.gather(torch.tensor([median_us], dtype=torch.float64)).flatten()
     paired = everyone[: len(everyone) // 2 * 2]  # an odd rank is alone
     if not bool((paired > 0).all()):
         raise EngineUnavailableError("a flag between two GPUs did not arrive within 10 s")

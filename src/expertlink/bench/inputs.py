@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
+from expertlink.bench.ceilings import WireRows
 from expertlink.bench.check import expected_sum, mismatch, scaling_experts
-from expertlink.bench.clocks import gather_on_hosts
-from expertlink.bench.graphs import CapturedCalls, capture_calls
-from expertlink.bench.raw import RawExchange, WireRows
+from expertlink.bench.clock import Clock
 from expertlink.bench.routings import RoutingSpec, draw_routing, draw_token_counts
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ExpertlinkError
@@ -27,7 +26,7 @@ class WrongResultError(ExpertlinkError, RuntimeError):
     """Dispatch and combine did not give the right sum; nothing was timed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Input:
     """One of the inputs that iterations take turns with, and all that is prepared for it.
 
@@ -41,8 +40,7 @@ class Input:
         expected_TH: float32, what combine has to return, unrounded.
         handle: of an earlier dispatch with this routing.
         wire: rows on the wire.
-        raw: the baseline for them.
-        graphs: the captured calls; None where the variant launches its calls itself.
+        raw: the raw exchange of as many bytes, by phase.
     """
 
     x_TH: Tensor
@@ -54,57 +52,46 @@ class Input:
     expected_TH: Tensor
     handle: DispatchHandle
     wire: WireRows
-    raw: RawExchange
-    graphs: CapturedCalls | None
+    raw: dict[str, Callable[[], object]]
 
-    @property
-    def nbytes(self) -> int:
+    def nbytes(self, case: Case) -> int:
         """Device memory that the input holds, roughly."""
         wire = self.wire
         # Both graphs with a dispatch have an output of their own.
-        outputs = self.expert_out.nbytes * (1 if self.graphs is None else 3)
+        outputs = 3 if case.calls.static and case.calls.graph else 1
         rows = sum(wire.rows_to) + sum(wire.rows_from)
-        return (
-            self.x_TH.nbytes
-            + self.expected_TH.nbytes
-            + outputs
-            + rows * (wire.dispatch_row_bytes + wire.combine_row_bytes)
-        )
+        row_bytes = wire.dispatch_row_bytes + wire.combine_row_bytes
+        tensors = self.x_TH.nbytes + self.expected_TH.nbytes + outputs * self.expert_out.nbytes
+        return tensors + rows * row_bytes
 
 
-def prepare_inputs(
-    comm: MoECommunicator,
-    case: Case,
-    plan: Plan,
-    device: torch.device,
-    control: dist.ProcessGroup | None,
-) -> list[Input]:
+def prepare_inputs(comm: MoECommunicator, case: Case, plan: Plan, clock: Clock) -> list[Input]:
     """Inputs with their expert outputs; a dispatch and a combine of each one were checked."""
     inputs: list[Input] = []
     problem: str | None = None
     while len(inputs) < plan.inputs:
-        item, wrong = _prepare_one(comm, case, plan.seed, len(inputs), device)
+        item, wrong = _prepare_one(comm, case, plan.seed, len(inputs), clock.device)
         inputs.append(item)
         problem = problem or wrong
         # All ranks take turns with as many.
-        largest = gather_on_hosts(torch.tensor([float(item.nbytes)]), control)
-        if float(largest.max()) * (len(inputs) + 1) > _MOST_INPUT_BYTES[device.type]:
+        largest = float(clock.gather(torch.tensor([float(item.nbytes(case))])).max())
+        if largest * (len(inputs) + 1) > _MOST_INPUT_BYTES[clock.device.type]:
             break
-    agree_on_results(problem, control)
+    agree_on_results(problem, clock)
     return inputs
 
 
-def agree_on_results(problem: str | None, control: dist.ProcessGroup | None) -> None:
+def agree_on_results(problem: str | None, clock: Clock) -> None:
     """Raises `WrongResultError` on every rank if any rank has a problem. Collective."""
-    wrong = gather_on_hosts(torch.tensor([float(problem is not None)]), control).flatten()
-    if bool(wrong.any()):
-        ranks = wrong.nonzero().flatten().tolist()
+    ranks = clock.ranks_with(problem)
+    if ranks:
         raise WrongResultError(problem or f"wrong results on ranks {ranks}, not on this one")
 
 
 def _prepare_one(
     comm: MoECommunicator, case: Case, seed: int, index: int, device: torch.device
 ) -> tuple[Input, str | None]:
+    """The input of that number, and what is wrong with its result."""
     counts = draw_token_counts(
         ranks=case.ranks, tokens=case.tokens, uneven=case.uneven, seed=seed + index
     )
@@ -134,23 +121,11 @@ def _prepare_one(
         out, comm.local_experts, dtype=case.torch_dtype, block_format=block_format
     )
     del out
-    y_TH = torch.full_like(x_TH, float("nan"))
-    y_TH = comm.combine(expert_out, handle, out=y_TH)
+    y_TH = comm.combine(expert_out, handle, out=torch.full_like(x_TH, float("nan")))
     expected_TH = expected_sum(
         x_TH, ids_TK, weights_TK, num_experts=case.experts, block_format=block_format
     )
-    problem = mismatch(y_TH, expected_TH, wire_dtype=case.wire_dtype)
-    graphs = None
-    if case.calls.graph:
-        graphs = capture_calls(comm, rows, scales, ids_TK, weights_TK, expert_out)
-        graphs.dispatch.replay()
-        graphs.combine.replay()
-        graphs.pair.replay()
-        for replayed_TH in (graphs.y_TH, graphs.pair_y_TH):
-            wrong = mismatch(replayed_TH, expected_TH, wire_dtype=case.wire_dtype)
-            problem = problem or wrong
     wire = _wire_rows(comm, case, handle)
-    raw = RawExchange(wire, device=device)
     item = Input(
         x_TH=x_TH,
         rows=rows,
@@ -161,22 +136,22 @@ def _prepare_one(
         expected_TH=expected_TH,
         handle=handle,
         wire=wire,
-        raw=raw,
-        graphs=graphs,
+        raw=wire.raw_exchange(device),
     )
-    return item, problem
+    return item, mismatch(y_TH, expected_TH, wire_dtype=case.torch_dtype)
 
 
 def _wire_rows(comm: MoECommunicator, case: Case, handle: DispatchHandle) -> WireRows:
     rows_to, rows_from = comm.wire_rows(handle)
     row_bytes = case.hidden * case.torch_dtype.itemsize
+    dispatch_row_bytes = row_bytes
     if case.block_format is not None:
         columns = scale_columns(case.hidden, case.block_format)
-        row_bytes = case.hidden + columns * _SCALE_BYTES
+        dispatch_row_bytes = case.hidden + columns * _SCALE_BYTES
     return WireRows(
         rank=comm.rank,
         rows_to=list(rows_to),
         rows_from=list(rows_from),
-        dispatch_row_bytes=row_bytes,
-        combine_row_bytes=case.hidden * case.wire_dtype.itemsize,
+        dispatch_row_bytes=dispatch_row_bytes,
+        combine_row_bytes=row_bytes,
     )

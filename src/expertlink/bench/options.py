@@ -14,29 +14,23 @@ from typing import Any, Literal
 
 import torch
 
-from expertlink.bench.cases import (
-    Case,
-    Plan,
-    default_fields,
-    default_variants,
-    grid,
-    parse_ints,
-    parse_names,
-)
+from expertlink.bench.cases import Case, Plan, grid
 from expertlink.bench.environment import usable_cores
-from expertlink.bench.overlap import DEFAULT_GEMM
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 
 _DEFAULT_CPU_RANKS = 4
 _LEAST_MAX_TOKENS = 128
+_DEFAULT_GEMM = {"cpu": (256, 512, 512), "cuda": (8192, 4096, 7168)}  # m, n, k
+_LEAST = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1, "ceiling_sms": 1}
+_LEAST |= {"calls_per_graph": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """Options of `expertlink bench` as they were typed; lists are separated by commas.
 
-    None leaves a choice to the machine and the mode (see `cases.default_fields`) or, for `topk` and
+    None leaves a choice to the machine and the mode (see `_default_fields`) or, for `topk` and
     `experts`, to the trace.
     """
 
@@ -116,8 +110,8 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
 
 def _lists(options: BenchOptions, device: str, engine: str, mode: str) -> dict[str, Sequence[Any]]:
     """Values of the fields that vary; those that need another communicator vary slowest."""
-    lists: dict[str, Sequence[Any]] = default_fields(device, mode)
-    lists["variant"] = default_variants(device, mode, engine)
+    lists: dict[str, Sequence[Any]] = _default_fields(device, mode)
+    lists["variant"] = _default_variants(device, mode, engine)
     lists["dtype"] = parse_names(options.dtype)
     lists["routing"] = parse_names(
         options.routing or ("balanced" if options.trace is None else "trace")
@@ -175,6 +169,56 @@ def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
     return list(dict.fromkeys(zip(dispatch, combine, strict=True)))
 
 
+def _default_fields(device: str, mode: str) -> dict[str, Any]:
+    """What is measured where nothing else is asked for.
+
+    CUDA: the model shape that the field publishes figures for. CPU: one that a laptop measures in
+    seconds.
+    """
+    on_gpu = device == "cuda"
+    shape = {"hidden": [7168], "topk": [8], "experts": [256]}
+    if not on_gpu:
+        shape = {"hidden": [1024], "topk": [4], "experts": [16]}
+    if mode == "ht":
+        tokens = [4096] if on_gpu else [128, 1024]
+        return {"tokens": tokens, **shape, "layout": ["flat"], "quantization": [None]}
+    return {
+        "tokens": [1, 8, 16, 32, 64, 128, 256, 512] if on_gpu else [1, 16, 128],
+        **shape,
+        "layout": ["expert_major", "rank_major"],
+        "quantization": [None, "e4m3_float32"],
+    }
+
+
+def _default_variants(device: str, mode: str, engine: str) -> list[str]:
+    """Variants that are measured where none are asked for: those that the engine has."""
+    if mode == "ht":
+        return ["uncached", "cached"]
+    if device == "cpu":
+        return ["eager", "halves"]
+    # NCCL stands beside the others for comparison: one line is enough.
+    return ["eager"] if engine == "collective" else ["graph", "graph_single", "eager", "halves"]
+
+
+def parse_ints(text: str, *, name: str) -> list[int]:
+    """Reads "128,1024".
+
+    Raises:
+        ConfigurationError: an item is no whole number.
+    """
+    try:
+        return [int(item) for item in parse_names(text)]
+    except ValueError:
+        raise ConfigurationError(
+            f"{name}={text!r} cannot be measured; accepted: whole numbers separated by commas"
+        ) from None
+
+
+def parse_names(text: str) -> list[str]:
+    """Reads "flat,token_major"; blanks around the commas do not count."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def device_and_ranks(
     options: BenchOptions, context: RankContext | None
 ) -> tuple[Literal["cpu", "cuda"], int]:
@@ -218,9 +262,7 @@ def make_plan(options: BenchOptions, device: str) -> Plan:
     Raises:
         ConfigurationError: an option makes no sense.
     """
-    least_of = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1, "ceiling_sms": 1}
-    least_of["calls_per_graph"] = 1
-    for name, least in least_of.items():
+    for name, least in _LEAST.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigurationError(
@@ -237,7 +279,7 @@ def make_plan(options: BenchOptions, device: str) -> Plan:
         seed=options.seed,
         timeout_s=options.timeout / 2,
         command=_command_line(),
-        ceiling_num_sms=options.ceiling_sms,
+        ceiling_sms=options.ceiling_sms,
         calls_per_graph=options.calls_per_graph,
         gemm=_gemm(options, device) if options.overlap else None,
     )
@@ -245,7 +287,7 @@ def make_plan(options: BenchOptions, device: str) -> Plan:
 
 def _gemm(options: BenchOptions, device: str) -> tuple[int, int, int]:
     if options.gemm is None:
-        return DEFAULT_GEMM[device]
+        return _DEFAULT_GEMM[device]
     sizes = parse_ints(options.gemm, name="gemm")
     if len(sizes) != 3 or min(sizes) < 1:
         raise ConfigurationError(

@@ -5,28 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from expertlink.bench.cases import Case, Plan
-from expertlink.bench.clocks import gather_on_hosts, make_clock
+from expertlink.bench.clock import Clock
 from expertlink.bench.environment import describe_environment
 from expertlink.bench.inputs import Input, prepare_inputs
-from expertlink.bench.measure import dispatch_input, no_garbage_collection, open_communicator
-from expertlink.bench.records import Environment
-from expertlink.bench.summary import Summary, rounded, slowest_rank, summarize
-from expertlink.communicator import MoECommunicator
+from expertlink.bench.measure import no_garbage_collection, open_communicator
+from expertlink.bench.records import Environment, Summary, slowest_rank, summarize
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
+from expertlink.types import DispatchHandle
 
-DEFAULT_GEMM = {"cpu": (256, 512, 512), "cuda": (8192, 4096, 7168)}
-"""m, n, k of the product, by kind of device."""
-_TIMES = ("gemm", "dispatch", "both")
+TIMES = ("gemm", "dispatch", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +50,17 @@ class OverlapRecord:
     def to_json(self) -> str:
         """The record in one line."""
         return json.dumps(asdict(self), allow_nan=False)
+
+
+def read_overlaps(path: Path) -> list[OverlapRecord]:
+    """What `to_json` wrote, line by line."""
+    records: list[OverlapRecord] = []
+    for line in path.read_text().splitlines():
+        values = json.loads(line)
+        values |= {f"{name}_us": Summary(**values[f"{name}_us"]) for name in TIMES}
+        values["environment"] = Environment(**values["environment"])
+        records.append(OverlapRecord(**values))
+    return records
 
 
 def hidden_part(gemm_us: float, dispatch_us: float, both_us: float) -> float:
@@ -89,106 +95,77 @@ def measure_overlaps(
     on_progress: Callable[[int], None],
     control: dist.ProcessGroup | None = None,
 ) -> Iterator[list[OverlapRecord]]:
-    """Times a product, a dispatch, and both at once. Arguments as for `measure.measure_cases`.
+    """Times a product, a dispatch, and both at once. Arguments as for `measure.measure_batch`.
 
     Yields:
         For every case, on rank 0 one record; on the others nothing.
     """
+    clock = Clock(context.device, control)
     for case in cases:
-        yield _measure_overlap(context, case, plan, on_progress, control)
+        engine, times_IK = _time(context, case, plan, clock, on_progress)
+        everyone_RIK = clock.gather(torch.tensor(times_IK, dtype=torch.float64))
+        record = _record(case, plan, engine, everyone_RIK, context.device)
+        yield [record] if context.rank == 0 else []
 
 
-def _measure_overlap(
-    context: RankContext,
-    case: Case,
-    plan: Plan,
-    on_progress: Callable[[int], None],
-    control: dist.ProcessGroup | None,
-) -> list[OverlapRecord]:
+def _time(
+    context: RankContext, case: Case, plan: Plan, clock: Clock, on_progress: Callable[[int], None]
+) -> tuple[str, list[list[float]]]:
+    """The engine that served the case, and times of product, dispatch and both per iteration."""
     assert plan.gemm is not None
     m, n, k = plan.gemm
-    device = context.device
-    a_MK = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-    b_KN = torch.randn(k, n, device=device, dtype=torch.bfloat16)
+    a_MK = torch.randn(m, k, device=context.device, dtype=torch.bfloat16)
+    b_KN = torch.randn(k, n, device=context.device, dtype=torch.bfloat16)
     c_MN = a_MK.new_empty(m, n)
-    times: list[list[float]] = []
+    times_IK: list[list[float]] = []
     with torch.no_grad(), open_communicator(context, case, plan) as comm:
-        inputs = prepare_inputs(comm, case, plan, device, control)
-        clock = make_clock(device, control)
+        inputs = prepare_inputs(comm, case, plan, clock)
+
+        def weights_of(item: Input) -> torch.Tensor | None:
+            return None if case.calls.cached else item.topk_weights_TK
+
+        def handle_of(item: Input) -> DispatchHandle | None:
+            return item.handle if case.calls.cached else None
 
         def gemm() -> None:
             torch.mm(a_MK, b_KN, out=c_MN)
 
+        def dispatch(item: Input) -> object:
+            given = (item.rows, item.topk_ids_TK, weights_of(item), item.scales)
+            return comm.dispatch(*given, previous_handle=handle_of(item))
+
         def both(item: Input) -> None:
-            request = _dispatch_async(comm, case, item)
+            given = (item.rows, item.topk_ids_TK, weights_of(item), item.scales)
+            request = comm.dispatch_async(*given, previous_handle=handle_of(item))
             gemm()
             request.wait()
 
         with no_garbage_collection():
             for number in range(-plan.warmup, plan.iters):
                 item = inputs[number % len(inputs)]
-                samples = (
-                    clock.sample(gemm),
-                    clock.sample(lambda item=item: dispatch_input(comm, case, item)),
-                    clock.sample(lambda item=item: both(item)),
-                )
+                calls = (gemm, lambda item=item: dispatch(item), lambda item=item: both(item))
+                samples = [clock.sample(call) for call in calls]
                 if number >= 0:
-                    times.append([sample.time_us for sample in samples])
+                    times_IK.append([sample.time_us for sample in samples])
                     on_progress(1)
-        engine_name = comm.engine_name
-    everyone_RIK = gather_on_hosts(torch.tensor(times, dtype=torch.float64), control)
-    if context.rank != 0:
-        return []
-    summaries = {
-        name: rounded(summarize(slowest_rank(everyone_RIK[:, :, column])))
-        for column, name in enumerate(_TIMES)
-    }
-    medians = [summaries[name].median for name in _TIMES]
-    return [
-        OverlapRecord(
-            case=asdict(case),
-            engine=engine_name,
-            gemm=plan.gemm,
-            gemm_us=summaries["gemm"],
-            dispatch_us=summaries["dispatch"],
-            both_us=summaries["both"],
-            hidden=round(hidden_part(*medians), 4),
-            environment=describe_environment(
-                device=device, backend="nccl" if device.type == "cuda" else "gloo"
-            ),
-            iterations=plan.iters,
-            seed=plan.seed,
-            command=plan.command,
-        )
-    ]
+        return comm.engine_name, times_IK
 
 
-def print_overlap(records: Sequence[OverlapRecord], console: Console) -> None:
-    """Prints one row per record."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("case", overflow="fold")
-    for name in ("SMs", "m x n x k", *_TIMES, "hidden"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for record in records:
-        case = Case(**record.case)
-        table.add_row(
-            f"{record.engine} {case.label()}",
-            "auto" if case.num_sms_dispatch is None else str(case.num_sms_dispatch),
-            " x ".join(map(str, record.gemm)),
-            *(f"{getattr(record, f'{name}_us').median:.0f}" for name in _TIMES),
-            f"{record.hidden:.0%}",
-        )
-    console.print(table)
-    console.print(
-        "µs, median of the slowest rank: the product alone, the dispatch alone, both at once; "
-        "hidden: part of the shorter one that costs no time",
-        style="dim",
+def _record(
+    case: Case, plan: Plan, engine: str, times_RIK: torch.Tensor, device: torch.device
+) -> OverlapRecord:
+    assert plan.gemm is not None
+    gemm, dispatch, both = (summarize(slowest_rank(times_RI)) for times_RI in times_RIK.unbind(-1))
+    return OverlapRecord(
+        case=asdict(case),
+        engine=engine,
+        gemm=plan.gemm,
+        gemm_us=gemm,
+        dispatch_us=dispatch,
+        both_us=both,
+        hidden=round(hidden_part(gemm.median, dispatch.median, both.median), 4),
+        environment=describe_environment(device),
+        iterations=plan.iters,
+        seed=plan.seed,
+        command=plan.command,
     )
-
-
-def _dispatch_async(comm: MoECommunicator, case: Case, item: Input) -> Any:
-    if case.calls.cached:
-        return comm.dispatch_async(
-            item.rows, item.topk_ids_TK, None, item.scales, previous_handle=item.handle
-        )
-    return comm.dispatch_async(item.rows, item.topk_ids_TK, item.topk_weights_TK, item.scales)

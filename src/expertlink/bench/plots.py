@@ -1,28 +1,62 @@
-"""Pictures of records: time, ratios to the raw exchange and to the wire, bandwidth, SMs."""
+"""Pictures of records: time against T, bars by case where there is one T, time against SMs.
+
+A picture shows at most `MOST_SERIES` cases; more of them become several pictures, split where they
+differ most visibly. A further kind of picture, such as a heat map, is one more `_Kind`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from expertlink.bench.plot_latency import latency_figure
-from expertlink.bench.plot_lines import efficiency_figure, sms_figure, time_figure
-from expertlink.bench.plot_style import GRID_COLOR, PHASE_COLORS, RAW_COLOR, split_names
-from expertlink.bench.records import PHASES, Record
+from expertlink.bench.records import PHASES, WORDS, Record, names_of
+from expertlink.bench.terminal import number
 
+MOST_SERIES = 8
+# Okabe and Ito, "Color Universal Design": told apart by colour-blind readers too.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666", "#882255")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_RAW, _PEER, _GRID, _BLACK = "#999999", "#CC79A7", "#DDDDDD", "#000000"
+_BOUNDS = ("-", ":", "-.", "--")  # by format
 _DPI = 150
-_BAR = 0.26
-_MAX_BARS = 60
+_TIME = "time of the slowest rank, median, µs"
+_WIRE_NAME = "the wire: plain bulk copies of the same bytes"
+_FLOOR_NAME = "floor: bytes at full bandwidth, two flags a call"
+_RAW_NAME = "raw all_to_all_single of the same bytes"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of picture.
+
+    Attributes:
+        name: of its files.
+        along: the word that an axis says, so that names of series leave it out.
+        draw: makes a figure of the records of a picture and their names.
+    """
+
+    name: str
+    along: str
+    draw: Callable[[Sequence[Record], list[str]], Figure]
+
+    def series(self, record: Record) -> tuple[object, ...]:
+        """What the records of one line, or of one group of bars, have in common."""
+        return tuple(read(record) for word, read in WORDS.items() if word != self.along)
 
 
 def draw_plots(records: Sequence[Record], out: str | Path) -> list[Path]:
-    """Draws `time.png`, `ratio.png` and `bandwidth.png` of ordinary calls, `latency.png` of
-    prepared ones (mode "ll") and, where records allow it, `efficiency.png` (they have ceilings)
-    and `sms.png` (they have several SM budgets).
+    """Draws `time*.png` (cases with several T), `cases*.png` (cases with one) and `sms*.png`
+    (cases with several SM budgets).
 
     Args:
         records: at least one, each key once (`records.latest`).
@@ -33,124 +67,273 @@ def draw_plots(records: Sequence[Record], out: str | Path) -> list[Path]:
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = [record for record in records if record.latency]
-    ordinary = [record for record in records if not record.latency]
-    figures: dict[str, Figure | None] = _call_figures(ordinary) if ordinary else {}
-    figures["sms.png"] = sms_figure(records)
-    figures["latency.png"] = latency_figure(prepared) if prepared else None
     paths: list[Path] = []
-    for name, figure in figures.items():
-        if figure is None:
-            continue
+    for name, picture in pictures(records).items():
+        figure = picture.draw()
         FigureCanvasAgg(figure)
-        figure.savefig(folder / name, dpi=_DPI)
-        paths.append(folder / name)
+        figure.savefig(folder / f"{name}.png", dpi=_DPI, metadata={"Software": None})
+        paths.append(folder / f"{name}.png")
     return paths
 
 
-def _call_figures(records: Sequence[Record]) -> dict[str, Figure | None]:
-    return {
-        "time.png": time_figure(records),
-        "ratio.png": _bar_figure(
-            records,
-            lambda record: record.raw_ratio,
-            title="Time relative to the raw exchange of the same bytes",
-            label="median time / median time of all_to_all_single (lower is better)",
-            reference=(1.0, "raw all_to_all_single"),
-        ),
-        "bandwidth.png": _bar_figure(
-            records,
-            lambda record: record.wire_gbps,
-            title="Wire bandwidth per rank",
-            label="GB/s that leave the average rank, rows and scales (higher is better)",
-            marks=(
-                (lambda record: record.raw_gbps, "raw all_to_all_single", RAW_COLOR),
-                (lambda record: record.ceiling_gbps, "ceiling of the wire", "#000000"),
-            ),
-        ),
-        "efficiency.png": efficiency_figure(records),
-    }
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be drawn: what is in it, and what all of that has in common."""
+
+    kind: _Kind
+    records: list[Record]
+
+    @property
+    def title(self) -> str:
+        """What all records share."""
+        return names_of(self.records, without=(self.kind.along,))[0]
+
+    def draw(self) -> Figure:
+        """The figure, without a canvas."""
+        figure = self.kind.draw(self.records, names_of(self.records, without=(self.kind.along,))[1])
+        figure.suptitle(self.title, fontsize=10)
+        return figure
 
 
-def _bar_figure(
-    records: Sequence[Record],
-    value: Callable[[Record], float],
-    *,
-    title: str,
-    label: str,
-    reference: tuple[float, str] | None = None,
-    marks: Sequence[tuple[Callable[[Record], float | None], str, str]] = (),
-) -> Figure:
-    """Horizontal bars, one group per case with a bar per phase.
+def pictures(records: Sequence[Record]) -> dict[str, Picture]:
+    """The pictures of records, by the name of their file."""
+    limited = [record for record in records if record.num_sms is not None]
+    swept = _several(_SMS, [record for record in limited if record.phase != "pair"], "num_sms")
+    cases = {_SMS.series(record) for record in swept}
+    rest = [one for one in records if one not in limited or _SMS.series(one) not in cases]
+    lines = _several(_LINES, rest, "tokens")
+    bars = [record for record in rest if record not in lines]
+    named: dict[str, Picture] = {}
+    for kind, own in ((_LINES, lines), (_BARS, bars), (_SMS, swept)):
+        parts = _split(kind, own) if own else []
+        for place, part in enumerate(parts, start=1):
+            named[kind.name + ("" if len(parts) == 1 else f"-{place}")] = Picture(kind, part)
+    return named
 
-    Args:
-        records: what to draw.
-        value: length of a record's bar.
-        title: title, to which what all records share is added.
-        label: label of the axis, with its unit.
-        reference: place and name of a line across all bars.
-        marks: further values to mark at each bar, with their names and colours.
-    """
-    shared, series = split_names(records)
-    groups: dict[str, dict[str, Record]] = {}
-    for record, name in zip(records, series, strict=True):
-        group = f"T={record.tokens}  {name}".strip()
-        groups.setdefault(group, {})[record.phase] = record
-    left_out = max(0, len(groups) - _MAX_BARS)
-    groups = dict(list(groups.items())[:_MAX_BARS])
-    figure = Figure(figsize=(9, 1.9 + 0.62 * len(groups)))
-    figure.set_layout_engine("constrained")
-    panel = figure.subplots()
-    legend: dict[str, Any] = {}
-    widest = 0.0
-    phases = [phase for phase in PHASES if any(record.phase == phase for record in records)]
-    for index, phase in enumerate(phases):
-        bars = [
-            (place + (index - (len(phases) - 1) / 2) * _BAR, by_phase[phase])
-            for place, by_phase in enumerate(groups.values())
-            if phase in by_phase
-        ]
-        for y, record in bars:
-            length = end = value(record)
-            text = f"{length:.3g}"
-            legend[phase] = panel.barh(y, length, _BAR * 0.9, color=PHASE_COLORS[phase])
-            for read, name, color in marks:
-                number = read(record)
-                if number is not None:
-                    half = _BAR * 0.45
-                    legend[name] = panel.vlines(number, y - half, y + half, color=color, lw=2.5)
-                    text += f", {name.split()[0]} {number:.3g}"
-                    end = max(end, number)
-            widest = max(widest, end)
-            panel.annotate(
-                text,
-                (end, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-                bbox={"boxstyle": "square,pad=0.1", "color": "#FFFFFF"},  # above lines, not in them
-            )
-    if reference is not None:
-        legend[reference[1]] = panel.axvline(reference[0], color="#000000", lw=1, ls="--")
-    panel.set_yticks(range(len(groups)), list(groups), fontsize=8)
-    panel.set_ylim(len(groups) - 0.4, -0.6)
-    label += f"; {left_out} further cases not drawn" if left_out else ""
-    panel.set_xlabel(label, loc="right")  # longer than the panel is wide beside long names
-    panel.set_xlim(0, 1.2 * widest or 1.0)  # room for the numbers
-    panel.grid(visible=True, axis="x", color=GRID_COLOR, linewidth=0.6)
-    panel.set_axisbelow(True)
-    figure.legend(
-        [legend[name] for name in sorted(legend, key=_legend_place)],
-        sorted(legend, key=_legend_place),
-        loc="outside lower center",
-        ncols=len(legend),
-        fontsize=8,
-        frameon=False,
-    )
-    figure.suptitle(f"{title}\n{shared}", fontsize=10)
+
+def _several(kind: _Kind, records: Sequence[Record], field: str) -> list[Record]:
+    """Records of the series in which a field has several values."""
+    values: dict[object, set[object]] = {}
+    for record in records:
+        values.setdefault(kind.series(record), set()).add(getattr(record, field))
+    return [record for record in records if len(values[kind.series(record)]) > 1]
+
+
+def _split(kind: _Kind, records: Sequence[Record]) -> list[list[Record]]:
+    """Pictures of at most `MOST_SERIES` series, split at the first words that tell them apart."""
+
+    def count(picture: Iterable[Record]) -> int:
+        return len({kind.series(record) for record in picture})
+
+    def packed(parts: Iterable[list[Record]]) -> list[list[Record]]:
+        full: list[list[Record]] = []
+        for part in parts:
+            if full and count(full[-1] + part) <= MOST_SERIES:
+                full[-1] += part
+            else:
+                full.append(part)
+        return full
+
+    pictures = [list(records)]
+    for word, read in [*WORDS.items(), ("", kind.series)]:
+        parts: list[list[Record]] = []
+        for picture in pictures:
+            if count(picture) <= MOST_SERIES or word == kind.along:
+                parts.append(picture)
+                continue
+            values = list(dict.fromkeys(read(record) for record in picture))
+            picture.sort(key=lambda record: values.index(read(record)))
+            parts += packed(list(part) for _, part in groupby(picture, key=read))
+        pictures = parts
+    return packed(pictures)
+
+
+# -- lines ----------------------------------------------------------------------------------------
+
+
+def _draw_lines(records: Sequence[Record], names: list[str]) -> Figure:
+    """A panel per phase, a line per series, T along the bottom."""
+    figure, panels, legend = _panels(records, names, height=4.6)
+    for phase, panel in panels.items():
+        here = [record for record in records if record.phase == phase]
+        for name, own in _by_name(records, names, phase):
+            style = legend[name]
+            own.sort(key=lambda record: record.tokens)
+            ticks = [record.tokens for record in own]
+            medians = [record.time_us.median for record in own]
+            if own[0].variant == "eager" and own[0].aligned == "device":
+                # A late host makes single calls slow, so their median goes up and down.
+                fastest = [record.time_us.min for record in own]
+                panel.plot(ticks, fastest, **style, linestyle="--")
+                panel.fill_between(ticks, fastest, medians, color=style["color"], alpha=0.15, lw=0)
+                legend["dashed: the fastest call; band: up to the median"] = {
+                    "color": _RAW,
+                    "linestyle": "--",
+                }
+            else:
+                panel.plot(ticks, medians, **style)
+        _draw_bounds(panel, here, lambda record: record.tokens, legend)
+        _log_axes(panel, sorted({record.tokens for record in here}))
+        panel.set_xlabel("tokens per rank, T")
+    _legend(figure, legend)
     return figure
 
 
-def _legend_place(name: str) -> tuple[int, str]:
-    return (PHASES.index(name) if name in PHASES else len(PHASES)), name
+def _draw_sms(records: Sequence[Record], names: list[str]) -> Figure:
+    """A panel per phase, a line per series, SMs along the bottom."""
+    figure, panels, legend = _panels(records, names, height=4.6)
+    for phase, panel in panels.items():
+        here = [record for record in records if record.phase == phase]
+        for name, own in _by_name(records, names, phase):
+            points = sorted((record.num_sms or 0, record.time_us.median) for record in own)
+            panel.plot(*zip(*points, strict=True), **legend[name])
+        if len({record.tokens for record in here}) == 1:
+            _draw_bounds(panel, here, lambda record: record.num_sms or 0, legend)
+        _log_axes(panel, sorted({record.num_sms or 0 for record in here}))
+        panel.set_xlabel(f"SMs for {phase}")
+    _legend(figure, legend)
+    return figure
+
+
+def _draw_bounds(
+    panel: Axes, records: Sequence[Record], x: Callable[[Record], int], legend: dict[str, Any]
+) -> None:
+    """What the times are compared with: for each format the lowest of all series at each place."""
+    formats = list(dict.fromkeys(record.format_label for record in records))
+    peers = dict.fromkeys(record.peer for record in records if record.peer)
+    bounds: list[tuple[str, Callable[[Record], float | None], str]] = [
+        (_FLOOR_NAME, lambda record: record.floor_us, _BLACK),
+        (_WIRE_NAME, lambda record: None if record.prepared else _ceiling(record), _BLACK),
+        (_RAW_NAME, lambda one: None if one.floor_us or one.ceiling_us else _raw(one), _RAW),
+        *((f"best peer: {peer}", lambda one, p=peer: _peer(one, p), _PEER) for peer in peers),
+    ]
+    for name, read, color in bounds:
+        for place, wanted in enumerate(formats):
+            lowest: dict[int, float] = {}
+            for record in records:
+                value = read(record) if record.format_label == wanted else None
+                if value is not None:
+                    lowest[x(record)] = min(value, lowest.get(x(record), value))
+            if lowest:
+                style = {"color": color, "linestyle": _BOUNDS[place % len(_BOUNDS)], "lw": 1}
+                panel.plot(*zip(*sorted(lowest.items()), strict=True), **style)
+                legend[f"{name}, {wanted}" if len(formats) > 1 else name] = style
+
+
+def _ceiling(record: Record) -> float | None:
+    return None if record.ceiling_us is None else record.ceiling_us.median
+
+
+def _raw(record: Record) -> float:
+    return record.raw_us.median
+
+
+def _peer(record: Record, name: str) -> float | None:
+    return record.peer_us if record.peer == name else None
+
+
+def _panels(
+    records: Sequence[Record], names: list[str], *, height: float
+) -> tuple[Figure, dict[str, Axes], dict[str, Any]]:
+    """An empty panel per phase, and the style of every series by name."""
+    phases = [phase for phase in PHASES if any(record.phase == phase for record in records)]
+    figure = Figure(figsize=(4.3 * max(2, len(phases)), height))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(1, len(phases), squeeze=False, sharey=True)[0]
+    panels = dict(zip(phases, axes, strict=True))
+    for phase, panel in panels.items():
+        panel.set_title(phase, fontsize=10)
+    axes[0].set_ylabel(_TIME)
+    legend = {
+        name: {
+            "color": _COLORS[place],
+            "marker": _MARKERS[place],
+            "markersize": 4,
+            "linewidth": 1.3,
+        }
+        for place, name in enumerate(dict.fromkeys(names))
+    }
+    return figure, panels, legend
+
+
+def _by_name(
+    records: Sequence[Record], names: list[str], phase: str
+) -> list[tuple[str, list[Record]]]:
+    groups: dict[str, list[Record]] = {}
+    for record, name in zip(records, names, strict=True):
+        if record.phase == phase:
+            groups.setdefault(name, []).append(record)
+    return list(groups.items())
+
+
+def _log_axes(panel: Axes, ticks: Sequence[int]) -> None:
+    """Powers of two along the bottom, plain numbers upwards."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(base=10, subs=[1.0, 2.0, 5.0]))
+    panel.yaxis.set_major_formatter(ScalarFormatter())
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.grid(visible=True, which="major", color=_GRID, linewidth=0.6)
+    panel.set_axisbelow(True)
+
+
+def _legend(figure: Figure, styles: dict[str, Any]) -> None:
+    handles = [
+        style if isinstance(style, (Line2D, Patch)) else Line2D([], [], **style)
+        for style in styles.values()
+    ]
+    columns = 3 if len(styles) > 4 else 2
+    figure.legend(
+        handles, [*styles], loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
+
+
+# -- bars -----------------------------------------------------------------------------------------
+
+
+def _draw_bars(records: Sequence[Record], names: list[str]) -> Figure:
+    """A panel per phase with a bar per case; marks: what its time is compared with."""
+    groups = list(dict.fromkeys(names))
+    figure, panels, _ = _panels(records, names, height=2.2 + 0.42 * len(groups))
+    legend: dict[str, Any] = {}
+    for phase, panel in panels.items():
+        widest = 0.0
+        for name, [record, *_] in _by_name(records, names, phase):
+            y, median = groups.index(name), record.time_us.median
+            panel.barh(y, median, 0.62, color=_COLORS[5])
+            marks: list[tuple[str, float | None, str]] = [
+                (_RAW_NAME, _raw(record), _RAW),
+                (_WIRE_NAME, _ceiling(record), _BLACK),
+                (f"best peer: {record.peer}", record.peer_us, _COLORS[3]),
+            ]
+            for label, value, color in marks:
+                if value:
+                    panel.vlines(value, y - 0.38, y + 0.38, color=color, lw=2)
+                    legend[label] = Line2D([], [], color=color, lw=2)
+                    widest = max(widest, value)
+            widest = max(widest, median)
+            panel.annotate(
+                number(median),
+                (0, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        panel.set_xlim(0, 1.06 * widest or 1.0)
+        panel.set_ylim(len(groups) - 0.4, -0.6)
+        panel.set_yticks(range(len(groups)), groups, fontsize=8)
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.grid(visible=True, axis="x", color=_GRID, linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.set_ylabel("")
+        panel.set_xlabel("µs, median of the slowest rank", fontsize=8)
+    _legend(figure, {"measured": Patch(color=_COLORS[5]), **legend})
+    return figure
+
+
+_LINES = _Kind("time", "T", _draw_lines)
+_BARS = _Kind("cases", "", _draw_bars)
+_SMS = _Kind("sms", "SMs", _draw_sms)

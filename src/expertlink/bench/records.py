@@ -1,37 +1,64 @@
-"""Results: one JSON object per line, one line per measured phase, checked when written and read."""
+"""Records: one JSON object per line, one line per measured phase, checked when written and read."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from expertlink.bench import variants
-from expertlink.bench.summary import Summary
+from torch import Tensor
+
+from expertlink.bench.cases import VARIANTS, recorded_as
+from expertlink.config import MODES
 from expertlink.errors import InputError
 
 PHASES = ("dispatch", "combine", "pair")
-VARIANTS = variants.RECORDED
+PREPARED = tuple(
+    name for key, calls in VARIANTS["ll"].items() if calls.prepared for name in recorded_as(key)
+)
+"""Names that records of mode "ll" use for prepared calls."""
+RECORDED = tuple(dict.fromkeys([*VARIANTS["ht"], *PREPARED]))
+"""All names of variants that records use."""
 CEILINGS = ("put", "get", "put+put", "put+get")
-MODES = ("ht", "ll")
 MAX_LINE_BYTES = 1 << 20
 _KEY = (
     *("engine", "mode", "phase", "variant", "layout", "dtype", "quantization", "routing"),
     *("uneven", "ranks", "tokens", "hidden", "topk", "experts", "num_sms"),
     *("num_sms_dispatch", "num_sms_combine", "max_tokens_per_rank"),
 )
-_SUMMARIES = (
-    *("time_us", "time_us_mean_rank", "host_us", "raw_us", "idle_us", "idle_loop_us"),
-    *("ceiling_us", "put_us", "get_us", "host_hot_us"),
-)
 
 
 class RecordError(InputError):
-    """A line of a results file is no valid record; the message names file, line and field."""
+    """A line of a file is no valid record; the message names file, line and field."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Distribution over iterations, in microseconds. p99 is an observed value (nearest rank)."""
+
+    min: float
+    median: float
+    p99: float
+    mean: float
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Of at least one value; rounded to hundredths of a microsecond."""
+    ordered = sorted(values)
+    count = len(ordered)
+    median = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+    p99 = ordered[math.ceil(0.99 * count) - 1]
+    numbers = (ordered[0], median, p99, sum(ordered) / count)
+    return Summary(*(round(number, 2) for number in numbers))
+
+
+def slowest_rank(times_RI: Tensor) -> list[float]:
+    """Time of the slowest rank of each iteration: a collective step is over when all are."""
+    return times_RI.amax(dim=0).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +181,10 @@ class Record:
     in between: the host's code and data are warm. The pair before aligns the ranks."""
     host_hot_us: Summary | None = None
     """Until the call returned, one call after the other: the host's code and data are warm."""
+    peer: str | None = None
+    """The library that is fastest in the same case on the same machine, where that was measured."""
+    peer_us: float | None = None
+    """Its median time. The benchmark runs no peers: whoever measured them fills in both fields."""
     aligned: str
     """How ranks were aligned before a call: "device" (in stream order) or "host" (barrier)."""
     iterations: int
@@ -170,7 +201,7 @@ class Record:
     def __post_init__(self) -> None:
         for field in fields(self):
             _check(field.name, getattr(self, field.name), str(field.type))
-        for name, accepted in (("phase", PHASES), ("variant", VARIANTS), ("mode", MODES)):
+        for name, accepted in (("phase", PHASES), ("variant", RECORDED), ("mode", MODES)):
             if getattr(self, name) not in accepted:
                 _refuse(name, f"is {getattr(self, name)!r}, not one of {', '.join(accepted)}")
         if self.ceiling is not None and self.ceiling not in CEILINGS:
@@ -185,15 +216,38 @@ class Record:
         return (*(getattr(self, name) for name in _KEY), self.hardware)
 
     @property
-    def latency(self) -> bool:
-        """Whether prepared calls of mode "ll" were timed (see `latency.py`)."""
-        return self.mode == "ll" and self.variant in variants.PREPARED
+    def prepared(self) -> bool:
+        """Whether calls into outputs that were made once were timed (mode "ll")."""
+        return self.mode == "ll" and self.variant in PREPARED
 
     @property
     def hardware(self) -> str:
         """GPU, or CPU with its core count, that the record was made on."""
         environment = self.environment
         return environment.gpu or f"{environment.cpu}, {environment.cores} cores"
+
+    @property
+    def routing_label(self) -> str:
+        """Routing, with "uneven" where ranks have different numbers of tokens."""
+        return f"{self.routing} uneven" if self.uneven else self.routing
+
+    @property
+    def format_label(self) -> str:
+        """Element type of the rows, or what they are quantized to."""
+        return self.quantization or self.dtype
+
+    @property
+    def sms_label(self) -> str:
+        """SMs of the phase; for a pair with two different budgets both of them."""
+        budgets = [self.num_sms_dispatch, self.num_sms_combine]
+        if budgets[0] == budgets[1]:  # not a pair, a pair of equals, or an old record
+            budgets = [self.num_sms]
+        return "+".join("auto" if budget is None else str(budget) for budget in budgets)
+
+    @property
+    def wire_ratio(self) -> float | None:
+        """What the wire allows over the time: the floor for prepared calls, else the ceiling."""
+        return self.floor_ratio if self.prepared else self.ceiling_ratio
 
     def to_json(self) -> str:
         """The record in one line."""
@@ -211,15 +265,18 @@ class Record:
         except (ValueError, RecursionError) as error:
             raise RecordError(f"no JSON: {error}") from None
         values = dict(_known(cls, values, "record"))
-        for name in _SUMMARIES:
-            if values.get(name) is not None:
-                values[name] = _nested(Summary, values[name], name)
-        values["environment"] = _nested(Environment, values["environment"], "environment")
+        for field in fields(cls):
+            kind = _NESTED.get(str(field.type).partition(" | ")[0])
+            if kind is not None and values.get(field.name) is not None:
+                values[field.name] = _nested(kind, values[field.name], field.name)
         return cls(**values)
 
 
+_NESTED: dict[str, type[Any]] = {"Summary": Summary, "Environment": Environment}
+
+
 class Line(Protocol):
-    """What a results file has one of per line."""
+    """What a file of records has one of per line."""
 
     def to_json(self) -> str:
         """The text of the line."""
@@ -278,6 +335,47 @@ def latest(records: Iterable[Record]) -> list[Record]:
         if kept is None or record.environment.date >= kept.environment.date:
             newest[record.key()] = record
     return list(newest.values())
+
+
+WORDS: dict[str, Callable[[Record], object]] = {
+    "on": lambda record: record.hardware,
+    "mode": lambda record: record.mode,
+    "R": lambda record: record.ranks,
+    "H": lambda record: record.hidden,
+    "K": lambda record: record.topk,
+    "E": lambda record: record.experts,
+    "SMs": lambda record: record.sms_label,
+    "layout": lambda record: record.layout,
+    "routing": lambda record: record.routing_label,
+    "format": lambda record: record.format_label,
+    "engine": lambda record: record.engine,
+    "variant": lambda record: record.variant,
+    "T": lambda record: record.tokens,
+}
+"""What tells cases apart in tables and pictures, in the order in which they are told apart."""
+_BARE = ("mode", "layout", "routing", "format", "engine", "variant")  # values that name themselves
+
+
+def names_of(records: Sequence[Record], *, without: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """What all records share, and for each record a name made of what they do not share.
+
+    `without` has words that something else says already, such as an axis.
+    """
+    values = {
+        word: [_text(word, read(record)) for record in records]
+        for word, read in WORDS.items()
+        if word not in without
+    }
+    shared = [texts[0] for texts in values.values() if len(set(texts)) == 1]
+    varying = [texts for texts in values.values() if len(set(texts)) > 1]
+    names = [" ".join(texts[index] for texts in varying) for index in range(len(records))]
+    return ", ".join(shared), [name or "measured" for name in names]
+
+
+def _text(word: str, value: object) -> str:
+    if word in _BARE:
+        return str(value)
+    return f"on {value}" if word == "on" else f"{word}={value}"
 
 
 def _read_line(line: bytes, where: str) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, Protocol
 
@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from expertlink.bench.cases import Case, Plan, batches
 from expertlink.bench.environment import usable_cores
-from expertlink.bench.latency import measure_latency
-from expertlink.bench.measure import measure_cases
+from expertlink.bench.measure import measure_batch
 from expertlink.bench.records import Line
 from expertlink.errors import ClosedError, ExpertlinkError, PeerTimeoutError
 from expertlink.launch import LaunchError, RankContext, RankError, RankPool
@@ -46,12 +45,8 @@ class CaseResult:
     details: str = ""
 
 
-Progress = Callable[[int, int], None]
-"""Called with (case number, iterations done) while a case runs."""
-
-
 class Measure(Protocol):
-    """A function of a module that measures cases on one rank, like `measure.measure_cases`."""
+    """Measures the cases of a batch on one rank, like `measure.measure_batch`."""
 
     def __call__(
         self,
@@ -64,131 +59,90 @@ class Measure(Protocol):
     ) -> Iterator[Sequence[Line]]: ...
 
 
-def measure_any(
-    context: RankContext,
-    cases: Sequence[Case],
-    plan: Plan,
-    *,
-    on_progress: Callable[[int], None],
-    control: dist.ProcessGroup | None = None,
-) -> Iterator[Sequence[Line]]:
-    """Measures a batch of `cases.batches` in the way of its variants."""
-    measure = measure_latency if cases[0].calls.prepared else measure_cases
-    return measure(context, cases, plan, on_progress=on_progress, control=control)
+def _ignore(*_: object) -> None:
+    """Reports to nobody."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be measured, and who hears of it.
+
+    Attributes:
+        cases: what to measure.
+        plan: how.
+        measure: what every rank does with a batch of cases.
+        on_result: called with every case's result as soon as it is there.
+        on_progress: called with case number and iterations done while a case runs.
+    """
+
+    cases: Sequence[Case]
+    plan: Plan
+    measure: Measure = measure_batch
+    on_result: Callable[[CaseResult], None] = _ignore
+    on_progress: Callable[[int, int], None] = _ignore
+    results: list[CaseResult] = field(default_factory=list)
+
+    def keep(self, result: CaseResult) -> None:
+        """One more result."""
+        self.results.append(result)
+        self.on_result(result)
 
 
 def run_on_own_ranks(
-    cases: Sequence[Case],
-    plan: Plan,
+    job: Job,
     *,
     device: Literal["cpu", "cuda"],
     threads: int | None = None,
     timeout_s: float = 300.0,
-    measure: Measure = measure_any,
-    on_result: Callable[[CaseResult], None],
-    on_progress: Progress | None = None,
 ) -> list[CaseResult]:
     """Starts ranks on this machine and measures the cases one after the other.
 
-    Where a case fails, those of its batch that come after it are reported as not run.
+    Where a case fails, those of its batch that come after it are reported as not run. Cases with
+    equally many ranks in a row share their processes.
 
     Args:
-        cases: what to measure; cases with equally many ranks in a row share their processes.
-        plan: how to measure; its `timeout_s` is kept below that of a case.
+        job: what to measure; the plan's `timeout_s` is kept below that of a case.
         device: where.
         threads: CPU threads of each rank. None: a rank's share of the cores, less one for the
             thread with which gloo moves its bytes.
         timeout_s: bound of one case, from its communicator's start to its last record; a batch
             of several has the sum.
-        measure: what every rank does with a batch.
-        on_result: called with every case's result as soon as it is there.
-        on_progress: called while a case runs.
     """
-    plan = replace(plan, timeout_s=min(plan.timeout_s, timeout_s / 2))
-    results: list[CaseResult] = []
+    plan = replace(job.plan, timeout_s=min(job.plan.timeout_s, timeout_s / 2))
+    job = replace(job, plan=plan)
     pool: RankPool | None = None
-
-    def keep(result: CaseResult) -> None:
-        results.append(result)
-        on_result(result)
-
     try:
-        for batch in batches(cases):
-            first = len(results)
+        for batch in batches(job.cases):
+            first = len(job.results)
             try:
                 ranks = batch[0].ranks
                 if pool is None or not pool.alive or pool.num_ranks != ranks:
                     if pool is not None:
                         pool.close()
-                    pool = _start(ranks, device, threads, group_timeout_s=plan.timeout_s)
-                _measure(pool, first, batch, plan, measure, timeout_s, keep, on_progress)
+                    pool = RankPool(
+                        num_ranks=ranks,
+                        device=device,
+                        threads=threads or max(1, usable_cores() // ranks - 1),
+                        startup_timeout_s=_STARTUP_TIMEOUT_S,
+                        # It also bounds the start.
+                        group_timeout_s=max(plan.timeout_s, _SHORTEST_GROUP_TIMEOUT_S),
+                    )
+                _run_batch(job, batch, pool, timeout_s * len(batch))
             except LaunchError as error:
-                missing = batch[len(results) - first :]
+                missing = batch[len(job.results) - first :]
                 if not missing:
                     logger.warning("ranks failed after their last case: %s", error)
                 else:
-                    keep(_failed(missing[0], error))
+                    job.keep(_failed(missing[0], error))
                 for case in missing[1:]:
-                    keep(CaseResult(case, [], _BATCH_FAILED))
+                    job.keep(CaseResult(case, [], _BATCH_FAILED))
                 if pool is not None:
                     pool.close()  # its ranks may not be in step any more
                     pool = None
     finally:
         if pool is not None:
             pool.close()
-    return results
-
-
-def run_under_torchrun(
-    context: RankContext,
-    cases: Sequence[Case],
-    plan: Plan,
-    *,
-    measure: Measure = measure_any,
-    on_result: Callable[[CaseResult], None],
-    on_progress: Progress | None = None,
-) -> list[CaseResult]:
-    """Measures the cases as one of the ranks that torchrun started. Collective.
-
-    After a case that left the ranks out of step the remaining ones are reported as not run.
-
-    Args:
-        context: this rank, from `launch.torchrun_context`.
-        cases: what to measure, each with as many ranks as there are.
-        plan: how to measure.
-        measure: what every rank does with a batch.
-        on_result: called with every case's result; only rank 0 has records.
-        on_progress: called while a case runs.
-    """
-    results: list[CaseResult] = []
-    in_step = True
-    # Two groups of their own: a rank that failed asks for the verdict while others still measure.
-    control = _bounded_group(plan.timeout_s)
-    verdict = _bounded_group(2 * plan.timeout_s + _VERDICT_GRACE_S)
-    for batch in batches(cases):
-        if in_step:
-            own, orderly = _measure_here(
-                context, len(results), batch, plan, measure, on_progress, control
-            )
-            agreed, in_step = _agree(batch, own, orderly, verdict)
-        else:
-            agreed = [CaseResult(case, [], _OUT_OF_STEP) for case in batch]
-        for result in agreed:
-            results.append(result)
-            on_result(result)
-    return results
-
-
-def _start(
-    ranks: int, device: Literal["cpu", "cuda"], threads: int | None, *, group_timeout_s: float
-) -> RankPool:
-    return RankPool(
-        num_ranks=ranks,
-        device=device,
-        threads=threads or max(1, usable_cores() // ranks - 1),
-        startup_timeout_s=_STARTUP_TIMEOUT_S,
-        group_timeout_s=max(group_timeout_s, _SHORTEST_GROUP_TIMEOUT_S),  # it also bounds the start
-    )
+    return job.results
 
 
 @dataclass(frozen=True)
@@ -196,40 +150,28 @@ class _News:
     """What rank 0 says while it measures a batch.
 
     Attributes:
-        done: iterations of the case at hand, or `records`: it is over.
+        done: iterations of the case at hand.
+        records: not None: it is over.
     """
 
     done: int = 0
     records: Sequence[Line] | None = None
 
 
-def _measure(
-    pool: RankPool,
-    first: int,
-    batch: Sequence[Case],
-    plan: Plan,
-    measure: Measure,
-    timeout_s: float,
-    keep: Callable[[CaseResult], None],
-    on_progress: Progress | None,
-) -> None:
-    """Measures a batch whose first case has that number; keeps a result for each one."""
-    waiting = list(batch)
+def _run_batch(job: Job, batch: Sequence[Case], pool: RankPool, timeout_s: float) -> None:
+    """Measures a batch; keeps a result for each case."""
+    first = len(job.results)
 
     def listen(rank: int, news: object) -> None:
         if rank != 0 or not isinstance(news, _News):
             return
         if news.records is not None:
-            keep(CaseResult(waiting.pop(0), news.records))
-        elif on_progress is not None:
-            on_progress(first + len(batch) - len(waiting), news.done)
+            job.keep(CaseResult(batch[len(job.results) - first], news.records))
+        else:
+            job.on_progress(len(job.results), news.done)
 
-    pool.run(
-        _measure_on_rank,
-        *(batch, plan, measure),
-        timeout_s=timeout_s * len(batch),
-        on_message=listen,
-    )
+    arguments = (batch, job.plan, job.measure)
+    pool.run(_measure_on_rank, *arguments, timeout_s=timeout_s, on_message=listen)
 
 
 def _measure_on_rank(
@@ -259,6 +201,27 @@ class _Counter:
             self._report(self.done)
 
 
+def run_under_torchrun(job: Job, context: RankContext) -> list[CaseResult]:
+    """Measures the cases as one of the ranks that torchrun started. Collective.
+
+    After a case that left the ranks out of step the remaining ones are reported as not run. Only
+    rank 0 has records.
+    """
+    in_step = True
+    # Two groups of their own: a rank that failed asks for the verdict while others still measure.
+    control = _bounded_group(job.plan.timeout_s)
+    verdict = _bounded_group(2 * job.plan.timeout_s + _VERDICT_GRACE_S)
+    for batch in batches(job.cases):
+        if in_step:
+            own, orderly = _measure_here(job, batch, context, control)
+            agreed, in_step = _agree(batch, own, orderly, verdict)
+        else:
+            agreed = [CaseResult(case, [], _OUT_OF_STEP) for case in batch]
+        for result in agreed:
+            job.keep(result)
+    return job.results
+
+
 def _bounded_group(timeout_s: float) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
@@ -266,35 +229,27 @@ def _bounded_group(timeout_s: float) -> dist.ProcessGroup:
 
 
 def _measure_here(
-    context: RankContext,
-    first: int,
-    batch: Sequence[Case],
-    plan: Plan,
-    measure: Measure,
-    on_progress: Progress | None,
-    control: dist.ProcessGroup,
+    job: Job, batch: Sequence[Case], context: RankContext, control: dist.ProcessGroup
 ) -> tuple[list[CaseResult], bool]:
     """Results up to the first failure, and whether that leaves the ranks in step if all have it."""
     results: list[CaseResult] = []
 
     def report(done: int) -> None:
-        if on_progress is not None:
-            on_progress(first + len(results), done)
+        job.on_progress(len(job.results) + len(results), done)
 
     counter = _Counter(context, report)
-    orderly = True
+    measure = job.measure(context, batch, job.plan, on_progress=counter.count, control=control)
     try:
-        for records in measure(context, batch, plan, on_progress=counter.count, control=control):
+        for records in measure:
             counter.done = 0
             results.append(CaseResult(batch[len(results)], records))
     except (ExpertlinkError, RuntimeError) as error:
         # Errors that are not the library's: torch, for one, reports lost peers like this.
-        orderly = isinstance(error, ExpertlinkError) and not isinstance(
-            error, (PeerTimeoutError, ClosedError)
-        )
+        out_of_step = isinstance(error, (PeerTimeoutError, ClosedError))
         results = results[: len(batch) - 1]  # it may have come after the last case
         results.append(_failed(batch[len(results)], error))
-    return results, orderly
+        return results, isinstance(error, ExpertlinkError) and not out_of_step
+    return results, True
 
 
 def _agree(

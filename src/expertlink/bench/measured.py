@@ -6,65 +6,60 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
-from expertlink.bench.ceilings import KINDS
-from expertlink.bench.clocks import gather_on_hosts
+from expertlink.bench.ceilings import KINDS, WireRows
+from expertlink.bench.clock import Clock, TimesOfRanks
 from expertlink.bench.environment import describe_environment
 from expertlink.bench.floor import Floor
-from expertlink.bench.inputs import Input
-from expertlink.bench.records import PHASES, Record
-from expertlink.bench.summary import Summary, gbps, mean_rank, rounded, slowest_rank, summarize
-from expertlink.bench.times import TimesOfRanks
+from expertlink.bench.records import PHASES, Record, Summary, slowest_rank, summarize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a case's ranks found out together.
 
     Attributes:
         device: where rank 0 computed.
-        engine_name: engine that served the case.
+        engine: engine that served the case.
         aligned: how ranks were aligned before a call.
         num_inputs: inputs that took turns.
-        times: `[R, rounds]` by phase and kind: "time", "host", "raw", "put", "get", "idle",
-            "idle host", "idle loop", "hot host" in microseconds, "memory" in bytes; a pair has no
-            "raw", "put" and "get", CPUs have no "idle", only prepared calls have "hot host", only
-            prepared pairs on GPUs "idle loop".
+        times: by phase and kind: "time", "host", "raw", "put", "get", "idle", "idle host", "idle
+            loop", "hot host", "memory". A pair has no "raw", "put" and "get", CPUs have no "idle",
+            only prepared calls have "hot host", only prepared pairs on GPUs "idle loop".
         traffic: `[R, phases, 3]`, see `gather_traffic`.
         ceiling_note: why there are no "put" and "get"; None where there are.
-        variant: what the record calls the variant; None: as the case does.
+        variant: what the record calls the variant.
         calls_per_graph: calls that one replay made, whose times are of one; None: no graph.
         floor: what the record is compared with, or None.
         on_wire: False for a part of a call in which no row leaves a rank.
     """
 
     device: torch.device
-    engine_name: str
+    engine: str
     aligned: str
     num_inputs: int
     times: TimesOfRanks
     traffic: Tensor
     ceiling_note: str | None
-    variant: str | None = None
+    variant: str
     calls_per_graph: int | None = None
     floor: Floor | None = None
     on_wire: bool = True
 
 
-def gather_traffic(inputs: list[Input], case: Case, control: dist.ProcessGroup | None) -> Tensor:
+def gather_traffic(wires: list[WireRows], case: Case, clock: Clock) -> Tensor:
     """`[R, phases, 3]` bytes sent, received and of metadata, averaged over inputs. Collective."""
     topk = 0 if case.calls.cached else case.topk
-    traffic = []
-    for phase in PHASES:
-        counts = [
+    traffic = [
+        [
             (wire.sent(phase), wire.received(phase), wire.metadata(phase, topk=topk))
-            for wire in (item.wire for item in inputs)
+            for wire in wires
         ]
-        traffic.append([sum(column) / len(inputs) for column in zip(*counts, strict=True)])
-    return gather_on_hosts(torch.tensor(traffic, dtype=torch.float64), control)
+        for phase in PHASES
+    ]
+    return clock.gather(torch.tensor(traffic, dtype=torch.float64).mean(dim=1))
 
 
 def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Record:
@@ -72,20 +67,19 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
     times = measured.times
     time_us = _summary(times[phase, "time"])
     raw_us = _compared(times, dict.fromkeys(_parts(phase), "raw"))
-    idle, loop = times.get((phase, "idle")), times.get((phase, "idle loop"))
-    hot = times.get((phase, "hot host"))
-    budgets = {
-        "dispatch": (case.num_sms_dispatch,),
-        "combine": (case.num_sms_combine,),
-        "pair": (case.num_sms_dispatch, case.num_sms_combine),
-    }[phase]
+    sms = {"dispatch": case.num_sms_dispatch, "combine": case.num_sms_combine}
+    budgets = [sms[part] for part in _parts(phase)]
     sent, received, metadata = (measured.on_wire * _traffic(measured, phase)).unbind(dim=1)
     on_gpu = measured.device.type == "cuda"
+
+    def optional(kind: str) -> Summary | None:
+        return _summary(times[phase, kind]) if (phase, kind) in times else None
+
     return Record(
-        engine=measured.engine_name,
+        engine=measured.engine,
         mode=case.mode,
         phase=phase,
-        variant=measured.variant or case.variant,
+        variant=measured.variant,
         layout=case.layout,
         dtype=case.dtype,
         quantization=case.quantization,
@@ -100,15 +94,13 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
         num_sms_dispatch=case.num_sms_dispatch if phase == "pair" else None,
         num_sms_combine=case.num_sms_combine if phase == "pair" else None,
         time_us=time_us,
-        time_us_mean_rank=rounded(summarize(mean_rank(times[phase, "time"]))),
-        host_us=_summary(times.get((phase, "idle host"), times[phase, "host"])),
+        time_us_mean_rank=summarize(times[phase, "time"].mean(dim=0).tolist()),
+        host_us=optional("idle host") or _summary(times[phase, "host"]),
         wire_bytes=round(float(sent.mean())),
         wire_gbps=_gbps(sent.mean(), time_us),
         **_ceilings(phase, plan, measured, time_us, sent.mean()),
         **_floor(phase, measured, time_us),
-        environment=describe_environment(
-            device=measured.device, backend="nccl" if on_gpu else "gloo"
-        ),
+        environment=describe_environment(measured.device),
         uneven=case.uneven,
         wire_bytes_max=round(float(sent.max())),
         wire_bytes_received_max=round(float(received.max())),
@@ -118,9 +110,9 @@ def make_record(phase: str, case: Case, plan: Plan, measured: Measured) -> Recor
         raw_us=raw_us,
         raw_gbps=_gbps(sent.mean(), raw_us),
         raw_ratio=round(_ratio(time_us, raw_us), 3),
-        idle_us=None if idle is None else _summary(idle),
-        idle_loop_us=None if loop is None else _summary(loop),
-        host_hot_us=None if hot is None else _summary(hot),
+        idle_us=optional("idle"),
+        idle_loop_us=optional("idle loop"),
+        host_hot_us=optional("hot host"),
         calls_per_graph=measured.calls_per_graph,
         aligned=measured.aligned,
         iterations=plan.iters,
@@ -136,23 +128,24 @@ def _ceilings(
     phase: str, plan: Plan, measured: Measured, time_us: Summary, sent: Tensor
 ) -> dict[str, Any]:
     """The fields of a record that say how close to the wire a phase is."""
-    times = measured.times
+    times, parts = measured.times, _parts(phase)
     if measured.ceiling_note is not None:
         return {"ceiling_note": measured.ceiling_note}
-    kinds = {part: {kind: _summary(times[part, kind]) for kind in KINDS} for part in _parts(phase)}
     # Dispatch has to put: its rows leave when their senders know of them. Combine may do either.
     chosen = {
-        part: "put" if part == "dispatch" else min(KINDS, key=lambda kind: by_kind[kind].median)
-        for part, by_kind in kinds.items()
+        part: "put"
+        if part == "dispatch"
+        else min(KINDS, key=lambda kind: _summary(times[part, kind]).median)
+        for part in parts
     }
-    put_us, get_us = (_compared(times, dict.fromkeys(_parts(phase), kind)) for kind in KINDS)
+    put_us, get_us = (_compared(times, dict.fromkeys(parts, kind)) for kind in KINDS)
     ceiling_us = _compared(times, chosen)
     return {
         "ceiling": "+".join(chosen.values()),
         "ceiling_us": ceiling_us,
         "ceiling_gbps": _gbps(sent, ceiling_us),
         "ceiling_ratio": _ratio(ceiling_us, time_us),
-        "ceiling_num_sms": plan.ceiling_num_sms,
+        "ceiling_num_sms": plan.ceiling_sms,
         "put_us": put_us,
         "put_ratio": _ratio(put_us, time_us),
         "get_us": get_us,
@@ -188,7 +181,7 @@ def _parts(phase: str) -> tuple[str, ...]:
 def _compared(times: TimesOfRanks, kinds: dict[str, str]) -> Summary:
     """Times of one kind, or the sum over the phases that are given with their kinds."""
     columns = [slowest_rank(times[phase, kind]) for phase, kind in kinds.items()]
-    return rounded(summarize([sum(column) for column in zip(*columns, strict=True)]))
+    return summarize([sum(column) for column in zip(*columns, strict=True)])
 
 
 def _ratio(above: Summary, below: Summary) -> float:
@@ -196,8 +189,9 @@ def _ratio(above: Summary, below: Summary) -> float:
 
 
 def _summary(times_RI: Tensor) -> Summary:
-    return rounded(summarize(slowest_rank(times_RI)))
+    return summarize(slowest_rank(times_RI))
 
 
 def _gbps(num_bytes: Tensor, time: Summary) -> float:
-    return round(gbps(float(num_bytes), time.median), 4)
+    """GB/s, with 1 GB = 10**9 bytes."""
+    return round(float(num_bytes) / time.median / 1e3, 4) if time.median > 0 else 0.0
