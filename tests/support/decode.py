@@ -171,7 +171,11 @@ def guards_like(comm: MoECommunicator, case: Case) -> list[Tensor]:
     if isinstance(largest.tables, BufferTables):
         sizes += [largest.tables.block.nbytes]
     engine: Any = comm._engine
-    sizes += [4 * engine._low._tables.words(len(own.x_TH)), own.x_TH.nbytes, own.ids_TK.nbytes]
+    sizes += [
+        4 * engine._mode._dispatcher.tables.words(len(own.x_TH)),
+        own.x_TH.nbytes,
+        own.ids_TK.nbytes,
+    ]
     del largest, wanted
     return [
         torch.full((max(size, 1),), 7, dtype=torch.uint8, device=device)
