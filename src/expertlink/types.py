@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class DispatchLayout(str, enum.Enum):
-    """How the rows that a rank receives are arranged (see docs/architecture.md, "Layouts").
+    """How the rows that a rank receives are arranged (see docs/contract.md, "Layouts").
 
     N rows are received; T_max is `max_tokens_per_rank`, R the ranks, E_loc the local experts.
     """

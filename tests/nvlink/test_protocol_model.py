@@ -1,4 +1,4 @@
-"""The device protocol, walked in all interleavings; docs/model.md says what the models hold.
+"""The device protocol, walked in all interleavings; docs/protocol/model.md has what is modelled.
 
 First the explorer itself, then the protocol as it is, where nothing must be found, then protocols
 that are broken in one place each, where something must.

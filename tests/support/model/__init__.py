@@ -1,1 +1,1 @@
-"""The device protocol of the nvlink engine as state machines; docs/model.md says what they hold."""
+"""The device protocol of the nvlink engine as state machines (docs/protocol/model.md)."""

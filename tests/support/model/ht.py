@@ -1,7 +1,7 @@
 """High throughput: the words, credits and pools of one arena per rank, as a machine.
 
 Every rank has one process for each role that its kernels have, and one for its stream. They are
-what docs/architecture.md, "The flag protocol", says:
+what docs/protocol/ht.md says:
 
     tell d     head (uncached dispatch: and counts) to rank d, then ready word
     judge      heads of all ranks: uncached dispatches before anything is placed, others beside it

@@ -1,7 +1,7 @@
 """Low latency: sets, tagged words, rows that carry their own flag, and halves, as a machine.
 
 Every rank has one process for each role that its launches have, and one for its stream. They are
-what docs/architecture.md, "Low latency", says:
+what docs/protocol/ll.md says:
 
     tell       waits for room; says what this rank has received before, and the head of its call
     send       waits for room; rows into the set of the transfer
