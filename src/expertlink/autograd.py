@@ -44,7 +44,7 @@ def tracks_combine(call: CombineCall, handle: DispatchHandle, out: Tensor | None
         call.out_TH is not out
         and call.slot_weights is None
         and call.weight_grads is None
-        and not call.halves
+        and not call.return_recv_hook
         and not handle.leases
         and not torch.is_inference_mode_enabled()
     )

@@ -207,7 +207,7 @@ class CallBuilder:
             num_sms=num_sms,
             quantize_to=quantize_to,
             buffers=buffers,
-            halves=return_recv_hook,
+            return_recv_hook=return_recv_hook,
         )
 
     def is_tracked(self, rows: Tensor, weights_TK: Tensor | None) -> bool:
@@ -426,7 +426,7 @@ class CallBuilder:
             weight_grads=weight_grads,
             num_sms=num_sms,
             slot_weights=weights,
-            halves=return_recv_hook,
+            return_recv_hook=return_recv_hook,
         )
 
     def check_handle(self, handle: object) -> None:

@@ -42,7 +42,8 @@ class DispatchCall:
         quantize_to: the engine quantizes the rows to this format; only where `Engine.quantizes`.
         buffers: every tensor that the call returns is (a view of) one of these; excludes
             `output_buffer`. Made by this engine for rows like these.
-        halves: only what sends is launched now; `Dispatched.finish` launches what receives.
+        return_recv_hook: only what sends is launched now; `Dispatched.finish` launches what
+            receives.
     """
 
     x_TW: Tensor
@@ -56,7 +57,7 @@ class DispatchCall:
     num_sms: int | None = None
     quantize_to: BlockFormat | None = None
     buffers: DispatchBuffers | None = None
-    halves: bool = False
+    return_recv_hook: bool = False
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ class CombineCall:
         num_sms: as in `DispatchCall`.
         slot_weights: a weight for every slot, contiguous, in the leading shape of the rows; those
             of unfilled slots are never read. None: the routing weights.
-        halves: as in `DispatchCall`.
+        return_recv_hook: as in `DispatchCall`.
     """
 
     rows: Tensor
@@ -84,7 +85,7 @@ class CombineCall:
     weight_grads: Tensor | None = None
     num_sms: int | None = None
     slot_weights: Tensor | None = None
-    halves: bool = False
+    return_recv_hook: bool = False
 
 
 @dataclass(eq=False)
@@ -95,7 +96,7 @@ class Dispatched:
         output: what the rank receives.
         state: the engine's memory of the routing; complete once finished.
         finish: waits for and places the rows; call until it succeeds, on the stream of the call
-            (with `halves`: on any that comes after it), with gradients off.
+            (with `return_recv_hook`: on any that comes after it), with gradients off.
         call: sequence number, as in error messages.
         topk_ids_TK: the engine's own copy of the call's ids, where it made one.
     """

@@ -120,8 +120,8 @@ class LlCombiner:
             a,
             flags,
             call.num_sms,
-            halves=call.halves,
-            needs=(call, route, grads, grads_TK) if call.halves else (),
+            halves=call.return_recv_hook,
+            needs=(call, route, grads, grads_TK) if call.return_recv_hook else (),
             after=after,
             tables=route.block,
         )

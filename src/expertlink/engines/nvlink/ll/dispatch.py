@@ -202,13 +202,16 @@ class LlDispatcher:
             self._name_rows(a, call, output, weighted)
             if tables is not None:
                 tables.named = named if call.scales is None else None
+        needs: tuple[object, ...] = ()
+        if call.return_recv_hook:
+            needs = (output, route, call.x_TW, call.scales, ids, weights)
         left = self._launch(
             _PLAIN if call.quantize_to is None else _QUANTIZED,
             a,
             flags,
             call.num_sms,
-            halves=call.halves,
-            needs=(output, route, call.x_TW, call.scales, ids, weights) if call.halves else (),
+            halves=call.return_recv_hook,
+            needs=needs,
             tables=route.block,
         )
         return output, route, left
