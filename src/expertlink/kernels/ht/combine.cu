@@ -36,10 +36,10 @@ __device__ __forceinline__ void write_grads(const CombineArguments& a, char* bes
 }
 
 // One warp's share of the rows that go back.
-__device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ring, Slot slot,
-                                             const int* rows_from, int most) {
+__device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring& ring, Slot slot,
+                                                const int* rows_from, int most) {
     const int lane = threadIdx.x % 32;
-    const int turns = most * kNumRanks;
+    const int arrivals = most * kNumRanks;
     int written = -1;    // row before this one; lane 0
     unsigned words = 0;  // rows left in the box
     const auto tell = [&] {
@@ -47,10 +47,10 @@ __device__ __forceinline__ void return_turns(const CombineArguments& a, Ring& ri
         post(ring, written, words);
     };
     int ticket = take(&a.state->next_send);
-    for (int turn = taken(ticket); turn < turns; turn = taken(ticket)) {
+    for (int nth = taken(ticket); nth < arrivals; nth = taken(ticket)) {
         ticket = take(&a.state->next_send);
-        const int position = turn / kNumRanks;
-        const int source = (turn + a.rank) % kNumRanks;
+        const int position = nth / kNumRanks;
+        const int source = (nth + a.rank) % kNumRanks;
         if (position >= rows_from[source]) continue;
         // Own rows need no copy where they are partial sums already.
         const bool own = source == a.rank;
@@ -97,7 +97,7 @@ __device__ __forceinline__ bool return_rows(const CombineArguments& a, const Wat
     }
     __syncthreads();
     if (threadIdx.x / 32 < movers)
-        return_turns(a, ring, slot, rows_from, most);
+        return_arrivals(a, ring, slot, rows_from, most);
     else
         announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
     close_slot(ring);

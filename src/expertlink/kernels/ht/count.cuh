@@ -11,12 +11,12 @@
 
 namespace ht {
 
-struct Span {
+struct TokenRange {
     int begin, end;
 };
 
 // Tokens of this block; spans are multiples of 32 but for the last.
-__device__ __forceinline__ Span token_span(const DispatchArguments& a) {
+__device__ __forceinline__ TokenRange token_range(const DispatchArguments& a) {
     const int share = (a.num_tokens + gridDim.x - 1) / gridDim.x;
     const int size = (share + 31) / 32 * 32;
     const int begin = min(static_cast<int>(blockIdx.x) * size, a.num_tokens);
@@ -148,7 +148,7 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
     unsigned* const masks = shared;
     int* const running = reinterpret_cast<int*>(shared + a.groups * kColumns);
     int* const totals = running + kColumns;
-    const Span span = token_span(a);
+    const TokenRange span = token_range(a);
     const int step = a.groups * 32;
 
     // First pass: how many of this block's tokens go where.

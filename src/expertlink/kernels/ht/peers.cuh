@@ -73,18 +73,18 @@ __device__ __forceinline__ bool check_headers(const Arguments& a, const Watch& w
     const int lane = threadIdx.x % 32;
     char* const base = a.bases[a.rank];
     bool here = true;
-    int odd = kNumRanks;
+    int other = kNumRanks;
     for (int r = lane; r < kNumRanks && here; r += 32) {
         here = wait_until(ready_word(base, r), watch.transfer, watch, kPhaseReady, r);
-        const int* const head = count_row(base, r);
-        if (here && !is_same_call(a, watch, [&](int word) { return load_fresh(&head[word]); }))
-            odd = min(odd, r);
+        const int* const header = count_row(base, r);
+        if (here && !is_same_call(a, watch, [&](int word) { return load_fresh(&header[word]); }))
+            other = min(other, r);
     }
     if (!__all_sync(0xffffffffu, here)) return false;
-    odd = __reduce_min_sync(0xffffffffu, odd);
-    if (odd == kNumRanks) return true;
+    other = __reduce_min_sync(0xffffffffu, other);
+    if (other == kNumRanks) return true;
     if (lane == 0)
-        report_headers(watch, odd, [&](int rank, int word) {
+        report_headers(watch, other, [&](int rank, int word) {
             return load_fresh(&count_row(base, rank)[word]);
         });
     return false;

@@ -53,9 +53,9 @@ __device__ __forceinline__ int load_slot(const Groups& groups, int at) {
 
 // The `turn`-th row in the order of arrival; false where there is none.
 __device__ __forceinline__ bool arrival_at(const DispatchArguments& a, const Groups& groups,
-                                           int turn, Arrival& arrival) {
-    arrival.position = turn / kNumRanks;
-    arrival.source = (turn + a.rank) % kNumRanks;
+                                           int nth, Arrival& arrival) {
+    arrival.position = nth / kNumRanks;
+    arrival.source = (nth + a.rank) % kNumRanks;
     arrival.row = kLayoutIsRankMajor ? arrival.source * kMaxTokens + arrival.position
                                      : groups.first_row[arrival.source] + arrival.position;
     return arrival.position < groups.rows_from[arrival.source];
@@ -182,21 +182,21 @@ __device__ __forceinline__ void place_row(const DispatchArguments& a, const Grou
 }
 
 // Moves the rows that this warp takes.
-__device__ __forceinline__ bool place_turns(const DispatchArguments& a, const Watch& watch,
-                                            const Groups& groups, Slot slot) {
+__device__ __forceinline__ bool place_staged(const DispatchArguments& a, const Watch& watch,
+                                             const Groups& groups, Slot slot) {
     const int lane = threadIdx.x % 32;
-    const int turns = groups.most * kNumRanks;
+    const int arrivals = groups.most * kNumRanks;
     int ticket = take(&a.state->next_place, kBatch);
-    for (int first = taken(ticket); first < turns; first = taken(ticket)) {
+    for (int first = taken(ticket); first < arrivals; first = taken(ticket)) {
         ticket = take(&a.state->next_place, kBatch);
         // Lane i looks whether the i-th row of the batch is there.
         Arrival own;
         const bool waits = arrival_at(a, groups, first + lane, own) && lane < kBatch &&
-                           first + lane < turns && own.source != a.rank;
+                           first + lane < arrivals && own.source != a.rank;
         const unsigned* const flag = flag_of(a, own);
         const unsigned seen = waits ? load_acquire_system(flag) : watch.transfer;
         const unsigned here = __ballot_sync(0xffffffffu, reached(seen, watch.transfer));
-        for (int i = 0; i < kBatch && first + i < turns; ++i) {
+        for (int i = 0; i < kBatch && first + i < arrivals; ++i) {
             Arrival arrival;
             if (!arrival_at(a, groups, first + i, arrival)) {
                 if (kLayoutIsRankMajor) clear_choices(a, arrival.row);
@@ -216,18 +216,18 @@ __device__ __forceinline__ bool place_turns(const DispatchArguments& a, const Wa
 }
 
 // Zero copy: the rows are in place, what came beside them is not. Lanes share out rows and choices.
-__device__ __forceinline__ bool receive_turns(const DispatchArguments& a, const Watch& watch,
-                                              const Groups& groups) {
+__device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, const Watch& watch,
+                                                 const Groups& groups) {
     constexpr int kRows = kTopk <= 4 ? 8 : kTopk <= 8 ? 4 : kTopk <= 16 ? 2 : 1;  // of a warp
     constexpr int kLanes = 32 / kRows;                                            // of a row
     const int lane = threadIdx.x % 32, k = lane % kLanes;
-    const int turns = groups.most * kNumRanks;
+    const int arrivals = groups.most * kNumRanks;
     int ticket = take(&a.state->next_place, kRows);
-    for (int first = taken(ticket); first < turns; first = taken(ticket)) {
+    for (int first = taken(ticket); first < arrivals; first = taken(ticket)) {
         ticket = take(&a.state->next_place, kRows);
-        const int turn = first + lane / kLanes;
+        const int nth = first + lane / kLanes;
         Arrival arrival;
-        const bool exists = arrival_at(a, groups, turn, arrival) && turn < turns;
+        const bool exists = arrival_at(a, groups, nth, arrival) && nth < arrivals;
         bool here = true;
         if (exists)
             here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow, arrival.source,
@@ -237,7 +237,7 @@ __device__ __forceinline__ bool receive_turns(const DispatchArguments& a, const 
             arrival.token =
                 arrival.source == a.rank ? load_fresh(&a.own_tokens[arrival.position]) : 0;
             if (k < kTopk) read_metadata(a, groups, arrival, k);
-        } else if (kLayoutIsRankMajor && turn < turns && k < kTopk) {
+        } else if (kLayoutIsRankMajor && nth < arrivals && k < kTopk) {
             const long long at = static_cast<long long>(arrival.row) * kTopk + k;
             a.topk_ids[at] = -1;
             if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
@@ -260,7 +260,8 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Wat
     load_groups(a, groups, kNumRanks * a.num_local <= kMostSharedSlots ? slots : nullptr);
     bool fine = true;
     if (threadIdx.x / 32 < movers) {
-        fine = kZeroCopy ? receive_turns(a, watch, groups) : place_turns(a, watch, groups, slot);
+        fine =
+            kZeroCopy ? receive_in_place(a, watch, groups) : place_staged(a, watch, groups, slot);
         const int num_warps = movers * gridDim.x;
         const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
         if (fine && kClearsRest) {

@@ -96,9 +96,9 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
         // call may be reading its pools: then nothing is sent, and whoever compares heads reports.
         bool same = true;
         for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
-            const int* const head = count_row(a.bases[a.rank], r);
-            pools[r] = load_fresh(&head[kPool]) & 1;
-            same &= is_same_call(a, watch, [&](int word) { return load_fresh(&head[word]); });
+            const int* const header = count_row(a.bases[a.rank], r);
+            pools[r] = load_fresh(&header[kPool]) & 1;
+            same &= is_same_call(a, watch, [&](int word) { return load_fresh(&header[word]); });
         }
         if (!__syncthreads_and(same)) return true;
     }

@@ -36,17 +36,17 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
         next_send = senders;
         next_add = 0;
     }
-    const bool tells = blockIdx.x == 0 && warp == min(sends ? senders : 0, warps - 1);
+    const bool publishes = blockIdx.x == 0 && warp == min(sends ? senders : 0, warps - 1);
     unsigned subject = 0;
     const auto loads = [&] {
-        if (tells) subject = load_subject(a);
+        if (publishes) subject = load_subject(a);
         if (sends && warp == 0)
             in.fill([&](int rank) { return rank < kNumRanks ? a.rows_from[rank] : 0; });
     };
     if (!begin_call(a, call, [] {}, loads)) return;
     // One warp of all says where this rank is. Where calls are received it does not send, and hears
     // where the others are while its block adds up.
-    if (tells) {
+    if (publishes) {
         if (sends) publish_headers(a, call, subject);
         publish_progress(a, call);
         if (receives) {

@@ -16,20 +16,21 @@ struct Arrivals : RowsFrom {
 
 // Barriers of a block for some of its warps. What a warp wrote before it met the others or arrived
 // there, they see after.
-enum Meeting { kWaitersMeet = 1, kCountsAreKnown = 2, kOthersMayPlace = 3 };
+enum Barrier { kWaitersBarrier = 1, kCountsBarrier = 2, kPlacingBarrier = 3 };
 
-__device__ __forceinline__ void meet(Meeting where, int warps) {
+__device__ __forceinline__ void barrier_sync(Barrier where, int warps) {
     asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32) : "memory");
 }
 
-__device__ __forceinline__ void arrive(Meeting where, int warps) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32) : "memory");
+__device__ __forceinline__ void barrier_arrive(Barrier where, int warps) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32)
+                 : "memory");
 }
 
 // Rows for which there is no room: the head of the next transfer tells all ranks, this one too, so
 // that all hosts learn it alike. One thread.
-__device__ __forceinline__ void note_overflow(const DispatchArguments& a, unsigned transfer,
-                                              int rows) {
+__device__ __forceinline__ void record_overflow(const DispatchArguments& a, unsigned transfer,
+                                                int rows) {
     a.state->overflow = transfer;
     a.state->overflow_rows = static_cast<unsigned>(rows);
     a.state->overflow_room = static_cast<unsigned>(a.max_slots);
@@ -62,7 +63,7 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
     for (int i = thread; i < kNumRanks * a.num_local; i += threads)
         a.first_slot[i] = in.first_slot[i];
     const int rows = kExpanded && !kPadded ? in.starts[a.num_local] : in.total;
-    if (thread == 0 && !kPadded && rows > a.max_slots) note_overflow(a, transfer, rows);
+    if (thread == 0 && !kPadded && rows > a.max_slots) record_overflow(a, transfer, rows);
     if (thread == 0) *a.origin = static_cast<int>(transfer);
 }
 
@@ -156,7 +157,7 @@ __device__ __forceinline__ bool read_lost(const DispatchArguments& a, Call& call
 // How many of the warps that do not send wait for counts: one for those of rows, and some for those
 // of experts. Where rows are not expanded the latter are for block 0 to keep, and no row waits for
 // them.
-__device__ __forceinline__ int waiting_warps(const DispatchArguments& a, int warps) {
+__device__ __forceinline__ int count_warps(const DispatchArguments& a, int warps) {
     return kExpanded || blockIdx.x == 0 ? min(warps, 1 + (a.num_local + 31) / 32) : 1;
 }
 
@@ -184,20 +185,20 @@ __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call&
         }
         if (!fine) call.stopped = 1;
         if (pass == 0) {
-            meet(kWaitersMeet, warps);
+            barrier_sync(kWaitersBarrier, warps);
             if (blockIdx.x == 0 && thread < 32) publish_lost(a, call);
         }
     }
     if (kExpanded && !kPadded) {
-        meet(kWaitersMeet, warps);
+        barrier_sync(kWaitersBarrier, warps);
 #pragma unroll 1
         for (int e = thread; e < a.num_local; e += threads) in.starts[e] = align_up(in.totals[e]);
-        meet(kWaitersMeet, warps);
+        barrier_sync(kWaitersBarrier, warps);
         if (thread < 32) {
             const int end = scan_exclusive(in.starts, a.num_local);
             if (thread == 0) in.starts[a.num_local] = end;
         }
-        meet(kWaitersMeet, warps);
+        barrier_sync(kWaitersBarrier, warps);
 #pragma unroll 1
         for (int i = thread; i < kNumRanks * a.num_local; i += threads)
             in.first_slot[i] += in.starts[i % a.num_local];

@@ -38,8 +38,8 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         if (!sends) return;
         prepare_masks(a, masks);
         sender.prepare(a, roles.senders);
-        choices.find();
-        item.find(threadIdx.x - roles.senders * 32);
+        choices.locate();
+        item.locate(threadIdx.x - roles.senders * 32);
     };
     const auto loads = [&] {
         if (!roles.sends()) subject = load_subject(a);
@@ -70,7 +70,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     }
     if (!receives) return;
     if (roles.waits()) receive_counts(a, call, in, roles.first_waiter, roles.waiters, subject);
-    roles.meet_others();
+    roles.wait_for_counts();
     if (call.stopped) return;
     if (blockIdx.x == 0 && roles.keeps())
         keep_counts(a, in, call.watch.transfer,

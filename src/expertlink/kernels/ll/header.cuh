@@ -54,7 +54,7 @@ struct Overflow {
     int rank;
 
     // All lanes; a lane without news has number 0.
-    __device__ __forceinline__ void learn(int of, unsigned its_number, unsigned its_rows,
+    __device__ __forceinline__ void merge(int of, unsigned its_number, unsigned its_rows,
                                           unsigned its_room) {
         const unsigned latest = __reduce_max_sync(kAll, its_number);
         if (latest <= number) return;
@@ -66,7 +66,7 @@ struct Overflow {
     }
 
     // One lane: for the host, once. All ranks learn the same in the same transfer.
-    __device__ __forceinline__ void publish_item(const Watch& watch) const {
+    __device__ __forceinline__ void report_to_host(const Watch& watch) const {
         State* const state = watch.state;
         Control* const control = watch.control;
         if (number == 0 || state->overflow_reported == number) return;
@@ -129,7 +129,7 @@ __device__ __forceinline__ int read_header(const Arguments& a, Call& call, int r
     if (waits && began && blockIdx.x == 0)
         atomicMax(&a.longest_wait_ns[rank], static_cast<long long>(nanoseconds() - began));
     if constexpr (!kPadded)
-        if (blockIdx.x == 0) headers.overflow.learn(rank, overflow, overflow_rows, room);
+        if (blockIdx.x == 0) headers.overflow.merge(rank, overflow, overflow_rows, room);
     // Counts become addresses, so no peer's word is taken for more than there can be.
     return static_cast<int>(min(rows, static_cast<unsigned>(kMaxTokens)));
 }
@@ -163,7 +163,7 @@ __device__ __forceinline__ bool judge_headers(const Arguments& a, const Call& ca
                                               const Headers& headers) {
     if (!__all_sync(kAll, headers.fine)) return false;
     const bool is_first = threadIdx.x % 32 == 0;
-    if (!kPadded && blockIdx.x == 0 && is_first) headers.overflow.publish_item(call.watch);
+    if (!kPadded && blockIdx.x == 0 && is_first) headers.overflow.report_to_host(call.watch);
     if (__all_sync(kAll, headers.same)) return true;
     if (is_first)
         report_headers(call.watch, a.rank,

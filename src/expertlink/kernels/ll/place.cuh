@@ -80,19 +80,20 @@ constexpr int kPlaceMost = 6;   // of a part
 template <bool kQuantized>
 __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call,
                                            const Staging& at, const Arrivals& in, int source,
-                                           int position, Steps range, bool is_first, bool is_last) {
+                                           int position, StepRange range, bool is_first,
+                                           bool is_last) {
     const int staged = source * kMaxTokens + position;
     char* const row = staged_row(at.base, at.transfer, staged);
     const unsigned* const escapes = escape_words(at.base, at.transfer, staged);
     const bool own = takes_own_rows<kQuantized>(a) && source == a.rank;
     const char* from = row;
-    Pieces<kPlaceDepth> pieces, ahead;
+    StagedPieces<kPlaceDepth> pieces, ahead;
     ScaleWords scales;
-    scales.find<kQuantized>(a, range, is_last);
+    scales.locate<kQuantized>(a, range, is_last);
     int target = dense_target(a, in, source, position), token = 0;
-    Span span = span_of(range.first, range.last, a.row_bytes);
-    if (!own) pieces.look_at(from, span);
-    scales.look_at(row);
+    LanePieces mine = lane_pieces(range.first, range.last, a.row_bytes);
+    if (!own) pieces.load_first(from, mine);
+    scales.load_first(row);
     // While these are on their way.
     WaitResult found = kArrived;
     if (kExpanded || is_first || own)
@@ -102,29 +103,29 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     const unsigned targets = __ballot_sync(kAll, target >= 0);
     if (own) {
         from = a.x + static_cast<long long>(token) * a.input_bytes;
-        pieces.look_at(from, span);
+        pieces.load_first(from, mine);
     }
 #pragma unroll 1
     for (int first = range.first; first < range.last; first += kPlaceDepth) {
-        const Span then = span_of(first + kPlaceDepth, range.last, a.row_bytes);
-        ahead.look_at(from, then);
+        const LanePieces then = lane_pieces(first + kPlaceDepth, range.last, a.row_bytes);
+        ahead.load_first(from, then);
         if (!own && found == kArrived) {
             int awaited = 0;
-            const StepsOfRow places{row,    escapes, first, range.last - range.first,
-                                    source, position};
-            found = pieces.settle(call, places, kAll, awaited);
+            const PlacesOfPart places{row,    escapes, first, range.last - range.first,
+                                      source, position};
+            found = pieces.wait_for(call, places, kAll, awaited);
             if (found == kAbort) return false;
         }
         if (found == kPeerMasked) pieces.clear();
-        scales.look_again(row);
+        scales.load_missing(row);
 #pragma unroll 1
         for (unsigned left = targets; left; left &= left - 1) {
             const int slot = __shfl_sync(kAll, target, __ffs(left) - 1);
-            write_steps(a.tokens + static_cast<long long>(slot) * a.row_bytes, pieces.piece, span);
+            write_steps(a.tokens + static_cast<long long>(slot) * a.row_bytes, pieces.piece, mine);
         }
-        if (!own) pieces.put_back(row, span);
+        if (!own) pieces.put_back(row, mine);
         pieces = ahead;
-        span = then;
+        mine = then;
     }
     return receive_scales(a, call, at, source, position, target, found == kPeerMasked, scales) !=
            kAbort;
@@ -141,8 +142,8 @@ __device__ __forceinline__ void place_rows(const DispatchArguments& a, const Cal
     const Staging at{call.bases[a.rank], call.watch.transfer};
 #pragma unroll 1
     for (int item = first; item < items; item = next_item(next)) {
-        const int turn = by_parts(item), part = item - turn * cut.parts;
-        const int source = (turn + a.rank) % kNumRanks, position = turn / kNumRanks;
+        const int nth = by_parts(item), part = item - nth * cut.parts;
+        const int source = (nth + a.rank) % kNumRanks, position = nth / kNumRanks;
         if (position >= in.rows_from[source]) continue;
         if (!place_part<kQuantized>(a, call, at, in, source, position, cut.part(part), part == 0,
                                     part == cut.parts - 1))

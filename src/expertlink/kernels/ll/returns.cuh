@@ -41,11 +41,12 @@ template <int kDepth>
 __device__ __forceinline__ void return_steps(const CombineArguments& a, const Call& call, int peer,
                                              int slot, const uint4 (&piece)[kDepth], int first,
                                              int last) {
-    const Span span = span_of(first, last, a.row_bytes);
-    const unsigned strange = sentinel_steps(piece, span);
+    const LanePieces mine = lane_pieces(first, last, a.row_bytes);
+    const unsigned sentinels = sentinel_steps(piece, mine);
     char* const base = call.bases[peer];
-    store_steps(staged_row(base, call.sending, slot), piece, span);
-    if (strange) escape_steps(escape_words(base, call.sending, slot), call.sending, first, strange);
+    store_steps(staged_row(base, call.sending, slot), piece, mine);
+    if (sentinels)
+        escape_steps(escape_words(base, call.sending, slot), call.sending, first, sentinels);
 }
 
 __device__ __forceinline__ const char* row_at(const CombineArguments& a, long long slot) {
@@ -72,8 +73,8 @@ __device__ __forceinline__ void return_metadata(const CombineArguments& a, const
 }
 
 // Exact sums: rows that travel are counted as they do; lane k, for choice k.
-__device__ __forceinline__ void count_row(const CombineArguments& a, int peer, long long* rows,
-                                          long long* bytes) {
+__device__ __forceinline__ void add_to_statistics(const CombineArguments& a, int peer,
+                                                  long long* rows, long long* bytes) {
     atomicAdd(reinterpret_cast<unsigned long long*>(&rows[peer]), 1ull);
     if (peer != a.rank)
         atomicAdd(reinterpret_cast<unsigned long long*>(&bytes[peer]),
@@ -94,11 +95,11 @@ __device__ __forceinline__ long long dense_row(const CombineArguments& a, const 
 
 // One part of what belongs to an arrival: what is known of it. With no bytes, part 0 has the
 // numbers only.
-struct Returning {
+struct ReturnItem {
     int item, source, position, part, token;
     int choice;    // lane k: slot (expanded layouts) or local expert of choice k
     float weight;  // lane k
-    Steps range;
+    StepRange range;
 
     // The next part that exists, from item `first` on; what is known of its choices is on its way.
     template <typename Next>
@@ -108,10 +109,10 @@ struct Returning {
         const int lane = threadIdx.x % 32;
         const Divider by_parts(cut.parts);
         for (item = first; item < items; item = next()) {
-            const int turn = by_parts(item);
-            part = item - turn * cut.parts;
-            source = (turn + a.rank) % kNumRanks;
-            position = turn / kNumRanks;
+            const int nth = by_parts(item);
+            part = item - nth * cut.parts;
+            source = (nth + a.rank) % kNumRanks;
+            position = nth / kNumRanks;
             if (position < in.rows_from[source] && !is_masked(call, source)) break;
         }
         if (item >= items) return;
@@ -156,7 +157,7 @@ struct Returning {
     __device__ __forceinline__ void load_row(const CombineArguments& a, long long row,
                                              uint4 (&piece)[kSumDepth]) const {
         read_steps(piece, row_at(a, max(row, 0ll)),
-                   span_of(range.first, row < 0 ? range.first : range.last, a.row_bytes));
+                   lane_pieces(range.first, row < 0 ? range.first : range.last, a.row_bytes));
     }
 };
 
@@ -166,24 +167,24 @@ __device__ __forceinline__ void copy_steps(uint4 (&to)[kSumDepth], const uint4 (
 }
 
 // What belongs to a part and is no row.
-__device__ __forceinline__ void return_notes(const CombineArguments& a, const Call& call,
-                                             const RowsFrom& in, const Returning& part) {
+__device__ __forceinline__ void return_row_metadata(const CombineArguments& a, const Call& call,
+                                                    const RowsFrom& in, const ReturnItem& part) {
     if (part.part != 0 || !(kExact || a.flags & kGrads)) return;
     if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
-        count_row(a, part.source, a.rows_sent, a.bytes_sent);
+        add_to_statistics(a, part.source, a.rows_sent, a.bytes_sent);
     return_metadata(a, call, part.source, a.rank * kMaxTokens + part.position, part.token,
                     dense_row(a, in, part.source, part.position), part.choice, part.weight);
 }
 
 // Returns `part`, whose first row is in `piece`; that of `ahead` is there afterwards.
 __device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
-                                            const RowsFrom& in, const Returning& part,
-                                            Returning& ahead, int items,
+                                            const RowsFrom& in, const ReturnItem& part,
+                                            ReturnItem& ahead, int items,
                                             uint4 (&piece)[kSumDepth]) {
     const int peer = part.source, slot = a.rank * kMaxTokens + part.position;
-    const Steps range = part.range;
+    const StepRange range = part.range;
     const bool more = ahead.item < items;
-    return_notes(a, call, in, part);
+    return_row_metadata(a, call, in, part);
     if (a.row_bytes == 0 || part.stays(a)) {
         if (more) ahead.begin(a, in, piece);
         return;
@@ -229,15 +230,15 @@ __device__ __forceinline__ void return_few(const CombineArguments& a, const Call
                                            const RowsFrom& in, const Cut& cut, int items,
                                            int* counter) {
     const auto next = [&] { return next_item(counter); };
-    Returning part;
+    ReturnItem part;
 #pragma unroll 1
     for (part.open(a, call, in, first_item(), items, cut, next); part.item < items;
          part.open(a, call, in, next(), items, cut, next)) {
         if (a.slot_weights != nullptr && part.choice >= 0)
             part.weight = a.slot_weights[part.choice];
-        return_notes(a, call, in, part);
+        return_row_metadata(a, call, in, part);
         if (a.row_bytes == 0) continue;
-        const Span span = span_of(part.range.first, part.range.last, a.row_bytes);
+        const LanePieces mine = lane_pieces(part.range.first, part.range.last, a.row_bytes);
         float sum[kPack] = {};
 #pragma unroll 1
         for (unsigned left = __ballot_sync(kAll, part.choice >= 0); left;) {
@@ -246,7 +247,7 @@ __device__ __forceinline__ void return_few(const CombineArguments& a, const Call
 #pragma unroll
             for (int i = 0; i < kTogether; ++i, rest &= rest - 1) {
                 const long long slot = __shfl_sync(kAll, part.choice, rest ? __ffs(rest) - 1 : 0);
-                read_steps(piece[i], row_at(a, max(slot, 0ll)), {span.at, rest ? span.count : 0});
+                read_steps(piece[i], row_at(a, max(slot, 0ll)), {mine.at, rest ? mine.count : 0});
             }
 #pragma unroll
             for (int i = 0; i < kTogether; ++i) {
@@ -276,7 +277,7 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
     Draws draws;
     if (drawn) draws.begin(call, warps, items);
     const auto next = [&] { return drawn ? draws.next() : next_item(counter); };
-    Returning part, ahead;
+    ReturnItem part, ahead;
     uint4 piece[kSumDepth];
     part.open(a, call, in, first_item(), items, cut, next);
     if (part.item < items) part.begin(a, in, piece);

@@ -29,7 +29,7 @@ struct Roles {
             }
             senders = min(senders, warps - 1);
         }
-        waiters = waiting_warps(a, others());
+        waiters = count_warps(a, others());
         first_waiter = senders + min(1, others() - waiters);
         first_ready = few ? first_waiter : senders;
     }
@@ -52,12 +52,13 @@ struct Roles {
 
     // Returns when the counts are known: whoever has sentinel_piece else to do begins to place at
     // once, the others when all of them are done.
-    __device__ __forceinline__ void meet_others() const {
+    __device__ __forceinline__ void wait_for_counts() const {
         if (joins_late()) {
-            meet(kOthersMayPlace, late_warps() + needed_waiters());
+            barrier_sync(kPlacingBarrier, late_warps() + needed_waiters());
         } else {
-            if (waits() && late_warps()) arrive(kOthersMayPlace, late_warps() + needed_waiters());
-            meet(kCountsAreKnown, warps - late_warps());
+            if (waits() && late_warps())
+                barrier_arrive(kPlacingBarrier, late_warps() + needed_waiters());
+            barrier_sync(kCountsBarrier, warps - late_warps());
         }
     }
 

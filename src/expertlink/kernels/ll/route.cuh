@@ -49,7 +49,7 @@ struct Choice {
     int token, k;
     long long id;
 
-    __device__ __forceinline__ void find(int number) {
+    __device__ __forceinline__ void locate(int number) {
         token = number / kTopk;
         k = number - token * kTopk;
     }
@@ -72,9 +72,9 @@ struct Choice {
 struct BlockChoices {
     Choice first, second;
 
-    __device__ __forceinline__ void find() {
-        first.find(threadIdx.x);
-        second.find(threadIdx.x + blockDim.x);
+    __device__ __forceinline__ void locate() {
+        first.locate(threadIdx.x);
+        second.locate(threadIdx.x + blockDim.x);
     }
 
     template <typename Arguments>
@@ -94,7 +94,7 @@ struct BlockChoices {
 #pragma unroll 1
         while (true) {
             number += blockDim.x;
-            choice.find(number);
+            choice.locate(number);
             if (choice.token >= a.num_tokens) return;
             choice.load(a);
             act(choice);
@@ -109,12 +109,12 @@ struct MetadataItem : Choice {
     int peer;         // whom
     unsigned weight;  // bits of a float
 
-    __device__ __forceinline__ void find(int which) {
+    __device__ __forceinline__ void locate(int which) {
         constexpr int kEach = kTopk * kNumRanks;  // of a token
         number = which;
         const int nth = number / kEach, rest = number - nth * kEach;
         peer = rest / kTopk;
-        Choice::find((nth * gridDim.x + blockIdx.x) * kTopk + rest - peer * kTopk);
+        Choice::locate((nth * gridDim.x + blockIdx.x) * kTopk + rest - peer * kTopk);
     }
 
     template <typename Arguments>
@@ -281,7 +281,7 @@ __device__ __forceinline__ void publish_metadata(const Arguments& a, const Call&
 #pragma unroll 1
     while (item.token < a.num_tokens) {
         publish_item(a, call, masks, chunk, item);
-        item.find(item.number + threads);
+        item.locate(item.number + threads);
         item.load(a);
     }
 }

@@ -8,11 +8,11 @@ namespace ll {
 // -- steps of a row -------------------------------------------------------------------------------
 
 // What a lane has of some steps of a row: 16 bytes of each of `count` steps, the first at `at`.
-struct Span {
+struct LanePieces {
     int at, count;
 };
 
-__device__ __forceinline__ Span span_of(int first, int last, int bytes) {
+__device__ __forceinline__ LanePieces lane_pieces(int first, int last, int bytes) {
     const int at = first * kStepBytes + threadIdx.x % 32 * 16;
     return {at, min(last - first, (bytes - at + kStepBytes - 1) >> 9)};
 }
@@ -20,51 +20,54 @@ static_assert(kStepBytes == 1 << 9);
 
 // Pieces that do not exist become zeros.
 template <int kDepth>
-__device__ __forceinline__ void read_steps(uint4 (&piece)[kDepth], const char* row, Span span) {
+__device__ __forceinline__ void read_steps(uint4 (&piece)[kDepth], const char* row,
+                                           LanePieces mine) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
         piece[i] = make_uint4(0, 0, 0, 0);
-        if (i < span.count)
-            piece[i] = *reinterpret_cast<const uint4*>(row + span.at + i * kStepBytes);
+        if (i < mine.count)
+            piece[i] = *reinterpret_cast<const uint4*>(row + mine.at + i * kStepBytes);
     }
 }
 
 template <int kDepth>
-__device__ __forceinline__ void write_steps(char* row, const uint4 (&piece)[kDepth], Span span) {
+__device__ __forceinline__ void write_steps(char* row, const uint4 (&piece)[kDepth],
+                                            LanePieces mine) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
-        if (i < span.count) *reinterpret_cast<uint4*>(row + span.at + i * kStepBytes) = piece[i];
+        if (i < mine.count) *reinterpret_cast<uint4*>(row + mine.at + i * kStepBytes) = piece[i];
 }
 
 // To the row of a peer.
 template <int kDepth>
-__device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth], Span span) {
+__device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth],
+                                            LanePieces mine) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
-        if (i < span.count) store_piece(row + span.at + i * kStepBytes, piece[i]);
+        if (i < mine.count) store_piece(row + mine.at + i * kStepBytes, piece[i]);
 }
 
 // The same in all lanes: steps whose data poll like sentinel_piece.
 template <int kDepth>
-__device__ __forceinline__ unsigned sentinel_steps(const uint4 (&piece)[kDepth], Span span) {
-    unsigned strange = 0;
+__device__ __forceinline__ unsigned sentinel_steps(const uint4 (&piece)[kDepth], LanePieces mine) {
+    unsigned sentinels = 0;
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
-        if (i < span.count && has_sentinel(piece[i])) strange |= 1u << i;
-    return __reduce_or_sync(kAll, strange);
+        if (i < mine.count && has_sentinel(piece[i])) sentinels |= 1u << i;
+    return __reduce_or_sync(kAll, sentinels);
 }
 
 // Pieces of a staged row as they come in: kDepth steps of one lane's 16 bytes.
 template <int kDepth>
-struct Pieces {
+struct StagedPieces {
     uint4 piece[kDepth];
 
     // First poll; pieces that do not exist are there.
-    __device__ __forceinline__ void look_at(const char* row, Span span) {
+    __device__ __forceinline__ void load_first(const char* row, LanePieces mine) {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
             piece[i] = make_uint4(0, 0, 0, 0);
-            if (i < span.count) piece[i] = load_piece(row + span.at + i * kStepBytes);
+            if (i < mine.count) piece[i] = load_piece(row + mine.at + i * kStepBytes);
         }
     }
 
@@ -85,8 +88,8 @@ struct Pieces {
     // Waits until those of `which` are here; the warp finds the same. Where a rank is gone,
     // `awaited` says for which piece it was waited.
     template <typename Places>
-    __device__ __forceinline__ WaitResult settle(const Call& call, const Places& places,
-                                                 unsigned which, int& awaited) {
+    __device__ __forceinline__ WaitResult wait_for(const Call& call, const Places& places,
+                                                   unsigned which, int& awaited) {
         const unsigned bits = missing() & which, left = __reduce_or_sync(kAll, bits);
         if (left == 0) return kArrived;
         awaited = __ffs(left) - 1;
@@ -109,15 +112,15 @@ struct Pieces {
         WaitResult found = kArrived;
         // Looks keep the memory system from what is awaited. So, if there is much of it, only one
         // piece is looked at until it is here, then all.
-        unsigned looked_at = kAll;
+        unsigned polled = kAll;
         for (unsigned spins = 1;; ++spins) {
-            load(places, bits & looked_at);
+            load(places, bits & polled);
             bits &= missing();
             const unsigned left = __reduce_or_sync(kAll, bits);
             if (left == 0) break;
             awaited = __ffs(left) - 1;
-            const bool came = (looked_at & (looked_at - 1)) == 0 && !(looked_at & left);
-            looked_at = came || places.are_few() ? left : left & -left;
+            const bool came = (polled & (polled - 1)) == 0 && !(polled & left);
+            polled = came || places.are_few() ? left : left & -left;
             if (spins > 2) __nanosleep(32);
             if (spins % 16 != 0) continue;
             // The data themselves may poll like sentinel_piece; then the sender has said that they
@@ -145,16 +148,16 @@ struct Pieces {
     }
 
     // The memory is free again; who may write it next has to be item first.
-    __device__ __forceinline__ void put_back(char* row, Span span) const {
+    __device__ __forceinline__ void put_back(char* row, LanePieces mine) const {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i)
-            if (i < span.count)
-                *reinterpret_cast<uint4*>(row + span.at + i * kStepBytes) = sentinel_piece();
+            if (i < mine.count)
+                *reinterpret_cast<uint4*>(row + mine.at + i * kStepBytes) = sentinel_piece();
     }
 };
 
 // Where pieces are looked for: steps of one row.
-struct StepsOfRow {
+struct PlacesOfPart {
     const char* row;
     const unsigned* escapes;
     int first, length;  // steps of the whole part

@@ -45,7 +45,8 @@ struct ScaleWords {
     unsigned early[2];
 
     template <bool kQuantized>
-    __device__ __forceinline__ void find(const DispatchArguments& a, Steps range, bool is_last) {
+    __device__ __forceinline__ void locate(const DispatchArguments& a, StepRange range,
+                                           bool is_last) {
         const int all = (a.scale_bytes + 3) / 4;
         const int each = a.scale_kind == kPackedScales ? 1 : kInStep;  // words of a step
         begin = kQuantized ? range.first * each : 0;
@@ -58,14 +59,14 @@ struct ScaleWords {
             load_fresh(reinterpret_cast<const int*>(row + kScalesAt) + word));
     }
 
-    __device__ __forceinline__ void look_at(const char* row) {
+    __device__ __forceinline__ void load_first(const char* row) {
         const int word = begin + threadIdx.x % 32;
         early[0] = load(row, word);
         early[1] = load(row, word + 32);
     }
 
     // The row is here, so they may be.
-    __device__ __forceinline__ void look_again(const char* row) {
+    __device__ __forceinline__ void load_missing(const char* row) {
         const int word = begin + threadIdx.x % 32;
         if (early[0] == kSentinel) early[0] = load(row, word);
         if (early[1] == kSentinel) early[1] = load(row, word + 32);

@@ -16,16 +16,16 @@ struct Part {
     uint4 piece[kDepth];
     uint4 rest[kQuantized ? kDepth : 1];  // second half of what a piece is made of
 
-    __device__ __forceinline__ void load(const char* row, Span span) {
+    __device__ __forceinline__ void load(const char* row, LanePieces mine) {
         if constexpr (!kQuantized) {
-            read_steps(piece, row, span);
+            read_steps(piece, row, mine);
         } else {
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {
                 piece[i] = rest[i] = make_uint4(0, 0, 0, 0);
-                if (i >= span.count) continue;
+                if (i >= mine.count) continue;
                 // Sixteen elements are twice as long before they are quantized.
-                const char* const from = row + 2 * span.at + 2 * i * kStepBytes;
+                const char* const from = row + 2 * mine.at + 2 * i * kStepBytes;
                 piece[i] = reinterpret_cast<const uint4*>(from)[0];
                 rest[i] = reinterpret_cast<const uint4*>(from)[1];
             }
@@ -64,7 +64,7 @@ struct PartScales {
     }
 
     // Packed scales may poll like sentinel_piece: bit i for step i, in all lanes.
-    __device__ __forceinline__ unsigned strange() const {
+    __device__ __forceinline__ unsigned sentinels() const {
         return __ballot_sync(kAll, index >= 0 && word == kSentinel);
     }
 };
@@ -85,7 +85,7 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
                                             unsigned transfer, int token) {
     const char* const from = a.scales + static_cast<long long>(token) * a.scale_bytes;
     unsigned* const to = reinterpret_cast<unsigned*>(row + kScalesAt);
-    unsigned strange = 0;
+    unsigned sentinels = 0;
 #pragma unroll 1
     for (int word = threadIdx.x % 32; word * 4 < a.scale_bytes; word += 32) {
         unsigned value = 0;
@@ -93,15 +93,15 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
         for (int i = 3; i >= 0; --i)
             value = value << 8 | byte_at(from, word * 4 + i, a.scale_bytes);
         store_relaxed_system(to + word, value);
-        if (value == kSentinel) strange = 1;
+        if (value == kSentinel) sentinels = 1;
     }
-    if (__any_sync(kAll, strange)) escape_steps(escape, transfer, 0, 1u);
+    if (__any_sync(kAll, sentinels)) escape_steps(escape, transfer, 0, 1u);
 }
 
 // One part of a token's row, for the ranks of one split.
-struct Stretch {
-    int item, token, part, split;
-    Steps steps;
+struct SendItem {
+    int item, token, part, share;
+    StepRange steps;
 };
 
 // One warp's way through the rows that its rank sends: in parts, and with few tokens each part to
@@ -110,8 +110,8 @@ template <bool kQuantized>
 struct Sender {
     static constexpr int kDepth = Part<kQuantized>::kDepth;
     Cut cut;
-    int splits, items;
-    Stretch now;
+    int shares, items;
+    SendItem now;
     Part<kQuantized> part;
 
     // The first `warps` warps of every block that sends take part.
@@ -119,23 +119,23 @@ struct Sender {
         const int all = warps * gridDim.x;
         cut = {a.num_tokens, a.row_bytes, all, kDepth};
         const int pieces = a.num_tokens * cut.parts;
-        splits = pieces ? max(1, min(kCopies, all / pieces)) : 1;
-        items = threadIdx.x / 32 < warps ? pieces * splits : 0;
+        shares = pieces ? max(1, min(kCopies, all / pieces)) : 1;
+        items = threadIdx.x / 32 < warps ? pieces * shares : 0;
         now = open(first_item());
     }
 
-    __device__ __forceinline__ Stretch open(int item) const {
-        const Divider by_splits(splits), by_parts(cut.parts);
-        const int piece = by_splits(item), token = by_parts(piece);
+    __device__ __forceinline__ SendItem open(int item) const {
+        const Divider by_shares(shares), by_parts(cut.parts);
+        const int piece = by_shares(item), token = by_parts(piece);
         const int number = piece - token * cut.parts;
-        return {item, token, number, item - piece * splits, cut.part(number)};
+        return {item, token, number, item - piece * shares, cut.part(number)};
     }
 
-    __device__ __forceinline__ void load(const DispatchArguments& a, const Stretch& at,
+    __device__ __forceinline__ void load(const DispatchArguments& a, const SendItem& at,
                                          Part<kQuantized>& into) const {
         if (at.item < items)
             into.load(a.x + static_cast<long long>(at.token) * a.input_bytes,
-                      span_of(at.steps.first, at.steps.last, a.row_bytes));
+                      lane_pieces(at.steps.first, at.steps.last, a.row_bytes));
     }
 
     // What has been loaded, to the ranks of this split. Every token begins with another rank.
@@ -143,9 +143,9 @@ struct Sender {
                                           const Masks& masks) {
         const int token = now.token, first = now.steps.first, last = now.steps.last;
         const bool with_scales = now.part == cut.parts - 1 && a.scales != nullptr;
-        const Span span = span_of(first, last, a.row_bytes);
+        const LanePieces mine = lane_pieces(first, last, a.row_bytes);
         PartScales scales;
-        unsigned strange = 0;
+        unsigned sentinels = 0;
         if constexpr (kQuantized) {
             float scale[kDepth];
             if (last - first == 1) {  // with few tokens
@@ -160,13 +160,13 @@ struct Sender {
             }
             const bool packed = a.scale_kind == kPackedScales;
             scales.gather(scale, first, last - first, packed);
-            if (packed) strange = scales.strange();
+            if (packed) sentinels = scales.sentinels();
         }
-        strange |= sentinel_steps(part.piece, span);
-        const int turn = (a.rank + token) % kNumRanks;
+        sentinels |= sentinel_steps(part.piece, mine);
+        const int nth = (a.rank + token) % kNumRanks;
         const long long offset =
             staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
-        int skip = now.split;  // ranks of the token that are another warp's
+        int skip = now.share;  // ranks of the token that are another warp's
 #pragma unroll 1
         for (int part_of = 0; part_of < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1);
              ++part_of) {
@@ -176,17 +176,17 @@ struct Sender {
             unsigned there = __ballot_sync(kAll, position >= 0);
             int shift = 0;
             if constexpr (kNumRanks > 32) {
-                const int before = min(max(turn - group, 0), 32);
+                const int before = min(max(nth - group, 0), 32);
                 const unsigned below = before == 32 ? kAll : (1u << before) - 1u;
                 there &= part_of < groups ? ~below : below;
-            } else if (turn != 0) {
-                shift = turn;  // bit i stands for rank (i + turn) % R
-                there = (there >> turn | there << (kNumRanks - turn)) & (kAll >> (32 - kNumRanks));
+            } else if (nth != 0) {
+                shift = nth;  // bit i stands for rank (i + turn) % R
+                there = (there >> nth | there << (kNumRanks - nth)) & (kAll >> (32 - kNumRanks));
             }
 #pragma unroll 1
             for (; there; there &= there - 1) {
                 if (skip-- > 0) continue;
-                skip = splits - 1;
+                skip = shares - 1;
                 int lane_of = __ffs(there) - 1 + shift;
                 if (kNumRanks <= 32 && lane_of >= kNumRanks) lane_of -= kNumRanks;
                 const int slot = __shfl_sync(kAll, position, lane_of);
@@ -194,13 +194,13 @@ struct Sender {
                 char* const base = call.bases[peer];
                 char* const row = base + offset + static_cast<long long>(slot) * kRowStride;
                 const bool stays = takes_own_rows<kQuantized>(a) && peer == a.rank;
-                if (!stays) store_steps(row, part.piece, span);
+                if (!stays) store_steps(row, part.piece, mine);
                 if (kQuantized && scales.index >= 0)
                     store_relaxed_system(
                         reinterpret_cast<unsigned*>(row + kScalesAt) + scales.index, scales.word);
-                if (strange && !stays)
+                if (sentinels && !stays)
                     escape_steps(escape_words(base, call.sending, a.rank * kMaxTokens + slot),
-                                 call.sending, first, strange);
+                                 call.sending, first, sentinels);
                 if (!kQuantized && with_scales)
                     send_scales(
                         a, row,
@@ -215,7 +215,7 @@ struct Sender {
                                         const Masks& masks, Draws& draws) {
 #pragma unroll 1
         while (now.item < items) {
-            const Stretch then = open(draws.next());
+            const SendItem then = open(draws.next());
             Part<kQuantized> ahead;
             load(a, then, ahead);
             store(a, call, masks);

@@ -105,7 +105,7 @@ struct Divider {
     }
 };
 
-struct Steps {
+struct StepRange {
     int first, last;
 };
 
@@ -127,7 +127,7 @@ struct Cut {
         parts = Divider(length)(steps + length - 1);
     }
 
-    __device__ __forceinline__ Steps part(int index) const {
+    __device__ __forceinline__ StepRange part(int index) const {
         return {index * length, min((index + 1) * length, steps)};
     }
 };

@@ -65,9 +65,9 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
 }
 
 // One part of one token: its terms.
-struct Adding {
+struct SumItem {
     int item, token, part;
-    Steps range;
+    StepRange range;
     Term term;
 
     // The next part; its terms are on their way.
@@ -89,10 +89,10 @@ struct Adding {
     // The terms are here; the first of them is looked at.
     __device__ __forceinline__ void begin(const CombineArguments& a, const Call& call,
                                           const RowsFrom& in, int items,
-                                          Pieces<kSumDepth>& pieces) {
+                                          StagedPieces<kSumDepth>& pieces) {
         if (item >= items) return;
         leave_out_masked(call);
-        look_at(a, call, in, __ballot_sync(kAll, term.slot >= 0), pieces);
+        load_first(a, call, in, __ballot_sync(kAll, term.slot >= 0), pieces);
     }
 
     __device__ __forceinline__ bool is_own(const CombineArguments& a, int slot) const {
@@ -100,15 +100,15 @@ struct Adding {
     }
 
     // The first of some terms, if there are any.
-    __device__ __forceinline__ void look_at(const CombineArguments& a, const Call& call,
-                                            const RowsFrom& in, unsigned terms,
-                                            Pieces<kSumDepth>& pieces) const {
+    __device__ __forceinline__ void load_first(const CombineArguments& a, const Call& call,
+                                               const RowsFrom& in, unsigned terms,
+                                               StagedPieces<kSumDepth>& pieces) const {
         const int slot = __shfl_sync(kAll, term.slot, terms ? __ffs(terms) - 1 : 0);
         if (!terms || a.row_bytes == 0) return;
         bool exists = true;
         const char* const row = row_of(a, call, in, slot, exists);
         const int last = exists ? range.last : range.first;
-        pieces.look_at(row, span_of(range.first, last, a.row_bytes));
+        pieces.load_first(row, lane_pieces(range.first, last, a.row_bytes));
     }
 
     // Where a term is; an own row, which is only read, may have found no room.

@@ -50,13 +50,13 @@ struct PlacesOfTerms {
 // One step of all terms, of which some are awaited together; those of the lanes `gone` do not
 // count. False: give up.
 __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call& call,
-                                          const RowsFrom& in, const Adding& part, unsigned gone,
+                                          const RowsFrom& in, const SumItem& part, unsigned gone,
                                           float weight, float (&sum)[kPack]) {
-    const bool exists = span_of(part.range.first, part.range.last, a.row_bytes).count > 0;
+    const bool exists = lane_pieces(part.range.first, part.range.last, a.row_bytes).count > 0;
     unsigned left = __ballot_sync(kAll, part.term.slot >= 0);
 #pragma unroll 1
     while (left) {
-        Pieces<kTogether> pieces;
+        StagedPieces<kTogether> pieces;
         PlacesOfTerms places;
         places.term = part.term;
         places.step = part.range.first;
@@ -79,7 +79,7 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
         }
         while (true) {
             int awaited = 0;
-            const WaitResult found = pieces.settle(call, places, staged & ~lost, awaited);
+            const WaitResult found = pieces.wait_for(call, places, staged & ~lost, awaited);
             if (found == kAbort) return false;
             if (found == kArrived) break;
             lost |= 1u << awaited;
@@ -99,8 +99,9 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
 
 // What belongs to a part and is no row: lane k learns the weight of its term with exact sums; which
 // lanes' terms are gone since. False: give up.
-__device__ __forceinline__ bool receive_notes(const CombineArguments& a, const Call& call,
-                                              const Adding& part, unsigned& gone, float& weight) {
+__device__ __forceinline__ bool receive_row_metadata(const CombineArguments& a, const Call& call,
+                                                     const SumItem& part, unsigned& gone,
+                                                     float& weight) {
     const int lane = threadIdx.x % 32;
     Term term = part.term;
     float grad = 0.0f;
@@ -108,7 +109,7 @@ __device__ __forceinline__ bool receive_notes(const CombineArguments& a, const C
     gone = __ballot_sync(kAll, part.term.slot >= 0 && term.slot < 0);
     if (part.part != 0) return true;
     if (kExact && term.slot >= 0 && a.rows_sent != nullptr && a.row_bytes != 0)
-        count_row(a, term.peer, a.rows_received, a.bytes_received);
+        add_to_statistics(a, term.peer, a.rows_received, a.bytes_received);
     if (!(a.flags & kGrads)) return true;
     if (!kExact) return receive_grads(a, call, term, part.token);
     if (lane < kTopk)
@@ -119,14 +120,14 @@ __device__ __forceinline__ bool receive_notes(const CombineArguments& a, const C
 
 // Adds up `part`, whose first term is in `pieces`; afterwards that of `ahead` is. False: give up.
 __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
-                                         const RowsFrom& in, const Adding& part, Adding& ahead,
-                                         int items, Pieces<kSumDepth>& pieces) {
-    const Steps range = part.range;
-    const Span span = span_of(range.first, range.last, a.row_bytes);
+                                         const RowsFrom& in, const SumItem& part, SumItem& ahead,
+                                         int items, StagedPieces<kSumDepth>& pieces) {
+    const StepRange range = part.range;
+    const LanePieces mine = lane_pieces(range.first, range.last, a.row_bytes);
     const unsigned terms = __ballot_sync(kAll, part.term.slot >= 0);
     unsigned gone = 0;
     float weight = 1.0f;
-    if (!receive_notes(a, call, part, gone, weight)) return false;
+    if (!receive_row_metadata(a, call, part, gone, weight)) return false;
     Sums sums;
     sums.clear();
     unsigned left = terms;
@@ -135,9 +136,9 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     while (left) {
         const int i = __ffs(left) - 1;
         left &= left - 1;
-        Pieces<kSumDepth> next;
+        StagedPieces<kSumDepth> next;
         if (left)
-            part.look_at(a, call, in, left, next);
+            part.load_first(a, call, in, left, next);
         else
             ahead.begin(a, call, in, items, next);
         const int slot = __shfl_sync(kAll, part.term.slot, i);
@@ -150,10 +151,11 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
                 escape_words(call.bases[a.rank], call.watch.transfer, slot);
             int awaited = 0;
             if (!own && found == kArrived)
-                found = pieces.settle(call,
-                                      StepsOfRow{row, escapes, range.first,
+                found =
+                    pieces.wait_for(call,
+                                    PlacesOfPart{row, escapes, range.first,
                                                  range.last - range.first, peer, slot % kMaxTokens},
-                                      kAll, awaited);
+                                    kAll, awaited);
             if (found == kAbort) return false;
             if (found == kArrived) {
                 if (kExact)
@@ -161,7 +163,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
                 else
                     sums.add<false>(pieces.piece, 0.0f);
             }
-            if (!own) pieces.put_back(row, span);
+            if (!own) pieces.put_back(row, mine);
         }
         pieces = next;
     }
@@ -169,7 +171,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     uint4 sum[kSumDepth];
     sums.round(sum);
     write_steps(static_cast<char*>(a.out) + static_cast<long long>(part.token) * a.row_bytes, sum,
-                span);
+                mine);
     return true;
 }
 
@@ -177,18 +179,18 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
 __device__ __forceinline__ void add_up_few(const CombineArguments& a, const Call& call,
                                            const RowsFrom& in, const Cut& cut, int items,
                                            int* next) {
-    Adding part;
+    SumItem part;
 #pragma unroll 1
     for (int item = next_item(next); item < items; item = next_item(next)) {
         part.open(a, item, items, cut);
         part.leave_out_masked(call);
         unsigned gone = 0;
         float weight = 1.0f, sum[kPack] = {};
-        if (!receive_notes(a, call, part, gone, weight)) return;
+        if (!receive_row_metadata(a, call, part, gone, weight)) return;
         if (!add_terms(a, call, in, part, gone, weight, sum)) return;
         const uint4 one[1] = {round_piece(sum)};
         write_steps(static_cast<char*>(a.out) + static_cast<long long>(part.token) * a.row_bytes,
-                    one, span_of(part.range.first, part.range.last, a.row_bytes));
+                    one, lane_pieces(part.range.first, part.range.last, a.row_bytes));
     }
 }
 
@@ -204,8 +206,8 @@ __device__ __forceinline__ void add_up(const CombineArguments& a, const Call& ca
         add_up_few(a, call, in, cut, items, next);
         return;
     }
-    Adding part, ahead;
-    Pieces<kSumDepth> pieces;
+    SumItem part, ahead;
+    StagedPieces<kSumDepth> pieces;
     part.item = items;
 #pragma unroll 1
     while (true) {

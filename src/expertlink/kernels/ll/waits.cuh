@@ -38,7 +38,7 @@ __device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase pha
     const WaitPolicy& policy = call->policy;
     if (load_relaxed_system(&watch.masked[peer]) != 0) return kPollMasked;
     if (has_failed(watch)) return kPollAbort;
-    const int aborter = !kMaskLost                         ? aborted_by(watch)
+    const int aborter = !kMaskLost                       ? aborted_by(watch)
                         : has_aborted(watch, watch.rank) ? watch.rank
                                                          : -1;
     if (aborter >= 0) {
