@@ -1,4 +1,4 @@
-"""Writes docs/reference from the sources that it documents.
+"""Writes what the pages take from the code: docs/reference, and the README's table of figures.
 
 python docs/generate.py, or `make docs`. A test holds the pages equal to what this makes.
 """
@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 from expertlink import config, settings
+from expertlink.bench.report import read_folder, readme_table
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- Written by docs/generate.py. Change the source, then run `make docs`. -->"
@@ -22,7 +23,17 @@ def pages() -> dict[Path, str]:
     return {
         folder / "configuration.md": configuration_page(),
         folder / "environment.md": environment_page(),
+        ROOT / "README.md": readme(),
     }
+
+
+def readme() -> str:
+    """The README with the figures of the records."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- figures -->\n", "<!-- /figures -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + begin + readme_table(read_folder(ROOT / "benchmarks" / "results")) + end + after
 
 
 def configuration_page() -> str:
