@@ -1,22 +1,22 @@
-// The experts that a token has chosen, where they live, and what a slot says of them.
+// A token's choices: which experts, and where these live.
 //
-// `Arguments` has the caller's ids, `flags` with kWideIds, and where copies of the ids are kept.
+// `Arguments` has the caller's ids, `flags` with kWideIds, and memory for a copy of the ids.
 #pragma once
 
-// Where an expert lives, in one number: rank * kLocationStride + index on that rank.
+// An expert's location is one number: rank * kLocationStride + index on that rank.
 __device__ __forceinline__ int rank_of(int location) { return location / kLocationStride; }
 __device__ __forceinline__ int local_of(int location) { return location % kLocationStride; }
 
-constexpr int kChunk = kTopk < 8 ? kTopk : 8;  // choices that are looked at together
+constexpr int kChunk = kTopk < 8 ? kTopk : 8;  // choices that are loaded together
 
-// Some of a token's choices: global experts, -1 for none. All loads are under way before the first
-// is used.
+// Some of a token's choices: global experts, or -1 for none. All loads are issued before the first
+// result is used.
 struct Choices {
     int expert[kChunk];
     bool faulty;  // an id is out of range
 };
 
-// The choices from `first` on; `keeps`: a copy of their ids is kept.
+// The choices from `first` on. With `keeps` their ids are copied too.
 template <typename Arguments>
 __device__ __forceinline__ Choices choices_of(const Arguments& a, int token, int first,
                                               bool keeps) {
@@ -55,7 +55,7 @@ __device__ __forceinline__ int expert_of(const Arguments& a, int token, int k) {
     return id >= 0 && id < kNumExperts ? static_cast<int>(id) : -1;
 }
 
-// Deduplicated layouts: ids and weights of a slot that no row fills. One warp.
+// Deduplicated layouts: clears ids and weights of a slot that no row fills. One warp.
 template <typename Arguments>
 __device__ __forceinline__ void clear_choices(const Arguments& a, int slot) {
     const int lane = threadIdx.x % 32;

@@ -1,4 +1,4 @@
-// Pieces of rows: 16 bytes of bfloat16 or float16 elements, added up with the roundings of
+// Sums of rows, 16 bytes at a time: bfloat16 or float16 elements, with the roundings of
 // reduction.py.
 #pragma once
 

@@ -1,16 +1,16 @@
-// The few PTX instructions that C++ has no words for: bulk copies, memory order, time.
+// PTX instructions that C++ has no words for: bulk copies, memory order, time.
 //
 // A bulk copy runs beside the thread that issues it. Loads into shared memory report to an
-// mbarrier; stores out of it belong to a group of the issuing thread, which waits either until the
-// group's shared memory has been read (it may be overwritten) or until its bytes are written (it
-// may be announced to others).
+// mbarrier. Stores out of it belong to a group of the issuing thread. That thread waits either
+// until the shared memory of the group has been read, and may be overwritten, or until its bytes
+// are written, and may be announced to others.
 #pragma once
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// The address stays in a register; the compiler would find it anew at every use.
+// Keeps an address in a register. The compiler would compute it again at every use.
 template <typename T>
 __device__ __forceinline__ T& at_hand(T& shared) {
     unsigned address = shared_address(&shared);
@@ -23,7 +23,7 @@ __device__ __forceinline__ T& at_hand(T& shared) {
 __device__ __forceinline__ void barrier_init(unsigned long long* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier))
                  : "memory");
-    // The copy engine must see the initialised barrier.
+    // Fence: the copy engine must see the initialised barrier.
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -31,7 +31,7 @@ __device__ __forceinline__ void barrier_inval(unsigned long long* barrier) {
     asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// The barrier's current phase will wait for `bytes` more.
+// The barrier's current phase waits for `bytes` more.
 __device__ __forceinline__ void barrier_expect(unsigned long long* barrier, unsigned bytes) {
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -78,22 +78,22 @@ __device__ __forceinline__ void bulk_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// The shared memory of all stores of this thread has been read.
+// Waits until the shared memory of all stores of this thread has been read.
 __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// The bytes of all stores of this thread are written.
+// Waits until the bytes of all stores of this thread are written.
 __device__ __forceinline__ void bulk_wait_written() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// What this thread wrote to shared memory by ordinary stores may be read by bulk copies.
+// Fence: bulk copies may read what this thread wrote to shared memory by ordinary stores.
 __device__ __forceinline__ void fence_shared_to_bulk() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// What this thread has acquired in global memory may be read by bulk copies.
+// Fence: bulk copies may read what this thread has acquired in global memory.
 __device__ __forceinline__ void fence_global_to_bulk() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
@@ -151,7 +151,7 @@ __device__ __forceinline__ void add_release_block(unsigned* word) {
                  : "memory");
 }
 
-// Adds one with acquire and release, so that the last of several arrivals sees what all others did.
+// Adds one. Acquire and release: the last of several arrivals sees what all others did.
 __device__ __forceinline__ unsigned arrive_device(unsigned* word) {
     unsigned before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
@@ -162,7 +162,7 @@ __device__ __forceinline__ unsigned arrive_device(unsigned* word) {
 }
 
 // -- loads past the L1 cache ----------------------------------------------------------------------
-// Memory that peers write is read through the L2 cache: the L1 cache may hold an older copy.
+// Memory that peers write is read through the L2 cache. The L1 cache may hold an older copy.
 
 __device__ __forceinline__ int load_fresh(const int* word) {
     int value;
@@ -187,12 +187,12 @@ __device__ __forceinline__ unsigned long long nanoseconds() {
     return now;
 }
 
-// A kernel launched to follow this one may start.
+// Lets the kernel that follows this one start.
 __device__ __forceinline__ void let_follower_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// Waits until the kernel that this one follows is over and its writes are visible.
+// Waits until the kernel before this one is over and its writes are visible.
 __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }

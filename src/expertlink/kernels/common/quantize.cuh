@@ -1,6 +1,6 @@
-// e4m3 rows with a scale per 128 elements: the GPU form of quantization.py, with the same bits.
+// e4m3 rows with a scale per 128 elements: quantization.py on the GPU, with the same bits.
 //
-// A lane holds 16 elements, so 8 lanes hold a block and a warp four.
+// A lane holds 16 elements. So 8 lanes hold a block, and a warp holds four.
 #pragma once
 
 #include "common/pieces.cuh"
@@ -22,13 +22,13 @@ __device__ __forceinline__ unsigned narrow_e4m3(float low, float high) {
     return pair;
 }
 
-// Quotients by one divisor, correctly rounded. With r the rounded reciprocal of s, one correction
-// of x * r by its remainder is exact unless the significand of s is all ones (Markstein, "IA-64 and
-// Elementary Functions", 2000, section 8); remainders that underflow belong to quotients that
-// become 0.
+// Quotients by one divisor, correctly rounded. Let r be the rounded reciprocal of s. Then one
+// correction of x * r by its remainder is exact, unless the significand of s is all ones
+// (Markstein, "IA-64 and Elementary Functions", 2000, section 8). Remainders that underflow belong
+// to quotients that become 0.
 struct Divisor {
     float scale, reciprocal;
-    bool plain;  // the correction holds
+    bool plain;  // the correction is exact
 
     __device__ __forceinline__ explicit Divisor(float s) : scale(s), reciprocal(__frcp_rn(s)) {
         const unsigned bits = __float_as_uint(s);
@@ -37,12 +37,12 @@ struct Divisor {
 
     __device__ __forceinline__ float operator()(float x) const {
         const float first = __fmul_rn(x, reciprocal);
-        // The remainder with the sign turned: the other way round the correction makes +0 of -0.
+        // The remainder is negated: otherwise the correction would make +0 of -0.
         return __fmaf_rn(__fmaf_rn(first, scale, -x), -reciprocal, first);
     }
 };
 
-// amax / 448, correctly rounded: from kSmallestAmax up the correction holds for all that is finite.
+// amax / 448, correctly rounded. From kSmallestAmax up the correction holds for all finite values.
 __device__ __forceinline__ float scale_of(float amax) {
     constexpr float kReciprocal = 1.0f / kLargestE4m3;
     const float first = __fmul_rn(amax, kReciprocal);
@@ -66,7 +66,7 @@ __device__ __forceinline__ void widen_pieces(const uint4& low, const uint4& high
     for (int i = 0; i < 8; ++i) widen_pair(words[i], values[2 * i], values[2 * i + 1]);
 }
 
-// For the scales that Divisor does not serve.
+// The slow path, for scales that Divisor does not serve.
 __device__ __noinline__ uint4 divide_piece(const uint4 low, const uint4 high, float scale) {
     float values[16];
     widen_pieces(low, high, values);
@@ -75,7 +75,7 @@ __device__ __noinline__ uint4 divide_piece(const uint4 low, const uint4 high, fl
     return pack_e4m3(values);
 }
 
-// In integers, magnitudes order like numbers, and what is no number is above all others.
+// As integers, magnitudes order like numbers, and NaN is above all others.
 __device__ __forceinline__ unsigned largest_magnitude(const uint4& low, const uint4& high) {
     const unsigned words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     unsigned pair = words[0] & 0x7fff7fffu;
@@ -88,8 +88,8 @@ __device__ __forceinline__ unsigned largest_magnitude(const uint4& low, const ui
                max(__float_as_uint(first), __float_as_uint(second)));
 }
 
-// Sixteen elements of each of some steps to e4m3, in `low`. Every lane of a block of 128 gets its
-// scale. All steps go the same way together: one alone would wait for each of its shuffles.
+// Quantizes sixteen elements of each of some steps, into `low`. Every lane gets the scale of its
+// block. The steps are interleaved: alone, each would wait for every one of its shuffles.
 template <int kSteps>
 __device__ __forceinline__ void quantize_pieces(uint4 (&low)[kSteps], const uint4 (&high)[kSteps],
                                                 int kind, float (&scale)[kSteps]) {

@@ -1,12 +1,12 @@
-// Sums of counts before one's own, and sizes of groups of rows.
+// Prefix sums of counts, and sizes of groups of rows.
 #pragma once
 
-// Rows of FLAT's groups are rounded up.
+// FLAT: groups of rows are padded to a multiple of kAlignment.
 __device__ __forceinline__ int align_up(int count) {
     return (count + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-// In place: values[i] becomes the sum of those before it; returns the sum of all. One warp.
+// Exclusive prefix sums in place. Returns the sum of all. One warp.
 __device__ __forceinline__ int scan_exclusive(int* values, int count) {
     const int lane = threadIdx.x % 32;
     int carry = 0;

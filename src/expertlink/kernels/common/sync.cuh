@@ -1,18 +1,18 @@
-// Waiting and telling: every word that ranks or blocks wait for, and the report of a wait that ends
-// without it. docs/protocol/ht.md, "Words", says who writes what and when.
+// Bounded waits: the words that ranks or blocks wait for, and the report of a wait that expires.
+// docs/protocol/ht.md, "Words", says who writes what and when.
 #pragma once
 
 #include "common/ptx.cuh"
 
-// Work is taken, not assigned: some multiprocessors reach the wire much faster than others. The
-// number is on its way while the warp does something else; `taken` waits for it.
+// Warps take work from a counter: some multiprocessors reach the wire much faster than others, so a
+// fixed share would leave them idle. `take` returns at once, `taken` waits for the number.
 __device__ __forceinline__ int take(unsigned* counter, int count = 1) {
     return threadIdx.x % 32 == 0 ? static_cast<int>(atomicAdd(counter, count)) : 0;
 }
 
 __device__ __forceinline__ int taken(int ticket) { return __shfl_sync(0xffffffffu, ticket, 0); }
 
-// What waits need to know of the rank they happen on.
+// What a wait has to know of its rank.
 struct Watch {
     State* state;
     Control* control;
@@ -26,17 +26,18 @@ struct Watch {
 constexpr unsigned kEagerSpins = 8;
 constexpr unsigned kSpinsBetweenPolls = 256;
 
-// `now` is at least `wanted`; counters may wrap around.
+// Whether `now` is at least `wanted`. Counters may wrap around.
 __device__ __forceinline__ bool reached(unsigned now, unsigned wanted) {
     return static_cast<int>(now - wanted) >= 0;
 }
 
-// Structs travel by value into what is not inlined: a reference would put them on the stack.
+// Writes the report of the first wait that expires. `watch` is passed by value: this is not
+// inlined, and a reference would put the struct on the caller's stack.
 __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, unsigned expected,
                                     unsigned seen, int index, unsigned long long waited_ns) {
-    if (atomicCAS(&watch.state->failed, 0u, 1u) != 0u) return;  // the first wait to expire speaks
-    // A rank that has not begun this transfer, the one furthest behind, keeps the others from going
-    // on.
+    if (atomicCAS(&watch.state->failed, 0u, 1u) != 0u) return;  // only the first one reports
+    // Blames the rank that is furthest behind: one that has not begun this transfer keeps the
+    // others from going on.
     for (int rank = 0; rank < kNumRanks && phase < kPhaseAgreement; ++rank) {
         if (rank == watch.rank) continue;
         if (watch.masked != nullptr && load_relaxed_system(&watch.masked[rank]) != 0) continue;
@@ -60,7 +61,8 @@ __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, un
     store_release_system(&control->reported, watch.transfer ? watch.transfer : 1u);
 }
 
-// The ranks are not in the same call: `header(rank, word)` is what they said. One thread.
+// Reports that the ranks are not in the same call. `header(rank, word)` is what they said. One
+// thread.
 template <typename HeaderOf>
 __device__ __forceinline__ void report_headers(const Watch& watch, int peer,
                                                const HeaderOf& header) {
@@ -72,12 +74,12 @@ __device__ __forceinline__ void report_headers(const Watch& watch, int peer,
     report(watch, kPhaseAgreement, peer, 0, 0, 0, 0);
 }
 
-// Whether the host of a rank has called abort(). Each writes a word of its own at every rank.
+// Whether the host of a rank has called abort(). Each rank has a word of its own at every rank.
 __device__ __forceinline__ bool has_aborted(const Watch& watch, int rank) {
     return load_relaxed_system(watch.ready + (kAbortsAt - kReadyAt) / 4 + rank) != 0;
 }
 
-// The first rank that has, or -1.
+// The first rank that has called abort(), or -1.
 __device__ __forceinline__ int aborted_by(const Watch& watch) {
 #pragma unroll 1
     for (int rank = 0; rank < kNumRanks; ++rank)
@@ -89,7 +91,8 @@ __device__ __forceinline__ bool has_failed(const Watch& watch) {
     return load_acquire_device(&watch.state->failed) != 0u;
 }
 
-// Slow half of a wait: when it began, or 0 if it must end.
+// The slow path of a wait: abort, failure and time-out. Returns when the wait began, or 0 if it
+// must end.
 __device__ __noinline__ unsigned long long check_deadline(const Watch watch, Phase phase, int peer,
                                                           unsigned expected, unsigned seen,
                                                           int index, unsigned long long since) {
@@ -101,16 +104,17 @@ __device__ __noinline__ unsigned long long check_deadline(const Watch watch, Pha
     }
     const unsigned long long now = nanoseconds();
     if (since == 0) return now;
+    // Volatile: the host may change it at any time.
     const unsigned long long limit =
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
-    // What this rank's own blocks wait for is late because of a peer: whoever waits for that one
-    // speaks.
+    // Own blocks are late because of a peer. The wait for that peer expires first and reports it.
     if (now - since < (peer < 0 ? 2 * limit : limit)) return since;
     report(watch, phase, peer, expected, seen, index, now - since);
     return 0;
 }
 
-// Waits until `word`, which a peer or this GPU writes, has reached `wanted`; false: give up.
+// Waits until `word`, which a peer or this GPU writes, has reached `wanted`. False: the wait was
+// ended. Acquire: what was written before the word is read after it.
 __device__ __forceinline__ bool wait_until(const unsigned* word, unsigned wanted,
                                            const Watch& watch, Phase phase, int peer,
                                            int index = 0) {
@@ -118,22 +122,23 @@ __device__ __forceinline__ bool wait_until(const unsigned* word, unsigned wanted
     for (unsigned spins = 1;; ++spins) {
         const unsigned now = load_acquire_system(word);
         if (reached(now, wanted)) return true;
-        if (spins > kEagerSpins) __nanosleep(40);  // leaves the memory system to what is awaited
+        if (spins > kEagerSpins) __nanosleep(40);  // polling slows down what is awaited
         if (spins % kSpinsBetweenPolls != 0) continue;
         since = check_deadline(watch, phase, peer, wanted, now, index, since);
-        // Once more: a rank that fails since others are in another call has still to tell them.
+        // Once more: a rank that fails because others are in another call has still to tell them.
         if (since == 0) return reached(load_acquire_system(word), wanted);
     }
 }
 
-// All blocks of this grid's row meet; what they wrote before is visible after. All of them are
-// resident: grids are no larger than the GPU has multiprocessors.
+// Barrier of all blocks in this row of the grid. What they wrote before is visible after. All of
+// them are resident: a grid has no more blocks than the GPU has multiprocessors.
 __device__ __forceinline__ bool grid_barrier(const Watch& watch) {
     __shared__ bool opened;
     __syncthreads();
     if (threadIdx.x == 0) {
         State* state = watch.state;
-        // Read before arriving: nobody opens the barrier before this block has arrived.
+        // Acquire, and read before arriving: nobody opens the barrier before this block has
+        // arrived.
         const unsigned generation = load_acquire_device(&state->generation);
         opened = true;
         if (arrive_device(&state->arrived) == gridDim.x - 1) {

@@ -1,4 +1,4 @@
-// Words in the arena of every rank by which others tell where they are; both modes have them.
+// Progress words in the arena of every rank, which both modes have: every peer writes its own.
 #pragma once
 
 #include "common/sync.cuh"

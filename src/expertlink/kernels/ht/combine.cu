@@ -1,9 +1,9 @@
-// ht::combine: one partial sum per (token, rank) travels back to the token's rank, which adds them
+// ht::combine: one partial sum per (token, rank) travels back to the token's rank, which sums them
 // up.
 //
-// The first `num_senders` blocks make partial sums and send them, in the order in which the rows
-// arrived; the others, and in the end those too, add them up, token by token, as they come in. The
-// roundings are those of reduction.py.
+// The first `num_senders` blocks make the partial sums and send them, in the order in which the
+// rows arrived. The other blocks sum them up token by token as they come in, and the senders join
+// them in the end. The roundings are those of reduction.py.
 
 #include "ht/peers.cuh"
 #include "ht/ring.cuh"
@@ -11,17 +11,17 @@
 
 namespace ht {
 
-// Where an arrival's choices and weights are kept; deduplicated layouts: also its row.
+// Where an arrival's choices and weights are kept. In deduplicated layouts this is also its row.
 __device__ __forceinline__ long long row_of(const CombineArguments& a, int source, int position) {
     return kLayoutIsRankMajor ? source * kMaxTokens + position : a.first_row[source] + position;
 }
 
-// Static shapes: rows for which there was no room do not exist; that has been reported.
+// Static shapes: a row for which there was no room does not exist. The overflow has been reported.
 __device__ __forceinline__ bool exists(const CombineArguments& a, long long row) {
     return kExpanded || row < a.max_slots;
 }
 
-// Weight gradients of an arrival's choices, written beside the partial sum.
+// Writes the weight gradients of an arrival's choices: metadata of the partial sum.
 __device__ __forceinline__ void write_grads(const CombineArguments& a, char* beside,
                                             long long row) {
     const int lane = threadIdx.x % 32;
@@ -35,13 +35,13 @@ __device__ __forceinline__ void write_grads(const CombineArguments& a, char* bes
     fence_shared_to_bulk();
 }
 
-// One warp's share of the rows that go back.
+// Sends back the rows that this warp takes.
 __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring& ring, Slot slot,
                                                 const int* rows_from, int most) {
     const int lane = threadIdx.x % 32;
     const int arrivals = most * kNumRanks;
-    int written = -1;    // row before this one; lane 0
-    unsigned words = 0;  // rows left in the box
+    int written = -1;    // the row before; lane 0
+    unsigned words = 0;  // rows posted
     const auto tell = [&] {
         bulk_wait_written();
         post(ring, written, words);
@@ -52,7 +52,7 @@ __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring&
         const int position = nth / kNumRanks;
         const int source = (nth + a.rank) % kNumRanks;
         if (position >= rows_from[source]) continue;
-        // Own rows need no copy where they are partial sums already.
+        // Own rows of deduplicated layouts are partial sums already: nothing to copy.
         const bool own = source == a.rank;
         if (own && !kExpanded && !(a.flags & kGrads)) continue;
         const long long row = row_of(a, source, position);
@@ -67,7 +67,7 @@ __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring&
         tell();
         if (kExpanded && a.row_bytes != 0) {
             sum_choices(a, slot, row, staged_row(peer, at));
-            __syncwarp();  // whoever leaves word of the row speaks for all lanes
+            __syncwarp();  // one lane posts the row for all of them
         }
         if (loads) slot.loaded();
         __syncwarp();
@@ -104,7 +104,7 @@ __device__ __forceinline__ bool return_rows(const CombineArguments& a, const Wat
     return true;
 }
 
-// Gradients of a token's choices: each lies beside the partial sum from the choice's rank.
+// Collects the gradients of a token's choices: metadata of the partial sum from the choice's rank.
 __device__ __forceinline__ void collect_grads(const CombineArguments& a, int token, int code) {
     const int lane = threadIdx.x % 32;
     const long long at = static_cast<long long>(token) * kTopk + lane;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void collect_grads(const CombineArguments& a, int tok
 __device__ __forceinline__ bool add_up(const CombineArguments& a, const Watch& watch,
                                        char* shared) {
     const int lane = threadIdx.x % 32;
-    if (threadIdx.x / 32 == blockDim.x / 32 - 1)  // the last warp has no slot
+    if (threadIdx.x / 32 == blockDim.x / 32 - 1)  // has no slot: it checks the headers
         return blockIdx.x != gridDim.x - 1 || check_headers(a, watch);
     char* const slot = shared + static_cast<long long>(threadIdx.x / 32) * a.slot_bytes;
     char* const base = a.bases[a.rank];

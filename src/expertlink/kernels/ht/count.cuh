@@ -1,9 +1,10 @@
-// Counting, first step of an uncached dispatch: for every token its slot at each destination, for
-// every choice its place among this rank's choices of that expert.
+// Counting, the first step of an uncached dispatch. It finds the slot of every token at each
+// destination, and for every choice its place among this rank's choices of that expert.
 //
-// Every block takes a span of tokens. Tokens of 32 (a warp's lanes) set one bit each in a mask per
-// column, a column being a destination rank or an expert; positions are counts of bits below one's
-// own. Bits do not depend on the order in which they are set, so the result is the same every time.
+// Every block takes a range of tokens. 32 tokens, one per lane, set one bit each in a mask per
+// column. A column is a destination rank or an expert. A position is the count of bits below a
+// token's own. Bits do not depend on the order in which they are set, so the result is always the
+// same.
 #pragma once
 
 #include "common/choices.cuh"
@@ -15,7 +16,7 @@ struct TokenRange {
     int begin, end;
 };
 
-// Tokens of this block; spans are multiples of 32 but for the last.
+// Tokens of this block; all ranges but the last are multiples of 32.
 __device__ __forceinline__ TokenRange token_range(const DispatchArguments& a) {
     const int share = (a.num_tokens + gridDim.x - 1) / gridDim.x;
     const int size = (share + 31) / 32 * 32;
@@ -61,7 +62,7 @@ __device__ __forceinline__ int bits_before(const unsigned* masks, int group, int
     return bits;
 }
 
-// Writes what is known of one token: its slots in ascending rank, its choices' places.
+// Writes the slots of one token, in ascending rank, and the places of its choices.
 __device__ __forceinline__ void place_token(const DispatchArguments& a, const unsigned* masks,
                                             const int* running, int token, int group, int lane) {
     const unsigned* const row = masks + group * kColumns;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void place_token(const DispatchArguments& a, const un
     }
 }
 
-// Sends this rank's count row to the peers of this block: one block for each peer.
+// Publishes this rank's count row: one block for each peer.
 __device__ __forceinline__ bool publish_counts(const DispatchArguments& a, const Watch& watch,
                                                const int* totals) {
     for (int step = blockIdx.x; step < kNumRanks; step += gridDim.x) {
@@ -107,7 +108,7 @@ __device__ __forceinline__ bool publish_counts(const DispatchArguments& a, const
         for (int i = threadIdx.x; i < kColumns; i += blockDim.x) row[kHeaderWords + i] = totals[i];
         if (threadIdx.x < kHeaderWords) {
             int word = header_word(a, watch, threadIdx.x);
-            // Every block has added its findings before the blocks met.
+            // Every block has added its findings before the grid barrier.
             if (threadIdx.x == kStatus) word |= load_fresh(a.faulty);
             row[threadIdx.x] = word;
         }
@@ -120,7 +121,7 @@ __device__ __forceinline__ bool publish_counts(const DispatchArguments& a, const
 
 // Column sums of the blocks before this one, and of all blocks.
 __device__ __forceinline__ void add_blocks(const DispatchArguments& a, int* running, int* totals) {
-    constexpr int kAtOnce = 8;  // loads under way together
+    constexpr int kAtOnce = 8;  // loads in flight
     const int blocks = gridDim.x, own = blockIdx.x;
     for (int c = threadIdx.x; c < kColumns; c += blockDim.x) {
         int before = 0, all = 0;
@@ -151,7 +152,7 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
     const TokenRange span = token_range(a);
     const int step = a.groups * 32;
 
-    // First pass: how many of this block's tokens go where.
+    // First pass: how many tokens of this block go where.
     for (int c = threadIdx.x; c < kColumns; c += blockDim.x) running[c] = 0;
     bool faulty = false;
     for (int first = span.begin; first < span.end; first += step) {
@@ -170,7 +171,7 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
 
     // Second pass: positions.
     for (int first = span.begin; first < span.end; first += step) {
-        // A single pass finds its masks as the first loop left them.
+        // If one pass was enough, the masks are still those of the first loop.
         if (span.end - span.begin > step) fill_masks(a, masks, first, span.end);
         for (int i = threadIdx.x; i < step && first + i < span.end; i += blockDim.x)
             place_token(a, masks, running, first + i, i / 32, i % 32);

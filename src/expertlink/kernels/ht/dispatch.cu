@@ -1,13 +1,11 @@
-// ht::dispatch: counts, plans, sends and places the rows of one dispatch; which of these a launch
-// does is in its flags.
+// ht::dispatch: counts, plans, sends and places the rows of one dispatch. The flags of a launch say
+// which of these it does:
 //
-//   (count + plan +) send + place  in one launch where the outputs exist already, or have a size
-//   that
-//                                  the host expects to be enough
-//   count + plan + send            while the host learns how much memory the rows need
-//   place                          follows that into this memory, beside it
+//   (count + plan +) send + place  the outputs exist, or the host expects their size to be enough
+//   count + plan + send            the host still has to learn how much memory the rows need
+//   place                          into that memory, while the launch before may still be sending
 //
-// The first `num_senders` blocks send and then help the others, which place. The last block plans.
+// The first `num_senders` blocks send, and then help the others to place. The last block plans.
 
 #include "ht/place.cuh"
 #include "ht/plan.cuh"
@@ -23,8 +21,8 @@ __device__ __forceinline__ bool wait_for_plan(const DispatchArguments& a, const 
     return known;
 }
 
-// The rows need more memory than the host had guessed: it will launch the placing half again. Or
-// the ranks do not agree.
+// Whether this launch places nothing: the rows need more memory than the host had guessed, and it
+// will launch the placing half again. Or the ranks disagree.
 __device__ __forceinline__ bool is_deferred(const DispatchArguments& a) {
     return a.flags & kCount && load_acquire_device(&a.state->deferred) != 0;
 }
@@ -34,7 +32,7 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
     const int block = blockIdx.x, blocks = gridDim.x;
     if (a.flags & kCount) {
         if (!count_tokens(a, watch, reinterpret_cast<unsigned*>(shared))) return false;
-        // The launch that places what this one has no room for runs beside the sending half.
+        // A launch that places what this one has no room for may run beside the sending half.
         if (kWantsMail) let_follower_start();
         if (block == blocks - 1 && !plan_slots(a, watch, reinterpret_cast<int*>(shared)))
             return false;
@@ -66,7 +64,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
                       nullptr};
     const bool over = __syncthreads_or(threadIdx.x == 0 && has_failed(watch));
     const bool done = !over && run_halves(a, watch, shared, ring);
-    // Placing may have started before the sending half was over; the kernel after this one may not.
+    // Placing may have started before the sending half was over. The next kernel must not.
     if (places && !sends) wait_for_predecessor();
     if (!done) return;
     const bool placed = places && !is_deferred(a);

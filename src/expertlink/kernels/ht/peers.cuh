@@ -1,4 +1,4 @@
-// What every call tells the peers, and what it may have to wait for before it sends.
+// What every call publishes to the peers, and what it waits for before it sends.
 //
 // `Arguments` are those of dispatch or of combine; both begin with the same fields.
 #pragma once
@@ -12,7 +12,7 @@ namespace ht {
 constexpr int kCountWords = kHeaderWords + kColumns;  // of this communicator's count rows
 static_assert(kCountWords <= kCountStride, "the arena has room for fewer experts");
 
-// What this rank says of its call to every peer.
+// A word of this rank's header, which goes to every peer.
 template <typename Arguments>
 __device__ __forceinline__ int header_word(const Arguments& a, const Watch& watch, int word) {
     switch (word) {
@@ -32,14 +32,14 @@ __device__ __forceinline__ int header_word(const Arguments& a, const Watch& watc
     }
 }
 
-// Row `rank` is written by that rank alone, whatever communicator it is in: so the stride is that
-// of the arena, and communicators that share it write to the same row.
+// The count row of a rank, which that rank alone writes, whatever communicator it is in. So the
+// stride is that of the arena: communicators that share it use the same rows.
 __device__ __forceinline__ int* count_row(char* base, int rank) {
     return reinterpret_cast<int*>(base + kCountsAt) + rank * kCountStride;
 }
 
-// Whether a rank's head, as `word(index)` gives it, says that it is in the call of this rank and
-// takes part in it.
+// Whether a rank is in the same call as this one and takes part in it. `word(index)` gives its
+// header.
 template <typename Arguments, typename Word>
 __device__ __forceinline__ bool is_same_call(const Arguments& a, const Watch& watch,
                                              const Word& word) {
@@ -49,13 +49,13 @@ __device__ __forceinline__ bool is_same_call(const Arguments& a, const Watch& wa
     return same;
 }
 
-// Calls that count nothing tell the peers only that this rank is here, and in which call. One warp.
+// Calls without counts publish only the header. One warp.
 template <typename Arguments>
 __device__ __forceinline__ void publish_ready(const Arguments& a, const Watch& watch) {
     if (blockIdx.x != 0 || threadIdx.x >= 32) return;
     for (int step = threadIdx.x; step < kNumRanks; step += 32) {
         const int peer = (a.rank + step) % kNumRanks;
-        // The peer may still be reading what this rank said of the call before.
+        // The peer may still be reading the header of the call before.
         if (!wait_until(credit_word(a.bases[a.rank], peer), watch.transfer - 1, watch, kPhaseCredit,
                         peer))
             return;
@@ -65,8 +65,8 @@ __device__ __forceinline__ void publish_ready(const Arguments& a, const Watch& w
     }
 }
 
-// Calls that count nothing: all ranks are in this very call. One warp of the grid, which has
-// nothing else to do; the kernel does not end before it is done, so heads stay until they have been
+// Calls without counts: waits until all ranks are in this very call. One warp of the grid, which
+// has nothing else to do. The kernel does not end before this warp, so headers stay until they are
 // read.
 template <typename Arguments>
 __device__ __forceinline__ bool check_headers(const Arguments& a, const Watch& watch) {
@@ -90,15 +90,16 @@ __device__ __forceinline__ bool check_headers(const Arguments& a, const Watch& w
     return false;
 }
 
-// Tells the peers that this rank has consumed the transfer and they may send the next.
+// Tells the peers that this rank has consumed the transfer, so they may send the next one. Release:
+// rows were read before.
 template <typename Arguments>
 __device__ __forceinline__ void grant_credit(const Arguments& a, const Watch& watch) {
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
         store_release_system(credit_word(a.bases[r], a.rank), watch.transfer);
 }
 
-// All peers have consumed the transfer before this one. With `rows_in_place` they have also come to
-// this transfer, hence let go of the rows in the pool that is about to be written.
+// Waits until all peers have consumed the transfer before this one. With `rows_in_place` also until
+// they have come to this transfer: then they have let go of the pool that is about to be written.
 template <typename Arguments>
 __device__ __forceinline__ bool peers_have_room(const Arguments& a, const Watch& watch,
                                                 bool rows_in_place) {

@@ -1,11 +1,10 @@
-// Receiving half of a dispatch: every row that has arrived goes to its slots in the output,
-// together with the ids, weights and scales that came beside it. With zero copy the rows are in
-// place already.
+// Receiving half of a dispatch: every row that has arrived goes to its slots in the output, with
+// its ids, weights and scales. With zero copy the rows are in place already.
 //
-// Warps take rows in the order in which they are sent: first row of every source, second row, and
-// so on. Blocks that send join in when they have sent everything. Rows of this rank's own tokens
-// come straight from the input. Lane k carries the row to the slot of choice k, or lane 0 to its
-// one slot.
+// Warps take rows in the order in which they are sent: the first row of every source, the second
+// row, and so on. Blocks that send join in when they have sent everything. Rows of this rank's own
+// tokens come straight from the input. In expanded layouts lane k carries the row to the slot of
+// choice k; in others lane 0 carries it to its only slot.
 #pragma once
 
 #include "ht/count.cuh"
@@ -20,7 +19,7 @@ struct Arrival {
     int token;     // of this rank, if it is an own row
 };
 
-// Tables that every row needs, in shared memory.
+// Tables that every row needs. In shared memory.
 struct Groups {
     int rows_from[kNumRanks];
     int first_row[kNumRanks];
@@ -47,11 +46,12 @@ __device__ __forceinline__ void load_groups(const DispatchArguments& a, Groups& 
     __syncthreads();
 }
 
+// Volatile: another block of this launch may have written it.
 __device__ __forceinline__ int load_slot(const Groups& groups, int at) {
     return *reinterpret_cast<const volatile int*>(groups.slots + at);
 }
 
-// The `turn`-th row in the order of arrival; false where there is none.
+// The nth row in the order of arrival. False where there is none.
 __device__ __forceinline__ bool arrival_at(const DispatchArguments& a, const Groups& groups,
                                            int nth, Arrival& arrival) {
     arrival.position = nth / kNumRanks;
@@ -71,7 +71,8 @@ __device__ __forceinline__ const char* metadata_of(const DispatchArguments& a,
                            a.row_bytes);
 }
 
-// What came beside the row for choice k. Returns its slot (expanded layouts).
+// Reads the metadata of choice k of a row, and keeps them. Returns the choice's slot (expanded
+// layouts).
 __device__ __forceinline__ int read_metadata(const DispatchArguments& a, const Groups& groups,
                                              const Arrival& arrival, int k) {
     const bool own = arrival.source == a.rank;
@@ -100,7 +101,7 @@ __device__ __forceinline__ int read_metadata(const DispatchArguments& a, const G
         choice = here ? local_of(location) : -1;
         if (kExpanded && choice >= 0) {
             choice = load_slot(groups, arrival.source * a.num_local + choice) + place;
-            // Static shapes: reported, and dropped.
+            // Static shapes: dropped. The overflow has been reported.
             if (choice < 0 || choice >= a.max_slots) choice = -1;
         }
         a.choices_of_row[at] = choice;
@@ -134,7 +135,7 @@ __device__ __forceinline__ void fill_zeros(char* target, int bytes) {
         for (int i = lane; i < bytes; i += 32) target[i] = 0;
 }
 
-// FLAT: rows between an expert's last and the start of the next expert's group.
+// FLAT: zeroes the rows between an expert's last one and the next expert's group.
 __device__ __forceinline__ void zero_gaps(const DispatchArguments& a, int warp, int num_warps) {
     for (int e = warp; e < a.num_local; e += num_warps) {
         const int begin = load_fresh(&a.expert_offsets[e]) + load_fresh(&a.tokens_per_expert[e]);
@@ -150,7 +151,7 @@ __device__ __forceinline__ void zero_gaps(const DispatchArguments& a, int warp, 
 
 constexpr int kBatch = 2;  // rows that a warp takes at a time
 
-// Moves one row that has arrived.
+// Moves one row that has arrived. One warp.
 __device__ __forceinline__ void place_row(const DispatchArguments& a, const Groups& groups,
                                           Slot& slot, Arrival arrival) {
     const int lane = threadIdx.x % 32;
@@ -189,7 +190,7 @@ __device__ __forceinline__ bool place_staged(const DispatchArguments& a, const W
     int ticket = take(&a.state->next_place, kBatch);
     for (int first = taken(ticket); first < arrivals; first = taken(ticket)) {
         ticket = take(&a.state->next_place, kBatch);
-        // Lane i looks whether the i-th row of the batch is there.
+        // Lane i waits for the i-th row of the batch.
         Arrival own;
         const bool waits = arrival_at(a, groups, first + lane, own) && lane < kBatch &&
                            first + lane < arrivals && own.source != a.rank;
@@ -215,7 +216,7 @@ __device__ __forceinline__ bool place_staged(const DispatchArguments& a, const W
     return true;
 }
 
-// Zero copy: the rows are in place, what came beside them is not. Lanes share out rows and choices.
+// Zero copy: the rows are in place, their metadata are not. Lanes share out rows and choices.
 __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, const Watch& watch,
                                                  const Groups& groups) {
     constexpr int kRows = kTopk <= 4 ? 8 : kTopk <= 8 ? 4 : kTopk <= 16 ? 2 : 1;  // of a warp
@@ -250,7 +251,8 @@ __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, con
     return true;
 }
 
-// Any block of the grid, as soon as it has nothing else to do.
+// Any block of the grid, as soon as it has nothing else to do. The last warp of a block moves
+// nothing.
 __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Watch& watch,
                                            char* shared, Ring& ring) {
     __shared__ Groups groups;
@@ -273,7 +275,7 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Wat
         if (fine && kExpanded && !kPadded && kAlignment > 1) zero_gaps(a, warp, num_warps);
         bulk_wait_written();
     }
-    // The last warp of the grid has no slot.
+    // The last warp of the grid moves nothing: it checks the headers.
     if (!(a.flags & kCount) && a.flags & kSend && blockIdx.x == gridDim.x - 1 &&
         threadIdx.x / 32 == movers)
         fine = check_headers(a, watch);

@@ -1,6 +1,6 @@
-// Planning, second step of an uncached dispatch, done by one block: from the count rows of all
-// ranks to the first slot of every group of rows, the counts that the caller sees, and the host's
-// mail.
+// Planning, the second step of an uncached dispatch, done by one block. From the count rows of all
+// ranks it computes the first slot of every group of rows, the counts that the caller sees, and the
+// host's mail.
 #pragma once
 
 #include "common/scan.cuh"
@@ -8,7 +8,7 @@
 
 namespace ht {
 
-// Count rows of all ranks are read once into shared memory where they fit there.
+// Words of all ranks' count rows. They are read once into shared memory if they fit there.
 constexpr int kTableWords = kNumRanks * kCountWords;
 
 // Shared memory: 2 * kNumRanks + num_local + 1 words, and the table.
@@ -35,7 +35,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         return kTableIsShared ? table[source * kCountWords + index]
                               : load_fresh(&arrived[source * kCountStride + index]);
     };
-    // Counts become addresses, so no peer's word is taken for more than there can be.
+    // Counts become addresses, so a peer's word is clamped to what is possible.
     const auto count = [&](int source, int column) {
         return min(max(word(source, kHeaderWords + column), 0), kMaxTokens);
     };
@@ -48,7 +48,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     }
     __syncthreads();
 
-    // Rows of each source rank and local expert: where they start inside the expert's group.
+    // Where the rows of each source rank start inside the group of each local expert.
     for (int e = threadIdx.x; e < a.num_local; e += blockDim.x) {
         int sum = 0;
         for (int s = 0; s < kNumRanks; ++s) {
@@ -79,7 +79,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         for (int i = threadIdx.x; i < kNumRanks * kHeaderWords; i += blockDim.x)
             control->headers[i] = word(i / kHeaderWords, i % kHeaderWords);
     }
-    __syncthreads();  // counts of experts turn into offsets below
+    __syncthreads();  // counts of experts become offsets below
 
     if (threadIdx.x < 32) {
         for (int e = threadIdx.x; e < a.num_local; e += 32) groups[e] = align_up(groups[e]);
@@ -115,7 +115,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         a.first_row[r] = arrivals[r];
         const int own = count(r, a.rank);
         a.rows_from[r] = a.rows_from_out[r] = own;
-        int before = 0;  // rows of the ranks before this one at rank r: where this one's start
+        int before = 0;  // where this rank's rows start at rank r
         for (int s = 0; s < a.rank; ++s) before += count(s, r);
         a.first_sent[r] = kPadded ? a.rank * kMaxTokens : before;
     }
@@ -129,6 +129,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
             control->mail_capacity = room;
             control->mail_arrivals = num_arrivals;
             control->mail_slots = num_slots;
+            // Release: the number says that the mail is complete.
             store_release_system(&control->mail_number, watch.transfer);
         } else if (verdict == kDisagree) {
             report_headers(watch, worst, word);
@@ -139,11 +140,12 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
             store_release_system(&control->overflowed, watch.transfer);
         }
         *a.origin = static_cast<int>(watch.transfer);
-        // The host discards what it refuses, and finds more room for what does not fit. Tables of
-        // counts that do not belong together place nothing.
+        // The host discards what it refuses, and allocates more for what does not fit. Counts that
+        // do not belong together place nothing.
         const int rows = kExpanded ? num_slots : num_arrivals;
         const bool fits = kPadded || rows <= a.max_slots;
         watch.state->deferred = verdict == kDisagree || (kWantsMail && (verdict != kFine || !fits));
+        // Release: other blocks read the tables after this.
         store_release_device(&watch.state->planned, watch.transfer);
     }
     return kWantsMail || verdict != kDisagree;

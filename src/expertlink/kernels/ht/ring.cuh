@@ -1,5 +1,5 @@
-// What the warps of a block share: a slot of shared memory per warp for one row and what travels
-// beside it, and the box in which they leave word of rows that have been written.
+// What the warps of a block share: for each warp a slot of shared memory with room for one row and
+// its metadata, and a mailbox in which it posts the rows that have been written.
 #pragma once
 
 #include "ht/peers.cuh"
@@ -7,16 +7,16 @@
 namespace ht {
 
 struct Slot {
-    char* row;  // what travels beside it follows
+    char* row;  // its metadata follow
     unsigned long long* barrier;
     unsigned parity;
 
-    // Starts loading a row; one lane.
+    // Starts loading a row. One lane.
     __device__ __forceinline__ void load(const char* source, int bytes) {
         bulk_load(row, source, bytes, barrier);
     }
 
-    // Every lane: the row is here.
+    // Waits until the row is there. Every lane.
     __device__ __forceinline__ void loaded() {
         bulk_load_wait(barrier, parity);
         parity ^= 1u;
@@ -30,12 +30,12 @@ struct Ring {
     unsigned long long barriers[kMaxWarps];
     int codes[kMaxWarps][kMailboxDepth]
              [kCopies];          // rank * kMaxTokens + position of an announced row
-    unsigned posted[kMaxWarps];  // rows left in the box
+    unsigned posted[kMaxWarps];  // rows put into the mailbox
     unsigned taken[kMaxWarps];   // rows taken out of it
-    unsigned finished;           // warps that will leave no more
+    unsigned finished;           // warps that will post no more
 };
 
-// Every thread of the block; warps beyond the last slot get one that they must not use.
+// Every thread of the block. Warps beyond the last slot get one that they must not use.
 __device__ __forceinline__ Slot open_slot(Ring& ring, char* shared, int slot_bytes) {
     const int warp = threadIdx.x / 32;
     if (threadIdx.x < kMaxWarps) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ unsigned* arrival_flag(char* base, int slot) {
     return reinterpret_cast<unsigned*>(base + kFlagsAt) + slot;
 }
 
-// Copies bytes of any alignment and number, a warp.
+// Copies bytes of any alignment and number. One warp. Volatile: past the L1 cache.
 __device__ __forceinline__ void copy_bytes(char* target, const char* source, int bytes) {
     const unsigned long long either = reinterpret_cast<unsigned long long>(target) |
                                       reinterpret_cast<unsigned long long>(source) | bytes;
@@ -84,19 +84,20 @@ __device__ __forceinline__ void copy_bytes(char* target, const char* source, int
 }
 
 // -- announcing rows ------------------------------------------------------------------------------
-// A release at system scope takes longer than a row does. So the warps that move rows only leave
-// word of those whose bytes are written, and one warp announces the rows of all of them after one
-// fence.
+// A release at system scope takes longer than a row does. So the warps that move rows only post
+// those whose bytes are written. One warp announces the rows of all of them after one fence.
 
-// Lane d: the row at its d-th destination, `code`, has been written; -1: none.
+// Posts a row. Lane d: `code` is the row at its d-th destination, which has been written, or -1.
 __device__ __forceinline__ void post(Ring& ring, int code, unsigned& count) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // The announcing warp waits for nobody, so there will be room.
+    // Acquire: the announcing warp has read what is overwritten. It waits for nobody, so there will
+    // be room.
     while (count - load_acquire_block(&ring.taken[warp]) >= kMailboxDepth) {
     }
     if (lane < kCopies) ring.codes[warp][count % kMailboxDepth][lane] = code;
     ++count;
     __syncwarp();
+    // Release: the codes come before their number.
     if (lane == 0) store_release_block(&ring.posted[warp], count);
 }
 
@@ -105,13 +106,14 @@ __device__ __forceinline__ void finish_posting(Ring& ring) {
     if (threadIdx.x % 32 == 0) add_release_block(&ring.finished);
 }
 
-// The announcing warp: raises the arrival flags until `num_warps` warps will leave no more.
+// The announcing warp: raises arrival flags until `num_warps` warps have finished posting.
 __device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, int rank,
                                               unsigned transfer, int num_warps) {
     const int lane = threadIdx.x % 32;
     unsigned done = 0;  // rows of warp `lane` that have been announced
     for (;;) {
-        // Read before the boxes: when all have finished, what is in them is all there will be.
+        // Acquire, and read before the mailboxes: once all have finished, these hold all there will
+        // be.
         const bool over = load_acquire_block(&ring.finished) == num_warps;
         const unsigned posted = lane < num_warps ? load_acquire_block(&ring.posted[lane]) : 0;
         unsigned fresh = __ballot_sync(0xffffffffu, posted != done);
@@ -119,8 +121,8 @@ __device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, in
             if (__all_sync(0xffffffffu, over)) return;
             continue;
         }
-        // Orders the flags after the rows: those who left word had seen their rows written, and one
-        // lane has seen the word.
+        // Fence: flags come after rows. Whoever posted a row had seen it written, and one lane has
+        // seen the post.
         __syncwarp();
         fence_system();
         for (; fresh; fresh &= fresh - 1) {
@@ -139,7 +141,8 @@ __device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, in
     }
 }
 
-// The last block to leave a half of a kernel; what all blocks did is visible to it.
+// Whether this block is the last one to leave a half of a kernel. What all blocks did is visible to
+// it.
 __device__ __forceinline__ bool last_to_leave(unsigned* left, unsigned blocks) {
     __shared__ bool last;
     __syncthreads();

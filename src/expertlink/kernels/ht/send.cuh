@@ -1,8 +1,8 @@
 // Sending half of a dispatch: every token is loaded once and stored once at each destination rank.
 //
-// Warps take tokens in turn; the last warp of the block announces what the others have written.
-// Lane d carries the row to the token's d-th destination: it issues the bulk stores and waits for
-// them, while the next row is being loaded.
+// Warps take tokens from a counter. The last warp of the block announces what the others have
+// written. Lane d carries the row to the token's d-th destination: it issues the bulk stores, and
+// waits for them while the next row is being loaded.
 #pragma once
 
 #include "ht/count.cuh"
@@ -30,22 +30,22 @@ __device__ __forceinline__ void write_metadata(const DispatchArguments& a, char*
     fence_shared_to_bulk();
 }
 
-// One warp's tokens.
+// Sends the tokens that this warp takes.
 __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ring, Slot slot,
                                             const int* pools) {
     const int lane = threadIdx.x % 32;
     const auto destination = [&](int token) {
         if (lane >= kCopies || token >= a.num_tokens) return -1;
         const int code = load_fresh(&a.slots_of_token[token * kCopies + lane]);
-        // Rows to experts of this rank are placed from the input, unless all rows go to the pool.
+        // Rows for experts of this rank are placed from the input, unless all rows go to the pool.
         const bool placed = !kZeroCopy && code / kMaxTokens == a.rank;
         return placed ? -1 : code;
     };
 
     int token = taken(take(&a.state->next_send));
     int next = taken(take(&a.state->next_send));
-    int written = -1;    // row before this one at this lane's destination
-    unsigned words = 0;  // rows left in the box
+    int written = -1;    // the row before, at this lane's destination
+    unsigned words = 0;  // rows posted
     for (int next_code = destination(token); token < a.num_tokens;) {
         const int current = token, code = next_code;
         const int ticket = take(&a.state->next_send);
@@ -92,8 +92,9 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
     __shared__ int pools[kNumRanks];
     if (!peers_have_room(a, watch, kZeroCopy)) return false;
     if (kZeroCopy) {
-        // Every rank says itself which pool its view of this dispatch is in. One that is in another
-        // call may be reading its pools: then nothing is sent, and whoever compares heads reports.
+        // Every rank announces which pool its view of this dispatch is in. A rank in another call
+        // may be reading its pools: then nothing is sent, and whoever compares the headers reports
+        // it.
         bool same = true;
         for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
             const int* const header = count_row(a.bases[a.rank], r);

@@ -6,10 +6,11 @@
 
 namespace ht {
 
-constexpr int kStep = 512;  // bytes of a row that a warp adds up at once: 16 in every lane
-constexpr int kDepth = 4;   // stages of a warp's slot: three are being loaded, one is added up
+constexpr int kStep = 512;  // bytes of a row that a warp sums at once: 16 in every lane
+constexpr int kDepth = 4;   // stages of a warp's slot: three are being loaded, one is summed
 
-// Every lane loads the 16 bytes that it will add up itself, so stages need no barriers.
+// Copies 16 bytes to shared memory. Every lane loads what it will add up itself, so stages need no
+// barriers.
 __device__ __forceinline__ void copy_piece(char* shared, const char* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                  "l"(__cvta_generic_to_global(global))
@@ -20,12 +21,12 @@ __device__ __forceinline__ void close_group() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// The oldest of kDepth groups is here.
+// Waits for the oldest of kDepth groups.
 __device__ __forceinline__ void wait_oldest() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
 }
 
-// kTerms rows, or `terms` if that is 0; kWide steps in a stage.
+// Sums kTerms rows, or `terms` rows if kTerms is 0. A stage holds kWide steps.
 template <bool kWeighted, int kTerms, int kWide>
 __device__ __forceinline__ void sum_staged(char* memory, int stage_bytes, const char* term,
                                            float weight, int terms, int row_bytes, char* out) {
@@ -76,7 +77,7 @@ __device__ __forceinline__ void sum_staged(char* memory, int stage_bytes, const 
     }
 }
 
-// More rows than a stage holds.
+// Sums more rows than a stage holds.
 template <bool kWeighted>
 __device__ __forceinline__ void sum_many(const char* term, float weight, int terms, int row_bytes,
                                          char* out) {
@@ -100,8 +101,8 @@ __device__ __forceinline__ void sum_many(const char* term, float weight, int ter
     }
 }
 
-// Sum of `terms` rows: lane i has the address (and weight) of the i-th; `memory` is the warp's
-// slot.
+// Sums `terms` rows. Lane i has the address, and the weight, of the i-th row. `memory` is the
+// warp's slot.
 template <bool kWeighted>
 __device__ __forceinline__ void sum_rows(char* memory, int slot_bytes, const char* term,
                                          float weight, int terms, int row_bytes, char* out) {
@@ -119,7 +120,7 @@ __device__ __forceinline__ void sum_rows(char* memory, int slot_bytes, const cha
         sum_many<kWeighted>(term, weight, terms, row_bytes, out);
 }
 
-// Partial sum of an arrival's choices in top-k order, into the memory of a peer.
+// The partial sum of an arrival's choices in top-k order, into the memory of a peer.
 __device__ __forceinline__ void sum_choices(const CombineArguments& a, const Slot& slot,
                                             long long row, char* out) {
     const int lane = threadIdx.x % 32;
@@ -129,7 +130,7 @@ __device__ __forceinline__ void sum_choices(const CombineArguments& a, const Slo
         choice = a.choices_of_row[row * kTopk + lane];
         if (a.weights_of_row != nullptr) weight = a.weights_of_row[row * kTopk + lane];
     }
-    // Present choices move to the first lanes, in order.
+    // Choices that are present move to the first lanes, in order.
     unsigned present = __ballot_sync(0xffffffffu, choice >= 0);
     const int terms = __popc(present);
     int from = 0;

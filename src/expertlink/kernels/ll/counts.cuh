@@ -23,8 +23,7 @@ __device__ __forceinline__ void barrier_sync(Barrier where, int warps) {
 }
 
 __device__ __forceinline__ void barrier_arrive(Barrier where, int warps) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32)
-                 : "memory");
+    asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32) : "memory");
 }
 
 // Rows for which there is no room: the head of the next transfer tells all ranks, this one too, so

@@ -52,6 +52,7 @@ __device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase pha
     }
     const unsigned long long now = nanoseconds();
     if (since == 0) since = now;
+    // Volatile: the host may change it at any time.
     const unsigned long long limit =
         *reinterpret_cast<volatile unsigned long long*>(&watch.control->timeout_ns);
     unsigned long long quiet_since = since;
