@@ -1,4 +1,4 @@
-"""The sending half in kernels: the same header, order and extras as in plain torch."""
+"""The sending half in kernels: the same header, order and metadata as in plain torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from expertlink.engines.ranks.header import HeaderFields, Operation
 from expertlink.routing import Placement
 
 
-def pieces(sending: Sending) -> dict[str, Tensor]:
+def results_of(sending: Sending) -> dict[str, Tensor]:
     sending.order()
     count = int(sending.rows_per_rank.sum())
     token_of_row = sending.token_of_row(count)
-    beside = sending.metadata(count)
+    packed = sending.metadata(count)
     paths = sending.paths()
-    assert beside is not None
+    assert packed is not None
     return {
         "header": sending.header,
         "token_of_row": token_of_row,
-        "extras": beside,
+        "metadata": packed,
         "rows_of_token": paths.rows_of_token,
         "row_of_choice": paths.row_of_choice,
     }
@@ -45,7 +45,7 @@ def pieces(sending: Sending) -> dict[str, Tensor]:
         (5000, 800, 1600, 3),
     ],
 )
-def test_kernels_equal_plain_torch(
+def test_kernels_give_the_bits_of_plain_torch(
     tokens: int, ranks: int, experts: int, topk: int, id_dtype: torch.dtype, weight_dtype
 ) -> None:
     """Many blocks of tokens, many ranks, more experts than fit into shared memory."""
@@ -74,8 +74,8 @@ def test_kernels_equal_plain_torch(
             row_bytes=16,
             metadata_bytes=metadata.width(call),
         )
-        expected = pieces(TorchSender(placement)(call, fields, True))
-        actual = pieces(KernelSender(device, placement)(call, fields, True))
+        expected = results_of(TorchSender(placement)(call, fields, True))
+        actual = results_of(KernelSender(device, placement)(call, fields, True))
         for name, value in expected.items():
             assert torch.equal(actual[name].long(), value.long()), name
 

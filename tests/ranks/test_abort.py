@@ -1,4 +1,4 @@
-"""A rank that gives up: the others learn it from their waits, at once, and nothing hangs."""
+"""A rank that aborts: the other ranks' waits end at once with its reason, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOON_S = 5.0  # half a second on an idle machine; the time-out of these jobs is 
 
 @pytest.mark.parametrize("fields", [{}, {"check_inputs": False}])
 @pytest.mark.parametrize("phase", ["combine", "backward", "dispatch"])
-def test_experts_that_raise_end_the_others_waits(
+def test_an_error_in_the_experts_ends_the_waits_of_other_ranks(
     rank_pools, phase: str, fields: dict[str, Any]
 ) -> None:
     pool = rank_pools(RANKS)
@@ -37,7 +37,7 @@ def test_experts_that_raise_end_the_others_waits(
 
 
 @pytest.mark.parametrize("phase", ["dispatch", "initialize"])
-def test_a_signal_ends_a_wait(rank_pools, phase: str) -> None:
+def test_a_signal_ends_the_waits_of_all_ranks(rank_pools, phase: str) -> None:
     results = rank_pools(RANKS).run(faults.interrupted, CULPRIT, phase, timeout_s=60)
     waited, health = results[CULPRIT]
     assert waited < SOON_S
@@ -53,7 +53,7 @@ def test_a_signal_ends_a_wait(rank_pools, phase: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["dispatch", "cached", "combine"])
-def test_a_call_that_fails_on_one_rank_ends_on_all(rank_pools, call: str) -> None:
+def test_a_call_that_fails_on_one_rank_ends_on_all_ranks(rank_pools, call: str) -> None:
     results = rank_pools(RANKS).run(faults.fails_within, CULPRIT, call, timeout_s=60)
     assert results[CULPRIT][0] == ("MemoryError", "no room")
     assert results[CULPRIT][1][0] == "ClosedError"

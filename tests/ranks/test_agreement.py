@@ -1,4 +1,4 @@
-"""What the ranks' headers say, in words."""
+"""How messages describe the ranks' headers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def words(**fields: int) -> list[int]:
     return list(astuple(HeaderFields(**{**defaults, **fields})))
 
 
-def test_one_call_is_no_difference() -> None:
+def test_ranks_in_the_same_call_do_not_differ() -> None:
     assert difference([words(), words(capacity=9, row_bytes=4)], communicator=OWN) is None
 
 
@@ -35,7 +35,7 @@ def test_one_call_is_no_difference() -> None:
         ({"call": 4, "status": 1}, "rank 1 is in combine #4 of dispatch #1, which it refused. "),
     ],
 )
-def test_difference(other: dict[str, int], text: str) -> None:
+def test_a_difference_names_the_call_of_every_rank(other: dict[str, int], text: str) -> None:
     assert text in str(difference([words(), words(**other)], communicator=OWN))
 
 
@@ -53,7 +53,7 @@ def test_a_refusing_rank_need_not_know_the_dispatch() -> None:
         ({"communicator": 5, "call": 9}, True, 2),
     ],
 )
-def test_counting_on_after_a_difference(
+def test_call_numbers_after_a_difference(
     other: dict[str, int], resynchronise: bool, call: int
 ) -> None:
     wire = Wire(None, device=torch.device("cpu"), timeout_s=1.0)

@@ -1,4 +1,4 @@
-"""Ranks that fail: every other rank learns it, by name, within a bound, and survives if it can."""
+"""Ranks that fail: every other rank names them within a bound, and goes on if it can."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
 
 
 def judge(results: list[Any], *, own: str, text: str) -> None:
-    """The culprit raised its own error, the others name it and repeat it; all work again."""
+    """The culprit raised its own error, the others name it and repeat it; all go on."""
     kind, message = results[CULPRIT][0]
     assert kind == own, message
     assert text in message
@@ -59,7 +59,7 @@ def test_one_rank_changes_its_routing(rank_pools) -> None:
     judge(results, own="RoutingChangedError", text="topk_ids[0]=[-1, -1]")
 
 
-def test_overflow_is_one_error_on_all_ranks(rank_pools) -> None:
+def test_an_overflow_raises_the_same_error_on_all_ranks(rank_pools) -> None:
     results = rank_pools(RANKS).run(faults.small_buffer, CULPRIT, timeout_s=60)
     assert len({seen for seen, _ in results}) == 1
     kind, message = results[0][0]
@@ -69,7 +69,7 @@ def test_overflow_is_one_error_on_all_ranks(rank_pools) -> None:
     assert all(recovered for _, recovered in results)
 
 
-def test_ranks_in_different_calls(rank_pools) -> None:
+def test_ranks_in_different_calls_are_named(rank_pools) -> None:
     results = rank_pools(RANKS).run(faults.different_calls, CULPRIT, timeout_s=60)
     for seen, recovered in results:
         assert seen[0] == "PeerError"
@@ -77,7 +77,7 @@ def test_ranks_in_different_calls(rank_pools) -> None:
         assert recovered
 
 
-def test_weights_on_some_ranks_only(rank_pools) -> None:
+def test_weights_on_some_ranks_only_are_refused(rank_pools) -> None:
     results = rank_pools(RANKS).run(faults.missing_weights, CULPRIT, timeout_s=60)
     for seen, recovered in results:
         assert seen[0] == "InputError"
@@ -99,7 +99,9 @@ def test_weights_on_some_ranks_only(rank_pools) -> None:
         ({"scale_order": "column_major"}, "scale_order: row_major on ranks 0, 2, column_major on"),
     ],
 )
-def test_disagreement_names_field_and_ranks(rank_pools, fields: dict[str, Any], text: str) -> None:
+def test_a_disagreement_names_the_field_and_the_ranks(
+    rank_pools, fields: dict[str, Any], text: str
+) -> None:
     results = rank_pools(RANKS).run(faults.disagreement, CULPRIT, fields, timeout_s=60)
     assert len(set(results)) == 1, "all ranks raise the same"
     kind, message = results[0]
@@ -107,13 +109,13 @@ def test_disagreement_names_field_and_ranks(rank_pools, fields: dict[str, Any], 
     assert text in message
 
 
-def test_ranks_share_the_memory_of_the_same_communicator(rank_pools) -> None:
+def test_all_ranks_must_share_with_the_same_communicator(rank_pools) -> None:
     results = rank_pools(RANKS).run(faults.sharing, CULPRIT, timeout_s=60)
     text = "ranks disagree about the configuration; share_with: 7 on ranks 0, 2, 8 on rank 1"
     assert set(results) == {("ConfigurationError", text)}
 
 
-def test_blocks_of_experts(rank_pools) -> None:
+def test_blocks_of_experts_may_differ_in_size_and_order(rank_pools) -> None:
     pool = rank_pools(RANKS)
     sizes = [{"num_local_experts": n} for n in (5, 0, 3)]
     results = pool.run(faults.blocks, sizes, timeout_s=60)
@@ -134,7 +136,7 @@ def test_blocks_of_experts(rank_pools) -> None:
 @pytest.mark.parametrize("how", ["stays away", "dies"])
 @pytest.mark.parametrize("phase", ["initialize", "dispatch", "combine"])
 def test_a_missing_rank_is_named_in_time(phase: str, how: str) -> None:
-    # A pool of its own: what a lost rank leaves behind is no process group for others.
+    # A pool of its own: a process group that lost a rank is of no use to other tests.
     with RankPool(num_ranks=RANKS) as pool:
         results = pool.run(faults.absent, CULPRIT, phase, how, timeout_s=30, return_exceptions=True)
     for rank in OTHERS:
@@ -152,7 +154,7 @@ def test_a_missing_rank_is_named_in_time(phase: str, how: str) -> None:
         assert again[0] == "ClosedError", again
 
 
-def test_communicators_are_told_apart(rank_pools) -> None:
+def test_messages_tell_communicators_apart(rank_pools) -> None:
     results = rank_pools(RANKS).run(faults.other_communicator, CULPRIT, timeout_s=60)
     for rank, (kind, message) in enumerate(results):
         assert kind == "PeerError", message
@@ -165,7 +167,7 @@ CHECKS = pytest.mark.parametrize("fields", [{}, {"check_inputs": False}])
 
 @CHECKS
 @pytest.mark.parametrize("kind", ["combine", "cached"])
-def test_ranks_go_on_with_different_dispatches(
+def test_ranks_that_continue_different_dispatches_are_named(
     rank_pools, kind: str, fields: dict[str, Any]
 ) -> None:
     results = rank_pools(RANKS).run(faults.mixed_up, CULPRIT, kind, fields, timeout_s=60)
@@ -181,7 +183,9 @@ def test_ranks_go_on_with_different_dispatches(
 
 
 @CHECKS
-def test_ranks_unwind_different_dispatches(rank_pools, fields: dict[str, Any]) -> None:
+def test_ranks_whose_backward_follows_different_dispatches_are_named(
+    rank_pools, fields: dict[str, Any]
+) -> None:
     results = rank_pools(RANKS).run(faults.mixed_up_backward, CULPRIT, fields, timeout_s=60)
     assert len({seen for seen, _ in results}) == 1, "all ranks raise the same"
     for (error, message), recovered in results:
@@ -200,11 +204,11 @@ def test_ranks_unwind_different_dispatches(rank_pools, fields: dict[str, Any]) -
         {"output_layout": "flat", "combine_precision": "exact"},
     ],
 )
-def test_the_default_device_does_not_matter(rank_pools, fields: dict[str, Any]) -> None:
+def test_the_default_device_has_no_effect(rank_pools, fields: dict[str, Any]) -> None:
     assert all(rank_pools(RANKS).run(faults.other_default_device, fields, timeout_s=60))
 
 
-def test_communicators_of_different_size_are_told_apart(rank_pools) -> None:
+def test_messages_tell_communicators_of_different_size_apart(rank_pools) -> None:
     results = rank_pools(RANKS).run(faults.other_experts, CULPRIT, timeout_s=60)
     for (error, message), recovered in results:
         assert error == "PeerError", message
@@ -212,9 +216,9 @@ def test_communicators_of_different_size_are_told_apart(rank_pools) -> None:
         assert recovered
 
 
-def test_a_missed_meeting_can_be_repeated() -> None:
+def test_a_missed_handshake_can_be_repeated() -> None:
     with RankPool(num_ranks=RANKS) as pool:
-        results = pool.run(faults.late_meeting, CULPRIT, timeout_s=60)
+        results = pool.run(faults.late_handshake, CULPRIT, timeout_s=60)
     assert all(worked for _, worked in results)
     for rank in OTHERS:
         kind, message = results[rank][0]
@@ -222,7 +226,7 @@ def test_a_missed_meeting_can_be_repeated() -> None:
         assert f"missing: rank {CULPRIT}" in message
 
 
-def test_failed_waits_stay_failed() -> None:
+def test_after_a_failed_wait_every_call_is_refused() -> None:
     with RankPool(num_ranks=RANKS) as pool:
         results = pool.run(faults.failed_wait, CULPRIT, timeout_s=60)
     for rank in OTHERS:

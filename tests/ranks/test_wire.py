@@ -1,4 +1,4 @@
-"""What ranks can still find out when a connection is lost, and a call that is finished twice."""
+"""What a rank can find out after a lost connection, and a call that is finished twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Store:
-    """A store that answers as it is told to."""
+    """A store whose every answer is that of a function."""
 
     def __init__(self, answer: Callable[[], object]) -> None:
         self._answer = answer
@@ -59,8 +59,8 @@ def exchange(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("exited", [True, False])
-def test_processes_are_looked_at_where_the_store_is_gone(exited: bool) -> None:
-    """It is hosted by a rank, as a rule; on this host it can be told which one has ended."""
+def test_without_the_store_ended_processes_are_found(exited: bool) -> None:
+    """A rank may host the store. On one host, a rank can see which processes have ended."""
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         if exited:
@@ -76,8 +76,8 @@ def test_processes_are_looked_at_where_the_store_is_gone(exited: bool) -> None:
         other.communicate()
 
 
-def test_a_silent_store_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of a rank that has been stopped."""
+def test_a_wait_for_a_silent_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a rank that has been stopped."""
     monkeypatch.setattr(status, "ANSWER_S", 0.2)
     over = threading.Event()
     try:
@@ -92,10 +92,10 @@ def test_a_silent_store_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("layout", ["flat", "token_major", "rank_major", "expert_major"])
-def test_a_call_that_failed_to_finish_can_be_finished(
+def test_a_call_that_failed_to_finish_can_be_finished_later(
     layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory that it had borrowed is given back once."""
+    """Its borrowed memory is returned once."""
     with make(output_layout=layout) as comm:
         fields = good()
         request = comm.dispatch_async(fields["input"], fields["topk_ids"], fields["weights"])

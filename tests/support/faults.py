@@ -186,7 +186,7 @@ def missing_weights(ctx: RankContext, culprit: int) -> Any:
 
 
 def disagreement(ctx: RankContext, culprit: int, fields: dict[str, Any]) -> tuple[str, str]:
-    """Configurations that differ on one rank, found when the ranks meet."""
+    """Configurations that differ on one rank, found in the handshake."""
     comm = small(ctx, **(fields if ctx.rank == culprit else {}))
     return outcome(comm.initialize)
 
@@ -252,8 +252,8 @@ def other_communicator(ctx: RankContext, culprit: int) -> Any:
         return outcome(lambda: mine.dispatch(**good(mine)))
 
 
-def late_meeting(ctx: RankContext, culprit: int) -> Any:
-    """One rank misses the first attempt to meet; the second one succeeds."""
+def late_handshake(ctx: RankContext, culprit: int) -> Any:
+    """One rank misses the first handshake; the second one succeeds."""
     comm = small(ctx, startup_timeout_s=1.0)
     first = ("", "")
     if ctx.rank == culprit:

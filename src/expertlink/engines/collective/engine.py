@@ -95,27 +95,27 @@ class CollectiveEngine:
     def dispatch(self, call: DispatchCall) -> Dispatched:
         """Starts a dispatch: agrees on counts (waits for peers), then rows are on their way."""
         self._enter(Operation.DISPATCH if call.previous is None else Operation.CACHED_DISPATCH)
-        with self._wire.whole():
+        with self._wire.abort_on_error():
             return self._dispatcher.dispatch(into_tokens(call))
 
     def combine(self, call: CombineCall) -> Combined:
         """Starts a combine: sums, or rows, are on their way to the tokens' ranks."""
         self._enter(Operation.COMBINE)
-        with self._wire.whole():
+        with self._wire.abort_on_error():
             return self._returns.combine(call)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
         self._enter(Operation.WEIGHT_GRADS)
         route = finished(state)
-        with self._wire.whole():
+        with self._wire.abort_on_error():
             return self._returns.weight_grads(route, weight_grads)
 
     def refuse(self, operation: Operation, error: Exception) -> NoReturn:
         """Raises `error` here and `PeerError` on the ranks that exchange headers in this call."""
         if self._agrees or operation is Operation.DISPATCH:
             self._enter(operation)
-            with self._wire.whole():
+            with self._wire.abort_on_error():
                 agree(self._wire, operation, num_experts=self._config.num_experts, refused=error)
         raise error
 

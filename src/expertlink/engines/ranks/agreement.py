@@ -1,7 +1,9 @@
-"""What the ranks tell each other before rows move: a header per call, the configuration at start.
+"""The agreement before rows move: every rank makes the same call, or every rank raises.
 
-Every rank sends its header to every rank. So all of them see the same table and come to the same
-verdict: go on, or all raise. Nobody waits for a rank that refused its input.
+In: this rank's header (header.py). Out: all ranks' headers, or an error.
+
+Every rank sends its header to every rank. So all ranks see the same table and reach the same
+verdict. No rank waits for one that refused its input.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from expertlink.engines.ranks.header import (
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError, PeerError
 
-_CHUNK = 1024  # words
+_CHUNK = 1024  # words; headers on CPU are padded to a multiple
 _LARGEST = 0x7FFFFFFF  # of a word; call numbers wrap around
 _CALL_WORDS = (
     HeaderWord.OPERATION,
@@ -40,8 +42,8 @@ class Table:
 
     Attributes:
         rows: `[s][d]` rows that rank s sends to rank d.
-        choices: `[R, E]` choices of each global expert by each source rank.
-        capacity: rows each rank has room for, or UNBOUNDED.
+        choices: `[R, E]` how often each source rank chose each global expert.
+        capacity: rows that each rank has room for, or UNBOUNDED.
     """
 
     rows: list[list[int]]
@@ -56,7 +58,7 @@ class Agreement:
         wire: the ranks' connection.
         operation: what this rank is about to do.
         header: this rank's, see header.py.
-        refused: why this rank takes no part, where the header says so.
+        refused: why this rank refuses the call, if it does.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Agreement:
         """Waits for all headers and raises the same verdict on every rank, or returns the table.
 
         Args:
-            explain: makes this rank's error where its ids turned out to be faulty.
+            explain: makes this rank's error, if the device found its ids faulty.
 
         Raises:
             PeerError: the ranks are in different calls, or another rank refused.
@@ -89,20 +91,20 @@ class Agreement:
         """
         table = self._wire.to_host(self._received, self._transfer)
         num_ranks = self._wire.num_ranks
-        head = table[:, : NUM_FIELDS + num_ranks].tolist()
-        fields = [words[:NUM_FIELDS] for words in head]
+        words_of_rank = table[:, : NUM_FIELDS + num_ranks].tolist()
+        fields = [words[:NUM_FIELDS] for words in words_of_rank]
         judge(self._wire, self._operation, fields, refused=self._refused, explain=explain)
         return Table(
-            rows=[words[NUM_FIELDS:] for words in head],
+            rows=[words[NUM_FIELDS:] for words in words_of_rank],
             choices=table[:, NUM_FIELDS + num_ranks :],
             capacity=[words[HeaderWord.CAPACITY] for words in fields],
         )
 
 
 def _padded(header: Tensor) -> Tensor:
-    """A header of at least 1024 words, so that those of a group's communicators have one size.
+    """The header, padded, so that those of different communicators have the same size.
 
-    gloo ends the process where a rank sends more than the other one awaits.
+    gloo ends the process if a rank sends more than the other one expects.
     """
     return torch.nn.functional.pad(header, (0, -header.numel() % _CHUNK))
 
@@ -206,10 +208,10 @@ def judge(
     Args:
         wire: the ranks' connection.
         operation: what this rank is about to do.
-        fields: `[R][NUM_FIELDS]` what every rank said of its call.
-        refused: why this rank takes no part, where its status says so.
-        explain: makes that error where the device found it out.
-        resynchronise: where the ranks are in different calls, they count on from one number.
+        fields: `[R][NUM_FIELDS]` the fields of every rank's header.
+        refused: why this rank refuses the call, if its status says so.
+        explain: makes that error, if the device found the fault.
+        resynchronise: if the ranks are in different calls, they continue from one call number.
 
     Raises:
         PeerError: the ranks are in different calls, or another rank refused.
@@ -228,23 +230,23 @@ def judge(
 
 
 def difference(fields: Sequence[Sequence[int]], *, communicator: int) -> str | None:
-    """What every rank said of its call, in words; None where all make the same call.
+    """Which call every rank is in, as a sentence; None if all make the same call.
 
     Local, and the same on every rank of a communicator.
 
     Args:
-        fields: `[R][NUM_FIELDS]` words of the headers; those of widths and capacity are not read.
+        fields: `[R][NUM_FIELDS]` fields of the headers; widths and capacity are not read.
         communicator: this rank's own, `Wire.number`.
     """
     refusing = [rank for rank, words in enumerate(fields) if words[HeaderWord.STATUS]]
     if not _in_one_call(fields):
-        seen = "; ".join(
+        calls = "; ".join(
             f"rank {rank} is in {_name_of(words, communicator)}"
             + (", which it refused" if rank in refusing else "")
             for rank, words in enumerate(fields)
         )
         return (
-            f"the ranks are not in the same call: {seen}. All ranks of a group make the same "
+            f"the ranks are not in the same call: {calls}. All ranks of a group make the same "
             "dispatch and combine calls in the same order"
         )
     if refusing:
@@ -267,7 +269,7 @@ def _call_of(words: Sequence[int]) -> tuple[int, ...]:
 
 
 def _in_one_call(fields: Sequence[Sequence[int]]) -> bool:
-    """A rank that refused its call may not know which dispatch the call belongs to."""
+    """A rank that refuses its call may not know which dispatch the call belongs to."""
     calls = {_call_of(words)[:-1] for words in fields}
     subjects = {words[HeaderWord.SUBJECT] for words in fields if not words[HeaderWord.STATUS]}
     return len(calls) == 1 and len(subjects) <= 1
@@ -283,12 +285,12 @@ def _name_of(words: Sequence[int], communicator: int) -> str:
 
 
 def _resynchronise(wire: Wire, fields: Sequence[Sequence[int]]) -> None:
-    """Brings all ranks back in step: nobody has made the call that they disagree about."""
+    """Brings all ranks back in step: no rank has made the call that they disagree about."""
     if all(words[HeaderWord.COMMUNICATOR] == wire.number for words in fields):
         # A rank that missed a call is back in step with the next one.
         wire.call = max(words[HeaderWord.CALL] for words in fields)
     else:
-        wire.call -= 1  # the ranks that are elsewhere have not counted it
+        wire.call -= 1  # ranks in another communicator have not counted it
 
 
 def _check_status(
@@ -319,10 +321,10 @@ def _check_widths(fields: Sequence[Sequence[int]]) -> None:
 
 
 def width_difference(fields: Sequence[Sequence[int]]) -> str | None:
-    """In what the ranks' rows differ, in words; None where they do not. The same on every rank."""
+    """How the ranks' rows differ, as a sentence; None if they do not. The same on every rank."""
     for word, what in (
-        (HeaderWord.ROW_BYTES, "row"),
-        (HeaderWord.METADATA_BYTES, "scales and weights beside a row"),
+        (HeaderWord.ROW_BYTES, "a row"),
+        (HeaderWord.METADATA_BYTES, "a row's scales and weights"),
     ):
         values = [words[word] for words in fields]
         if len(set(values)) > 1:
@@ -344,7 +346,7 @@ def _by_value(values: Sequence[object]) -> str:
 
 
 def compare(values: dict[str, Sequence[object]]) -> list[str]:
-    """One sentence part for every name whose values differ between ranks."""
+    """For every name whose values differ between ranks: the name and which rank has which value."""
     return [
         f"{name}: {_by_value(per_rank)}"
         for name, per_rank in values.items()

@@ -1,4 +1,7 @@
-"""Room for rows: what a rank announces, and the verdict that all ranks reach on the same table."""
+"""Room for rows: what a rank announces, and whether a call fits.
+
+In: the configuration, and the table of all headers. Out: nothing, or the same error on every rank.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from expertlink.types import DispatchLayout
 
 
 def announced(config: MoECommunicatorConfig, output_buffer: Tensor | None) -> int:
-    """Rows this rank has room for."""
+    """Rows that this rank has room for, or UNBOUNDED."""
     limits = []
     if config.max_recv_tokens_per_rank is not None:
         limits.append(config.max_recv_tokens_per_rank)
@@ -26,7 +29,7 @@ def announced(config: MoECommunicatorConfig, output_buffer: Tensor | None) -> in
 def largest_shape(
     config: MoECommunicatorConfig, *, num_ranks: int, num_local: int
 ) -> tuple[int, ...]:
-    """Leading shape of `tokens` with room for whatever a dispatch may bring."""
+    """Leading shape of `tokens` with room for all that a dispatch can bring."""
     arrivals = num_ranks * config.max_tokens_per_rank
     if config.layout is DispatchLayout.RANK_MAJOR:
         return (num_ranks, config.max_tokens_per_rank)
@@ -45,16 +48,16 @@ def check(config: MoECommunicatorConfig, placement: Placement, table: Table, *, 
 
     Raises:
         CapacityError: a rank would receive more rows than it announced room for.
-        InputError: an expert was chosen more often than EXPERT_MAJOR has room for, which only ids
-            that name an expert twice in one token can do.
+        InputError: an expert was chosen more often than EXPERT_MAJOR has room for. That takes
+            tokens that choose an expert twice.
     """
     if config.layout is DispatchLayout.EXPERT_MAJOR:
         room = placement.num_ranks * config.max_tokens_per_rank
         most, expert = table.choices.sum(dim=0).max(dim=0)
         if most > room:
             raise InputError(
-                f"expert {int(expert)} was chosen {int(most)} times by at most {room} tokens: "
-                "topk_ids name an expert twice in one token (check_inputs=True finds which)"
+                f"expert {int(expert)} was chosen {int(most)} times by at most {room} tokens: some "
+                "tokens choose it twice; check_inputs=True names them"
             )
     if all(room == UNBOUNDED for room in table.capacity):
         return
@@ -72,7 +75,8 @@ def check(config: MoECommunicatorConfig, placement: Placement, table: Table, *, 
         if room != UNBOUNDED and needed > room:
             raise CapacityError(
                 f"rank {rank} would receive {needed} rows in dispatch #{call} but has room for "
-                f"{room} (max_recv_tokens_per_rank or its output_buffer); nothing was sent",
+                f"{room}; nothing was sent. Raise max_recv_tokens_per_rank, or pass a larger "
+                "output_buffer",
                 rank=rank,
                 rows=needed,
                 capacity=room,

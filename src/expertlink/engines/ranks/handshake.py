@@ -1,4 +1,8 @@
-"""The first meeting of the ranks: do they agree, where do the experts live, who is who."""
+"""The handshake of a new communicator: do the ranks agree, and where do the experts live?
+
+In: a configuration per rank. Out: the placement of the experts, alike on all ranks, and a wire that
+knows the other processes and a number of this communicator's own.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +36,9 @@ _COMMON_FIELDS = (
 )
 
 
-# Ranks of a group meet in the same order, so counting tells their meetings apart. One that failed
-# for want of a rank counts for nobody and can be tried again.
-_meetings: collections.Counter[str] = collections.Counter()
+# Ranks make the handshakes of a group in the same order, so counting tells them apart. One that
+# failed because a rank was missing counts for nobody and can be repeated.
+_handshakes: collections.Counter[str] = collections.Counter()
 
 
 def handshake(
@@ -47,24 +51,24 @@ def handshake(
 ) -> Placement:
     """Compares configurations and returns the placement of the experts. Collective.
 
-    Gives the wire the ranks' identities and a key of this communicator's own.
+    Gives the wire the ranks' processes, and a key and a number of this communicator's own.
 
     Args:
         wire: the ranks' connection.
         config: this rank's.
-        engine: what this rank would use.
+        engine: the engine that this rank would use.
         check_inputs: as configured, or the device's default.
         shared_with: `Wire.number` of the communicator whose memory this one uses, or None.
 
     Raises:
         ConfigurationError: on every rank, naming the fields and the ranks that differ, or what is
             wrong with the placement.
-        PeerTimeoutError: a rank did not come within `wire.timeout_s`.
+        PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
     """
     wire.enter("initialize", 0)
     name = getattr(wire.group, "group_name", "")
-    wire.assemble(_meetings[name])
-    _meetings[name] += 1
+    wire.wait_for_all(_handshakes[name])
+    _handshakes[name] += 1
     here = Peer.here()
     common: dict[str, object] = {name: getattr(config, name) for name in _COMMON_FIELDS}
     common |= {
@@ -91,15 +95,15 @@ def handshake(
             answers.append(json.loads(text))
         except ValueError as error:
             raise ConfigurationError(
-                f"rank {rank} sent an unreadable configuration; does it run another version of "
-                "expertlink, or another collective on this group?"
+                f"rank {rank} sent an unreadable configuration: make sure that all ranks run the "
+                "same version of expertlink, and no other collective on this group meanwhile"
             ) from error
     names = dict.fromkeys(name for answer in answers for name in answer["common"])
     differing = compare({name: [a["common"].get(name) for a in answers] for name in names})
     if differing:
         raise ConfigurationError("ranks disagree about the configuration; " + "; ".join(differing))
     wire.peers = [Peer(*answer["peer"]) for answer in answers]
-    wire.name(answers[0]["key"])
+    wire.set_key(answers[0]["key"])
     wire.number = int(answers[0]["key"][:7], 16)
     wire.call = 0
     return Placement.from_ranks(
@@ -136,23 +140,23 @@ def _rank_of_expert(
         for expert in range(start, next_start):
             if owner[expert] is not None:
                 raise ConfigurationError(
-                    f"expert {expert} is local to ranks {owner[expert]} and {rank}: check "
-                    "local_expert_start and num_local_experts"
+                    f"expert {expert} is local to ranks {owner[expert]} and {rank}: the blocks of "
+                    "local_expert_start and num_local_experts must not overlap"
                 )
             owner[expert] = rank
-    homeless = [expert for expert, rank in enumerate(owner) if rank is None]
-    if homeless:
+    unplaced = [expert for expert, rank in enumerate(owner) if rank is None]
+    if unplaced:
         raise ConfigurationError(
-            f"no rank holds expert {homeless[0]} ({len(homeless)} of {config.num_experts} experts "
-            "are without a rank): num_local_experts must add up to num_experts"
+            f"no rank holds expert {unplaced[0]} ({len(unplaced)} of {config.num_experts} experts "
+            "have no rank): num_local_experts must add up to num_experts over the ranks"
         )
     return [rank for rank in owner if rank is not None]
 
 
 def resolve_device(requested: torch.device | str | None, group: Any | None) -> torch.device:
-    """The device of a communicator, with its index where it is a GPU.
+    """The device of a communicator, with its index if it is a GPU.
 
-    None: CUDA's current device where there is one and the group can use it, else CPU.
+    None: CUDA's current device if there is one and the group can use it, else CPU.
 
     Raises:
         ConfigurationError: there is no such device, or the group cannot move its tensors.
@@ -164,13 +168,14 @@ def resolve_device(requested: torch.device | str | None, group: Any | None) -> t
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigurationError(
-                f"device={str(requested)!r} is not possible: CUDA is not available to torch here"
+                f"device={str(requested)!r} is not possible: CUDA is not available to torch here; "
+                "accepted: 'cpu'"
             )
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= torch.cuda.device_count():
             found = torch.cuda.device_count()
             raise ConfigurationError(
-                f"device={str(requested)!r} is not possible: there are {found} GPUs"
+                f"device={str(requested)!r} is not possible: this process sees {found} GPUs"
             )
         device = torch.device("cuda", index)
     reason = None if group is None or group.size() == 1 else _cannot_move(group, device)
@@ -180,7 +185,7 @@ def resolve_device(requested: torch.device | str | None, group: Any | None) -> t
 
 
 def _cannot_move(group: Any, device: torch.device) -> str | None:
-    """Why a process group cannot exchange tensors of a device, as far as is known."""
+    """Why a process group cannot exchange tensors of a device, as far as torch tells."""
     try:
         backend = group._get_backend(device).name().lower()
     except RuntimeError:

@@ -1,7 +1,7 @@
 """The header that every rank sends to every rank before rows move.
 
-int32 words: the fields below, R counts of rows for each rank, E counts of choices of each expert.
-kernels/send_order.cu writes the same words.
+int32 words: the fields below, then R counts (rows for each rank), then E counts (choices of each
+expert). kernels/collective/send_order.cu writes the same words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ UNBOUNDED = -1
 
 
 class Operation(enum.IntEnum):
-    """What a rank is in the middle of."""
+    """The calls that ranks agree on."""
 
     DISPATCH = 1
     CACHED_DISPATCH = 2
@@ -30,7 +30,7 @@ class Operation(enum.IntEnum):
 
 
 def title_of(operation: int) -> str:
-    """The title of an operation that came from elsewhere, known or not."""
+    """The title of an operation in another rank's header, known or not."""
     try:
         return Operation(operation).title
     except ValueError:
@@ -39,16 +39,16 @@ def title_of(operation: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class HeaderFields:
-    """What a rank says of its call; the words of a header in this order.
+    """What a rank says of its call: the first words of a header, in this order.
 
     Attributes:
         operation: `Operation`.
-        communicator: tells the communicators of a group apart.
+        communicator: `Wire.number`.
         call: sequence number of the call.
-        status: 0, or 1 where the rank takes no part because its input is faulty.
-        capacity: rows this rank has room for, or UNBOUNDED.
+        status: 0, or 1 if the rank refuses the call.
+        capacity: rows that this rank has room for, or UNBOUNDED.
         row_bytes: bytes of a row; all ranks must agree.
-        metadata_bytes: bytes that travel beside a row; all ranks must agree.
+        metadata_bytes: bytes of metadata per row; all ranks must agree.
         subject: number of the dispatch whose routing the call uses: the call number of the
             dispatch, cached or not, that made the handle; 0 for a new routing.
     """
@@ -95,7 +95,7 @@ def build_header(
         fields: what the host knows.
         rows_per_rank: `[R]` counts on the device; None: zeros.
         choices: `[E]` counts on the device; None: zeros.
-        suspect: bool scalar on the device that raises the status.
+        suspect: bool scalar on the device; true raises the status.
     """
     header = torch.zeros(NUM_FIELDS + num_ranks + num_experts, dtype=torch.int32, device="cpu")
     header[:NUM_FIELDS] = torch.tensor(astuple(fields), device="cpu")

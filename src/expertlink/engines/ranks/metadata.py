@@ -1,4 +1,4 @@
-"""What travels beside a row: local expert ids, routing weights and scales, packed as bytes.
+"""The metadata of a row: local expert ids, routing weights and scales, packed as bytes.
 
 Column order: `[K]` int32 ids (not in cached dispatches), `[K]` weights, `[S]` scales.
 """
@@ -20,7 +20,7 @@ def row_bytes(x: Tensor) -> int:
 
 
 def width(call: DispatchCall) -> int:
-    """Bytes beside every row of this call."""
+    """Bytes of metadata per row of this call."""
     total = 0
     if call.topk_ids_TK is not None:
         total += call.topk_ids_TK.shape[1] * ID_BYTES
@@ -32,10 +32,10 @@ def width(call: DispatchCall) -> int:
 
 
 def pack(call: DispatchCall, token_of_row: Tensor, local_ids_nK: Tensor) -> Tensor | None:
-    """`[n, width]` uint8, or None where nothing travels.
+    """`[n, width]` uint8, or None where rows have no metadata.
 
-    `local_ids_nK` says by its sign which choices are local to a row's destination; only their
-    weights are sent.
+    A choice is local to its row's destination if `local_ids_nK` is not negative. Other choices get
+    weight 0.
     """
     parts: list[Tensor] = []
     if call.topk_ids_TK is not None:
@@ -49,24 +49,26 @@ def pack(call: DispatchCall, token_of_row: Tensor, local_ids_nK: Tensor) -> Tens
 
 
 def unpack(
-    call: DispatchCall, extras_NB: Tensor, topk: int
+    call: DispatchCall, metadata_NB: Tensor, topk: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`(local_ids [N, K] int32, weights [N, K], scales [N, S])`, None for what did not travel."""
     ids = weights = scales = None
     begin = 0
     if call.topk_ids_TK is not None:
-        ids = _columns(extras_NB, begin, topk * ID_BYTES, torch.int32)
+        ids = _columns(metadata_NB, begin, topk * ID_BYTES, torch.int32)
         begin += topk * ID_BYTES
     if call.weights_TK is not None:
-        weights = _columns(extras_NB, begin, row_bytes(call.weights_TK), call.weights_TK.dtype)
+        weights = _columns(metadata_NB, begin, row_bytes(call.weights_TK), call.weights_TK.dtype)
         begin += row_bytes(call.weights_TK)
     if call.scales is not None:
-        scales = _columns(extras_NB, begin, row_bytes(call.scales), call.scales.dtype)
+        scales = _columns(metadata_NB, begin, row_bytes(call.scales), call.scales.dtype)
     return ids, weights, scales
 
 
-def _columns(extras_NB: Tensor, begin: int, count: int, dtype: torch.dtype) -> Tensor:
-    # The copy both aligns the columns for their type and lets the packed buffer go.
+def _columns(metadata_NB: Tensor, begin: int, count: int, dtype: torch.dtype) -> Tensor:
+    # A copy: it aligns the columns for their type and frees the packed buffer.
     return (
-        extras_NB[:, begin : begin + count].clone(memory_format=torch.contiguous_format).view(dtype)
+        metadata_NB[:, begin : begin + count]
+        .clone(memory_format=torch.contiguous_format)
+        .view(dtype)
     )

@@ -1,7 +1,9 @@
-"""What ranks post for each other in the process group's key-value store.
+"""What ranks publish for each other in the process group's key-value store: signs of life, aborts.
 
-The store may be hosted by a rank that has stopped, and its client waits for an answer without a
-bound and without serving signals. So it is asked from threads, and given up when it is silent.
+In: texts under names. Out: what other ranks have published.
+
+A rank may host the store, and that rank may have stopped. The store's client then waits without a
+bound and serves no signals. So threads ask the store, and give up when it does not answer.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
 
-ANSWER_S = 2.0  # how long the store is listened to
-_FIRST_LOOK_S = 0.05
-_NEXT_LOOK_S = 0.2
+ANSWER_S = 2.0  # how long a query waits for the store
+_FIRST_POLL_S = 0.05
+_NEXT_POLL_S = 0.2
 
 
 class StoreSilentError(RuntimeError):
     """The store has not answered in time."""
 
 
-class _Errand(threading.Thread, Generic[_T]):
-    """Asks the store; a daemon, so that a silent store does not keep the process."""
+class _Query(threading.Thread, Generic[_T]):
+    """Asks the store; a daemon, so that a silent store does not keep the process alive."""
 
     def __init__(self, ask: Callable[[], _T]) -> None:
         super().__init__(daemon=True, name="expertlink-store")
@@ -34,59 +36,62 @@ class _Errand(threading.Thread, Generic[_T]):
     def run(self) -> None:
         try:
             self._answer.append(self._ask())
-        except BaseException as error:  # raised where the answer is awaited
+        except BaseException as error:  # raised where the answer is read
             self._error = error
 
     def answer(self) -> _T:
-        """Only once the thread has ended."""
+        """Only after the thread has ended."""
         if self._error is not None:
             raise self._error
         return self._answer[0]
 
 
 class StatusStore:
-    """Texts under names; `key` is put before all names and tells communicators apart.
+    """Texts under names.
 
-    Every method asks the store and raises RuntimeError where it cannot be reached or is silent.
+    Every method raises RuntimeError where the store cannot be reached or does not answer.
+
+    Attributes:
+        key: prefix of all names; it tells communicators apart.
     """
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._silent: threading.Thread | None = None
+        self._unanswered: threading.Thread | None = None
         self.key = "expertlink"
 
-    def post(self, name: str, text: str) -> None:
-        """Replaces what has been posted under that name."""
+    def publish(self, name: str, text: str) -> None:
+        """Replaces what is published under that name."""
         full = self._full(name)
-        self._within(lambda: self._store.set(full, text))
+        self._query(lambda: self._store.set(full, text))
 
-    def post_first(self, name: str, text: str) -> None:
-        """Leaves alone what has been posted under that name."""
+    def publish_first(self, name: str, text: str) -> None:
+        """Publishes, unless something is published under that name already."""
         full = self._full(name)
 
         def ask() -> None:
             if not self._store.check([full]):
                 self._store.set(full, text)
 
-        self._within(ask)
+        self._query(ask)
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Names under which nothing is posted."""
+        """Names under which nothing is published."""
         full = {name: self._full(name) for name in names}
-        return self._within(lambda: [name for name in names if not self._store.check([full[name]])])
+        return self._query(lambda: [name for name in names if not self._store.check([full[name]])])
 
     def read(self, name: str) -> str | None:
-        """What is posted under a name."""
+        """What is published under a name."""
         full = self._full(name)
-        return self._within(lambda: self._read(full))
+        return self._query(lambda: self._read(full))
 
-    def take_back(self, name: str) -> None:
-        """Removes what is posted under a name, if anything."""
+    def remove(self, name: str) -> None:
+        """Removes what is published under a name, if anything."""
         full = self._full(name)
-        self._within(lambda: self._store.delete_key(full))
+        self._query(lambda: self._store.delete_key(full))
 
     def watch(self, name: str) -> Watch:
-        """Looks whether something has been posted, while this rank waits for something else."""
+        """Polls a name while this rank waits for something else."""
         full = self._full(name)
         return Watch(lambda: self._read(full))
 
@@ -96,39 +101,39 @@ class StatusStore:
     def _full(self, name: str) -> str:
         return f"{self.key}/{name}"
 
-    def _within(self, ask: Callable[[], _T]) -> _T:
-        if self._silent is not None and self._silent.is_alive():
-            raise StoreSilentError("an earlier question has not been answered")
-        errand = _Errand(ask)
-        errand.start()
-        errand.join(ANSWER_S)
-        if errand.is_alive():
-            self._silent = errand
+    def _query(self, ask: Callable[[], _T]) -> _T:
+        if self._unanswered is not None and self._unanswered.is_alive():
+            raise StoreSilentError("an earlier query has not been answered")
+        query = _Query(ask)
+        query.start()
+        query.join(ANSWER_S)
+        if query.is_alive():
+            self._unanswered = query
             raise StoreSilentError(f"no answer for {ANSWER_S:g} s")
-        return errand.answer()
+        return query.answer()
 
 
 class Watch:
-    """Asks now and then, beside a wait; not in the first moments, so that short waits are free."""
+    """Polls a name now and then during a wait. It starts late, so that short waits cost nothing."""
 
     def __init__(self, ask: Callable[[], str | None]) -> None:
         self._ask = ask
-        self._errand: _Errand[str | None] | None = None
-        self._next = time.monotonic() + _FIRST_LOOK_S
+        self._query: _Query[str | None] | None = None
+        self._next = time.monotonic() + _FIRST_POLL_S
 
-    def look(self) -> str | None:
-        """What has been posted, as far as known; returns at once."""
+    def poll(self) -> str | None:
+        """What is published, as far as known; returns at once."""
         now = time.monotonic()
         if now < self._next:
             return None
-        if self._errand is None:
-            self._errand = _Errand(self._ask)
-            self._errand.start()
-        if self._errand.is_alive():
+        if self._query is None:
+            self._query = _Query(self._ask)
+            self._query.start()
+        if self._query.is_alive():
             return None
-        errand, self._errand = self._errand, None
-        self._next = now + _NEXT_LOOK_S
+        query, self._query = self._query, None
+        self._next = now + _NEXT_POLL_S
         try:
-            return errand.answer()
+            return query.answer()
         except RuntimeError:  # the wait itself ends in an error that says more
             return None

@@ -1,9 +1,12 @@
-"""Bounded exchanges over a torch process group, and finding out who is missing when one fails.
+"""Bounded exchanges over a torch process group, and a diagnosis when one fails.
 
-Everything the collective engine sends goes through `Wire.exchange`, an all-to-all. A wait that
-fails or expires ends in `PeerTimeoutError`: the ranks that are still there say so in the group's
-key-value store, the ones that do not are missing. A rank that gives up says so there as well, and
-those that wait for it raise `AbortError`.
+In: tensors, texts, and the name of the call that they belong to. Out: what the other ranks sent, or
+an error that names the ranks that are missing.
+
+Everything that the collective engine sends goes through `Wire.exchange`, an all-to-all. A wait that
+fails or expires ends in `PeerTimeoutError`: ranks that are alive publish a sign of life in the
+group's key-value store (status.py), and the others are missing. A rank that aborts publishes that
+too, and ranks that wait for it raise `AbortError`.
 """
 
 from __future__ import annotations
@@ -28,18 +31,18 @@ from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTime
 
 logger = logging.getLogger("expertlink")
 
-_GRACE_S = 2.0  # how long a rank whose wait failed listens for the others' signs of life
-_REASON_S = 0.5  # how long the reason of an abort that has been heard of is waited for
+_GRACE_S = 2.0  # how long a rank whose wait failed polls for the others' signs of life
+_REASON_S = 0.5  # how long to wait for the reason of a known abort
 _POLL_S = 0.02
 _SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
-_MARGIN_S = 5.0  # gloo ends its waits itself; the host only guards against itself
+_MARGIN_S = 5.0  # gloo ends its waits itself; this bound is for the case that it does not
 _TEXT_BYTES = 2048
-_ABORT = "abort"  # name under which a rank posts that it gave up
+_ABORT = "abort"  # name under which a rank publishes its abort
 _UNUSED_TAG = 0x7EADBEE
 
-# Aborts that have been raised here. A meeting can be repeated under its old name, and then those of
-# the attempt before do not count.
-_heeded: set[str] = set()
+# Aborts that have been raised in this process. A handshake can be repeated under its old name, and
+# then those of the earlier attempt do not count.
+_raised_aborts: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,14 @@ class Peer:
         """This process."""
         return Peer(socket.gethostname(), os.getpid())
 
-    def fate(self) -> str:
-        """What can be said about the process from here."""
+    def describe(self) -> str:
+        """The process, and whether it lives, as far as this host can tell."""
         if self.host != socket.gethostname():
             return f"process {self.pid} on {self.host}"
         return f"process {self.pid} " + ("has exited" if self.has_exited() else "is alive")
 
     def has_exited(self) -> bool:
-        """Whether the process is known to have ended."""
+        """True if the process is known to have ended."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -79,7 +82,7 @@ class Transfer:
 
     def __init__(self, wait: Callable[[], None], keep: object = None) -> None:
         self._wait = wait
-        self._keep = keep  # what refers to the tensors, which must outlive the transfer
+        self._keep = keep  # holds the tensors, which must outlive the transfer
 
     def wait(self) -> None:
         """CPU: blocks until the data is there. CUDA: orders the current stream after it."""
@@ -87,7 +90,19 @@ class Transfer:
 
 
 class Wire:
-    """All-to-all exchanges of one communicator; without a group, of a single rank with itself."""
+    """The ranks' connection, for one communicator. Without a group it connects one rank to itself.
+
+    Args:
+        group: the process group, or None for a single rank.
+        device: where the tensors live that are exchanged.
+        timeout_s: bound of every wait, in seconds.
+
+    Attributes:
+        peers: processes of all ranks; known after the handshake.
+        number: identifies the communicator, the same on all ranks.
+        phase: what this rank is doing, for messages.
+        call: sequence number of the current call, counted alike on all ranks.
+    """
 
     def __init__(self, group: Any | None, *, device: torch.device, timeout_s: float) -> None:
         self.group = group
@@ -96,19 +111,19 @@ class Wire:
         self.device = device
         self.timeout_s = timeout_s
         self.peers: list[Peer] = []
-        self.number = 0  # of the communicator, the same on all ranks
+        self.number = 0
         self.phase = "start"
-        self.call = 0  # sequence number of the current call, counted alike on all ranks
+        self.call = 0
         self._status: StatusStore | None = None
         if group is not None and self.num_ranks > 1:
             self._status = StatusStore(group.get_group_store())
-        self._under_way: set[Any] = set()  # CPU: operations that have not been seen to end
+        self._under_way: set[Any] = set()  # CPU: operations that may not have ended
         self._pinned: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         self._broken: str | None = None
         self._closed = False
 
-    def name(self, key: str) -> None:
-        """Gives the communicator's texts in the store a name of their own."""
+    def set_key(self, key: str) -> None:
+        """Sets the prefix of this communicator's names in the store."""
         if self._status is not None:
             self._status.key = f"expertlink/{key}"
 
@@ -116,14 +131,14 @@ class Wire:
         """Names what the following exchanges belong to, for error messages.
 
         Raises:
-            ClosedError: an earlier wait failed; the process group cannot be used any more.
+            ClosedError: an earlier wait failed, a rank aborted, or this is closed.
         """
         if self._closed or self._broken is not None:
             self.check()
         self.phase, self.call = phase, call
 
     def check(self) -> None:
-        """Raises ClosedError where an earlier wait failed, a rank aborted, or this is closed."""
+        """Raises ClosedError if an earlier wait failed, a rank aborted, or this is closed."""
         if self._closed:
             raise ClosedError("this communicator is closed")
         if self._broken is not None:
@@ -132,7 +147,7 @@ class Wire:
             )
 
     def close(self) -> None:
-        """Lets go of the group, also where results of old calls still refer to this wire.
+        """Drops the group, even while results of old calls still refer to this wire.
 
         A process group that outlives `destroy_process_group` can abort the process at its exit.
         """
@@ -140,7 +155,7 @@ class Wire:
         self.group = self._status = None
 
     def abort(self, reason: str) -> None:
-        """Gives up: later calls are refused here, and whoever waits for this rank learns why.
+        """Refuses later calls here, and ends other ranks' waits for this one with the reason.
 
         Takes a bounded time and raises nothing.
         """
@@ -151,18 +166,18 @@ class Wire:
             self._disconnect()
 
     def post_abort(self, reason: str) -> None:
-        """Tells the others that this rank gave up. Takes a bounded time and raises nothing."""
+        """Publishes that this rank aborted. Takes a bounded time and raises nothing."""
         if self._status is None:
             return
         text = f"{self.rank}:{uuid.uuid4().hex}:{reason[:_TEXT_BYTES]}"
         try:
-            self._status.post(f"{_ABORT}/{self.rank}", text)
-            self._status.post_first(_ABORT, text)
+            self._status.publish(f"{_ABORT}/{self.rank}", text)
+            self._status.publish_first(_ABORT, text)
         except RuntimeError as error:
-            logger.debug("rank %d: the others do not learn of the abort: %s", self.rank, error)
+            logger.debug("rank %d: the abort could not be published: %s", self.rank, error)
 
     def abort_reason(self, rank: int) -> str:
-        """Why a rank gave up, once that is known to have happened; empty if it does not say."""
+        """Why a rank aborted, once it is known to have aborted; empty if it gave no reason."""
         if self._status is None:
             return ""
         deadline = time.monotonic() + _REASON_S
@@ -177,12 +192,12 @@ class Wire:
         return ""
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """What every rank must finish or refuse alike; where this one cannot, it aborts.
+    def abort_on_error(self) -> Iterator[None]:
+        """Around what every rank must finish or refuse alike: aborts if this rank does neither.
 
-        Errors of this library leave the ranks in step, or have been told to the others. Anything
-        else (ctrl-C, out of memory) ends in the middle of it: a later call of this rank would meet
-        other ranks in an earlier one.
+        Errors of this library leave the ranks in step, or are raised on all of them. Any other
+        error (ctrl-C, out of memory) stops this rank in the middle of a call, and its next call
+        would meet the other ranks' current one.
         """
         try:
             yield
@@ -203,9 +218,9 @@ class Wire:
         send_splits: Sequence[int] = (),
         receive_splits: Sequence[int] = (),
     ) -> Transfer:
-        """Starts an all-to-all over the first dimension; no splits: equal parts.
+        """Starts an all-to-all over the first dimension; without splits, in equal parts.
 
-        `send` and `receive` must stay referenced until the transfer has been waited for.
+        The transfer keeps `send` and `receive` alive.
         """
         if self.group is None or self.num_ranks == 1:
             receive.copy_(send)
@@ -215,11 +230,11 @@ class Wire:
         return self._start(lambda: group.alltoall_base(receive, send, *splits, options))
 
     def gather(self, row: Tensor, rows: Tensor) -> Transfer:
-        """Starts sending `row` to every rank; `rows [R, ...]` receives one from each."""
+        """Starts an all-gather: `rows [R, ...]` receives the `row` of every rank."""
         if self.group is None or self.num_ranks == 1:
             rows.copy_(row)
             return Transfer(lambda: None)
-        if not row.is_cuda:  # gloo gathers in a ring, one neighbour after another
+        if not row.is_cuda:  # gloo gathers in a ring, in R - 1 steps
             return self.exchange(row.repeat(self.num_ranks, 1), rows)
         group, options = self.group, self._bounded(AllgatherOptions())
         return self._start(lambda: group._allgather_base(rows, row, options))
@@ -241,7 +256,7 @@ class Wire:
 
         def wait() -> None:
             self.check()
-            with self.whole():
+            with self.abort_on_error():
                 try:
                     self._complete(work, phase=phase, call=call, started=started)
                 except ExpertlinkError:
@@ -252,36 +267,36 @@ class Wire:
         return Transfer(wait, keep=issue)
 
     def _complete(self, work: Any, *, phase: str, call: int, started: float) -> None:
-        """Waits for an operation: on CPUs for its end, on CUDA the current stream does."""
+        """Waits for an operation: the host on CPU, the current stream on CUDA."""
         if self.device.type != "cpu":
             work.wait()
             return
-        watch = self._watch()
+        watch = self._watch_aborts()
         while True:
             try:
                 work.wait(_SLICE)
             except RuntimeError:
                 if work.is_completed():
-                    work.wait()  # raises if that is how it ended
+                    work.wait()  # raises if the operation failed
             if work.is_completed():
                 self._under_way.discard(work)
                 return
-            self._heed(watch, phase=phase, call=call)
+            self._check_abort(watch, phase=phase, call=call)
             waited = time.monotonic() - started
             if waited > self.timeout_s + _MARGIN_S:
-                raise TimeoutError(f"no end for {waited:.1f} s")
+                raise TimeoutError(f"not finished after {waited:.1f} s")
 
-    def _watch(self) -> Watch | None:
+    def _watch_aborts(self) -> Watch | None:
         return None if self._status is None else self._status.watch(_ABORT)
 
-    def _heed(self, watch: Watch | None, *, phase: str, call: int) -> None:
-        """Raises AbortError if another rank has given up, as far as is known yet."""
-        text = None if watch is None else watch.look()
-        if text is not None and text not in _heeded:
+    def _check_abort(self, watch: Watch | None, *, phase: str, call: int) -> None:
+        """Raises AbortError if another rank is known to have aborted. Returns at once."""
+        text = None if watch is None else watch.poll()
+        if text is not None and text not in _raised_aborts:
             raise self._aborted(text, phase=phase, call=call)
 
     def _aborted(self, text: str, *, phase: str, call: int) -> AbortError:
-        _heeded.add(text)
+        _raised_aborts.add(text)
         rank, _, reason = text.split(":", 2)
         self._broken = f"rank {rank} aborted: {reason}"
         self._disconnect()
@@ -292,9 +307,9 @@ class Wire:
         )
 
     def _disconnect(self) -> None:
-        """Ends operations that are under way, after which the process group cannot be used.
+        """Ends operations under way. The process group cannot be used afterwards.
 
-        Left alone they would block the stream, or the group's destructor, until their time-out.
+        Otherwise they would block the stream, or the group's destructor, until their time-out.
         """
         group = self.group
         if group is None or self.num_ranks == 1:
@@ -303,8 +318,8 @@ class Wire:
             with contextlib.suppress(RuntimeError, AttributeError):
                 group.abort()
             return
-        # gloo has no abort; but a receive that expires closes all connections. One from a rank
-        # that has closed its own fails at once, and closes nothing.
+        # gloo has no abort, but a receive that expires closes all connections. A receive from a
+        # rank that has closed its connection fails at once and closes nothing: try every rank.
         word = torch.empty(1, dtype=torch.uint8, device="cpu")
         for step in range(1, self.num_ranks):
             if all(work.is_completed() for work in self._under_way):
@@ -317,7 +332,7 @@ class Wire:
     def to_host(self, values: Tensor, after: Transfer | None = None) -> Tensor:
         """Waits for `after` and copies `values` to the host, within the time-out.
 
-        The result is good until the next call with the same shape.
+        The result is valid until the next call with the same shape and dtype.
         """
         if after is not None:
             after.wait()
@@ -326,48 +341,51 @@ class Wire:
         key = (values.shape, values.dtype)
         host = self._pinned.get(key)
         if host is None:
-            with torch.inference_mode(False):  # calls of any mode write to it
+            with torch.inference_mode(False):  # calls in any mode write to it
                 host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._pinned[key] = host
         host.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        with self.whole():
-            self._poll(arrived)
+        with self.abort_on_error():
+            self._await_event(arrived)
         return host
 
-    def _poll(self, arrived: torch.cuda.Event) -> None:
+    def _await_event(self, arrived: torch.cuda.Event) -> None:
         started = time.monotonic()
-        watch = self._watch()
-        announced = False
+        watch = self._watch_aborts()
+        published = False
         while not arrived.query():
-            self._heed(watch, phase=self.phase, call=self.call)
+            self._check_abort(watch, phase=self.phase, call=self.call)
             waited = time.monotonic() - started
-            if waited > min(1.0, self.timeout_s / 4) and not announced:
-                announced = True
-                with contextlib.suppress(RuntimeError):  # a lost store is found out in due course
-                    self._post(waited)
+            if waited > min(1.0, self.timeout_s / 4) and not published:
+                published = True
+                with contextlib.suppress(RuntimeError):  # the diagnosis reports a lost store
+                    self._publish_sign(waited)
             if waited > self.timeout_s:
-                error = TimeoutError(f"no answer for {waited:.1f} s")
+                error = TimeoutError(f"not finished after {waited:.1f} s")
                 raise self._diagnose(error, phase=self.phase, call=self.call, started=started)
 
-    def assemble(self, attempt: int) -> None:
-        """Waits until every rank is here, through the store: nothing is lost if one is not.
+    def wait_for_all(self, attempt: int) -> None:
+        """Waits, through the store, until every rank has arrived. Can be repeated if one has not.
 
-        A first collective cannot be bounded everywhere: NCCL connects all ranks before it looks at
-        the clock.
+        A group's first collective has no bound of its own: NCCL connects all ranks before it checks
+        a deadline.
+
+        Args:
+            attempt: number of this handshake among those of the group.
         """
         status = self._status
         if status is None:
             return
         self.call = attempt
-        self.name(f"meeting {attempt}")
+        self.set_key(f"handshake {attempt}")
         started = time.monotonic()
-        with self.whole():
+        with self.abort_on_error():
             try:
                 if (status.read(_ABORT) or "").startswith(f"{self.rank}:"):
-                    status.take_back(_ABORT)  # of an attempt that this rank repeats
-                self._post(0.0)
+                    status.remove(_ABORT)  # of an earlier attempt of this rank
+                self._publish_sign(0.0)
                 self._await_all(status, attempt, started)
             except ExpertlinkError:
                 raise
@@ -377,7 +395,7 @@ class Wire:
                 ) from error
 
     def _await_all(self, status: StatusStore, attempt: int, started: float) -> None:
-        watch = self._watch()
+        watch = self._watch_aborts()
         silent = list(range(self.num_ranks))
         try:
             while True:
@@ -389,7 +407,7 @@ class Wire:
                     silence = error
                 if not silent:
                     return
-                self._heed(watch, phase=self.phase, call=attempt)
+                self._check_abort(watch, phase=self.phase, call=attempt)
                 waited = time.monotonic() - started
                 if waited > self.timeout_s:
                     if silence is not None:
@@ -406,12 +424,12 @@ class Wire:
                     )
                 time.sleep(_POLL_S / 10)
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # a later attempt starts afresh
-                status.take_back(self._sign(self.rank))
+            with contextlib.suppress(RuntimeError):  # so that a later attempt starts afresh
+                status.remove(self._sign(self.rank))
             raise
 
     def gather_text(self, text: str) -> list[str]:
-        """Every rank's text, cut to 2048 bytes. Collective; blocks."""
+        """Every rank's text, cut to 2048 bytes. Collective; waits."""
         raw = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         row = torch.tensor(list(raw), dtype=torch.uint8, device=self.device)
         received = torch.empty((self.num_ranks, _TEXT_BYTES), dtype=torch.uint8, device=self.device)
@@ -424,13 +442,13 @@ class Wire:
         """Builds the error for a failed wait and marks the wire unusable."""
         waited = time.monotonic() - started
         self.phase, self.call = phase, call
-        with contextlib.suppress(RuntimeError):  # a silent store is found out below
+        with contextlib.suppress(RuntimeError):  # `_find_missing` reports a silent store
             text = None if self._status is None else self._status.read(_ABORT)
-            if text is not None and text not in _heeded:
+            if text is not None and text not in _raised_aborts:
                 return self._aborted(text, phase=phase, call=call)
         missing, note = self._find_missing(waited)
         names = ", ".join(
-            f"rank {rank}" + (f" ({self.peers[rank].fate()})" if self.peers else "")
+            f"rank {rank}" + (f" ({self.peers[rank].describe()})" if self.peers else "")
             for rank in missing
         )
         ended = "timed out" if waited >= 0.9 * self.timeout_s else "connection lost"
@@ -446,13 +464,13 @@ class Wire:
         )
 
     def _find_missing(self, waited: float) -> tuple[list[int], str]:
-        """Ranks without a sign of life in this call, and a remark about them."""
+        """Ranks without a sign of life in this call, and a note for the message."""
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]
         status = self._status
         assert status is not None
         signs = {self._sign(rank): rank for rank in others}
         try:
-            self._post(waited)
+            self._publish_sign(waited)
             deadline = time.monotonic() + _GRACE_S
             silent = list(signs)
             while silent and time.monotonic() < deadline:
@@ -463,25 +481,26 @@ class Wire:
             late = [signs[sign] for sign in signs if float(status.read(sign) or 0) < waited / 2]
         except (RuntimeError, ValueError) as error:
             return self._exited(), (
-                " (the group's store does not answer, so the process that hosts it, usually rank 0 "
-                f"or the launcher, is gone: {str(error).splitlines()[0]})"
+                " (the group's store does not answer: the process that hosts it, usually rank 0 or "
+                f"the launcher, has ended: {str(error).splitlines()[0]})"
             )
         if late:
             return late, " (arrived, but too late)"
-        return [], " (every rank arrived; this one may have been the late one)"
+        return [], " (every rank arrived; this rank may have been late itself)"
 
     def _exited(self) -> list[int]:
         """Ranks of this host whose processes have ended."""
         deadline = time.monotonic() + _GRACE_S
-        while True:  # connections are lost a little before the process is
+        while True:  # connections are lost a little before the process has ended
             gone = [rank for rank, peer in enumerate(self.peers) if peer.has_exited()]
             if gone or time.monotonic() > deadline:
                 return gone
             time.sleep(_POLL_S)
 
-    def _post(self, waited: float) -> None:
+    def _publish_sign(self, waited: float) -> None:
+        """Publishes that this rank is alive in this call, and for how long it has waited."""
         if self._status is not None:
-            self._status.post(self._sign(self.rank), f"{waited:.3f}")
+            self._status.publish(self._sign(self.rank), f"{waited:.3f}")
 
     def _sign(self, rank: int) -> str:
         return f"{self.call}/{self.phase}/{rank}"
