@@ -60,7 +60,7 @@ DISAGREEMENTS: list[tuple[str, Callable[[Case], Callable[..., object]], str]] = 
         lambda case: dispatch_with(case, weights=lambda _: None),
         "did not happen: some ranks pass weights, others do not",
     ),
-    ("width", packed_of_width, "bytes of row: 48 on ranks 0, 2, 32 on rank 1"),
+    ("width", packed_of_width, "bytes of a row: 48 on ranks 0, 2, 32 on rank 1"),
 ]
 
 

@@ -226,7 +226,7 @@ HEAD = [int(Operation.COMBINE), 11, 5, 0, -1, 128, 0, 2, 0, 0]
         ({1: 12}, "PeerError", "rank 1 is in combine #5 of dispatch #2 of another communicator"),
         ({0: 77}, "PeerError", "rank 1 is in an unknown operation (77) #5"),
         ({3: 1}, "PeerError", "rank 1 refused combine #5 of dispatch #2"),
-        ({5: 64}, "InputError", "bytes of row: 128 on rank 0, 64 on rank 1"),
+        ({5: 64}, "InputError", "bytes of a row: 128 on rank 0, 64 on rank 1"),
         ({8: 1}, "InputError", "some ranks pass weights, others do not"),
     ],
 )
