@@ -1,4 +1,4 @@
-// Low latency: how a launch begins, and how it tells where it is.
+// How a launch begins, and how it publishes its progress.
 #pragma once
 
 #include "ll/waits.cuh"
@@ -7,9 +7,9 @@ namespace ll {
 
 constexpr int kReceivedLane = 30, kSentLane = 31;
 
-// Every thread: reads what this launch is, and waits until peers have room for what it sends.
-// `prepare` needs sentinel_piece that an earlier launch has written, so it may run beside that
-// one's end; `loads` start right after it. False: a wait has expired, now or earlier.
+// Every thread. Reads which transfer this launch is, and waits until peers have room for what it
+// sends. `prepare` reads nothing that an earlier launch has written, so it may run beside the end
+// of that one. `loads` are issued right after it. False: a wait has expired, now or earlier.
 template <typename Arguments, typename Prepare, typename Loads>
 __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const Prepare& prepare,
                                            const Loads& loads) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
     }
     prepare();
     wait_for_predecessor();
-    // Two lanes of the last warp poll at how many launches have been.
+    // Two lanes of the last warp read how many launches there have been.
     const bool counts = in_last && lane >= kReceivedLane;
     unsigned long long* const counter =
         lane == kSentLane ? &a.counters->sent : &a.counters->received;
@@ -58,7 +58,8 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
     if (in_last) {
         launches >>= kUnitBits;
         const unsigned number = number_of(launches + 1);
-        // What peers must have received before this is sent, and what has been received.
+        // The transfer that peers must have received before this one is sent, and the last one
+        // received.
         constexpr unsigned long long kBack = kSets - 1;
         const unsigned before =
             number_of(lane == kSentLane ? max(launches, kBack) - kBack : launches);
@@ -77,7 +78,7 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
     }
     __syncthreads();
     // The next launch may take its place on the GPU; it waits for the end of this one. Where calls
-    // of another arena need SMs too it comes when this one leaves.
+    // of another arena need SMs too, it starts when this one leaves.
     if (!(a.flags & kAlone)) let_follower_start();
     // After the loads, so that no block of this launch can read the next number.
     if (counts && (lane == kSentLane ? sends : a.flags & kReceive))
@@ -92,9 +93,9 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
     return !call.stopped;
 }
 
-// One warp: tells all peers where this rank is. The launches before are over, so the rows of all
-// transfers before `receiving` have been read and their memory put back. The fence waits for what
-// the warp has stored, so it should be one that has not stored yet.
+// Publishes to all peers where this rank is. One warp. The launches before are over, so the rows of
+// all transfers before `receiving` have been read and kSentinel has been put back. The release
+// waits for what the warp has stored, so it should be one that has not stored yet.
 template <typename Arguments>
 __device__ __forceinline__ void publish_progress(const Arguments& a, const Call& call) {
 #pragma unroll 1

@@ -1,14 +1,14 @@
 // ll::combine: a combine of few tokens in one launch, or its halves in two.
 //
-// First the warps return rows: one partial sum per arrival, or with kExact every expert row, stored
-// in staging memory of the token's rank. Then they add up what comes in, token by token. Rows are
-// cut into parts where there are more warps than rows. The roundings are those of reduction.py.
+// First the warps send rows back: one partial sum per arrival, or with kExact every expert row.
+// Then they sum what comes in, token by token. Rows are cut into parts where there are more warps
+// than rows. The roundings are those of reduction.py.
 
 #include "ll/totals.cuh"
 
 namespace ll {
 
-// Rows that travel, for the statistics; one thread for each rank.
+// Statistics: counts the rows that travel. One thread for each rank.
 __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const RowsFrom& in) {
     if (a.rows_sent == nullptr || blockIdx.x != 0 || a.row_bytes == 0 || kExact) return;
 #pragma unroll 1
@@ -30,7 +30,7 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
-    // The others add up from the start.
+    // The other warps sum from the start.
     const int senders = min(a.send_warps, receives ? warps - 1 : warps);
     if (threadIdx.x == 0) {
         next_send = senders;
@@ -44,8 +44,8 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
             in.fill([&](int rank) { return rank < kNumRanks ? a.rows_from[rank] : 0; });
     };
     if (!begin_call(a, call, [] {}, loads)) return;
-    // One warp of all says where this rank is. Where calls are received it does not send, and hears
-    // where the others are while its block adds up.
+    // One warp of the grid publishes this rank's progress. If the launch receives, that warp does
+    // not send: it reads the headers while its block sums.
     if (publishes) {
         if (sends) publish_headers(a, call, subject);
         publish_progress(a, call);

@@ -1,5 +1,5 @@
-// Low latency, receiving half of a dispatch: from the counts of all ranks to the slots of
-// everything that will come. Every block works them out for itself.
+// Receiving half of a dispatch: from the counts of all ranks to the slots of everything that will
+// come. Every block computes them for itself.
 #pragma once
 
 #include "common/scan.cuh"
@@ -14,8 +14,8 @@ struct Arrivals : RowsFrom {
     int* starts;      // [E_loc + 1] FLAT: first slot of each expert's group
 };
 
-// Barriers of a block for some of its warps. What a warp wrote before it met the others or arrived
-// there, they see after.
+// Named barriers, for some warps of a block. What a warp wrote before it came to one is visible to
+// those that leave it.
 enum Barrier { kWaitersBarrier = 1, kCountsBarrier = 2, kPlacingBarrier = 3 };
 
 __device__ __forceinline__ void barrier_sync(Barrier where, int warps) {
@@ -26,8 +26,8 @@ __device__ __forceinline__ void barrier_arrive(Barrier where, int warps) {
     asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(where)), "r"(warps * 32) : "memory");
 }
 
-// Rows for which there is no room: the head of the next transfer tells all ranks, this one too, so
-// that all hosts learn it alike. One thread.
+// Records an overflow. The header of the next transfer tells all ranks, this one too, so that all
+// hosts learn it alike. One thread.
 __device__ __forceinline__ void record_overflow(const DispatchArguments& a, unsigned transfer,
                                                 int rows) {
     a.state->overflow = transfer;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void record_overflow(const DispatchArguments& a, unsi
     a.state->overflow_room = static_cast<unsigned>(a.max_slots);
 }
 
-// What the caller and the handle keep of the counts.
+// Keeps the counts for the caller and the handle.
 __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Arrivals& in,
                                             unsigned transfer, int thread, int threads) {
 #pragma unroll 1
@@ -66,7 +66,7 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
     if (thread == 0) *a.origin = static_cast<int>(transfer);
 }
 
-// How many rows come from each rank, and whether it means this call; one warp.
+// Reads how many rows come from each rank, and whether it is in this call. One warp.
 __device__ __forceinline__ bool receive_headers(const DispatchArguments& a, Call& call,
                                                 Arrivals& in, unsigned subject) {
     Headers headers;
@@ -74,8 +74,8 @@ __device__ __forceinline__ bool receive_headers(const DispatchArguments& a, Call
     return judge_headers(a, call, headers);
 }
 
-// First slots of one local expert's rows, by source; one thread. All words that are awaited are
-// looked at together.
+// Computes the first slots of one local expert's rows, by source. One thread. All words that are
+// awaited are polled together.
 __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call& call, Arrivals& in,
                                                int expert) {
     constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;
@@ -113,7 +113,7 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
             if (found == kArrived) continue;
             atomicOr(&call.masked[source / 32], 1u << source % 32);
             missing &= missing - 1;
-            since = 0;  // the next one is waited for as long
+            since = 0;  // the next one gets as much time
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
@@ -127,7 +127,7 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
     return true;
 }
 
-// One warp of block 0: which ranks count as lost in this transfer.
+// Publishes to the other blocks which ranks count as lost in this transfer. One warp of block 0.
 __device__ __forceinline__ void publish_lost(const DispatchArguments& a, const Call& call) {
 #pragma unroll 1
     for (int r = threadIdx.x % 32; r < kNumRanks; r += 32)
@@ -135,7 +135,7 @@ __device__ __forceinline__ void publish_lost(const DispatchArguments& a, const C
                    static_cast<unsigned long long>(call.watch.transfer) * 2 + is_masked(call, r));
 }
 
-// One warp of another block: waits for that. Block 0 ends its own waits.
+// Waits for that. One warp of another block. Block 0 ends its own waits.
 __device__ __forceinline__ bool read_lost(const DispatchArguments& a, Call& call) {
     bool fine = true;
 #pragma unroll 1
@@ -149,24 +149,25 @@ __device__ __forceinline__ bool read_lost(const DispatchArguments& a, Call& call
         else
             atomicAnd(&call.masked[r / 32], ~bit);
     }
-    __threadfence();  // the counts that block 0 has seen are seen here
+    __threadfence();  // what block 0 has read is read here after its decision
     return __all_sync(kAll, fine);
 }
 
-// How many of the warps that do not send wait for counts: one for those of rows, and some for those
-// of experts. Where rows are not expanded the latter are for block 0 to keep, and no row waits for
-// them.
+// How many of the warps that do not send wait for counts: one for those of rows, the others for
+// those of experts. In deduplicated layouts the latter are for block 0 to keep, and no row waits
+// for them.
 __device__ __forceinline__ int count_warps(const DispatchArguments& a, int warps) {
     return kExpanded || blockIdx.x == 0 ? min(warps, 1 + (a.num_local + 31) / 32) : 1;
 }
 
-// `warps` warps from `first_warp` on: slots of everything that will come, known when all of them
-// are done. The first has the counts of rows. May stop the call.
+// Computes the slots of everything that will come. For `warps` warps from `first_warp` on; the
+// slots are known when all of them are done. The first warp has the counts of rows. May stop the
+// call.
 __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call& call, Arrivals& in,
                                                int first_warp, int warps, unsigned subject) {
     const int thread = threadIdx.x - first_warp * 32, threads = warps * 32;
     // Slots depend on the counts of all ranks. So where a rank may be lost, one block decides for
-    // all which are, once everything that the others have to say is here; then nobody waits any
+    // all which ranks are: once everything that the others publish is there. Then nobody waits any
     // more.
 #pragma unroll 1
     for (int pass = kMaskLost ? 0 : 1; pass < 2; ++pass) {

@@ -1,8 +1,8 @@
 // ll::dispatch: a dispatch of few tokens in one launch, or its halves in two.
 //
-// Every block counts its rank's tokens. Some warps load rows, wait for that and store the rows at
-// their ranks; the others publish_item and receive the counts; then all place what comes. What a
-// warp tells and sends it does before it waits for others.
+// Every block counts its rank's tokens. Meanwhile some warps load rows; they store them at their
+// ranks as soon as the block has counted. The others publish counts and metadata, and receive
+// counts. Then all of them place what comes. A warp publishes and sends before it waits for others.
 
 #include "ll/place.cuh"
 #include "ll/roles.cuh"
@@ -58,8 +58,8 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         for (int chunk = 0; chunk < kNumExperts; chunk += kExpertChunk) {
             fill_masks(a, masks, chunk, choices);
             if (!roles.sends()) {
-                // The last ones publish_item the counts, so that the first ones publish_item the
-                // rest meanwhile.
+                // Counts from the last warp on, metadata from the first one on: so both begin at
+                // once.
                 publish_counts(a, call, masks, chunk, roles.warps - 1 - roles.warp, roles.others(),
                                subject);
                 publish_metadata(a, call, masks, chunk, item, roles.others() * 32);
@@ -76,7 +76,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         keep_counts(a, in, call.watch.transfer,
                     threadIdx.x - (roles.first_idle() - roles.stat_warps()) * 32,
                     roles.stat_warps() * 32);
-    // Those who sent come here before the rows do.
+    // Warps that sent come here before the rows arrive.
     const int clearing = roles.senders ? roles.senders : roles.warps;
     if (roles.warp < clearing)
         clear_rest(a, in, roles.warp * gridDim.x + blockIdx.x, clearing * gridDim.x);

@@ -1,5 +1,5 @@
-// Low latency: what ranks say of their calls, in every transfer, so that none takes another call
-// for its own. A head is the start of a count row: tagged pairs of words.
+// Headers: what every rank publishes of its call, in every transfer, so that none takes another
+// call for its own. A header is the start of a count row: pairs of tagged words.
 #pragma once
 
 #include "ll/shares.cuh"
@@ -9,19 +9,18 @@ namespace ll {
 // Only layouts that may find no room have the last two pairs.
 constexpr int kHeaderPairs = kPadded ? 2 : 4;
 
-// Fields of a signature; the last one, the bytes of scales, has all bits above kScalesBit.
+// Fields of a signature. The last one, the bytes of scales, has all bits from kScalesBit on.
 constexpr unsigned kOperationMask = (1u << kFormBit) - 1;
 constexpr unsigned kFormMask = (1u << (kRowBit - kFormBit)) - 1;
 constexpr unsigned kRowMask = (1u << (kScalesBit - kRowBit)) - 1;
 
-// The transfer of the dispatch that a call refers to; 0: a new routing. May be on its way for a
-// while.
+// The transfer of the dispatch that a call refers to; 0: a new routing. The load may take a while.
 template <typename Arguments>
 __device__ __forceinline__ unsigned load_subject(const Arguments& a) {
     return a.subject == nullptr ? 0u : static_cast<unsigned>(load_fresh(a.subject));
 }
 
-// One lane: the head for one rank.
+// Publishes the header to one rank. One lane.
 template <typename Arguments>
 __device__ __forceinline__ void publish_header(const Arguments& a, const Call& call, int peer,
                                                unsigned rows, unsigned subject) {
@@ -38,7 +37,7 @@ __device__ __forceinline__ void publish_header(const Arguments& a, const Call& c
     }
 }
 
-// One warp: the heads for all ranks, of a call without counts.
+// Publishes the headers of a call without counts to all ranks. One warp.
 template <typename Arguments>
 __device__ __forceinline__ void publish_headers(const Arguments& a, const Call& call,
                                                 unsigned subject) {
@@ -47,13 +46,12 @@ __device__ __forceinline__ void publish_headers(const Arguments& a, const Call& 
         if (!is_masked(call, peer)) publish_header(a, call, peer, 0, subject);
 }
 
-// The latest overflow that heads publish_item of, and of those in one transfer that of the first
-// rank.
+// The latest overflow that headers name. Of several in one transfer, that of the first rank.
 struct Overflow {
     unsigned number = 0, rows, room;
     int rank;
 
-    // All lanes; a lane without news has number 0.
+    // All lanes. A lane without an overflow has number 0.
     __device__ __forceinline__ void merge(int of, unsigned its_number, unsigned its_rows,
                                           unsigned its_room) {
         const unsigned latest = __reduce_max_sync(kAll, its_number);
@@ -65,7 +63,7 @@ struct Overflow {
         room = __shfl_sync(kAll, its_room, lane);
     }
 
-    // One lane: for the host, once. All ranks learn the same in the same transfer.
+    // Reports it to the host, once. One lane. All ranks learn the same in the same transfer.
     __device__ __forceinline__ void report_to_host(const Watch& watch) const {
         State* const state = watch.state;
         Control* const control = watch.control;
@@ -79,14 +77,15 @@ struct Overflow {
     }
 };
 
-// What has been headers.
+// What the headers say.
 struct Headers {
-    bool fine = true;  // nobody gave up
+    bool fine = true;  // no wait was ended
     bool same = true;  // this lane's ranks are in the call of this rank
     Overflow overflow;
 };
 
-// One warp, each lane for a rank: waits for its head; how many rows it sends. Lanes wait together.
+// Waits for the headers of some ranks, one per lane. Returns how many rows the lane's rank sends.
+// One warp, whose lanes wait together.
 template <typename Arguments>
 __device__ __forceinline__ int read_header(const Arguments& a, Call& call, int rank,
                                            unsigned subject, Headers& headers) {
@@ -99,7 +98,8 @@ __device__ __forceinline__ int read_header(const Arguments& a, Call& call, int r
     unsigned long long since = 0;
     for (unsigned spins = 1; !__all_sync(kAll, here); ++spins) {
         if (here) continue;
-        // Pairs are stored at once, but only single words are sure to be read so.
+        // Pairs are stored at once, but only single words are sure to be read so: both tags are
+        // checked.
         ulonglong2 pair[kHeaderPairs];
         bool all = true;
 #pragma unroll
@@ -130,11 +130,12 @@ __device__ __forceinline__ int read_header(const Arguments& a, Call& call, int r
         atomicMax(&a.longest_wait_ns[rank], static_cast<long long>(nanoseconds() - began));
     if constexpr (!kPadded)
         if (blockIdx.x == 0) headers.overflow.merge(rank, overflow, overflow_rows, room);
-    // Counts become addresses, so no peer's word is taken for more than there can be.
+    // Counts become addresses, so a peer's word is clamped to what is possible.
     return static_cast<int>(min(rows, static_cast<unsigned>(kMaxTokens)));
 }
 
-// A word of a rank's head as other calls have them. Masked ranks count as being where this one is.
+// A word of a rank's header as `ht` has it, for reports. Masked ranks count as being where this one
+// is.
 template <typename Arguments>
 __device__ __forceinline__ int header_word(const Arguments& a, const Call& call, int rank,
                                            int word) {
@@ -157,7 +158,8 @@ __device__ __forceinline__ int header_word(const Arguments& a, const Call& call,
     }
 }
 
-// One warp, after it has headers all ranks: what there is to publish_item the host. False: give up.
+// Reports what the headers say, if the host has to know. One warp, which has read all of them.
+// False: the call must end.
 template <typename Arguments>
 __device__ __forceinline__ bool judge_headers(const Arguments& a, const Call& call,
                                               const Headers& headers) {
@@ -171,7 +173,7 @@ __device__ __forceinline__ bool judge_headers(const Arguments& a, const Call& ca
     return false;
 }
 
-// One warp of block 0 in a combine, beside those that add up.
+// Reads and judges the headers in a combine. One warp of block 0, beside those that sum.
 template <typename Arguments>
 __device__ __forceinline__ void read_headers(const Arguments& a, Call& call, unsigned subject) {
     Headers headers;

@@ -1,12 +1,12 @@
-// Low latency, receiving half of a dispatch: every row to its slots as its parts come in.
+// Receiving half of a dispatch: every row to its slots as its parts come in.
 #pragma once
 
 #include "ll/scales.cuh"
 
 namespace ll {
 
-// What came beside a row: in expanded layouts lane k learns the slot of its choice, or -1; all
-// lanes learn the token. Once for a row, with `keeps`, it is kept.
+// Receives the metadata of a row. In expanded layouts lane k gets the slot of its choice, or -1.
+// All lanes get the token. With `keeps`, once for a row, the handle's tables are written.
 __device__ __forceinline__ WaitResult receive_metadata(const DispatchArguments& a, const Call& call,
                                                        const Staging& at, const Arrivals& in,
                                                        int source, int position, bool keeps,
@@ -65,7 +65,7 @@ __device__ __forceinline__ WaitResult receive_metadata(const DispatchArguments& 
     return found;
 }
 
-// Deduplicated layouts: lane 0 has the slot of a row, or -1.
+// Deduplicated layouts: lane 0 gets the slot of a row, or -1.
 __device__ __forceinline__ int dense_target(const DispatchArguments& a, const Arrivals& in,
                                             int source, int position) {
     const int at =
@@ -73,10 +73,10 @@ __device__ __forceinline__ int dense_target(const DispatchArguments& a, const Ar
     return threadIdx.x % 32 == 0 && at < a.max_slots ? at : -1;
 }
 
-constexpr int kPlaceDepth = 3;  // steps that a warp looks at together
-constexpr int kPlaceMost = 6;   // of a part
+constexpr int kPlaceDepth = 3;  // steps that a warp polls together
+constexpr int kPlaceMost = 6;   // steps of a part, at most
 
-// One part of an arrival to all its slots. False: give up.
+// Places one part of an arrival in all its slots. False: a wait was ended.
 template <bool kQuantized>
 __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call,
                                            const Staging& at, const Arrivals& in, int source,
@@ -94,7 +94,7 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     LanePieces mine = lane_pieces(range.first, range.last, a.row_bytes);
     if (!own) pieces.load_first(from, mine);
     scales.load_first(row);
-    // While these are on their way.
+    // While these loads are in flight.
     WaitResult found = kArrived;
     if (kExpanded || is_first || own)
         found = receive_metadata(a, call, at, in, source, position, is_first, target, token);
@@ -131,8 +131,8 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
            kAbort;
 }
 
-// Parts of rows, from item `first` on by whichever warp is free. Ends early where a wait has
-// expired.
+// Places parts of rows, from item `first` on, by whichever warp is free. Ends early where a wait
+// has expired.
 template <bool kQuantized>
 __device__ __forceinline__ void place_rows(const DispatchArguments& a, const Call& call,
                                            const Arrivals& in, int first, int* next) {
@@ -151,12 +151,13 @@ __device__ __forceinline__ void place_rows(const DispatchArguments& a, const Cal
     }
 }
 
-// Slots that no row fills: ids and weights of deduplicated layouts, gaps between FLAT's groups.
+// Clears slots that no row fills: ids and weights of deduplicated layouts, gaps between FLAT's
+// groups.
 __device__ __forceinline__ void clear_rest(const DispatchArguments& a, const Arrivals& in, int warp,
                                            int warps) {
     const int lane = threadIdx.x % 32;
     if (kLayoutIsRankMajor) {
-        // Most slots are empty, so every lane has a choice, not every warp a slot.
+        // Most slots are empty, so every lane takes a choice rather than every warp a slot.
 #pragma unroll 1
         for (int at = warp * 32 + lane; at < kNumRanks * kMaxTokens * kTopk; at += warps * 32) {
             const int slot = at / kTopk;

@@ -1,11 +1,10 @@
-// Low latency: what a call's launches share. Numbers of transfers, and memory that peers write.
+// What the launches of mode `ll` share: numbers of transfers, and the memory that peers write.
 //
 // Rows carry their own arrival flag. Staging memory that nobody has written holds kSentinel in
-// every word; a reader polls the row itself until no word of it is kSentinel, and puts kSentinel
-// back. A sender whose data contain such a word says so with an escape word, after a fence. Small
-// words (counts, ids, weights) are stored together with the number of their transfer, eight bytes
-// at a time, and need no putting back. docs/protocol/ll.md says who writes what
-// and when.
+// every word. A reader polls the row itself until no word of it is kSentinel, and puts kSentinel
+// back. A sender whose data contain such a word writes an escape word, after a fence. Small words
+// (counts, ids, weights) are stored together with the number of their transfer, eight bytes at a
+// time, and need no putting back. docs/protocol/ll.md says who writes what and when.
 #pragma once
 
 #include "common/sync.cuh"
@@ -18,8 +17,8 @@ constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
 constexpr int kRankWords = (kNumRanks + 31) / 32;
 
 // Transfers are numbered 1 ... kLastNumber, then from 1 again. None is 0, which memory holds before
-// anyone has written it, and neighbours never share a set. Differences modulo 2^32 still say which
-// of two numbers is the later one, unless 2^30 transfers lie between them.
+// anyone has written it. Neighbours never share a set. Differences modulo 2^32 say which of two
+// numbers is the later one, unless 2^30 transfers lie between them.
 static_assert(kLastNumber % kSets == 0);
 
 __device__ __forceinline__ unsigned number_of(unsigned long long count) {
@@ -32,24 +31,24 @@ constexpr unsigned long long kUnits = 1ull << kUnitBits;
 
 // -- memory that peers write ----------------------------------------------------------------------
 
-// A rank that waits for others says now and then that it is there.
+// Where a rank that waits for others shows now and then that it is alive.
 __device__ __forceinline__ unsigned* alive_word(char* base, int rank) {
     return reinterpret_cast<unsigned*>(base + kAliveAt) + rank;
 }
 
-// Rows are staged in kSets sets in turn.
+// The set of a transfer: rows are staged in kSets sets in turn.
 __device__ __forceinline__ int set_of(unsigned transfer) { return transfer % kSets; }
 
-constexpr int kDropped = -2;  // slot of a choice for whose row there was no room; that is reported
+constexpr int kDropped = -2;  // slot of a choice whose row found no room; reported as overflow
 
-// Tagged word: what `rank` says in its count row.
+// Tagged word: a column of the count row of `rank`.
 __device__ __forceinline__ unsigned long long* count_word(char* base, unsigned transfer, int rank,
                                                           int column) {
     return reinterpret_cast<unsigned long long*>(base + kCountsAt) +
            (static_cast<long long>(set_of(transfer)) * kNumRanks + rank) * kCountWords + column;
 }
 
-// Pair of tagged words: what belongs to choice k of the row in a slot.
+// Pair of tagged words: metadata of choice k of the row in a slot.
 __device__ __forceinline__ unsigned long long* metadata_words(char* base, unsigned transfer,
                                                               int slot, int k) {
     return reinterpret_cast<unsigned long long*>(base + kMetadataAt) +
@@ -60,7 +59,7 @@ __device__ __forceinline__ char* staged_row(char* base, unsigned transfer, int s
     return base + kRowsAt + (static_cast<long long>(set_of(transfer)) * kSlots + slot) * kRowStride;
 }
 
-// Word for each step of a row, and one for its scales.
+// Escape words: one for each step of a row, and one for its scales.
 __device__ __forceinline__ unsigned* escape_words(char* base, unsigned transfer, int slot) {
     return reinterpret_cast<unsigned*>(base + kEscapesAt) +
            (static_cast<long long>(set_of(transfer)) * kSlots + slot) * (kMaxSteps + 1);
@@ -126,7 +125,7 @@ __device__ __forceinline__ uint4 sentinel_piece() {
 
 // -- a launch -------------------------------------------------------------------------------------
 
-// What a slow wait needs beside its Watch.
+// What the slow path of a wait needs beyond its Watch.
 struct WaitPolicy {
     Counters* counters;
     long long* longest_wait_ns;  // [R] statistics, or null
@@ -140,7 +139,7 @@ struct Call {
     unsigned masked[kRankWords];  // bit r: rank r is masked
     unsigned sending, receiving;  // transfers of this launch's halves
     unsigned received;            // the last one whose rows this rank has put back
-    int stopped;                  // not 0: give up
+    int stopped;                  // not 0: a wait was ended
 };
 
 __device__ __forceinline__ bool is_masked(const Call& call, int rank) {

@@ -1,5 +1,4 @@
-// Low latency, sending half of a combine: partial sums, or single rows, to the ranks of their
-// tokens.
+// Sending half of a combine: partial sums, or single rows, to the ranks of their tokens.
 #pragma once
 
 #include "common/choices.cuh"
@@ -9,10 +8,11 @@
 
 namespace ll {
 
-// Steps that a warp has under way for each term.
+// Steps of each term that a warp has in flight.
 constexpr int kSumDepth = kExpanded ? 3 : 4;
-constexpr int kTogether = 4;   // terms under way for a part of one step
-constexpr int kDrawnFrom = 5;  // parts for each warp; fewer are dealt out, which takes no time
+constexpr int kTogether = 4;  // terms in flight for a part of one step
+constexpr int kDrawnFrom =
+    5;  // parts per warp from which on they are drawn; fewer go in turn, which takes no time
 
 struct Sums {
     float value[kSumDepth][kPack];
@@ -36,7 +36,7 @@ struct Sums {
     }
 };
 
-// Steps of a row into staging memory of a peer.
+// Sends steps of a row to a staged row of a peer.
 template <int kDepth>
 __device__ __forceinline__ void return_steps(const CombineArguments& a, const Call& call, int peer,
                                              int slot, const uint4 (&piece)[kDepth], int first,
@@ -53,7 +53,8 @@ __device__ __forceinline__ const char* row_at(const CombineArguments& a, long lo
     return static_cast<const char*>(a.rows) + slot * a.row_bytes;
 }
 
-// What is sent once for a row: weights of exact sums, gradients of weights. Lane k, for choice k.
+// Sends the metadata of a row, once: weights of exact sums, gradients of weights. Lane k, for
+// choice k.
 __device__ __forceinline__ void return_metadata(const CombineArguments& a, const Call& call,
                                                 int peer, int slot, int token, long long at,
                                                 int choice, float weight) {
@@ -72,7 +73,7 @@ __device__ __forceinline__ void return_metadata(const CombineArguments& a, const
                      __float_as_uint(grad));
 }
 
-// Exact sums: rows that travel are counted as they do; lane k, for choice k.
+// Exact sums: counts a row that travels. Lane k, for choice k.
 __device__ __forceinline__ void add_to_statistics(const CombineArguments& a, int peer,
                                                   long long* rows, long long* bytes) {
     atomicAdd(reinterpret_cast<unsigned long long*>(&rows[peer]), 1ull);
@@ -81,8 +82,8 @@ __device__ __forceinline__ void add_to_statistics(const CombineArguments& a, int
                   static_cast<unsigned long long>(a.row_bytes));
 }
 
-// Own rows of deduplicated layouts are added up from where they are, if they are sure to be as they
-// were: both halves are in this launch.
+// Whether own rows of deduplicated layouts are summed from where they are. They are as they were:
+// both halves are in this launch.
 __device__ __forceinline__ bool takes_own_rows(const CombineArguments& a) {
     return !kExpanded && (a.flags & (kSend | kReceive)) == (kSend | kReceive);
 }
@@ -93,15 +94,16 @@ __device__ __forceinline__ long long dense_row(const CombineArguments& a, const 
     return kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
 }
 
-// One part of what belongs to an arrival: what is known of it. With no bytes, part 0 has the
-// numbers only.
+// One item: a part of an arrival, with what is known of it. Without bytes, part 0 has the metadata
+// only.
 struct ReturnItem {
     int item, source, position, part, token;
     int choice;    // lane k: slot (expanded layouts) or local expert of choice k
     float weight;  // lane k
     StepRange range;
 
-    // The next part that exists, from item `first` on; what is known of its choices is on its way.
+    // Opens the next item that exists, from `first` on. What is known of its choices is being
+    // loaded.
     template <typename Next>
     __device__ __forceinline__ void open(const CombineArguments& a, const Call& call,
                                          const RowsFrom& in, int first, int items, const Cut& cut,
@@ -132,8 +134,7 @@ struct ReturnItem {
         return takes_own_rows(a) && source == a.rank;
     }
 
-    // The choices are here. After this the row, or the first of those to be added up, is on its
-    // way.
+    // The choices are known. Loads the row, or the first of those to be summed.
     __device__ __forceinline__ void begin(const CombineArguments& a, const RowsFrom& in,
                                           uint4 (&piece)[kSumDepth]) {
         if (a.slot_weights != nullptr && choice >= 0) weight = a.slot_weights[choice];
@@ -146,14 +147,14 @@ struct ReturnItem {
         if (!stays(a)) load_row(a, row < a.max_slots ? row : -1, piece);
     }
 
-    // The row of the first of some choices, if there are any.
+    // Loads the row of the first of some choices, if there are any.
     __device__ __forceinline__ void load_choice(const CombineArguments& a, unsigned choices,
                                                 uint4 (&piece)[kSumDepth]) const {
         const long long slot = __shfl_sync(kAll, choice, choices ? __ffs(choices) - 1 : 0);
         if (choices) load_row(a, slot, piece);
     }
 
-    // A row for which there was no room is as one of zeros.
+    // A row for which there was no room counts as zeros.
     __device__ __forceinline__ void load_row(const CombineArguments& a, long long row,
                                              uint4 (&piece)[kSumDepth]) const {
         read_steps(piece, row_at(a, max(row, 0ll)),
@@ -166,7 +167,7 @@ __device__ __forceinline__ void copy_steps(uint4 (&to)[kSumDepth], const uint4 (
     for (int i = 0; i < kSumDepth; ++i) to[i] = from[i];
 }
 
-// What belongs to a part and is no row.
+// Sends the metadata of an item.
 __device__ __forceinline__ void return_row_metadata(const CombineArguments& a, const Call& call,
                                                     const RowsFrom& in, const ReturnItem& part) {
     if (part.part != 0 || !(kExact || a.flags & kGrads)) return;
@@ -176,7 +177,7 @@ __device__ __forceinline__ void return_row_metadata(const CombineArguments& a, c
                     dense_row(a, in, part.source, part.position), part.choice, part.weight);
 }
 
-// Returns `part`, whose first row is in `piece`; that of `ahead` is there afterwards.
+// Sends back `part`, whose first row is in `piece`. Afterwards that of `ahead` is.
 __device__ __forceinline__ void return_part(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, const ReturnItem& part,
                                             ReturnItem& ahead, int items,
@@ -225,7 +226,7 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
     return_steps(a, call, peer, slot, next, range.first, range.last);
 }
 
-// Partial sums of parts of one step: the rows of some choices are on their way together.
+// Partial sums of parts of one step. The rows of some choices are loaded together.
 __device__ __forceinline__ void return_few(const CombineArguments& a, const Call& call,
                                            const RowsFrom& in, const Cut& cut, int items,
                                            int* counter) {
@@ -262,7 +263,8 @@ __device__ __forceinline__ void return_few(const CombineArguments& a, const Call
     }
 }
 
-// While one part is returned the next is on its way, where there are more parts than warps.
+// Sends back all items. While one part is sent the next is in flight, where there are more parts
+// than warps.
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, int warps, int* counter) {
     const int all = warps * gridDim.x;

@@ -1,20 +1,20 @@
-// Low latency: what each warp of a block of a dispatch does.
+// What each warp of a block of a dispatch does.
 #pragma once
 
 #include "ll/counts.cuh"
 
 namespace ll {
 
-constexpr int kFewSenders = 192;  // of all blocks, with a step of a row or less for each warp
+constexpr int kFewSenders = 192;  // of all blocks, where there are fewer steps than warps
 
-// The first warps send rows, the others publish_item what belongs to them. When that is done some
-// of these wait for counts, and as soon as the counts of rows are known all place rows. With few
-// tokens the first of the others is the one that tells of them.
+// The first warps send rows, the others publish metadata and counts. Then some of these wait for
+// counts. As soon as the counts of rows are known, all warps place rows. With few tokens the first
+// warp that does not send is the one that publishes their metadata.
 struct Roles {
     int warp, warps;
     int senders;                // the first warps
-    int first_waiter, waiters;  // the first of them waits for the counts of rows
-    int first_ready;            // of those that nobody needs to wait for
+    int first_waiter, waiters;  // the first one waits for the counts of rows
+    int first_ready;            // first warp that nobody has to wait for
 
     __device__ __forceinline__ Roles(const DispatchArguments& a, bool quantizes)
         : warp(threadIdx.x / 32), warps(blockDim.x / 32), senders(0) {
@@ -41,7 +41,7 @@ struct Roles {
         return warp >= first_waiter && warp < first_idle();
     }
 
-    // No row waits for counts that are only kept, nor for the warps that wait for those.
+    // Counts that are only kept hold up no row, nor do the warps that wait for them.
     __device__ __forceinline__ int needed_waiters() const { return kExpanded ? waiters : 1; }
     __device__ __forceinline__ bool joins_late() const {
         return warp < first_ready || (waits() && warp >= first_waiter + needed_waiters());
@@ -50,8 +50,8 @@ struct Roles {
         return first_ready + waiters - needed_waiters();
     }
 
-    // Returns when the counts are known: whoever has sentinel_piece else to do begins to place at
-    // once, the others when all of them are done.
+    // Returns when the counts are known. Warps with nothing else to do begin to place at once, the
+    // others when all of them are done.
     __device__ __forceinline__ void wait_for_counts() const {
         if (joins_late()) {
             barrier_sync(kPlacingBarrier, late_warps() + needed_waiters());
@@ -62,7 +62,7 @@ struct Roles {
         }
     }
 
-    // Those that keep the counts: the last of the waiters, the first too if it is needed for that.
+    // Warps that keep the counts: the last of the waiters, and the first one if there is no other.
     __device__ __forceinline__ int stat_warps() const {
         return kExpanded || waiters == 1 ? waiters : waiters - 1;
     }
@@ -70,12 +70,12 @@ struct Roles {
         return waits() && warp >= first_idle() - stat_warps();
     }
 
-    // One that neither sends nor waits, if there is one.
+    // A warp that neither sends nor waits, if there is one.
     __device__ __forceinline__ bool publishes_progress() const {
         return blockIdx.x == 0 && warp == min(first_idle(), warps - 1);
     }
 
-    // The item that a warp which does not send begins with: idle ones come first.
+    // The first item of a warp that does not send: idle ones come first.
     __device__ __forceinline__ int first_item() const {
         const int nth = warp - first_idle();
         return (nth < 0 ? nth + others() : nth) * gridDim.x + blockIdx.x;

@@ -1,6 +1,6 @@
-// Low latency, sending half: where every token of this rank goes. Every block finds it out for
-// itself, from masks with a bit per token for each rank and each expert: positions are counts of
-// bits below one's own.
+// Sending half of a dispatch: where every token of this rank goes, and its metadata. Every block
+// computes this for itself, from masks with a bit per token for each rank and each expert. A
+// position is the count of bits below a token's own.
 #pragma once
 
 #include "common/choices.cuh"
@@ -9,7 +9,7 @@
 
 namespace ll {
 
-// Dynamic shared memory of the sending half, in words.
+// Masks in dynamic shared memory.
 struct Masks {
     int* locations;     // [E] as a.expert_location
     unsigned* ranks;    // [R, words] tokens that go to each rank
@@ -30,12 +30,12 @@ __device__ __forceinline__ int bits_in(const unsigned* mask, int words) {
     return bits;
 }
 
-// Bits of the tokens before this one.
+// Position of a token in a mask: the bits of the tokens before it.
 __device__ __forceinline__ int place_in(const unsigned* mask, int token) {
     return bits_in(mask, token / 32) + __popc(mask[token / 32] & ((1u << token % 32) - 1u));
 }
 
-// Whether an expert is among those whose masks are there.
+// Whether an expert is one of those whose masks are in memory.
 __device__ __forceinline__ bool is_in(int chunk, int expert) {
     return kExpertChunk >= kNumExperts || (expert >= chunk && expert < chunk + kExpertChunk);
 }
@@ -68,7 +68,8 @@ struct Choice {
     }
 };
 
-// The choices that a thread looks at: with many tokens more, as many further as there are threads.
+// The choices that a thread looks at: its first two are loaded early, those of further tokens when
+// it gets there.
 struct BlockChoices {
     Choice first, second;
 
@@ -102,11 +103,11 @@ struct BlockChoices {
     }
 };
 
-// What has to be item once is shared out: each block tells of some tokens, and those of its threads
-// that do not send take these tokens' choices, each for one rank.
+// A choice whose metadata are published to one rank. Blocks share out the tokens; in a block, the
+// threads that do not send share out choices and ranks.
 struct MetadataItem : Choice {
-    int number;       // among what the block tells
-    int peer;         // whom
+    int number;       // among what the block publishes
+    int peer;         // to which rank
     unsigned weight;  // bits of a float
 
     __device__ __forceinline__ void locate(int which) {
@@ -132,7 +133,7 @@ __device__ __forceinline__ void clear_masks(const Masks& masks) {
     for (int i = threadIdx.x; i < experts; i += blockDim.x) masks.experts[i] = 0;
 }
 
-// Whole block, before the first masks are set.
+// Clears all masks. Whole block, before the first ones are set.
 template <typename Arguments>
 __device__ __forceinline__ void prepare_masks(const Arguments& a, const Masks& masks) {
     clear_masks(masks);
@@ -144,8 +145,8 @@ __device__ __forceinline__ void prepare_masks(const Arguments& a, const Masks& m
         masks.locations[e] = a.expert_location[e];
 }
 
-// Whole block: sets the masks for the experts from `chunk` on, and those of the ranks in the first
-// chunk.
+// Sets the masks of the experts from `chunk` on, and with the first chunk those of the ranks. Whole
+// block.
 template <typename Arguments>
 __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& masks, int chunk,
                                            const BlockChoices& choices) {
@@ -166,8 +167,8 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
     __syncthreads();
 }
 
-// Tells every rank how many rows it gets and how many choices each of its experts: blocks share
-// this.
+// Publishes to every rank how many rows it gets, and how many choices each of its experts. Blocks
+// share the ranks and experts.
 template <typename Arguments>
 __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& call,
                                                const Masks& masks, int chunk, int warp, int warps,
@@ -202,7 +203,7 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
     }
 }
 
-// Lane i: position of the token among the rows for rank `first` + i, or -1: it does not go there.
+// Lane i: position of the token among the rows for rank `first` + i, or -1 if it does not go there.
 __device__ __forceinline__ int position_at(const Masks& masks, int token, int first) {
     const int rank = first + threadIdx.x % 32;
     if (rank >= kNumRanks) return -1;
@@ -210,7 +211,7 @@ __device__ __forceinline__ int position_at(const Masks& masks, int token, int fi
     return has_token(mask, token) ? place_in(mask, token) : -1;
 }
 
-// The same, with -1 also for ranks that are masked.
+// The same, with -1 also for masked ranks.
 __device__ __forceinline__ int target_at(const Call& call, const Masks& masks, int token,
                                          int first) {
     const int rank = first + threadIdx.x % 32;
@@ -219,7 +220,7 @@ __device__ __forceinline__ int target_at(const Call& call, const Masks& masks, i
 
 // How many of the ranks before `peer` a token goes to.
 __device__ __forceinline__ int ranks_before(const Masks& masks, int token, int peer) {
-    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;  // loads under way together
+    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;  // loads in flight
     int ranks = 0;
 #pragma unroll 1
     for (int first = 0; first < peer; first += kAtOnce)
@@ -232,9 +233,9 @@ __device__ __forceinline__ int ranks_before(const Masks& masks, int token, int p
     return ranks;
 }
 
-// One thread for each choice and rank. Tells a rank to which a token goes the local expert, place
-// and weight of the choice, or that it is another rank's; and which token it is. Chunks of experts
-// fill in the choices that they know. What the handle keeps of it likewise.
+// Publishes the metadata of one choice to one rank to which its token goes: local expert, place and
+// weight, or that the expert is another rank's. Also which token it is. A chunk of experts fills in
+// the choices that it knows. The handle's copy likewise. One thread for each choice and rank.
 template <typename Arguments>
 __device__ __forceinline__ void publish_item(const Arguments& a, const Call& call,
                                              const Masks& masks, int chunk,
@@ -249,7 +250,7 @@ __device__ __forceinline__ void publish_item(const Arguments& a, const Call& cal
     const int place = known ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
     unsigned long long* const words =
         metadata_words(call.bases[peer], call.sending, a.rank * kMaxTokens + position, 0);
-    // Absence, and which token it is, is said once.
+    // With the first chunk only: choices of other ranks, and which token it is.
     if (sent && (known || (!local && chunk == 0)))
         store_tagged_pair(
             words + 2 * k, call.sending,
@@ -273,7 +274,7 @@ __device__ __forceinline__ void publish_item(const Arguments& a, const Call& cal
         static_cast<int*>(a.ids_copy)[at] = static_cast<int>(item.id);
 }
 
-// All that this block tells, by these threads.
+// Publishes all that is this block's share, by `threads` threads.
 template <typename Arguments>
 __device__ __forceinline__ void publish_metadata(const Arguments& a, const Call& call,
                                                  const Masks& masks, int chunk, MetadataItem item,

@@ -1,4 +1,4 @@
-// Low latency: rows on their way. How they are stored at peers, and how their pieces are awaited.
+// Rows in transit: how they are stored at peers, and how their lane pieces are awaited.
 #pragma once
 
 #include "ll/shares.cuh"
@@ -7,7 +7,7 @@ namespace ll {
 
 // -- steps of a row -------------------------------------------------------------------------------
 
-// What a lane has of some steps of a row: 16 bytes of each of `count` steps, the first at `at`.
+// The lane pieces of some steps: 16 bytes of each of `count` steps, the first at `at`.
 struct LanePieces {
     int at, count;
 };
@@ -18,7 +18,7 @@ __device__ __forceinline__ LanePieces lane_pieces(int first, int last, int bytes
 }
 static_assert(kStepBytes == 1 << 9);
 
-// Pieces that do not exist become zeros.
+// Lane pieces that do not exist become zeros.
 template <int kDepth>
 __device__ __forceinline__ void read_steps(uint4 (&piece)[kDepth], const char* row,
                                            LanePieces mine) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void write_steps(char* row, const uint4 (&piece)[kDep
         if (i < mine.count) *reinterpret_cast<uint4*>(row + mine.at + i * kStepBytes) = piece[i];
 }
 
-// To the row of a peer.
+// The same, to a staged row of a peer.
 template <int kDepth>
 __device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDepth],
                                             LanePieces mine) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void store_steps(char* row, const uint4 (&piece)[kDep
         if (i < mine.count) store_piece(row + mine.at + i * kStepBytes, piece[i]);
 }
 
-// The same in all lanes: steps whose data poll like sentinel_piece.
+// Bit i: some lane piece of step i contains the sentinel. The same in all lanes.
 template <int kDepth>
 __device__ __forceinline__ unsigned sentinel_steps(const uint4 (&piece)[kDepth], LanePieces mine) {
     unsigned sentinels = 0;
@@ -57,12 +57,12 @@ __device__ __forceinline__ unsigned sentinel_steps(const uint4 (&piece)[kDepth],
     return __reduce_or_sync(kAll, sentinels);
 }
 
-// Pieces of a staged row as they come in: kDepth steps of one lane's 16 bytes.
+// Lane pieces of kDepth steps of a staged row, as they come in.
 template <int kDepth>
 struct StagedPieces {
     uint4 piece[kDepth];
 
-    // First poll; pieces that do not exist are there.
+    // First poll. Lane pieces that do not exist count as arrived.
     __device__ __forceinline__ void load_first(const char* row, LanePieces mine) {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
@@ -76,7 +76,7 @@ struct StagedPieces {
         for (int i = 0; i < kDepth; ++i) piece[i] = make_uint4(0, 0, 0, 0);
     }
 
-    // Bit i: this lane's piece i has not come.
+    // Bit i: this lane's piece i has not arrived.
     __device__ __forceinline__ unsigned missing() const {
         unsigned bits = 0;
 #pragma unroll
@@ -85,8 +85,8 @@ struct StagedPieces {
         return bits;
     }
 
-    // Waits until those of `which` are here; the warp finds the same. Where a rank is gone,
-    // `awaited` says for which piece it was waited.
+    // Waits until the lane pieces of `which` have arrived. The whole warp returns the same. Where a
+    // rank is masked meanwhile, `awaited` is the piece that was waited for.
     template <typename Places>
     __device__ __forceinline__ WaitResult wait_for(const Call& call, const Places& places,
                                                    unsigned which, int& awaited) {
@@ -110,8 +110,8 @@ struct StagedPieces {
         long long* const longest = call.policy.longest_wait_ns;
         const unsigned long long began = longest != nullptr ? nanoseconds() : 0;
         WaitResult found = kArrived;
-        // Looks keep the memory system from what is awaited. So, if there is much of it, only one
-        // piece is looked at until it is here, then all.
+        // Polling slows down what is awaited. So, if that is much, only one lane piece is polled
+        // until it is there, then all.
         unsigned polled = kAll;
         for (unsigned spins = 1;; ++spins) {
             load(places, bits & polled);
@@ -123,8 +123,8 @@ struct StagedPieces {
             polled = came || places.are_few() ? left : left & -left;
             if (spins > 2) __nanosleep(32);
             if (spins % 16 != 0) continue;
-            // The data themselves may poll like sentinel_piece; then the sender has said that they
-            // are here.
+            // The data may contain the sentinel. Then the sender has written an escape word.
+            // Acquire: the data came before it.
             const unsigned here = places.escaped(call) & left;
             __syncwarp();  // every lane may read what one of them has acquired
             if (here) {
@@ -147,7 +147,7 @@ struct StagedPieces {
         return found;
     }
 
-    // The memory is free again; who may write it next has to be item first.
+    // Puts the sentinel back. Whoever may write the memory next has to be told first.
     __device__ __forceinline__ void put_back(char* row, LanePieces mine) const {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i)
@@ -156,7 +156,7 @@ struct StagedPieces {
     }
 };
 
-// Where pieces are looked for: steps of one row.
+// Where the lane pieces of a part are: steps of one row.
 struct PlacesOfPart {
     const char* row;
     const unsigned* escapes;
@@ -167,7 +167,7 @@ struct PlacesOfPart {
         return row + (first + i) * kStepBytes + threadIdx.x % 32 * 16;
     }
 
-    // Bit i: the data of piece i poll like sentinel_piece, and are here.
+    // Bit i: the data of step i contain the sentinel, and have arrived.
     __device__ __forceinline__ unsigned escaped(const Call& call) const {
         const int lane = threadIdx.x % 32;
         return __ballot_sync(
@@ -180,13 +180,13 @@ struct PlacesOfPart {
     __device__ __forceinline__ int index(int) const { return position; }
 };
 
-// After stores of a warp to a peer: bit i of `steps` says that the data of step `first` + i poll
-// like sentinel_piece; the same in all lanes.
+// After a warp's stores to a peer: bit i of `steps` says that the data of step `first` + i contain
+// the sentinel. The same in all lanes.
 __device__ __forceinline__ void escape_steps(unsigned* escapes, unsigned transfer, int first,
                                              unsigned steps) {
     const int lane = threadIdx.x % 32;
     __syncwarp();
-    fence_system();  // the word says that all lanes' bytes are there
+    fence_system();  // the escape word comes after the bytes of all lanes
     if (steps >> lane & 1u) store_relaxed_system(escapes + first + lane, transfer);
 }
 

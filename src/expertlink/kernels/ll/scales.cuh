@@ -1,4 +1,4 @@
-// Low latency, receiving half of a dispatch: scales of rows to their slots.
+// Receiving half of a dispatch: scales of rows to their slots.
 #pragma once
 
 #include "ll/counts.cuh"
@@ -6,21 +6,20 @@
 
 namespace ll {
 
-// Where this transfer's rows are staged: in registers, which are at hand sooner than the block's
-// `Call`.
+// Where this transfer's rows are staged. In registers, which are faster than the block's `Call`.
 struct Staging {
     char* base;
     unsigned transfer;
 };
 
-// Four bytes of a row's scales to their place; the last may be fewer.
+// Stores four bytes of a row's scales; the last may be fewer.
 __device__ __forceinline__ void store_scale(const DispatchArguments& a, int slot, int word,
                                             unsigned value) {
     const int columns = a.scale_bytes / a.scale_item;
     long long at = static_cast<long long>(slot) * a.scale_bytes + word * 4;
     int step = 1;  // bytes from one byte to the next
     if (a.scale_stride != 0) {
-        // Column by column: [group, column, slot of the group].
+        // By columns: [group, column, slot of the group].
         const int group = slot / a.scale_stride, column = word * 4 / a.scale_item;
         at = (static_cast<long long>(group) * columns + column) * a.scale_stride +
              (slot - group * a.scale_stride);
@@ -38,8 +37,8 @@ __device__ __forceinline__ void store_scale(const DispatchArguments& a, int slot
             static_cast<char>(value >> 8 * i);
 }
 
-// Words of a row's scales that a part brings: what the kernel has made comes with its steps, what
-// the caller has made with the last part. `early` are this lane's at the first poll.
+// The words of scales that a part brings. Scales that the kernel has made come with their steps,
+// those of the caller with the last part. `early` are this lane's words as first polled.
 struct ScaleWords {
     int begin, end;
     unsigned early[2];
@@ -65,7 +64,7 @@ struct ScaleWords {
         early[1] = load(row, word + 32);
     }
 
-    // The row is here, so they may be.
+    // Polls again what was missing. The row has arrived, so its scales may have.
     __device__ __forceinline__ void load_missing(const char* row) {
         const int word = begin + threadIdx.x % 32;
         if (early[0] == kSentinel) early[0] = load(row, word);
@@ -93,8 +92,8 @@ __device__ __forceinline__ WaitResult receive_scales(const DispatchArguments& a,
         else
             value = words.load(row, word);
         if (exists && !gone) {
-            // The kernel's own packed scales belong to a step, those of the caller are sent at
-            // once.
+            // Scales that the kernel packs belong to a step. Those of the caller are sent at once,
+            // with one escape word.
             const unsigned* const escape = escape_words(at.base, at.transfer, staged) +
                                            (a.scale_kind == kNotQuantized ? kMaxSteps : word);
             unsigned long long since = 0;

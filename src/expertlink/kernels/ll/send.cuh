@@ -1,5 +1,4 @@
-// Low latency, sending half of a dispatch: rows to their staging slots, in parts, quantized on the
-// way.
+// Sending half of a dispatch: rows to staged rows of their ranks, in parts, quantized on the way.
 #pragma once
 
 #include "common/quantize.cuh"
@@ -9,12 +8,12 @@ namespace ll {
 
 constexpr int kInStep = kStepBytes / kScaleBlock;  // scales of a step
 
-// Some steps of a token's row: loaded, then made what travels.
+// A part of a token's row: loaded, then turned into what travels.
 template <bool kQuantized>
 struct Part {
     static constexpr int kDepth = kQuantized ? 3 : 4;
     uint4 piece[kDepth];
-    uint4 rest[kQuantized ? kDepth : 1];  // second half of what a piece is made of
+    uint4 rest[kQuantized ? kDepth : 1];  // second half of what a lane piece is made of
 
     __device__ __forceinline__ void load(const char* row, LanePieces mine) {
         if constexpr (!kQuantized) {
@@ -24,7 +23,7 @@ struct Part {
             for (int i = 0; i < kDepth; ++i) {
                 piece[i] = rest[i] = make_uint4(0, 0, 0, 0);
                 if (i >= mine.count) continue;
-                // Sixteen elements are twice as long before they are quantized.
+                // Before they are quantized, sixteen elements are twice as long.
                 const char* const from = row + 2 * mine.at + 2 * i * kStepBytes;
                 piece[i] = reinterpret_cast<const uint4*>(from)[0];
                 rest[i] = reinterpret_cast<const uint4*>(from)[1];
@@ -33,7 +32,7 @@ struct Part {
     }
 };
 
-// The scales that a part was made with, as they travel: a word of this lane, or none.
+// The scales of a part, as they travel: one word of each lane, or none.
 struct PartScales {
     unsigned word;
     int index;  // among the row's words, or -1
@@ -48,7 +47,7 @@ struct PartScales {
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
             if (packed) {
-                // A word with the exponents of a step's blocks, those of the row only.
+                // One word has the exponents of a step's blocks, of those that the row has.
                 const int block = (first + i) * kInStep + lane / 8;
                 unsigned exponent = __float_as_uint(scale[i]) >> 23 & 0xffu;
                 if (block >= kNumBlocks || lane % 8 != 0) exponent = 0;
@@ -63,14 +62,14 @@ struct PartScales {
         if (here < min(steps, kDepth) && (packed || at + lane < kNumBlocks)) index = at + lane;
     }
 
-    // Packed scales may poll like sentinel_piece: bit i for step i, in all lanes.
+    // Bit i: the packed scales of step i are the sentinel. The same in all lanes.
     __device__ __forceinline__ unsigned sentinels() const {
         return __ballot_sync(kAll, index >= 0 && word == kSentinel);
     }
 };
 
-// Rows of this rank's own tokens are taken from the input, where they need no quantizing and the
-// input is sure to be as it was: both halves are in this launch.
+// Whether rows of this rank's own tokens are taken from the input. They need no quantizing then,
+// and the input is as it was: both halves are in this launch.
 template <bool kQuantized>
 __device__ __forceinline__ bool takes_own_rows(const DispatchArguments& a) {
     return !kQuantized && (a.flags & (kSend | kReceive)) == (kSend | kReceive);
@@ -80,7 +79,7 @@ __device__ __forceinline__ unsigned byte_at(const char* bytes, int at, int end) 
     return at < end ? static_cast<unsigned char>(bytes[at]) : 0u;
 }
 
-// Scales that the caller made, as words; the last may be incomplete.
+// Sends scales that the caller made, as words; the last may be incomplete.
 __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* row, unsigned* escape,
                                             unsigned transfer, int token) {
     const char* const from = a.scales + static_cast<long long>(token) * a.scale_bytes;
@@ -98,14 +97,14 @@ __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* ro
     if (__any_sync(kAll, sentinels)) escape_steps(escape, transfer, 0, 1u);
 }
 
-// One part of a token's row, for the ranks of one split.
+// One item: a part of a token's row, for one share of the token's ranks.
 struct SendItem {
     int item, token, part, share;
     StepRange steps;
 };
 
-// One warp's way through the rows that its rank sends: in parts, and with few tokens each part to
-// some of its ranks only, so that there is work for all warps.
+// One warp's way through the rows that its rank sends, in parts. With few tokens each item takes a
+// part to some of the ranks only, so that there is work for all warps.
 template <bool kQuantized>
 struct Sender {
     static constexpr int kDepth = Part<kQuantized>::kDepth;
@@ -138,7 +137,7 @@ struct Sender {
                       lane_pieces(at.steps.first, at.steps.last, a.row_bytes));
     }
 
-    // What has been loaded, to the ranks of this split. Every token begins with another rank.
+    // Sends what has been loaded to the ranks of this share. Every token begins with another rank.
     __device__ __forceinline__ void store(const DispatchArguments& a, const Call& call,
                                           const Masks& masks) {
         const int token = now.token, first = now.steps.first, last = now.steps.last;
@@ -166,11 +165,11 @@ struct Sender {
         const int nth = (a.rank + token) % kNumRanks;
         const long long offset =
             staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
-        int skip = now.share;  // ranks of the token that are another warp's
+        int skip = now.share;  // ranks of the token that other warps send to
 #pragma unroll 1
         for (int part_of = 0; part_of < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1);
              ++part_of) {
-            // More ranks than lanes: groups of 32, ranks from `turn` on, then those before it.
+            // More ranks than lanes: groups of 32. First ranks from `nth` on, then those before it.
             const int groups = (kNumRanks + 31) / 32, group = part_of % groups * 32;
             const int position = target_at(call, masks, token, group);
             unsigned there = __ballot_sync(kAll, position >= 0);
@@ -180,7 +179,7 @@ struct Sender {
                 const unsigned below = before == 32 ? kAll : (1u << before) - 1u;
                 there &= part_of < groups ? ~below : below;
             } else if (nth != 0) {
-                shift = nth;  // bit i stands for rank (i + turn) % R
+                shift = nth;  // bit i stands for rank (i + nth) % R
                 there = (there >> nth | there << (kNumRanks - nth)) & (kAll >> (32 - kNumRanks));
             }
 #pragma unroll 1
@@ -210,7 +209,7 @@ struct Sender {
         }
     }
 
-    // All items, once the block has counted. While one part is sent the next is on its way.
+    // Sends all items, once the block has counted. While one part is sent the next is being loaded.
     __device__ __forceinline__ void run(const DispatchArguments& a, const Call& call,
                                         const Masks& masks, Draws& draws) {
 #pragma unroll 1

@@ -1,18 +1,18 @@
-// Low latency: how the work is shared out between blocks and warps.
+// How work is shared out between blocks and warps.
 #pragma once
 
 #include "ll/begin.cuh"
 
 namespace ll {
 
-// How many rows come from each rank, in shared memory.
+// How many rows come from each rank. In shared memory.
 struct RowsFrom {
     int rows_from[kNumRanks];  // rows from each rank
     int first_row[kNumRanks];  // rows from the ranks before
     int most, total;           // rows of the rank that sends most, and of all
 
-    // One warp, whose lanes ask `rows_of` together how many come from a rank; from none, where
-    // there is no such rank.
+    // One warp. Its lanes ask `rows_of` together how many rows come from a rank; it returns 0 for a
+    // rank that does not exist.
     template <typename RowsOf>
     __device__ __forceinline__ void fill(const RowsOf& rows_of) {
         const int lane = threadIdx.x % 32;
@@ -41,13 +41,13 @@ struct RowsFrom {
     }
 };
 
-// The item of the sending half that a warp begins with.
+// The first item of a warp in a sending half.
 __device__ __forceinline__ int first_item() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
 
-// Items are dealt out to the blocks in turn, and inside a block to whoever is free.
+// Items go to the blocks in turn, and inside a block to whichever warp is free.
 __device__ __forceinline__ int next_item(int* counter) {
     int taken = 0;
-    // One lane asks; an atomicAdd would be compiled for any number of them.
+    // One lane asks. An atomicAdd would be compiled for any number of lanes.
     if (threadIdx.x % 32 == 0)
         asm volatile("atom.shared.add.u32 %0, [%1], 1;"
                      : "=r"(taken)
@@ -56,13 +56,13 @@ __device__ __forceinline__ int next_item(int* counter) {
     return __shfl_sync(kAll, taken, 0) * gridDim.x + blockIdx.x;
 }
 
-// Items that all blocks draw from one counter: for what is sent, since some SMs reach the wire much
-// faster than others. Each draw is on its way while the item before is sent.
+// Items that all blocks draw from one counter, for sending: some SMs reach the wire much faster
+// than others. A draw is in flight while the item before is sent.
 struct Draws {
     unsigned* drawn;
     int first;        // of the items that are drawn
     unsigned ticket;  // lane 0
-    bool any;         // there are so many items
+    bool any;         // there are items to draw
 
     __device__ __forceinline__ void begin(const Call& call, int warps, int items) {
         drawn = &call.policy.counters->drawn[set_of(call.sending)];
@@ -80,7 +80,7 @@ struct Draws {
                          : "memory");
     }
 
-    // Past the last item if there are no more.
+    // The next item; past the last one if there are no more.
     __device__ __forceinline__ int next() {
         const int item = first + static_cast<int>(__shfl_sync(kAll, ticket, 0));
         draw();
@@ -88,13 +88,13 @@ struct Draws {
     }
 };
 
-// Quotients of small numbers by one divisor: an ordinary division takes as long as a row's checks.
+// Quotients of small numbers by one divisor. An ordinary division takes as long as a row's checks.
 struct Divider {
     int divisor;
     float reciprocal;
 
     __device__ __forceinline__ explicit Divider(int d) : divisor(d) {
-        // Near is enough.
+        // An approximation is enough.
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(static_cast<float>(d)));
     }
 
@@ -109,7 +109,8 @@ struct StepRange {
     int first, last;
 };
 
-// How rows are cut, so that there is work for all warps and no part is longer than `most` steps.
+// How rows are cut into parts, so that there is work for all warps and no part is longer than
+// `most` steps.
 struct Cut {
     int parts, length, steps;  // of a row; of a part, in steps; of a row
 
@@ -117,7 +118,7 @@ struct Cut {
 
     __device__ __forceinline__ Cut(int rows, int row_bytes, int warps, int most)
         : steps((row_bytes + kStepBytes - 1) / kStepBytes) {
-        if (rows * steps <= warps) {  // few rows: a warp for every step
+        if (rows * steps <= warps) {  // few rows: one step per warp
             length = 1;
             parts = max(1, steps);
             return;

@@ -1,4 +1,4 @@
-// Low latency, receiving half of a combine: what belongs to a token, and where it is.
+// Receiving half of a combine: the terms of a token's sum, and where they are.
 #pragma once
 
 #include "ll/returns.cuh"
@@ -25,7 +25,8 @@ __device__ __forceinline__ Term term_of(const CombineArguments& a, int token) {
     return term;
 }
 
-// Exact sums: the weight of a term, and the gradient that came with it; lane k waits for its own.
+// Exact sums: receives the weight of a term and the gradient that came with it. Lane k waits for
+// its own.
 __device__ __forceinline__ bool receive_metadata(const CombineArguments& a, const Call& call,
                                                  Term& term, float& weight, float& grad) {
     WaitResult found = kArrived;
@@ -42,7 +43,7 @@ __device__ __forceinline__ bool receive_metadata(const CombineArguments& a, cons
     return !__any_sync(kAll, found == kAbort);
 }
 
-// Gradients of a token's choices: each lies beside the term from the choice's rank.
+// Receives the gradients of a token's choices: metadata of the term from the choice's rank.
 __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const Call& call,
                                               const Term& term, int token) {
     const int lane = threadIdx.x % 32;
@@ -64,13 +65,13 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
     return __all_sync(kAll, fine);
 }
 
-// One part of one token: its terms.
+// One item: a part of one token's sum, with its terms.
 struct SumItem {
     int item, token, part;
     StepRange range;
     Term term;
 
-    // The next part; its terms are on their way.
+    // Opens the next item. Its terms are loads in flight.
     __device__ __forceinline__ void open(const CombineArguments& a, int number, int items,
                                          const Cut& cut) {
         item = number;
@@ -86,7 +87,7 @@ struct SumItem {
         if (term.slot >= 0 && is_masked(call, term.peer)) term.slot = -1;
     }
 
-    // The terms are here; the first of them is looked at.
+    // The terms are known. Polls the first of them.
     __device__ __forceinline__ void begin(const CombineArguments& a, const Call& call,
                                           const RowsFrom& in, int items,
                                           StagedPieces<kSumDepth>& pieces) {
@@ -99,7 +100,7 @@ struct SumItem {
         return takes_own_rows(a) && slot / kMaxTokens == a.rank;
     }
 
-    // The first of some terms, if there are any.
+    // Polls the first of some terms, if there are any.
     __device__ __forceinline__ void load_first(const CombineArguments& a, const Call& call,
                                                const RowsFrom& in, unsigned terms,
                                                StagedPieces<kSumDepth>& pieces) const {
@@ -111,7 +112,7 @@ struct SumItem {
         pieces.load_first(row, lane_pieces(range.first, last, a.row_bytes));
     }
 
-    // Where a term is; an own row, which is only read, may have found no room.
+    // Where a term is. An own row, which is only read, may have found no room.
     __device__ __forceinline__ char* row_of(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, int slot, bool& exists) const {
         if (!is_own(a, slot)) return staged_row(call.bases[a.rank], call.watch.transfer, slot);

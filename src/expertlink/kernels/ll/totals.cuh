@@ -1,11 +1,11 @@
-// Low latency, receiving half of a combine: what belongs to a token is added up as it comes in.
+// Receiving half of a combine: the terms of a token are summed as they come in.
 #pragma once
 
 #include "ll/terms.cuh"
 
 namespace ll {
 
-// Where pieces of one step of several terms are looked for. Lanes have the terms.
+// Where the lane pieces of one step of several terms are. Lanes have the terms.
 struct PlacesOfTerms {
     Term term;
     int step;
@@ -37,7 +37,7 @@ struct PlacesOfTerms {
 
     __device__ __forceinline__ bool are_few() const { return true; }
 
-    // All lanes ask.
+    // All lanes call this.
     __device__ __forceinline__ int peer(int i) const {
         return __shfl_sync(kAll, term.peer, lane_of(i));
     }
@@ -47,8 +47,8 @@ struct PlacesOfTerms {
     }
 };
 
-// One step of all terms, of which some are awaited together; those of the lanes `gone` do not
-// count. False: give up.
+// Sums one step of all terms, of which some are awaited together. Terms of the lanes in `gone` do
+// not count. False: a wait was ended.
 __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call& call,
                                           const RowsFrom& in, const SumItem& part, unsigned gone,
                                           float weight, float (&sum)[kPack]) {
@@ -97,8 +97,8 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
     return true;
 }
 
-// What belongs to a part and is no row: lane k learns the weight of its term with exact sums; which
-// lanes' terms are gone since. False: give up.
+// Receives the metadata of an item. With exact sums lane k gets the weight of its term. `gone`:
+// lanes whose terms will not come. False: a wait was ended.
 __device__ __forceinline__ bool receive_row_metadata(const CombineArguments& a, const Call& call,
                                                      const SumItem& part, unsigned& gone,
                                                      float& weight) {
@@ -118,7 +118,8 @@ __device__ __forceinline__ bool receive_row_metadata(const CombineArguments& a, 
     return true;
 }
 
-// Adds up `part`, whose first term is in `pieces`; afterwards that of `ahead` is. False: give up.
+// Sums `part`, whose first term is in `pieces`. Afterwards that of `ahead` is. False: a wait was
+// ended.
 __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& call,
                                          const RowsFrom& in, const SumItem& part, SumItem& ahead,
                                          int items, StagedPieces<kSumDepth>& pieces) {
@@ -175,7 +176,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     return true;
 }
 
-// Parts of one step, one after the other.
+// Sums parts of one step, one after the other.
 __device__ __forceinline__ void add_up_few(const CombineArguments& a, const Call& call,
                                            const RowsFrom& in, const Cut& cut, int items,
                                            int* next) {
@@ -194,8 +195,8 @@ __device__ __forceinline__ void add_up_few(const CombineArguments& a, const Call
     }
 }
 
-// While one part is added up the next is on its way, where there are more parts than warps. Ends
-// early where a wait has expired.
+// Sums all items. While one part is summed the next is in flight, where there are more parts than
+// warps. Ends early where a wait has expired.
 __device__ __forceinline__ void add_up(const CombineArguments& a, const Call& call,
                                        const RowsFrom& in, int* next) {
     const int warps = blockDim.x / 32 * gridDim.x;

@@ -1,19 +1,19 @@
-// Low latency: bounded waits for what peers write, and who is lost when one ends.
+// Bounded waits for what peers write, and which rank is lost when one expires.
 #pragma once
 
 #include "ll/protocol.cuh"
 
 namespace ll {
 
-enum WaitResult { kArrived, kPeerMasked, kAbort };  // came; its rank is masked; give up
+enum WaitResult { kArrived, kPeerMasked, kAbort };  // the last one: the wait was ended
 
-// What is not inlined takes the block's `Call` by its address and returns one word: results by
-// reference would cost a stack.
+// Functions that are not inlined take the block's `Call` by address and return one word: results by
+// reference would need a stack.
 constexpr unsigned long long kPollMasked = 1, kPollAbort = 2;
 
-// A rank that is only waiting itself must not be taken for lost: tells peers that this one is
-// there, and returns when the awaited one was last alive_word of. Masked ones are item
-// sentinel_piece: one that comes back would wait for ever for what nobody sends it any more.
+// Shows peers that this rank is alive, and returns when the awaited one last did: a rank that is
+// only waiting itself must not be taken for lost. Masked ranks are told nothing: one that comes
+// back would wait for ever for what nobody sends it any more.
 __device__ __noinline__ unsigned long long exchange_alive(const Call* call, int peer,
                                                           unsigned long long now) {
     const int rank = call->watch.rank;
@@ -30,7 +30,8 @@ __device__ __noinline__ unsigned long long exchange_alive(const Call* call, int 
     return load_tagged(&counters->alive_at[peer]);
 }
 
-// The slow half of a wait, by one lane or several alike: when it began, or that it is over.
+// The slow path of a wait, by one lane or by several alike. Returns when the wait began, or that it
+// is over.
 __device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase phase, int peer,
                                                      unsigned expected, unsigned seen, int index,
                                                      unsigned long long since) {
@@ -45,7 +46,7 @@ __device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase pha
         report(watch, kPhaseAborted, aborter, 0, 0, 0, 0);
         return kPollAbort;
     }
-    // Only where lost ranks are masked: the word may have come since it was looked at above.
+    // Where lost ranks are masked: the abort may have come since the words were read above.
     if (kMaskLost && has_aborted(watch, peer)) {
         atomicExch(&policy.counters->masked[peer], 1u);
         return kPollMasked;
@@ -58,8 +59,8 @@ __device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase pha
     unsigned long long quiet_since = since;
     if (kMaskLost) quiet_since = max(since, exchange_alive(call, peer, now));
     const bool quiet = now - min(now, quiet_since) >= limit;
-    // Each peer may have waited in vain for all others, one after the other. After that they wait
-    // for each other, as in different calls.
+    // Each peer may have waited in vain for all others, one after the other. After that time they
+    // wait for each other, as in different calls.
     if (!quiet && now - since < kNumRanks * limit) return since;
     if (quiet && kMaskLost && peer != watch.rank) {
         // Whoever waits for this rank learns it at the next poll.
@@ -77,12 +78,12 @@ __device__ __forceinline__ WaitResult poll(const Call& call, Phase phase, int pe
     return since == kPollMasked ? kPeerMasked : since == kPollAbort ? kAbort : kArrived;
 }
 
-// A tagged word is of the awaited transfer.
+// Whether a tagged word is of the awaited transfer.
 __device__ __forceinline__ bool is_of(const Call& call, unsigned long long word) {
     return static_cast<unsigned>(word >> 32) == call.watch.transfer;
 }
 
-// Waits for a word that carries its transfer: what it carries, with what was found above it.
+// Waits for a tagged word. Returns what it carries, with the WaitResult above that.
 __device__ __noinline__ unsigned long long wait_slowly(const Call* call,
                                                        const unsigned long long* word, int peer,
                                                        Phase phase) {
@@ -108,7 +109,7 @@ __device__ __noinline__ unsigned long long wait_slowly(const Call* call,
     return result;
 }
 
-// One lane for itself.
+// Waits for a tagged word. Each lane for itself.
 __device__ __forceinline__ WaitResult wait_tagged(const Call& call, const unsigned long long* word,
                                                   int peer, Phase phase, unsigned& value) {
     unsigned long long now = load_tagged(word);
@@ -121,11 +122,11 @@ __device__ __forceinline__ WaitResult wait_tagged(const Call& call, const unsign
     return found;
 }
 
-// Peers have read what this rank sent kSets transfers ago, up to number `needed`. One warp; false:
-// give up.
+// Waits until peers have read what this rank sent kSets transfers ago, up to number `needed`. One
+// warp. False: the wait was ended.
 __device__ __noinline__ bool peers_have_room(const Call& call, unsigned needed) {
     bool fine = true;
-    __syncwarp();  // what this warp has written of `call` is all that is needed
+    __syncwarp();  // all that is read of `call` was written by this warp
 #pragma unroll 1
     for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32) {
         const unsigned* const word = credit_word(call.bases[call.watch.rank], peer);
@@ -133,7 +134,7 @@ __device__ __noinline__ bool peers_have_room(const Call& call, unsigned needed) 
         for (unsigned spins = 0;; ++spins) {
             const unsigned now = load_acquire_system(word);
             if (reached(now, needed)) break;
-            // At once first: the peer may be masked.
+            // Also at the first poll: the peer may be masked.
             if (spins % kSpinsBetweenPolls != 0) continue;
             const WaitResult found = poll(call, kPhaseCredit, peer, needed, now, 0, since);
             if (found == kAbort) fine = false;
