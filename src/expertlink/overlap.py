@@ -107,7 +107,7 @@ def check_settings(*, device: torch.device, on_stream: bool, num_sms: int | None
 
 def check_operation(overlap: CommOverlapConfig | None, operation: Operation) -> None:
     """Refuses settings that were made for the other operation."""
-    if overlap is not None and operation_of(overlap.operation) is not operation:
+    if overlap is not None and _OPERATIONS.get(overlap.operation) is not operation:
         raise InputError(f"overlap was created for {overlap.operation}; this is {operation.title}")
 
 

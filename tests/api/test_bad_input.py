@@ -239,15 +239,12 @@ def test_scales_are_checked() -> None:
         assert out.scales.tensor.shape == (7, 1)
 
 
-def test_overlap_config_is_checked() -> None:
+def test_settings_are_checked() -> None:
     with make() as comm:
         with pytest.raises(InputError, match="op='send'"):
             comm.create_overlap_config("send")
         with pytest.raises(InputError, match="num_sms=0"):
             comm.create_overlap_config("dispatch", num_sms=0)
-        overlap = comm.create_overlap_config("combine")
-        with pytest.raises(InputError, match="created for combine; this is dispatch"):
-            comm.dispatch_async(**good(), overlap=overlap)
         for name in ("timeout_s", "startup_timeout_s"):
             with pytest.raises(InputError, match=f"{name}=-1"):
                 comm.set_timeouts(**{name: -1})

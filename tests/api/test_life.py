@@ -17,9 +17,7 @@ from expertlink import (
     InputError,
     MoECommunicatorConfig,
 )
-from expertlink.engines.base import CombineCall
 from expertlink.launch import RankPool
-from expertlink.overlap import queued
 from support import life
 from support.oracle import Case
 from support.small_calls import E, H, good, make, works
@@ -178,37 +176,6 @@ def test_what_is_waited_for_after_the_end() -> None:
         with pytest.raises(ClosedError, match="closed"):
             wait()
     assert done.wait() is received
-
-
-# -- on a stream of its own -----------------------------------------------------------------------
-
-
-def test_tensors_are_recorded_where_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = []
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True  # type: ignore[assignment]
-
-        def record_stream(self, s: Any) -> None:
-            recorded.append(s)
-
-    class Stream:
-        device = "cuda:0"
-
-        def wait_stream(self, other: Any) -> None:
-            pass
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    rows, out = (torch.zeros(1).as_subclass(OnGpu) for _ in range(2))
-    call = CombineCall(rows=rows, state=None, weighted=False, out_TH=out)
-    stream: Any = Stream()
-    with (
-        pytest.raises(RuntimeError, match="second launch"),
-        queued(call, stream=stream, wait_events=()),
-    ):
-        raise RuntimeError("second launch failed")
-    assert recorded == [stream, stream]
 
 
 # -- what is said ---------------------------------------------------------------------------------
