@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import sys
@@ -13,8 +14,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from expertlink import launch
 from expertlink.launch import DeviceType, RankPool
 from support.depth import deep
+from support.forked import ForkedRanks
 
 # The first example of a test may start processes, so examples have no deadline of their own. On CI
 # the examples are the same in every run: a red run is then about the change at hand.
@@ -82,6 +85,23 @@ def rank_pools() -> Iterator[RankPools]:
     pools = RankPools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_ranks() -> Iterator[None]:
+    """Rank processes on CPUs start without importing torch; those of the launcher's own tests do.
+
+    Commands and examples that tests run as processes of their own start ranks as users do.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "multiprocessing", ForkedRanks())
+        yield
+
+
+@pytest.fixture
+def spawned_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank processes start as users start them."""
+    monkeypatch.setattr(launch, "multiprocessing", multiprocessing)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

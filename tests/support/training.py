@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -453,7 +452,7 @@ class Layer(nn.Module):
 
 def compiled(ctx: RankContext, case: Case, backend: str, form: str) -> float:
     """Largest difference to the model that is not compiled, for several numbers of tokens."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gaps = [0.0]
     with (
         MoECommunicator(config_of(case, ctx.device)) as comm,

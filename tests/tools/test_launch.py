@@ -24,10 +24,11 @@ from expertlink.launch import (
     RankError,
     RankPool,
     RanksHungError,
-    run_ranks,
     torchrun_context,
 )
 from expertlink.launch_folder import RankFolder
+
+pytestmark = pytest.mark.usefixtures("spawned_ranks")
 
 NUM_RANKS = 3
 FOREVER_S = 3600.0
@@ -148,12 +149,6 @@ def test_context_agrees_with_the_process_group(pool: RankPool) -> None:
         assert described == (context, rank, NUM_RANKS, 1)
 
 
-def test_one_shot_ranks_leave_nothing_behind() -> None:
-    before = children()
-    assert run_ranks(fail_on, (), num_ranks=1) == [0]
-    assert children() <= before
-
-
 def test_an_exception_is_raised_with_rank_and_traceback(pool: RankPool) -> None:
     with pytest.raises(RankError, match="rank 1 raised: KeyError: 'rank 1 refuses'") as caught:
         pool.run(fail_on, (1,))
@@ -167,7 +162,7 @@ def test_an_exception_is_raised_with_rank_and_traceback(pool: RankPool) -> None:
     assert pickle.loads(pickle.dumps(caught.value)).failures.keys() == {1}
 
 
-def test_a_pool_serves_on_after_exceptions(pool: RankPool) -> None:
+def test_a_pool_stays_usable_after_exceptions(pool: RankPool) -> None:
     with pytest.raises(RankError) as caught:
         pool.run(fail_on, (0, 2))
     assert list(caught.value.failures) == [0, 2]
@@ -207,7 +202,7 @@ def test_messages_without_listener_are_dropped(pool: RankPool) -> None:
     assert pool.run(fail_on, ()) == list(range(NUM_RANKS))
 
 
-def test_an_error_of_the_listener_ends_the_ranks() -> None:
+def test_an_error_in_the_listener_ends_the_ranks() -> None:
     def refuse(rank: int, message: object) -> None:
         raise ZeroDivisionError
 
@@ -218,7 +213,7 @@ def test_an_error_of_the_listener_ends_the_ranks() -> None:
         assert not children() & set(own.pids)
 
 
-def test_dead_ranks_are_reported_beside_the_results_of_the_survivors() -> None:
+def test_dead_ranks_are_reported_with_the_results_of_the_survivors() -> None:
     with RankPool(num_ranks=NUM_RANKS) as own:
         results = own.run(die_or_return, return_exceptions=True)
         assert results[0] == "survived"
@@ -307,7 +302,7 @@ def test_ranks_and_their_folder_end_with_their_parent(how: str, tmp_path: Path) 
         assert errors == b""
 
 
-def test_who_ignores_ctrl_c_goes_on_with_all_ranks(tmp_path: Path) -> None:
+def test_a_caller_that_ignores_ctrl_c_keeps_all_ranks(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a script
     try:
         parent = start_holder(tmp_path, job="call_ranks_twice", heed=False)
@@ -324,7 +319,7 @@ def test_who_ignores_ctrl_c_goes_on_with_all_ranks(tmp_path: Path) -> None:
     assert (parent.returncode, output) == (0, b""), errors
 
 
-def test_children_of_the_tests_can_heed_ctrl_c() -> None:
+def test_children_of_the_tests_react_to_ctrl_c() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
@@ -336,7 +331,7 @@ def test_children_of_the_tests_can_heed_ctrl_c() -> None:
     assert b"KeyboardInterrupt" in done.stderr
 
 
-def test_a_launch_removes_the_folder_of_a_launcher_that_is_gone_with_its_ranks(
+def test_a_launch_removes_the_folder_of_a_launcher_killed_with_its_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
