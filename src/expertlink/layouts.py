@@ -1,8 +1,10 @@
 """The four receive layouts as index arithmetic: from arrival order to slots.
 
-Pure torch. A rank's arrivals are rows ordered by (source rank, source token); a slot is a position
-in `tokens` with its leading dimensions flattened. Within an expert, and within a source rank, the
-order of slots is the order of arrival, so results are bitwise reproducible.
+In: counts, and local expert ids of the arrivals. Out: slots, and functions that move rows to them.
+
+Pure torch. A rank's arrivals are rows ordered by (source rank, source token). A slot is a position
+in `tokens` with its leading dimensions flattened. Within an expert, and within a source rank, slots
+are in order of arrival, so results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -17,20 +19,20 @@ from torch import Tensor
 
 from expertlink.types import DispatchLayout
 
-_COPY_BYTES = 32 << 20  # bytes of gathered rows held at a time when slots are not dense
+_COPY_BYTES = 32 << 20  # gathered rows held at a time, where slots are not dense
 
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """Where every arrival goes. N arrivals, S filled slots (a row may fill several).
+    """The slots of every arrival. N arrivals, S filled slots (a row may fill several).
 
     Attributes:
-        layout: which layout this is.
+        layout: the layout.
         shape: leading dimensions of `tokens`.
         row_of_fill: `[S]` int64 arrival of each filled slot, slots ascending; None: the identity.
         slot_of_fill: `[S]` int64 slots ascending; None: dense, 0..S-1.
-        slots_of_row: `[N, K]` (expanded) or `[N, 1]` int64: slots of each arrival, in top-k order,
-            -1 where a choice is not local.
+        slots_of_row: `[N, K]` (expanded) or `[N, 1]` int64: slots of each arrival in top-k order;
+            -1 for a choice that is not local.
     """
 
     layout: DispatchLayout
@@ -46,7 +48,7 @@ def align(count: int, alignment: int) -> int:
 
 
 def expert_offsets(tokens_per_expert: Sequence[int], alignment: int = 1) -> list[int]:
-    """FLAT: `[E_loc + 1]` first row of every expert's group, and the end of the last."""
+    """FLAT: `[E_loc + 1]` first row of every expert's group, then the end of the last group."""
     groups = (align(count, alignment) for count in tokens_per_expert)
     return list(itertools.accumulate(groups, initial=0))
 
@@ -57,7 +59,7 @@ def source_ranges(
     """Expanded layouts: first slot, and number of rows, of every source in every expert's group.
 
     Args:
-        layout: FLAT counts slots from the first of `tokens`, EXPERT_MAJOR from that of the group.
+        layout: FLAT counts slots from the start of `tokens`, EXPERT_MAJOR from that of the group.
         tokens_per_source: `[R][E_loc]` rows of each local expert from each source rank.
         alignment: FLAT: multiple to which each expert's group is padded.
 
@@ -148,9 +150,9 @@ def plan_layout(
 
 
 def _sort_by_expert(local_ids_NK: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Local choices, as positions in the flattened ids, by expert; and the expert of each.
+    """Local choices by expert, as positions in the flattened ids, and the expert of each.
 
-    The sort is stable, which keeps (source rank, source token) order inside each expert.
+    The sort is stable: within an expert, the order of (source rank, source token) stays.
     """
     flat = local_ids_NK.reshape(-1)
     ordered = torch.where(flat < 0, len(groups), flat).sort(stable=True)
@@ -165,7 +167,7 @@ def _shift(
     group_of_item: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """Slots of items that come group by group, `groups` long, when groups start at `starts`."""
+    """Slots of items sorted by group: `groups` are their lengths, `starts` their first slots."""
     position = torch.arange(count, device=device)
     dense = list(itertools.accumulate(groups, initial=0))
     shifts = [start - first for start, first in zip(starts[: len(groups)], dense, strict=False)]
@@ -183,7 +185,7 @@ def as_bytes(x_NW: Tensor) -> Tensor:
 
 
 def as_words(x_NW: Tensor) -> Tensor:
-    """The same memory as the widest integers that fit: moves rows of any dtype alike."""
+    """The same memory as the widest integers that fit, so that any dtype moves alike."""
     x_NW = _with_plain_strides(x_NW)
     row_bytes = x_NW.shape[1] * x_NW.element_size()
     for dtype in (torch.int64, torch.int32, torch.int16):
@@ -194,13 +196,13 @@ def as_words(x_NW: Tensor) -> Tensor:
 
 
 def _with_plain_strides(x_NW: Tensor) -> Tensor:
-    # Dimensions of size 0 or 1 may carry any stride, which views of another type refuse.
+    # Dimensions of size 0 or 1 may have any stride, and then torch refuses views of another type.
     assert x_NW.is_contiguous()
     return x_NW.as_strided(x_NW.shape, (max(x_NW.shape[1], 1), 1))
 
 
-def _alike(a_NW: Tensor, b_MW: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as words of one type; bytes where one of them sits at an odd address."""
+def _same_words(a_NW: Tensor, b_MW: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as words of one type; as bytes if one of them is not aligned like the other."""
     a, b = as_words(a_NW), as_words(b_MW)
     return (a, b) if a.dtype == b.dtype else (as_bytes(a_NW), as_bytes(b_MW))
 
@@ -211,10 +213,10 @@ def place(plan: LayoutPlan, rows_NW: Tensor, out: Tensor, *, zero_gaps: bool = F
     Args:
         plan: where they go.
         rows_NW: `[N, W]` arrivals, any dtype.
-        out: `plan.shape + (W,)` contiguous; slots of FLAT's alignment gaps are zeroed.
+        out: `plan.shape + (W,)` contiguous; FLAT's alignment gaps are zeroed.
         zero_gaps: zero the unfilled slots of padded layouts as well.
     """
-    source, target = _alike(rows_NW, out.view(math.prod(plan.shape), out.shape[-1]))
+    source, target = _same_words(rows_NW, out.view(math.prod(plan.shape), out.shape[-1]))
     if plan.slot_of_fill is None:
         if plan.row_of_fill is None:
             target.copy_(source)
@@ -241,7 +243,7 @@ def collect(plan: LayoutPlan, values: Tensor, *, out: Tensor) -> None:
         values: contiguous; unfilled slots are not read.
         out: `[N, W]` of the same dtype.
     """
-    source, target = _alike(values.view(math.prod(plan.shape), values.shape[-1]), out)
+    source, target = _same_words(values.view(math.prod(plan.shape), values.shape[-1]), out)
     if plan.slot_of_fill is None:
         target.copy_(source)
     else:

@@ -1,13 +1,13 @@
 """Block-scaled e4m3 rows in plain torch: the definition that every engine reproduces bit for bit.
 
-A row is cut into blocks of 128 elements, the last one possibly shorter. With `amax` the largest
-magnitude of a block, every step in float32 and rounded to nearest even:
+A row is cut into blocks of 128 elements; the last one may be shorter. `amax` is the largest
+magnitude of a block. Every step is in float32, rounded to nearest even:
 
     scale = max(amax, 1e-4) / 448          448 is the largest finite e4m3 value
     scale = 2 ** ceil(log2(scale))         power-of-two formats only
     q     = e4m3(clamp(x / scale, -448, 448))
 
-A block that holds a NaN or an infinity gets a non-finite scale and thus dequantizes to NaN: such
+A block with a NaN or an infinity gets a non-finite scale, so all of it dequantizes to NaN: such
 values are never hidden. E8M0 exponents: https://www.opencompute.org, "OCP Microscaling Formats",
 section 5.4.1; e4m3: Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
 """
@@ -56,14 +56,14 @@ def quantize(x_TH: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
         int32 `[..., ceil(ceil(H / 128) / 4)]`.
     """
     if x_TH.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise InputError(f"quantize takes bfloat16, float16 or float32 rows, not {x_TH.dtype}")
+        raise InputError(f"rows have dtype {x_TH.dtype}; accepted: bfloat16, float16 or float32")
     hidden = x_TH.shape[-1]
     blocks = num_blocks(hidden)
     padded = torch.nn.functional.pad(x_TH.float(), (0, blocks * BLOCK - hidden))
     grouped = padded.unflatten(-1, (blocks, BLOCK))
-    # clamp(min=) would turn NaN blocks into ordinary ones on no device: it propagates NaN.
+    # clamp(min=) keeps NaN on every device.
     amax = grouped.abs().amax(dim=-1).clamp(min=SMALLEST_AMAX)
-    # By a tensor: torch on CUDA divides by a number through its rounded reciprocal.
+    # Divided by a tensor: by a number, torch on CUDA multiplies with its rounded reciprocal.
     scale = amax / torch.full_like(amax, E4M3_MAX)
     if block_format is not BlockFormat.E4M3_FLOAT32:
         scale = _exponents_to_float(_ceil_exponents(scale))
@@ -82,8 +82,8 @@ def dequantize(
     columns = scale_columns(hidden, block_format)
     if scales.shape != (*q_TH.shape[:-1], columns):
         raise InputError(
-            f"scales have shape {tuple(scales.shape)}, rows {tuple(q_TH.shape)} with "
-            f"{block_format.value} need {(*q_TH.shape[:-1], columns)}"
+            f"scales have shape {tuple(scales.shape)}; accepted: {(*q_TH.shape[:-1], columns)} for "
+            f"{block_format.value} rows of shape {tuple(q_TH.shape)}"
         )
     blocks = num_blocks(hidden)
     if block_format is BlockFormat.E4M3_UE8M0:

@@ -1,11 +1,11 @@
-"""The one sequence of roundings of combine, in plain torch.
+"""The roundings of combine, in plain torch: the definition that every engine reproduces.
 
     acc = +0.0;  for each term in order:  acc = round(acc + round(weight * row))
 
 in float32 (float64 for float64 rows), never fused, then rounded to the output type. A missing term
 is skipped, which equals adding +0.0: the accumulator can never be -0.0.
 
-What the terms of a token are, `combine_precision` says:
+`combine_precision` decides what the terms of a token are:
 
     "wire"     one term per rank, in ascending order, without a weight: the sum of the weighted rows
                of the token's experts there, in top-k order, itself such a sum and rounded to the
@@ -25,7 +25,7 @@ from expertlink.workspace import Workspace
 
 SumKernel = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
 
-_CHUNK_BYTES = 384 << 10  # sums made at a time; less costs more calls, more falls out of the cache
+_CHUNK_BYTES = 384 << 10  # sums made at a time: fewer cost more calls, more miss the cache
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,12 +45,12 @@ def ordered_sum(
     """`out[m] = sum over c of weights[m, c] * rows[slots[m, c]]`, columns in order.
 
     Args:
-        rows_SH: `[S, H]` floating point; rows that no slot names are never read.
+        rows_SH: `[S, H]` floating point; rows that no slot refers to are never read.
         slots_MC: `[M, C]` int64, -1: no term.
         weights_MC: `[M, C]` float32, or None for plain sums.
         out: `[M, H]` receives the result, rounded once to its dtype.
         workspace: where scratch memory is borrowed from.
-        kernel: does it on a GPU in one pass; without one, plain torch does, in several.
+        kernel: adds up on a GPU in one pass. None: plain torch, in several passes.
     """
     if out.numel() == 0:
         return
@@ -72,11 +72,11 @@ def _sum_on_cpu(
     out: Tensor,
     workspace: Workspace,
 ) -> None:
-    """A few results at a time, so that their terms stay in the cache between the steps."""
+    """A few results at a time, so that their terms stay in the cache between steps."""
     wide = accumulator_dtype(rows_SH.dtype)
     total, hidden = out.shape
     present = slots_MC >= 0
-    slot_P = slots_MC[present]  # present terms, those of a result one after another
+    slot_P = slots_MC[present]  # present terms, result by result
     weight_P1 = None if weights_MC is None else weights_MC[present].to(wide).unsqueeze(1)
     starts = torch.nn.functional.pad(present.sum(dim=1).cumsum(0), (1, 0))
     step = min(total, max(1, _CHUNK_BYTES // (hidden * wide.itemsize)))
@@ -95,7 +95,7 @@ def _sum_on_cpu(
         term_PH.copy_(picked)
         if weight_P1 is not None:
             term_PH.mul_(weight_P1[first:last])
-        # A bag adds its rows one after another, from +0.0.
+        # A bag adds its rows in order, from +0.0.
         bags = starts[chunk * step : min(total, (chunk + 1) * step) + 1] - first
         sums = torch.embedding_bag(
             term_PH,
@@ -114,7 +114,7 @@ def _sum_on_cpu(
 def _sum_by_columns(
     rows_SH: Tensor, slots_MC: Tensor, weights_MC: Tensor | None, out: Tensor
 ) -> None:
-    """On any device without a host wait: every column as a whole, absent terms masked."""
+    """On any device, without a host wait: one column after another, absent terms masked."""
     wide = accumulator_dtype(rows_SH.dtype)
     step = max(1, _CHUNK_BYTES * 64 // (max(1, out.shape[0]) * wide.itemsize))
     for begin in range(0, out.shape[1], step):

@@ -1,10 +1,12 @@
 """From expert choices to rows: which rank gets which token, and in which order rows leave.
 
-Pure torch, no communication, no host waits. With layouts.py this file is the single definition of
-order; every engine is checked against it.
+In: the experts that tokens choose, and where the experts live. Out: index tensors.
 
-A row is one token's copy at one destination rank, however many of the token's experts live there.
-Rows leave ordered by (destination rank, token), so they arrive ordered by (source rank, token).
+Pure torch, no communication, no host waits. This file and layouts.py are the only definition of
+order; every engine is tested against them.
+
+A row is a token's copy for one destination rank, whatever number of its experts live there. Rows
+leave ordered by (destination rank, token), so they arrive ordered by (source rank, token).
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def even_blocks(num_experts: int, num_ranks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Membership:
-    """Who needs which token: all that has to be known before rows can be counted.
+    """Which rank needs which token: enough to count rows.
 
     Attributes:
         expert_TK: `[T, K]` int64 global expert, E where there is none.
@@ -89,8 +91,8 @@ class Membership:
 class SendOrder:
     """Rows in the order in which they leave; n rows, a token has at most D = min(R, K).
 
-    The per-row tables are sized by the bound T * D, so that building them needs no host wait; only
-    the first n entries mean something.
+    Tables per row have T * D entries, the upper bound, so that building them needs no host wait.
+    Only the first n entries are valid.
 
     Attributes:
         position_RT: `[R, T]` int64 row of token t for rank r, T * D where there is none.
@@ -105,11 +107,11 @@ class SendOrder:
 
 @dataclass(frozen=True)
 class ReturnPaths:
-    """Where a token finds what comes back.
+    """Where a token finds the rows that come back for it.
 
     Attributes:
-        rows_of_token: `[T, D]` int64 its rows in ascending destination rank, -1 at the end.
-        row_of_choice: `[T, K]` int64 row that carries each choice, -1 where there is none.
+        rows_of_token: `[T, D]` int64 its rows by ascending destination rank, then -1.
+        row_of_choice: `[T, K]` int64 row that carries each choice, or -1.
     """
 
     rows_of_token: Tensor
@@ -117,7 +119,7 @@ class ReturnPaths:
 
 
 def known_experts(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Ids as int64 with everything outside `0..E-1` (thus -1 as well) replaced by E."""
+    """Ids as int64, with E in place of everything outside `0..E-1`, -1 included."""
     ids = topk_ids_TK.to(torch.int64)
     return torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
@@ -152,8 +154,8 @@ def order_rows(members: Membership) -> SendOrder:
     bound = num_tokens * min(num_ranks, members.rank_TK.shape[1])
     member = members.member_RT.view(-1)
     position = torch.where(member, member.cumsum(0) - 1, bound)
-    # One scatter fills both per-row tables: code = rank * T + token. Absent pairs land in an extra
-    # last entry that nobody reads; zeros keep the unused rest within bounds.
+    # One scatter fills both tables: code = rank * T + token. Absent pairs are written to an extra
+    # last entry, which is dropped. Zeros keep unused entries within bounds.
     codes = torch.zeros(bound + 1, dtype=torch.int64, device=member.device)
     codes.scatter_(0, position, torch.arange(len(position), device=member.device))
     codes = codes[:bound]
@@ -170,7 +172,7 @@ def return_paths(members: Membership, order: SendOrder) -> ReturnPaths:
     copies = min(num_ranks, members.rank_TK.shape[1])
     bound = num_tokens * copies
     position_TR = order.position_RT.t()
-    # Rows ascend with the destination rank, so sorting puts present ones first, in rank order.
+    # Row numbers ascend with the destination rank: sorting puts present rows first, by rank.
     rows_of_token = position_TR.sort(dim=1).values[:, :copies]
     row_of_choice = torch.nn.functional.pad(position_TR, (0, 1), value=bound).gather(
         1, members.rank_TK
@@ -182,13 +184,13 @@ def return_paths(members: Membership, order: SendOrder) -> ReturnPaths:
 
 
 def order_of_choices(row_of_choice_TK: Tensor) -> Tensor:
-    """`[T, K]` position of every choice when those of all rows stand in order of (row, choice).
+    """`[T, K]` position of every choice when all choices are sorted by (row, choice).
 
     Args:
         row_of_choice_TK: see `ReturnPaths`; -1 stays -1.
     """
     row = row_of_choice_TK.reshape(-1)
-    last = row.numel()  # more than any row, so that absent choices come last
+    last = row.numel()  # more than any row, so that absent choices sort last
     order = torch.where(row < 0, last, row).sort(stable=True).indices
     position = torch.empty_like(order)
     position[order] = torch.arange(last, device=row.device)
@@ -198,9 +200,9 @@ def order_of_choices(row_of_choice_TK: Tensor) -> Tensor:
 def local_ids_of_rows(
     members: Membership, order: SendOrder, num_rows: int, placement: Placement
 ) -> Tensor:
-    """`[n, K]` int32: for every row its token's expert indices local to the row's destination.
+    """`[n, K]` int32: for every row, its token's choices as indices of local experts there.
 
-    -1 for the choices that live on other ranks.
+    -1 for choices whose expert lives on another rank.
     """
     token = order.token_of_row[:num_rows]
     here = members.rank_TK[token] == order.rank_of_row[:num_rows, None]

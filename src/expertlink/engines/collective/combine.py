@@ -192,7 +192,7 @@ class Returns:
     # -- send, add up -----------------------------------------------------------------------------
 
     def _send(self, call: CombineCall, outgoing: Outgoing) -> Callable[[], None]:
-        """Sends; what is returned waits for the other ranks' rows and adds them up."""
+        """Starts sending; returns what waits for the other ranks' rows and adds them up."""
         hidden, splits = outgoing.rows.shape[1], outgoing.splits
         rows = self._workspace.take((sum(splits.receive), hidden), outgoing.rows.dtype)
         rows_move = exchange_rows(self._wire, outgoing.rows, rows, splits)

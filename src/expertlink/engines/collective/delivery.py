@@ -52,7 +52,7 @@ class Delivery:
         config: the communicator's.
         call: the dispatch.
         route: its routing; gets the ids and weights that arrive, and the slots.
-        flight: what is under way.
+        flight: rows and metadata under way.
         workspace: where the flight's memory was borrowed.
         tally: counts the call.
 

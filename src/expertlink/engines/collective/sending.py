@@ -1,7 +1,9 @@
-"""The sending half of a dispatch: counting, ordering and packing the rows that leave.
+"""The sending half of a dispatch: counting and ordering the rows that leave.
 
-Two ways to the same bits: `TorchSending` with the functions of routing.py, and kernels
-(jit/send_order.py) where launching two dozen small operations would take longer than moving rows.
+In: a dispatch. Out: its header, the order of its rows, their metadata, and where their returns go.
+
+Two implementations give the same bits: `TorchSending` with the functions of routing.py, and kernels
+on GPUs (send_order.py), where launching two dozen small operations takes longer than moving rows.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from expertlink.routing import Placement, ReturnPaths
 
 
 class Sending(Protocol):
-    """One dispatch seen from its sender. Methods are called in the order in which they stand."""
+    """One dispatch on its source rank. Call the methods in the order of their definition."""
 
     header: Tensor
     """The call's header, with this rank's counts."""
@@ -29,7 +31,7 @@ class Sending(Protocol):
         ...
 
     def order(self) -> None:
-        """Queues what finds the rows' order; needs no host wait."""
+        """Queues the ordering of the rows; needs no host wait."""
         ...
 
     def token_of_row(self, count: int) -> Tensor:
@@ -41,7 +43,7 @@ class Sending(Protocol):
         ...
 
     def paths(self) -> ReturnPaths:
-        """Where tokens find what comes back."""
+        """Where tokens find the rows that come back."""
         ...
 
 
