@@ -68,7 +68,7 @@ class CallBuilder:
         self._engine_quantizes = engine_quantizes
         self._kind = plain_kind(config)
         self._fast = FastPath(config, device)
-        # The engine gets plain rows as they are, whether or not they arrive quantized.
+        # The engine gets plain rows as they are, even if it quantizes them.
         self._passes_rows = config.block_format is None or engine_quantizes
 
     # -- dispatch ---------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ class CallBuilder:
     def kind(
         self, rows: Tensor | None, scales: QuantScales | Tensor | None, *, weighted: bool
     ) -> RowKind:
-        """The kind of rows that examples stand for; None: rows of the configuration."""
+        """The kind of rows of which examples are given; None: rows of the configuration."""
         if self._zero_copy:
             raise InputError("create_buffers and zero_copy=True exclude each other")
         kind = self._kind

@@ -1,4 +1,9 @@
-"""`MoECommunicator`: dispatch, combine, and the life around them."""
+"""`MoECommunicator`: dispatch and combine, from the handshake of the ranks to `close()`.
+
+A call goes down once and comes back once: its arguments are checked (calls.py), it is started, in
+line or on a stream (overlap.py), through autograd where gradients are tracked (autograd.py), by the
+engine (engines/). A call that is refused here is refused through the engine, which tells the peers.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +51,8 @@ _Sums = Tensor | tuple[Tensor, Tensor]  # with the gradients of the weights
 class MoECommunicator:
     """Dispatches tokens to the ranks of their experts and combines what the experts return.
 
-    All calls but the constructor, `close` and those marked as local are collective: every rank of
-    the group makes them in the same order. Not thread-safe. Usable as a context manager.
+    All methods but the constructor, `close` and those marked as local are collective: every rank of
+    the group calls them in the same order. Not thread-safe. Usable as a context manager.
 
     Args:
         config: what is fixed for the communicator's lifetime.
@@ -88,13 +93,13 @@ class MoECommunicator:
         self._stream: torch.cuda.Stream | None = None
         # What outlives close(), such as graphs of old results, must not hold on to the group.
         self._groupless = dataclasses.replace(config, group=None)
-        self._calls: CallBuilder  # made with the engine
+        self._calls: CallBuilder  # made together with the engine
         self._life = Life()
 
     # -- life -------------------------------------------------------------------------------------
 
     def initialize(self) -> None:
-        """Meets the other ranks and prepares everything calls need. Collective; safe to repeat.
+        """Handshake with the other ranks; prepares all that calls need. Collective; repeatable.
 
         The first dispatch does it if nobody did.
 
@@ -110,7 +115,7 @@ class MoECommunicator:
             return
         self._life.check()
         if self._engine is None:
-            with torch.inference_mode(False):  # tensors that calls in any mode may write to
+            with torch.inference_mode(False):  # calls in any mode write to the tensors made here
                 self._handshake()
 
     def _handshake(self) -> None:
@@ -143,7 +148,7 @@ class MoECommunicator:
         logger.info("rank %d: %s engine: %s", self.rank, self._choice.name, self._choice.reason)
 
     def _use(self, engine: Engine, placement: Placement) -> None:
-        """What follows from the engine and from where the experts live."""
+        """Makes what depends on the engine and on where the experts live."""
         self._engine, self._placement = engine, placement
         self._calls = CallBuilder(
             self._groupless,
@@ -155,15 +160,16 @@ class MoECommunicator:
         )
 
     def abort(self, reason: str) -> None:
-        """Gives this communicator up on all ranks. Local; safe to repeat; never raises.
+        """Ends this communicator on all ranks. Local; safe to repeat; never raises.
 
-        For a rank that cannot go on, as when its experts raised: ranks that wait for it, or will,
-        raise AbortError with the reason instead of waiting until the time-out. A `with` block that
-        an exception leaves does this. Later calls here raise ClosedError; `close()` is still to be
-        called. Before `initialize()` there is nobody to tell: others wait for their time-out.
+        For a rank that cannot go on, for example because its experts raised. Ranks that wait for
+        it, now or later, raise AbortError with the reason instead of waiting for the time-out. A
+        `with` block that ends in an exception calls this. Later calls here raise ClosedError;
+        `close()` is still needed. Before `initialize()` the other ranks cannot be told: they wait
+        until their time-out.
 
         Args:
-            reason: for messages.
+            reason: goes into the messages of all ranks.
         """
         if self._life.over is not None:
             return
@@ -293,7 +299,7 @@ class MoECommunicator:
             async_finish: return before the rows are there; call `handle.wait()` before reading.
             return_recv_hook: launch the sending half only; the third value returned launches the
                 receiving half, on the stream that is current then. Between them the GPU is free.
-                At most two calls may be under way so. Not where gradients are tracked.
+                At most two calls may be between their halves. Not where gradients are tracked.
 
         Returns:
             `(output, handle)`, with `return_recv_hook` `(output, handle, hook)`. Output tensors
@@ -436,26 +442,26 @@ class MoECommunicator:
         *,
         weighted: bool = True,
     ) -> DispatchBuffers:
-        """Memory for everything that dispatches return, to be passed as `output_buffer`. Local.
+        """Memory for everything that a dispatch returns, to be passed as `output_buffer`. Local.
 
-        On the nvlink engine with `mode="ll"` such a dispatch allocates nothing.
+        On the nvlink engine with `mode="ll"` a dispatch into it allocates nothing.
 
         Args:
             input: example of the rows that will be dispatched, `[any, W]`; None: rows of the
                 configured dtype.
             scales: example of their scales, `[any, S]`, where the caller quantizes.
-            weighted: dispatches may have weights; makes a difference to TOKEN_MAJOR and RANK_MAJOR.
+            weighted: dispatches may have weights. Matters for TOKEN_MAJOR and RANK_MAJOR.
 
         Returns:
             Tensors of the largest shape that a dispatch can return. Each dispatch into them makes
             the output and the handle of the one before invalid: such a handle is refused.
 
         Raises:
-            InputError: the examples do not fit, or `zero_copy=True`, where rows have their place.
+            InputError: the examples do not fit, or `zero_copy=True`, where rows stay in the arena.
         """
         engine = self._ready()
         kind = self._calls.kind(input, scales, weighted=weighted)
-        with torch.inference_mode(False):  # else dispatches could write to them only in it
+        with torch.inference_mode(False):  # dispatches in any mode write to them
             buffers = engine.make_buffers(kind)
         buffers.owner = self._identity
         return buffers
@@ -535,8 +541,8 @@ class MoECommunicator:
                 configured dtype. Non-contiguous tensors are copied.
             handle: of the dispatch; this call consumes it.
             out: `[T, H]` contiguous tensor for the result. Not where gradients are tracked.
-            weights: FLAT, EXPERT_MAJOR: float32 (float64 beside float64 rows), one number per row
-                in the leading shape of the rows, instead of the routing weights. Those of slots
+            weights: FLAT, EXPERT_MAJOR: float32 (float64 with float64 rows), one number per row
+                in the leading shape of the rows, instead of the routing weights. Weights of slots
                 without a row are not read. All ranks pass them or none. Not where gradients are
                 tracked.
             weight_grads: gradients of the rows' weights (FLAT, EXPERT_MAJOR: one number per row,
@@ -546,8 +552,8 @@ class MoECommunicator:
 
         Returns:
             `[T, H]` in token order, owned by the caller; with `weight_grads` a pair of that and the
-            gradients `[T, K]`. Tokens without any expert get zeros. With `return_recv_hook`
-            `(that, hook)`; `hook()` or `handle.wait()` launches the receiving half.
+            gradients `[T, K]`. Tokens without any expert get zeros. With `return_recv_hook`,
+            `(result, hook)`; `hook()` or `handle.wait()` launches the receiving half.
 
         Raises:
             InputError: an argument does not fit.
@@ -631,7 +637,7 @@ class MoECommunicator:
         weight_grads: Tensor | None = None,
         overlap: CommOverlapConfig | None = None,
     ) -> Request[Tensor] | Request[tuple[Tensor, Tensor]]:
-        """`combine` that returns while sums are on their way; `wait()` gives its result.
+        """`combine` that returns while sums are in transit; `wait()` gives its result.
 
         `expert_output` must not be written to before `wait()`.
         """
@@ -705,7 +711,7 @@ class MoECommunicator:
         Args:
             op: the operation.
             stream: CUDA stream to run on; None: the communicator's own.
-            wait_events: CUDA events to wait for, beside the caller's current stream.
+            wait_events: CUDA events to wait for, besides the caller's current stream.
             num_sms: SMs the operation may use; None: `num_sms_dispatch` / `num_sms_combine`.
         """
         operation = operation_of(op)
@@ -722,7 +728,7 @@ class MoECommunicator:
         """The stream of an asynchronous call, None for in line, and what it waits for."""
         return (self._stream, ()) if overlap is None else (overlap.stream, overlap.wait_events)
 
-    # -- what it is -------------------------------------------------------------------------------
+    # -- properties -------------------------------------------------------------------------------
 
     @property
     def engine_name(self) -> str:
@@ -750,7 +756,7 @@ class MoECommunicator:
         """Bytes by region that the largest possible call holds beyond inputs and outputs."""
         return self._ready().memory_estimate()
 
-    # -- what has arrived -------------------------------------------------------------------------
+    # -- rows of a dispatch -----------------------------------------------------------------------
 
     def wire_rows(self, handle: DispatchHandle) -> tuple[list[int], list[int]]:
         """Rows that a dispatch sent to and received from each rank, own rank included."""
@@ -786,13 +792,13 @@ class MoECommunicator:
     # -- health -----------------------------------------------------------------------------------
 
     def check_health(self) -> None:
-        """Raises what went wrong in calls that the host did not wait for, if anything. Local.
+        """Raises failures of calls that the host did not wait for, if there are any. Local.
 
-        PeerTimeoutError or, with static shapes, CapacityError. Every call does this first; replays
-        of CUDA graphs do not: look after the stream has been synchronized.
+        PeerTimeoutError or, with static shapes, CapacityError. Every call does this first. Replays
+        of CUDA graphs do not: call it after synchronizing their stream.
 
         Raises:
-            ClosedError: the communicator is closed or aborted, or an earlier failure has made it
+            ClosedError: the communicator is closed or aborted, or an earlier failure made it
                 unusable.
         """
         self._life.check()
@@ -800,13 +806,13 @@ class MoECommunicator:
             self._engine.check_health()
 
     def enable_statistics(self) -> CallStatistics:
-        """Counts this rank's calls from now on. Local; safe to repeat.
+        """Counts rows and bytes of this rank's calls from now on. Local; safe to repeat.
 
         Returns:
             The running totals, the same tensors every time; valid as long as referenced.
 
         Raises:
-            ConfigurationError: the engine does not count in this mode.
+            ConfigurationError: the engine keeps no statistics in this mode.
         """
         engine = self._ready()
         with torch.inference_mode(False):  # calls in any mode add to them
@@ -815,19 +821,19 @@ class MoECommunicator:
     def query_mask(self) -> Tensor:
         """Ranks that calls leave out, `[R]` bool on the device, a copy. Local.
 
-        True for ranks that `mask_peer` named and, with `mask_lost_peers=True`, for those that did
-        not come to a call in time. All False on engines that cannot leave out a rank.
+        True for ranks given to `mask_peer` and, with `mask_lost_peers=True`, for ranks that did not
+        come to a call in time. All False on engines that cannot leave out a rank.
         """
         return self._ready().query_mask()
 
     def mask_peer(self, rank: int) -> None:
         """Leaves out a rank: later calls neither wait for it nor send to it. Local.
 
-        Rows of its experts are missing in this rank's results from then on: they count as zero.
+        From then on its experts add nothing to this rank's results: their rows count as zero.
 
         Raises:
             InputError: no such rank, or this one.
-            ConfigurationError: the engine needs all ranks; mode="ll" on the nvlink engine does not.
+            ConfigurationError: the engine needs all ranks. Only mode="ll" of nvlink does not.
         """
         engine = self._ready()
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < self.num_ranks:

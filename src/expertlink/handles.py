@@ -1,6 +1,6 @@
-"""Whether a handle may be used: whose it is, whether its tables stand, whether its routing fits.
+"""Checks of a handle: whose it is, whether its buffers still hold its dispatch, its routing.
 
-Raised are `HandleError` and `RoutingChangedError`, in the caller's words.
+They raise `HandleError` and `RoutingChangedError`, which name the caller's arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from expertlink.types import DispatchHandle
 
 
 def check_handle(handle: object, identity: int) -> DispatchHandle:
-    """A handle of the communicator with that identity, whose buffers hold its dispatch still."""
+    """The handle, if it is of the communicator with that identity, and not stale."""
     if not isinstance(handle, DispatchHandle):
         raise HandleError(f"a DispatchHandle is expected, not {type(handle).__name__}")
     if handle.owner != identity:
@@ -23,7 +23,7 @@ def check_handle(handle: object, identity: int) -> DispatchHandle:
 
 
 def check_current(handle: DispatchHandle) -> None:
-    """Refuses a handle whose buffers another dispatch has used since."""
+    """Refuses a stale handle: a later dispatch has used its buffers."""
     for buffers, generation in handle.leases:
         if buffers.generation != generation:
             raise HandleError(

@@ -1,4 +1,4 @@
-"""What stands for operations that were started and are still to be finished."""
+"""Calls that have been started and are still to be finished: requests and receive hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Life:
-    """Whether a communicator can be used. What outlives it refers to this, not to it.
+    """Whether a communicator can be used. Objects that outlive it refer to this, not to it.
 
     Attributes:
         over: why it cannot be used any more, or None.
@@ -34,20 +34,20 @@ class Life:
 
 
 class Request(Generic[Result]):
-    """An operation under way. Its result may be read after `wait()`."""
+    """A call that has been started. Its result may be read after `wait()`."""
 
     def __init__(self, result: Result, wait: Callable[[], None]) -> None:
         self._result = result
         self._wait: Callable[[], None] | None = wait
 
     def wait(self) -> Result:
-        """Completes the operation as far as the caller's stream is concerned; returns the result.
+        """Makes the result readable on the current stream, and returns it. Safe to repeat.
 
         CPU: blocks until rows have arrived and are in place. CUDA: orders the current stream after
-        the operation. Safe to call again.
+        the call.
 
         Raises:
-            PeerTimeoutError: a peer did not take part within the time-out.
+            PeerTimeoutError: a rank did not take part within the time-out.
             ClosedError: the communicator was closed or aborted before.
         """
         if torch.compiler.is_dynamo_compiling():
@@ -61,9 +61,9 @@ class Request(Generic[Result]):
 
 
 class ReceiveHook:
-    """Launches the receiving half of a call, on the stream that is current then.
+    """Launches the receiving half of a call, on the stream that is current when it is called.
 
-    The tensors of the call must not be read before. Safe to call again.
+    The tensors that the call returned must not be read before. Safe to repeat.
 
     Args:
         finish: `finish` of the started operation.

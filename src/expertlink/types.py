@@ -1,4 +1,4 @@
-"""What crosses the public API: layouts, scales, outputs, handles, overlap settings."""
+"""The types of the public API: layouts, scales, outputs, handles, overlap settings."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class BlockFormat(str, enum.Enum):
 
 @dataclass(frozen=True)
 class QuantScales:
-    """Scales of quantized rows; they travel with their rows as opaque bytes.
+    """Scales of quantized rows. They travel with their rows, as bytes that nobody interprets.
 
     Attributes:
         tensor: `[T, S]` (or the leading shape of the received tokens), any dtype, contiguous.
-        format: the block format, or None for a format that the library does not know.
+        format: the block format; None for formats that the library does not know.
     """
 
     tensor: Tensor
@@ -70,7 +70,7 @@ class QuantScales:
 class DispatchOutput:
     """What a rank received. Owned by the caller, valid for as long as it is referenced.
 
-    Views of `DispatchBuffers` hold until the next dispatch into them.
+    Views of `DispatchBuffers` are valid until the next dispatch into them.
 
     Attributes:
         tokens: received rows, in the shape of the layout (`DispatchLayout`).
@@ -132,16 +132,16 @@ class RowKind:
 class DispatchBuffers:
     """Memory for everything that a dispatch returns, made once by `create_buffers`.
 
-    A dispatch into them (`output_buffer=`) returns nothing but views of them. It invalidates, from
-    its start, the output and the handle of every earlier dispatch into the same buffers: two calls
-    under way, or a call beside experts that still read, need two of them.
+    A dispatch into them (`output_buffer=`) returns nothing but views of them. From its start, the
+    outputs and handles of earlier dispatches into the same buffers are invalid. Two calls at a
+    time, or a call while experts still read, need two of them.
 
     Attributes:
         output: tensors of the largest shape that any dispatch can return.
         tables: what the engine keeps of the routing.
-        kind: the kind of rows that they are made for.
+        kind: the rows that they are made for.
         owner: identity of the communicator that they belong to.
-        generation: number of dispatches into them; a handle of an earlier one is stale.
+        generation: number of dispatches into them; the handles of all but the last are stale.
     """
 
     output: DispatchOutput
@@ -155,16 +155,16 @@ class DispatchBuffers:
 class CallStatistics:
     """Running totals of a rank's dispatches and combines, those of backward included.
 
-    int64 tensors on the device whose addresses never change: read them after the calls' stream, or
-    `zero_()` them between calls. r stands for the other rank, the own one included.
+    int64 tensors on the device whose addresses never change. Read them on the stream of the calls
+    or after it; `zero_()` them between calls. r is the other rank; the own one counts as well.
 
     Attributes:
         tokens_per_expert: `[E_loc]` rows received for each local expert in dispatches.
         rows_sent: `[R]` rows sent to rank r: a dispatch sends a row per (token, rank), a combine
             one per (token, rank) or, with `combine_precision="exact"`, per (token, choice).
-        rows_received: `[R]` rows received from rank r, counted alike.
+        rows_received: `[R]` rows received from rank r, counted in the same way.
         bytes_sent: `[R]` bytes of those rows and of their scales; 0 for the own rank, whose rows
-            stay on the GPU. Ids and weights beside the rows do not count.
+            stay on the GPU. Ids and weights do not count.
         bytes_received: `[R]` likewise.
         longest_wait_ns: `[R]` longest time that a call waited for rank r, in nanoseconds; 0 where
             the engine does not measure it.
@@ -186,11 +186,11 @@ class CallStatistics:
 
 @dataclass(eq=False, repr=False)
 class DispatchHandle:
-    """Ties a dispatch to its combine. Opaque to the model: pass it on, look at nothing inside.
+    """Ties a dispatch to its combine. Opaque to the model: pass it on and read nothing inside.
 
-    One combine consumes the handle. It stays good for backward and as `previous_handle` of a
-    cached dispatch for as long as its communicator is open; that of a dispatch into
-    `DispatchBuffers`, until the next dispatch into them.
+    One combine consumes the handle. Backward and cached dispatches (`previous_handle`) may use it
+    for as long as its communicator is open; the handle of a dispatch into `DispatchBuffers`, until
+    the next dispatch into them.
 
     Attributes:
         owner: identity of the communicator that issued it.
@@ -213,19 +213,20 @@ class DispatchHandle:
     topk_weights: Tensor | None
     state: object
     consumed: bool = False
-    # The caller's own id tensor with its version: proves "unchanged" without reading the device.
+    # The caller's own id tensor and its version: tells "unchanged" without reading the device.
     ids_seen: tuple[Tensor, int] | None = None
-    # Buffers that `state` lies in, each with the generation that the handle is good for.
+    # Buffers that `state` lies in, each with the generation in which the handle is valid.
     leases: tuple[tuple[DispatchBuffers, int], ...] = ()
     _finish: Callable[[], object] | None = None
-    # Leads autograd from combine to a dispatch that it follows.
+    # Connects a combine to its dispatch in the graph, where autograd tracks the dispatch.
     _anchor: Tensor | None = None
 
     def wait(self) -> None:
-        """Orders the current stream after a dispatch or combine issued with `async_finish=True`.
+        """Makes the results of the handle's last call readable on the current stream.
 
-        One issued with `return_recv_hook=True` gets its receiving half launched. Until then the
-        tensors that the call returned must not be read. Safe to call repeatedly.
+        After `async_finish=True` it orders the current stream after the call. After
+        `return_recv_hook=True` it launches the receiving half. Before that, the tensors that the
+        call returned must not be read. Safe to repeat.
         """
         if torch.compiler.is_dynamo_compiling():
             from expertlink.uncompiled import uncompiled
@@ -254,7 +255,7 @@ class CommOverlapConfig:
         operation: "dispatch" or "combine".
         stream: CUDA stream that carries the operation; None on CPU, where the transfer runs in
             the process group's own threads.
-        wait_events: CUDA events that the operation waits for, beside the caller's current stream.
+        wait_events: CUDA events that the operation waits for, besides the caller's current stream.
         num_sms: SMs the operation may use; None leaves it to the engine. Engines that cannot
             bound their SMs (`collective`) ignore it.
     """

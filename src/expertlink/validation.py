@@ -1,4 +1,4 @@
-"""Checks of what callers pass in: every message names the argument, its value and what would do."""
+"""Checks of arguments. Every message names the argument, its value and what is accepted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from expertlink.errors import InputError
 from expertlink.quantization import scale_form
 from expertlink.types import BlockFormat, QuantScales, RowKind
 
-# One-byte rows: e4m3 / e5m2 values, or bytes that only the experts understand.
+# Dtypes of one-byte rows: e4m3 or e5m2 values, or bytes that only the experts interpret.
 PACKED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
 
 
@@ -24,7 +24,7 @@ def check_tensor(
     shape: tuple[int | None, ...] | None = None,
     contiguous: bool = False,
 ) -> Tensor:
-    """Returns `value` if it is a tensor as described; None in `shape` matches any size."""
+    """Returns `value` if it is such a tensor. None in `shape` matches any size."""
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
     if value.layout is not torch.strided:
@@ -55,7 +55,7 @@ def check_tensor(
 def check_rows(
     config: MoECommunicatorConfig, x: object, scales: object, *, device: torch.device
 ) -> tuple[Tensor, QuantScales | None]:
-    """Checks `input` and `scales` of a dispatch; both come back contiguous."""
+    """Checks `input` and `scales` of a dispatch; returns them contiguous."""
     if scales is None:
         rows = check_tensor(
             "input", x, device=device, dtypes=(config.dtype,), shape=(None, config.hidden_size)
@@ -87,7 +87,7 @@ def check_rows(
 
 
 def plain_kind(config: MoECommunicatorConfig) -> RowKind:
-    """Rows as they arrive where the caller passes unquantized ones."""
+    """The rows that arrive where callers pass unquantized ones."""
     block_format = config.block_format
     if block_format is None:
         return RowKind(config.dtype, config.hidden_size)
@@ -96,7 +96,7 @@ def plain_kind(config: MoECommunicatorConfig) -> RowKind:
 
 
 def kind_of(rows: Tensor, scales: QuantScales) -> RowKind:
-    """Rows that the caller quantized."""
+    """The rows that arrive where the caller has quantized them."""
     tensor = scales.tensor
     return RowKind(rows.dtype, rows.shape[1], tensor.dtype, tensor.shape[1], scales.format)
 
@@ -131,7 +131,7 @@ def check_output_buffer(
     num_local: int,
     device: torch.device,
 ) -> None:
-    """Checks the form of `output_buffer`; whether all rows find room is known later."""
+    """Checks dtype and shape of `output_buffer`. Whether all rows fit is known later."""
     shape: list[int | None] = [None, kind.width]
     if config.layout.padded:
         per_rank = config.max_tokens_per_rank
@@ -156,7 +156,7 @@ def check_routing(
     *,
     device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Checks the form of `topk_ids` and `weights`, where given; they come back contiguous."""
+    """Checks dtype and shape of `topk_ids` and `weights`, where given; returns them contiguous."""
     shape = (num_tokens, config.topk)
     ids_TK = weights_TK = None
     if topk_ids is not None:
@@ -171,7 +171,7 @@ def check_routing(
 
 
 def explain_ids(topk_ids_TK: Tensor, num_experts: int) -> InputError:
-    """The error for ids that are out of range or chosen twice: names the first such token."""
+    """The error for ids that are out of range or repeated: names the first such token."""
     outside = routing.out_of_range(topk_ids_TK, num_experts)
     faulty = outside if bool(outside.any()) else routing.has_duplicates(topk_ids_TK)
     token = int(faulty.nonzero()[0])

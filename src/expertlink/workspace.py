@@ -1,7 +1,6 @@
-"""Memory that calls borrow: on CPU, touching fresh pages costs more than copying rows into them.
+"""Memory that calls borrow. On CPU, touching fresh pages costs more than copying rows into them.
 
-On CUDA torch's caching allocator already does this, in step with streams, so borrowing is plain
-allocation there.
+On CUDA, torch's caching allocator reuses memory in stream order, so borrowing is allocation there.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_ROUND_UP = 8  # buffers are made an eighth larger, so that a slightly larger call still fits
+_ROUND_UP = 8  # buffers are an eighth larger than needed: a slightly larger call still fits
 
 
 class Workspace:
-    """Free buffers of one communicator. What is taken and never given back is simply let go."""
+    """Free buffers of one communicator. A buffer that is never given back is freed by torch."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: list[torch.UntypedStorage] = []
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor; contents are whatever the last user left."""
+        """An uninitialized contiguous tensor; it holds what its last user left."""
         if self._device.type != "cpu":
             return torch.empty(tuple(shape), dtype=dtype, device=self._device)
         needed = math.prod(shape) * dtype.itemsize
