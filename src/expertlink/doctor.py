@@ -1,7 +1,7 @@
-"""What this machine and installation can do, one sentence per check, for people and for scripts.
+"""What this machine and installation can do: one sentence per check, for people and for scripts.
 
-Nothing here raises: a check that breaks is a check that failed, and says so. Nor is anything needed
-beyond torch: this is for installations that lack something.
+Nothing here raises: a check that breaks counts as failed. Nothing here needs more than torch, since
+it examines installations that lack something.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Check:
     """One finding.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         status: "ok"; "warn": something optional is missing or limited; "fail": the library cannot
-            work until it is repaired.
-        sentence: the finding and, where something is wrong, what to do.
+            work until it is fixed.
+        sentence: the finding and, if something is wrong, the remedy.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Check:
 
 
 def run_checks(*, timeout_s: float = 60.0) -> list[Check]:
-    """All checks, the last of which start ranks on this machine.
+    """All checks. The last ones start ranks on this machine.
 
     Args:
-        timeout_s: bound of each round trip between ranks, their start included.
+        timeout_s: bound of each round trip between ranks, in seconds, start included.
     """
     checks: list[tuple[str, Callable[[], list[Check]]]] = [
         ("python", _python),
@@ -76,13 +76,13 @@ def run_checks(*, timeout_s: float = 60.0) -> list[Check]:
     for name, check in checks:
         try:
             found += check()
-        except Exception as error:  # a doctor reports, whatever it meets
+        except Exception as error:  # a check must not end the others
             found.append(Check(name, "fail", f"the check broke: {_first_line(error)}."))
     return found
 
 
 def exit_code(checks: list[Check]) -> int:
-    """0 where the library is usable, 1 where something that it needs failed."""
+    """0 if the library is usable, 1 if something that it needs failed."""
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -105,15 +105,15 @@ def run_doctor(*, as_json: bool, timeout_s: float) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """The command with the standard library alone, for where the command line's packages are not.
+    """The command without the command line's packages, for installations that lack them.
 
     Args:
-        arguments: what follows `expertlink doctor`.
+        arguments: those after `expertlink doctor`.
     """
     parser = argparse.ArgumentParser(prog="expertlink doctor", description="What works here.")
     parser.add_argument("--json", action="store_true", help="Answer in JSON.")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, help="Seconds that a round trip may take."
+        "--timeout", type=float, default=60.0, help="Seconds that each round trip may take."
     )
     options = parser.parse_args(arguments)
     return run_doctor(as_json=options.json, timeout_s=options.timeout)
@@ -122,9 +122,8 @@ def main(arguments: list[str]) -> int:
 def _python() -> list[Check]:
     version = platform.python_version()
     if sys.version_info[:2] < _OLDEST_PYTHON:
-        return [
-            Check("python", "fail", f"{version} is too old, {_dots(_OLDEST_PYTHON)} is needed.")
-        ]
+        sentence = f"{version} is too old; install {_dots(_OLDEST_PYTHON)} or later."
+        return [Check("python", "fail", sentence)]
     return [Check("python", "ok", f"{version} on {platform.system()} {platform.machine()}.")]
 
 
@@ -135,7 +134,7 @@ def _torch() -> list[Check]:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     numbers = version.split("+")[0].split(".")
     if tuple(int(number) for number in numbers[:2]) < _OLDEST_TORCH:
-        sentence = f"{version} is older than {_dots(_OLDEST_TORCH)}, the oldest that is supported."
+        sentence = f"{version} is too old; install {_dots(_OLDEST_TORCH)} or later."
         return [Check("torch", "fail", sentence)]
     return [Check("torch", "ok", f"{version}, built with {built}.")]
 
@@ -145,17 +144,17 @@ def _distributed() -> list[Check]:
     import torch.distributed as dist
 
     if not dist.is_available():
-        sentence = "torch was built without torch.distributed, which every engine needs."
+        sentence = "torch lacks torch.distributed, which all engines need; install one that has it."
         return [Check("distributed", "fail", sentence)]
     if not dist.is_gloo_available():
-        sentence = "the backend gloo is missing; ranks on CPUs cannot talk to each other."
+        sentence = "torch lacks gloo, which ranks on CPUs need; install one that has it."
         return [Check("distributed", "fail", sentence)]
     if dist.is_nccl_available():
         return [Check("distributed", "ok", "gloo and nccl.")]
     if torch.cuda.device_count():
-        sentence = "gloo, but no nccl; ranks on GPUs need it. Install a torch that has it."
+        sentence = "gloo, but no nccl, which ranks on GPUs need; install a torch that has it."
         return [Check("distributed", "warn", sentence)]
-    return [Check("distributed", "ok", "gloo; no nccl, which only GPUs need.")]
+    return [Check("distributed", "ok", "gloo; no nccl, but only GPUs need it.")]
 
 
 def _gpus() -> list[Check]:
@@ -165,8 +164,8 @@ def _gpus() -> list[Check]:
     if count == 0:
         if shutil.which("nvidia-smi") is not None:
             sentence = (
-                "an NVIDIA driver is installed, but torch sees no GPU; look at "
-                "CUDA_VISIBLE_DEVICES, and whether torch is built with CUDA."
+                "an NVIDIA driver is installed, but torch sees no GPU; check "
+                "CUDA_VISIBLE_DEVICES, and that torch was built with CUDA."
             )
             return [Check("gpus", "warn", sentence)]
         return [Check("gpus", "ok", "none; tensors live on the CPU.")]
@@ -176,14 +175,14 @@ def _gpus() -> list[Check]:
     sentence = f"{count} x {' / '.join(names)}, {kinds}."
     found = [Check("gpus", "ok", sentence)]
     if min(capabilities) < _NVLINK_CAPABILITY:
-        sentence = f"{kinds} is below sm_90; only the collective engine serves it."
+        sentence = f"{kinds}: the nvlink engine needs sm_90 or later; collective works."
         found.append(Check("gpus", "warn", sentence))
     if count > 1:
         pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
         apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
         if apart:
             a, b = apart[0]
-            sentence = f"{len(apart)} of {len(pairs)} pairs lack peer access, GPU {a} to {b} first."
+            sentence = f"{len(apart)} of {len(pairs)} pairs lack peer access, first GPU {a} to {b}."
             found.append(Check("peer access", "warn", sentence))
         else:
             found.append(Check("peer access", "ok", f"all {len(pairs)} pairs of GPUs."))
@@ -198,7 +197,7 @@ def _nvrtc() -> list[Check]:
             Check("nvrtc", "ok", f"kernels can be compiled at run time: {', '.join(versions)}.")
         ]
     if not _has_gpu():
-        return [Check("nvrtc", "ok", "not installed; only engines for GPUs compile kernels.")]
+        return [Check("nvrtc", "ok", "not installed, but only GPUs need it.")]
     sentence = f"{unusable}: pip install 'expertlink[cuda]'."
     return [Check("nvrtc", "warn", sentence)]
 
@@ -206,9 +205,9 @@ def _nvrtc() -> list[Check]:
 def _symmetric_memory() -> list[Check]:
     name = "symmetric memory"
     if importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
-        sentence = "this torch does not have it; GPUs cannot be made to share memory."
+        sentence = "torch lacks it, so GPUs cannot share memory; install a later one."
         return [Check(name, "warn", sentence)]
-    where = "" if _has_gpu() else "; of use with GPUs only"
+    where = "" if _has_gpu() else ", but only GPUs need it"
     return [Check(name, "ok", f"torch has it{where}.")]
 
 
@@ -221,7 +220,7 @@ def _limits() -> list[Check]:
     except (ImportError, OSError):
         files = None
     if files is not None and 0 <= files < _FEW_FILES:
-        sentence = f"{files} open files are allowed, every peer takes some; try ulimit -n 65536."
+        sentence = f"{files} open files are allowed; every peer needs some: ulimit -n 65536."
         found.append(Check("open files", "warn", sentence))
     elif files is not None:
         allowed = "any number is" if files < 0 else f"{files} are"
@@ -231,7 +230,7 @@ def _limits() -> list[Check]:
         status: Status = "ok"
         hint = ""
         if _has_gpu() and free < _LITTLE_SHARED_MEMORY:
-            status, hint = "warn", "; nccl may need more (in a container: --shm-size)"
+            status, hint = "warn", ", and nccl may need more; in a container, raise --shm-size"
         found.append(Check("shared memory", status, f"{free / 2**30:.1f} GiB are free{hint}."))
     return found
 
@@ -293,18 +292,18 @@ def _round_trip(device: Literal["cpu", "cuda"], timeout_s: float) -> Check:
         with RankPool(num_ranks=2, device=device, startup_timeout_s=timeout_s) as pool:
             left = max(1.0, timeout_s - (time.monotonic() - start))
             problems = pool.run(_exchange, left, timeout_s=left)
-    except Exception as error:  # whatever ranks can die of
+    except Exception as error:  # a rank may fail in any way
         return Check(name, "fail", f"2 ranks: {_first_line(error)}.")
     problem = next((problem for problem in problems if problem is not None), None)
     if problem is not None:
         return Check(name, "fail", f"2 ranks: {problem}.")
     took = time.monotonic() - start
-    sentence = f"2 ranks dispatched and combined in every layout, in {took:.1f} s with their start."
+    sentence = f"2 ranks dispatched and combined in every layout; {took:.1f} s with their start."
     return Check(name, "ok", sentence)
 
 
 def _exchange(context: RankContext, timeout_s: float) -> str | None:
-    """Runs on a rank: dispatches and combines a few tokens; says what came out wrong."""
+    """Runs on a rank: dispatches and combines a few tokens; returns what is wrong, if anything."""
     import torch
 
     from expertlink.bench.check import expected_sum, mismatch, scaling_experts
@@ -347,12 +346,12 @@ def _exchange(context: RankContext, timeout_s: float) -> str | None:
 
 
 def _unusable(packages: dict[str, str]) -> str:
-    """Which modules cannot be imported, and why, by the names of their packages; or nothing."""
+    """Packages whose modules cannot be imported, and why; empty if all can."""
     reasons = []
     for module, package in packages.items():
         try:
             importlib.import_module(module)
-        except Exception as error:  # a broken package is as good as none
+        except Exception as error:  # a broken package counts as missing
             reasons.append(f"{package} ({_first_line(error)})")
     return f"cannot import {' and '.join(reasons)}" if reasons else ""
 

@@ -1,8 +1,8 @@
 """Local ranks: worker processes with torch.distributed set up, shared by demo, bench and tests.
 
-In come a picklable function and its arguments; out come one result per rank, or one error that
-says what every rank did. Nothing that a rank does - raise, die, hang - can hang the caller or leave
-a process behind.
+In: a picklable function and its arguments. Out: one result per rank, or one error that says what
+every rank did. A rank that raises, dies or hangs neither hangs the caller nor leaves a process
+behind.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ __all__ = [
     "RankPool",
     "RanksHungError",
     "keep_freed_memory",
-    "run_ranks",
     "torchrun_context",
 ]
 
@@ -82,14 +81,14 @@ class RankError(LaunchError):
 
 
 class RanksHungError(RankError, TimeoutError):
-    """Some ranks did not finish in time. All were killed; the message holds the stacks of all."""
+    """Some ranks did not finish in time. All ranks were killed; the message has their stacks."""
 
 
 class RankPool:
     """Worker processes, one per rank, that run functions together until the pool is closed.
 
     When the constructor returns, every rank has joined the default process group. The pool is a
-    context manager. It closes by itself once a rank died or hung, for its process group is lost.
+    context manager. It closes itself after a rank has died or hung, because the group is lost.
 
     Args:
         num_ranks: processes to start.
@@ -116,10 +115,12 @@ class RankPool:
         group_timeout_s: float = 600.0,
     ) -> None:
         if num_ranks < 1:
-            raise LaunchError(f"num_ranks={num_ranks}: at least one rank is needed")
+            raise LaunchError(f"num_ranks={num_ranks} is not possible; accepted: at least 1")
         if device == "cuda" and torch.cuda.device_count() < num_ranks:
             found = torch.cuda.device_count()
-            raise LaunchError(f"num_ranks={num_ranks}: every rank needs a GPU, {found} found")
+            raise LaunchError(
+                f"num_ranks={num_ranks} is not possible: every rank needs a GPU, there are {found}"
+            )
         self.num_ranks = num_ranks
         self.device: DeviceType = device
         self._closed = False
@@ -127,7 +128,7 @@ class RankPool:
         self._connections: list[Connection] = []
         self._finalizer = weakref.finalize(self, _kill, self._processes)
         self._folder = RankFolder()
-        # The parent hosts the store, so that no rank's death takes it away from the others.
+        # The parent hosts the store, so that it outlives every rank.
         self._store = dist.TCPStore(STORE_HOST, 0, is_master=True, wait_for_workers=False)
         with self._killed_on_error():
             for rank in range(num_ranks):
@@ -144,14 +145,14 @@ class RankPool:
                         stack_file=self._stack_file(rank),
                     )
                 )
-            # A rank that never joins keeps the others waiting: the first failure ends the start.
+            # A rank that fails to join keeps the others waiting: the first failure ends the start.
             _, failures = self._gather(startup_timeout_s, until_failure=True)
             if failures:
                 raise RankError(failures)
 
     @property
     def alive(self) -> bool:
-        """Whether the pool can run functions: not closed, and every rank's process lives."""
+        """True if the pool can run functions: not closed, and every rank's process alive."""
         return not self._closed and all(process.is_alive() for process in self._processes)
 
     @property
@@ -192,9 +193,9 @@ class RankPool:
     ) -> list[Any]:
         """Call `fn(rank_context, *args, **kwargs)` on every rank; return the results by rank.
 
-        Whatever crosses the processes is pickled by value, so `fn` is a module-level function.
-        Every rank is given until the time-out, also after another one failed. An exception leaves
-        the pool usable: it is up to `fn` to leave the process group in step.
+        Function, arguments and results are pickled, so `fn` must be a module-level function. Every
+        rank has until the time-out, even after another one has failed. An exception leaves the pool
+        usable; `fn` must then leave the process group in step.
 
         Args:
             timeout_s: seconds until every rank must have returned or raised.
@@ -208,12 +209,14 @@ class RankPool:
             LaunchError: the pool is closed.
         """
         if self._closed:
-            raise LaunchError("this pool of ranks is closed, by its owner or after a rank was lost")
+            raise LaunchError(
+                "this pool is closed, by its owner or because a rank was lost: start a new one"
+            )
         call = pickle.dumps((fn, args, kwargs))
-        # Also on ctrl-C and on errors of on_message: the ranks are in the middle of a call then.
+        # Also on ctrl-C and on errors in on_message: the ranks are in the middle of a call then.
         with self._killed_on_error():
             dead = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
-            if dead:  # the others could only wait for it
+            if dead:  # the other ranks could only wait for them
                 results, failures = {}, {rank: self._death(rank) for rank in dead}
                 raise RankError(failures)
             for connection in self._connections:
@@ -230,7 +233,7 @@ class RankPool:
         return [results[rank] for rank in range(self.num_ranks)]
 
     def close(self) -> None:
-        """End all ranks: they are asked first, and killed after a short grace. Safe to repeat."""
+        """End all ranks; those that do not end in a few seconds are killed. Safe to repeat."""
         if not self._closed:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
@@ -271,8 +274,8 @@ class RankPool:
         process = context.Process(
             target=worker_main, args=(spec, theirs), name=f"rank{spec.rank}", daemon=True
         )
-        # A child inherits the signal mask: ctrl-C must not end it in the middle of its imports.
-        # The tracker is started before, because its start would lift the mask.
+        # A child inherits the signal mask, so ctrl-C does not end it in the middle of its imports.
+        # The tracker starts first, because its start would lift the mask.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -281,7 +284,7 @@ class RankPool:
             self._connections.append(ours)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()  # or the end of the child would not be seen as the end of the pipe
+            theirs.close()  # so that the pipe ends when the child does
 
     def _gather(
         self,
@@ -299,7 +302,7 @@ class RankPool:
             owners: dict[Any, int] = {self._connections[rank]: rank for rank in pending}
             owners |= {self._processes[rank].sentinel: rank for rank in pending}
             left_s = deadline - time.monotonic()
-            ready = wait(owners, left_s) if left_s > 0 else []  # messages buy nobody time
+            ready = wait(owners, left_s) if left_s > 0 else []  # a message does not extend the time
             if not ready:
                 self._raise_hung(timeout_s, pending, failures)
             for rank in sorted({owners[item] for item in ready}):
@@ -316,7 +319,7 @@ class RankPool:
         return results, failures
 
     def _receive(self, rank: int) -> tuple[str, Any]:
-        # What a rank said before it died is still in the pipe, and is read first.
+        # Reports that a rank sent before it died are still in the pipe: read them first.
         connection = self._connections[rank]
         try:
             if connection.poll():
@@ -338,7 +341,7 @@ class RankPool:
         self, timeout_s: float, pending: set[int], failures: Mapping[int, RankFailure]
     ) -> None:
         stacks = self._dump_stacks()
-        message = f"no end within {timeout_s:g} s"
+        message = f"not finished within {timeout_s:g} s"
         hung = {
             rank: RankFailure(rank=rank, kind="hung", message=message, traceback=stacks[rank])
             for rank in pending
@@ -351,7 +354,7 @@ class RankPool:
         raise RanksHungError({**hung, **failures}, *idle, "All ranks were killed.")
 
     def _dump_stacks(self) -> dict[int, str]:
-        """Stacks of all threads of every rank, as far as the ranks answer."""
+        """Stacks of all threads of every rank that answers."""
         waiting = set(range(self.num_ranks))
         for rank in waiting:
             pid = self._processes[rank].pid
@@ -370,22 +373,6 @@ class RankPool:
         return {rank: stack or "(no stack: it did not answer)" for rank, stack in stacks.items()}
 
 
-def run_ranks(
-    fn: Callable[..., T],
-    *args: Any,
-    num_ranks: int,
-    device: DeviceType = "cpu",
-    backend: str | None = None,
-    threads: int = 1,
-    timeout_s: float = 300.0,
-    on_message: Callable[[int, Any], None] | None = None,
-    **kwargs: Any,
-) -> list[T]:
-    """`RankPool.run` on a pool that lives for one call only."""
-    with RankPool(num_ranks=num_ranks, device=device, backend=backend, threads=threads) as pool:
-        return pool.run(fn, *args, timeout_s=timeout_s, on_message=on_message, **kwargs)
-
-
 def _kill(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.kill()
@@ -398,7 +385,7 @@ def _read(path: Path) -> str:
 
 
 def _paragraphs(failures: Mapping[int, RankFailure]) -> list[str]:
-    """One line per failed rank, then the tracebacks; ranks that share one are named together."""
+    """One line per failed rank, then the tracebacks, each with all ranks that have it."""
     sharers: dict[str, list[str]] = {}
     for rank, failure in failures.items():
         sharers.setdefault(failure.traceback, []).append(str(rank))

@@ -1,8 +1,8 @@
-"""The folder that the ranks of one launcher share, and the removal of those that were left behind.
+"""The folder that the ranks of one launcher share, and the removal of abandoned folders.
 
-A launcher holds the lock of the file `owner` in its folder for as long as it lives, and the system
-gives the lock up when the process ends, however it ends: who gets the lock of a folder knows that
-its launcher is gone, whatever process has its number now or shares /tmp from another container.
+A launcher locks the file `owner` in its folder while it lives. The system releases the lock when
+the process ends, however it ends. So a process that gets the lock of a folder knows that its
+launcher has ended. A process id would not tell: it may be in use again, or be another container's.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "expertlink-ranks-"
-_NEW_PREFIX = ".expertlink-new-"  # no other launcher looks inside before the lock is held
+_NEW_PREFIX = ".expertlink-new-"  # until the lock is held, so that no launcher removes it
 _OWNER = "owner"
-_OLD_S = 3600.0  # making a folder takes far less
+_OLD_S = 3600.0  # a folder is made in far less
 
 
 class RankFolder:
-    """A private folder below the directory of temporary files; removed by `remove`, with this
-    object, or at the end of the process, and after a kill by the ranks or by the next launch.
+    """A private folder in the directory of temporary files.
+
+    It is removed by `remove`, with this object, or at the end of the process. After a kill, the
+    ranks or the next launch remove it.
 
     Raises:
-        OSError: there is no place for it.
+        OSError: it cannot be made.
     """
 
     def __init__(self) -> None:
         remove_abandoned()
         made = tempfile.mkdtemp(prefix=_NEW_PREFIX)
-        # Not inherited by other programs: the lock ends with this process.
+        # Other programs do not inherit it: the lock ends with this process.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._owner = os.open(os.path.join(made, _OWNER), flags, 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks: nobody gets it then
+        with contextlib.suppress(OSError):  # a file system without locks: the folder stays
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(self._owner, f"{os.getpid()}\n".encode())  # for people
         self.path = Path(made).with_name(PREFIX + made.rpartition(_NEW_PREFIX)[2])
@@ -46,12 +48,12 @@ class RankFolder:
         self._finalizer = weakref.finalize(self, _discard, self.path, self._owner, os.getpid())
 
     def remove(self) -> None:
-        """Removes the folder and all that is in it. Safe to repeat."""
+        """Removes the folder and its contents. Safe to repeat."""
         self._finalizer()
 
 
 def remove_abandoned() -> None:
-    """Removes this user's folders whose launcher has ended. What is in doubt stays."""
+    """Removes this user's folders whose launcher is known to have ended."""
     for path in _own(PREFIX):
         with contextlib.suppress(OSError), _lock_of(path) as abandoned:
             if abandoned:
@@ -63,7 +65,7 @@ def remove_abandoned() -> None:
 
 
 def _own(prefix: str) -> Iterator[Path]:
-    """Directories of this user, no links, with such names."""
+    """This user's directories, links excluded, whose names start so."""
     with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
@@ -77,10 +79,10 @@ def _own(prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock_of(path: Path) -> Iterator[bool]:
-    """Holds the lock of a folder's owner; False where somebody else holds it.
+    """Holds the lock of a folder's owner file; False if another process holds it.
 
     Raises:
-        OSError: the folder has no owner, or is gone.
+        OSError: the folder has no owner file, or was removed.
     """
     owner = os.open(path / _OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -89,7 +91,7 @@ def _lock_of(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        # Another launch may have removed the folder meanwhile, and a third one made its like.
+        # Another launch may have removed the folder meanwhile, and a third made one of that name.
         ours, there = os.fstat(owner), os.stat(path / _OWNER, follow_symlinks=False)
         yield stat.S_ISREG(ours.st_mode) and os.path.samestat(ours, there)
     finally:
@@ -97,7 +99,7 @@ def _lock_of(path: Path) -> Iterator[bool]:
 
 
 def _discard(path: Path, owner: int, pid: int) -> None:
-    if os.getpid() == pid:  # a fork of the launcher has the object, not the folder
+    if os.getpid() == pid:  # a fork of the launcher does not own the folder
         shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         os.close(owner)

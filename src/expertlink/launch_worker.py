@@ -1,7 +1,7 @@
-"""The inside of a local rank: joins the process group, then serves calls until told to stop.
+"""The process of a local rank: it joins the process group, then serves calls until it is stopped.
 
-In comes a `WorkerSpec` and, through a pipe, pickled calls; out go reports: messages, results,
-failures. The outside, which starts and ends these processes, is launch.py.
+In: a `WorkerSpec` and, through a pipe, pickled calls. Out: reports (messages, results, failures).
+launch.py starts and ends these processes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 @dataclass(frozen=True, kw_only=True)
 class RankContext:
-    """What a rank knows about itself; first argument of every function that runs on ranks."""
+    """A rank's number, group size and device; first argument of functions that run on ranks."""
 
     rank: int
     num_ranks: int
@@ -50,12 +50,12 @@ class RankContext:
     listener: Callable[[object], None] | None = field(default=None, repr=False, compare=False)
 
     def send(self, message: object) -> None:
-        """Stream a picklable object to the caller's `on_message`; dropped if nobody listens."""
+        """Send a picklable object to the caller's `on_message`; dropped if there is none."""
         if self.listener is not None:
             self.listener(message)
 
     def __getstate__(self) -> dict[str, object]:
-        # The listener belongs to this process; without it a context can be a result.
+        # The listener belongs to this process. Without it, a context can be pickled.
         return {**self.__dict__, "listener": None}
 
 
@@ -67,9 +67,9 @@ class RankFailure:
         kind: "raised" an exception, "died" (exit or signal), or "hung" past the time-out.
         exception_type: class name of the exception; empty unless raised.
         message: text of the exception, or how the process ended.
-        traceback: traceback (raised), Python stack at the fatal signal (died, if there is one) or
-            stacks of all threads at the time-out (hung).
-        exception: the exception itself; None where there is none or it cannot be pickled.
+        traceback: traceback (raised), Python stack at the fatal signal, if any (died), or stacks of
+            all threads at the time-out (hung).
+        exception: the exception itself; None if there is none, or it cannot be pickled.
     """
 
     rank: int
@@ -87,7 +87,7 @@ class RankFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """What a worker is told when it starts; times in seconds."""
+    """What a worker needs to start; times in seconds."""
 
     rank: int
     num_ranks: int
@@ -121,8 +121,8 @@ def torchrun_context(*, backend: str | None = None) -> RankContext | None:
     else:
         keep_freed_memory()
     if not dist.is_initialized():
-        # Optimizers import it. Where that happens after gloo has started (seen with torch 2.13),
-        # something keeps the group alive and the process may abort when it exits.
+        # Optimizers import it. If that happens after gloo has started (seen with torch 2.13), the
+        # group is kept alive, and the process may abort when it exits.
         importlib.import_module("torch._dynamo")
         dist.init_process_group(
             backend or default_backend("cuda" if device.type == "cuda" else "cpu"),
@@ -132,11 +132,11 @@ def torchrun_context(*, backend: str | None = None) -> RankContext | None:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory for this process instead of returning it to the system.
+    """Makes glibc keep freed memory for this process instead of returning it to the system.
 
-    A tensor of some megabytes otherwise starts with a page fault for every 4 KiB, call after call;
-    with several ranks on one host those cost more than the copies into it. Worth calling in CPU
-    ranks, before they allocate; elsewhere than on glibc it does nothing.
+    Otherwise a tensor of some megabytes takes a page fault for every 4 KiB, in every call. With
+    several ranks on one host those cost more than the copies into it. Call it in CPU ranks, before
+    they allocate. Without glibc it does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -157,16 +157,16 @@ def worker_main(spec: WorkerSpec, connection: Connection) -> None:
     folder = spec.stack_file.parent
     try:
         stacks = spec.stack_file.open("w")
-    except FileNotFoundError:  # the parent is gone already, and another rank has tidied up
+    except FileNotFoundError:  # the parent has ended, and another rank has removed the folder
         return
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     with stacks:
-        # From C, so that it works while the main thread is blocked outside of Python.
+        # Written in C, so it works while the main thread is blocked outside of Python.
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         faulthandler.enable(file=stacks)
         try:
             _serve(spec, connection)
-        except (EOFError, ConnectionError):  # the parent is gone
+        except (EOFError, ConnectionError):  # the parent has ended
             _tidy_up(folder)
         faulthandler.disable()
         faulthandler.unregister(STACK_SIGNAL)
@@ -181,7 +181,7 @@ def _end_with_parent(folder: Path) -> None:
 
 
 def _tidy_up(folder: Path) -> None:
-    # In place of a parent that was killed; ranks that do it at the same time are no harm.
+    # For a parent that was killed. Several ranks may do it at the same time.
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -189,7 +189,7 @@ def _serve(spec: WorkerSpec, connection: Connection) -> None:
     lock = threading.Lock()
 
     def report(kind: ReportKind, payload: object) -> None:
-        frame = pickle.dumps((kind, payload))  # by value: outlives this process
+        frame = pickle.dumps((kind, payload))  # bytes, which outlive this process
         with lock:
             connection.send_bytes(frame)
 
@@ -213,11 +213,11 @@ def _serve(spec: WorkerSpec, connection: Connection) -> None:
 def _answer(
     call: bytes, context: RankContext, report: Callable[[ReportKind, object], None]
 ) -> None:
-    # Unpickled in a frame that ends with the call: nothing of it stays alive until the next one.
+    # Unpickled in a frame that ends with the call, so that nothing of it stays alive.
     try:
         fn, args, kwargs = pickle.loads(call)
         report("result", fn(context, *args, **kwargs))
-    except BaseException as error:  # also SystemExit: the caller is to hear of it
+    except BaseException as error:  # SystemExit too: the caller must learn of it
         report("failure", _failure(context.rank, error))
 
 
@@ -228,7 +228,7 @@ def _join(spec: WorkerSpec, device: torch.device) -> None:
     else:
         keep_freed_memory()
     if any(name == "lo" for _, name in socket.if_nameindex()):
-        # Otherwise gloo binds to whatever the host name resolves to, which may be nothing.
+        # Otherwise gloo binds to what the host name resolves to, and it may not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         spec.backend,
@@ -253,7 +253,7 @@ def _failure(rank: int, error: BaseException) -> RankFailure:
         exception = None
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next  # our own frames say nothing about the error
+        frames = frames.tb_next  # frames of this file do not explain the error
     text = traceback.format_exception(type(error), error, frames or error.__traceback__)
     return RankFailure(
         rank=rank,

@@ -112,7 +112,7 @@ def test_names_and_legend_are_whole() -> None:
 def steps(count: int) -> list[StepRecord]:
     last = count - 1
     return [
-        StepRecord(i, 5.0 - 0.1 * i, 1.0, [[1.0, 2.0]], 1.0, 4.9 if i == last else None)
+        StepRecord(i, 5.0 - 0.1 * i, [[1.0, 2.0]], 1.0, 4.9 if i == last else None)
         for i in range(count)
     ]
 

@@ -67,7 +67,7 @@ def test_text_may_be_any_bytes_but_not_too_few(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(bytes(range(256)) * 5)
     assert len(Corpus.from_file(path, sample_bytes=65).train) == 1200
-    with pytest.raises(InputError, match=r"1280 bytes; at least 1296"):
+    with pytest.raises(InputError, match=r"1280 bytes; accepted: at least 1296"):
         Corpus.from_file(path, sample_bytes=81)
 
 
@@ -166,8 +166,8 @@ def test_demo_on_gpus_agrees_with_one_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--ranks", "0"], "--ranks 0: from 1 to 16"),
-        (["--ranks", "99"], "--ranks 99: from 1 to 16"),
+        (["--ranks", "0"], "--ranks 0 is not possible; accepted: 1 to 16"),
+        (["--ranks", "99"], "--ranks 99 is not possible; accepted: 1 to 16"),
         (["--steps", "0"], "--steps 0"),
         (["--seed", "-1"], "--seed -1"),
         (["--layout", "diagonal"], "'diagonal' is not possible; accepted: one of flat"),
@@ -176,7 +176,7 @@ def test_demo_on_gpus_agrees_with_one_gpu(tmp_path: Path) -> None:
         (["--text", "no/such/file"], "cannot read no/such/file"),
     ],
 )
-def test_bad_options_end_in_one_sentence(
+def test_bad_options_are_refused_in_one_sentence(
     arguments: list[str],
     says: str,
     tmp_path: Path,
@@ -193,7 +193,7 @@ def test_bad_options_end_in_one_sentence(
     assert error.count("\n") == 1
 
 
-def test_output_folder_that_is_a_file_is_found_before_training(
+def test_an_output_folder_that_is_a_file_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     taken = tmp_path / "taken"
@@ -213,7 +213,7 @@ def test_a_bad_text_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not out.exists()
 
 
-def test_a_disk_that_fills_up_ends_the_demo_in_a_sentence(
+def test_a_full_disk_ends_the_demo_with_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "loss.png").symlink_to("/dev/full")
@@ -233,7 +233,7 @@ def test_a_disk_that_fills_up_ends_the_demo_in_a_sentence(
     assert error.count("\n") == 1
 
 
-def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(__main__, "NEEDED", ("numpy", "no_such_package"))
     monkeypatch.setattr(sys, "argv", ["expertlink", "demo"])
     with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'expertlink\[bench]"):

@@ -1,4 +1,4 @@
-"""`expertlink doctor`: what it finds, how it says it, and its exit code."""
+"""`expertlink doctor`: its checks, their sentences, and its exit code."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_check_that_breaks_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check.sentence == "the check broke: OSError: no such thing."
 
 
-def test_ranks_that_cannot_meet_in_time_are_a_failure() -> None:
+def test_ranks_that_do_not_start_in_time_are_a_failure() -> None:
     check = find(run_checks(timeout_s=0.001), "round trip cpu")
     assert check.status == "fail"
     assert "2 ranks" in check.sentence

@@ -28,7 +28,7 @@ def abandoned(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_is_there_until_it_is_removed(tmp_path: Path) -> None:
+def test_a_folder_exists_until_it_is_removed(tmp_path: Path) -> None:
     one, two = RankFolder(), RankFolder()
     assert {path.name for path in tmp_path.iterdir()} == {one.path.name, two.path.name}
     assert (one.path / "owner").read_text() == f"{os.getpid()}\n"
@@ -63,7 +63,7 @@ def test_a_folder_that_is_being_made_stays(tmp_path: Path) -> None:
     assert not old.exists()
 
 
-def test_what_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = abandoned(tmp_path / "target")
     (tmp_path / "expertlink-ranks-link").symlink_to(target)
     (tmp_path / "expertlink-ranks-file").touch()

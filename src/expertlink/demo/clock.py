@@ -13,8 +13,7 @@ import torch
 class PhaseClock:
     """Adds up how long named phases take.
 
-    On CUDA a phase lasts from when the current stream reaches it until the stream has done it; the
-    host is not held up before `read`.
+    On CUDA a phase is timed by events on the current stream; only `read` makes the host wait.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -36,7 +36,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Routing:
-    """What a layer's router did with this rank's tokens.
+    """The routing of this rank's tokens in one layer.
 
     Attributes:
         topk_ids: `[T, K]` int64 chosen experts.
@@ -75,7 +75,7 @@ class Experts(nn.Module):
 
     def _grouped(self, rows_NH: Tensor, counts: list[int]) -> Tensor:
         """FLAT: rows lie grouped by expert, one MLP per group."""
-        if not counts:  # more ranks than experts: nothing lives here
+        if not counts:  # more ranks than experts: none is local
             return rows_NH
         ends = list(accumulate(counts))
         up, down = self.up.to(rows_NH.dtype), self.down.to(rows_NH.dtype)
@@ -96,7 +96,7 @@ class Experts(nn.Module):
         return F.pad(_swiglu(rows @ up) @ down, (0, 0, 0, capacity - busiest))
 
     def _deduplicated(self, received: DispatchOutput, counts: list[int]) -> Tensor:
-        """TOKEN_MAJOR, RANK_MAJOR: a row meets each of its local experts; weights apply here."""
+        """TOKEN_MAJOR, RANK_MAJOR: every local expert of a row reads it; weights apply here."""
         assert received.topk_ids is not None and received.topk_weights is not None
         rows_NH = received.tokens.flatten(0, -2)
         ids_NK, weights_NK = received.topk_ids.flatten(0, -2), received.topk_weights.flatten(0, -2)

@@ -26,7 +26,7 @@ def plot_loss(records: Sequence[StepRecord], path: Path, *, title: str) -> None:
     axes = figure.subplots()
     losses = np.array([record.loss for record in records])
     steps = np.arange(1, len(losses) + 1)
-    few = len(losses) <= _SMOOTHED  # a single one makes no line, and there is no mean to draw
+    few = len(losses) <= _SMOOTHED  # too few for a mean: draw points
     axes.plot(
         steps,
         losses,

@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a table, two plots, a summary and the routing trace."""
+"""The demo's results: a table, two plots, a summary and the routing trace."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ SUMMARY, LOSS, EXPERT_LOAD = "summary.json", "loss.png", "expert_load.png"
 TRACE = "routing_trace.npz"
 PHASES = ("dispatch", "experts", "combine")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
-_LAST = 10  # steps that figures "at the end" are averaged over
+_LAST = 10  # steps over which final figures are averaged
 
 
 @dataclass(frozen=True)
 class Check:
     """Losses of the first steps on many ranks and on one.
 
-    They differ by rounding only: the ranks add the same terms up in another order, which float32
-    shows in the seventh digit. Rarely that sends a token whose last chosen expert is almost tied
-    with the next one to the other of the two: a change by one token's part in thousands, of the
-    order of 1e-5. bfloat16 rows are rounded once per rank that holds some of a token's experts, so
-    they differ by more, of the order of 1e-4. Rows that are lost, doubled or misrouted change the
-    loss far more than either.
+    They differ by rounding only. Ranks add the same terms in another order, which changes the
+    seventh digit in float32. If a token's last chosen expert is almost tied with the next one, that
+    can swap them, which changes the loss by about 1e-5. bfloat16 rows are rounded once per rank
+    that holds some of a token's experts, which changes it by about 1e-4. Rows that are lost,
+    doubled or sent to the wrong expert change it far more.
 
     Attributes:
         losses: of the ranks, nats per byte.
@@ -50,25 +49,25 @@ class Check:
 
     @property
     def tolerance(self) -> float:
-        """Largest relative difference that rounding explains."""
+        """Largest relative difference that rounding can cause."""
         return TOLERANCE[self.dtype]
 
     @property
     def difference(self) -> float:
-        """Largest relative difference of a step's losses; infinite where one is not a number."""
+        """Largest relative difference of a step's losses; infinite if one is not a number."""
         pairs = zip(self.losses, self.reference, strict=True)
         differences = [abs(loss - reference) / reference for loss, reference in pairs]
         return math.inf if any(map(math.isnan, differences)) else max(differences)
 
     @property
     def passed(self) -> bool:
-        """Whether all losses agree."""
+        """True if all losses agree."""
         return self.difference <= self.tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything the run has shown."""
+    """A finished run."""
 
     config: TrainConfig
     corpus: str
@@ -78,7 +77,7 @@ class Report:
 
     @property
     def records(self) -> list[StepRecord]:
-        """Steps as rank 0 saw them."""
+        """The steps, from rank 0."""
         return self.ranks[0].records
 
     def tokens_per_second(self) -> float:

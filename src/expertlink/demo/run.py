@@ -25,12 +25,12 @@ TIMEOUT_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What the command line asks for.
+    """The options of the command line.
 
     Attributes:
-        out: folder of the results; made where it does not exist.
+        out: folder of the results; made if it does not exist.
         ranks: None: 4 on CPU, all GPUs of the host otherwise.
-        device: "auto" takes the GPUs of a host that has several, else the CPU.
+        device: "auto" uses the GPUs of a host that has several, else the CPU.
         text: a file to learn from. None: the sources of Python's standard library.
         layout: receive layout; None for the mode's own.
     """
@@ -46,10 +46,10 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions, console: Console) -> bool:
-    """Runs the demo and tells about it on the console.
+    """Runs the demo and reports on the console.
 
     Returns:
-        Whether the losses agree with those of one rank.
+        True if the losses agree with those of one rank.
 
     Raises:
         ExpertlinkError: the options cannot work, or a rank failed.
@@ -91,7 +91,7 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
 
 
 def _size(count: int) -> str:
-    """Bytes in a unit that leaves digits before the point."""
+    """Bytes, in a unit that fits."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
@@ -117,9 +117,9 @@ def _check(
 
 def _config(options: DemoOptions, device: str) -> TrainConfig:
     if options.steps < 1:
-        raise ConfigurationError(f"--steps {options.steps}: at least one step is needed")
+        raise ConfigurationError(f"--steps {options.steps} is not possible; accepted: at least 1")
     if not 0 <= options.seed < 2**31:
-        raise ConfigurationError(f"--seed {options.seed}: a number from 0 to {2**31 - 1} is needed")
+        raise ConfigurationError(f"--seed {options.seed} is not possible; accepted: 0 to 2**31 - 1")
     config = TrainConfig(
         model=ModelConfig(seed=options.seed),
         steps=options.steps,
@@ -128,7 +128,7 @@ def _config(options: DemoOptions, device: str) -> TrainConfig:
         mode=options.mode,
         layout=options.layout,
     )
-    config.communicator_config(num_ranks=1, device=torch.device(device))  # refuses mode and layout
+    config.communicator_config(num_ranks=1, device=torch.device(device))  # checks mode and layout
     return config
 
 
@@ -136,9 +136,9 @@ def _device(asked: str) -> Literal["cpu", "cuda"]:
     if asked == "cpu" or (asked == "auto" and torch.cuda.device_count() < 2):
         return "cpu"
     if asked not in ("auto", "cuda"):
-        raise ConfigurationError(f"--device {asked}: auto, cpu or cuda is needed")
+        raise ConfigurationError(f"--device {asked} is not possible; accepted: auto, cpu or cuda")
     if not torch.cuda.is_available():
-        raise ConfigurationError("--device cuda: torch finds no GPU here")
+        raise ConfigurationError("--device cuda is not possible: torch finds no GPU here")
     return "cuda"
 
 
@@ -151,12 +151,14 @@ def _num_ranks(asked: int | None, device: str, config: TrainConfig) -> int:
         limits = f"{config.model.num_experts} experts, {config.batch} samples per step"
         if device == "cuda":
             limits += f", {torch.cuda.device_count()} GPUs"
-        raise ConfigurationError(f"--ranks {ranks}: from 1 to {most} is possible ({limits})")
+        raise ConfigurationError(
+            f"--ranks {ranks} is not possible; accepted: 1 to {most} ({limits})"
+        )
     return ranks
 
 
 def _writable(folder: Path) -> Path:
-    """Makes the folder, and finds out now rather than after training that it is of no use."""
+    """Makes the folder, and checks before training that it can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try_folder(folder)

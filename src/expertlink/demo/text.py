@@ -19,10 +19,10 @@ _SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_d
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes of a text, cut in a part to train on and a part held out.
+    """Bytes of a text: a part to train on, and a part held out.
 
     Attributes:
-        name: what the text is, for people.
+        name: the text's, for messages.
         train: `[n]` uint8.
         held_out: `[m]` uint8.
     """
@@ -37,7 +37,7 @@ class Corpus:
 
         Args:
             data: the text, any bytes.
-            name: what it is.
+            name: the text's, for messages.
             sample_bytes: length of a training sample, target of its last byte included.
 
         Raises:
@@ -45,7 +45,7 @@ class Corpus:
         """
         least = sample_bytes * _HELD_OUT
         if len(data) < least:
-            raise InputError(f"{name} has {len(data)} bytes; at least {least} are needed")
+            raise InputError(f"{name} has {len(data)} bytes; accepted: at least {least}")
         text = torch.frombuffer(bytearray(data[:MAX_CORPUS_BYTES]), dtype=torch.uint8)
         cut = len(text) - len(text) // _HELD_OUT
         return Corpus(name, text[:cut].clone(), text[cut:].clone())
@@ -79,7 +79,7 @@ class Corpus:
             if len(data) >= MAX_CORPUS_BYTES:
                 break
         if not data:
-            raise InputError(f"no Python sources in {root}; name a text with --text")
+            raise InputError(f"no Python sources in {root}; pass a text with --text")
         return Corpus.from_bytes(
             bytes(data), name="Python standard library", sample_bytes=sample_bytes
         )
@@ -87,7 +87,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Batches:
-    """Draws samples: which ones is fixed by (seed, step, index in the global batch) alone.
+    """Draws samples. Only (seed, step, index in the global batch) decide which.
 
     Attributes:
         text: `[n]` uint8 to draw from.

@@ -1,8 +1,8 @@
 """Training on one rank: data parallel outside the experts, expert parallel inside.
 
 Every rank reads its share of one global batch. The objective is a mean over all tokens of that
-batch, so gradients add up over ranks: those of shared parameters by an all-reduce, those of experts
-by themselves, because combine and dispatch carry every rank's gradients to the experts' owners.
+batch, so gradients add up over ranks: those of shared parameters in an all-reduce, those of experts
+in backward, where combine and dispatch carry every rank's gradients to the experts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink.demo.clock import PhaseClock
 from expertlink.demo.model import LanguageModel, ModelConfig, Routing
-from expertlink.demo.text import Batches, Corpus, share
+from expertlink.demo.text import Batches, Corpus
 from expertlink.launch import RankContext
 
 
@@ -54,41 +54,34 @@ class TrainConfig:
         """Tokens of the global batch."""
         return self.batch * self.model.sequence
 
-    def tokens_of(self, rank: int, num_ranks: int) -> int:
-        """Tokens of a rank's share."""
-        first, end = share(self.batch, rank=rank, num_ranks=num_ranks)
-        return (end - first) * self.model.sequence
-
     def communicator_config(self, num_ranks: int, device: torch.device) -> MoECommunicatorConfig:
-        """What the model and the batch ask of a communicator over the default process group."""
+        """A communicator that fits the model and the batch, over the default process group."""
         return MoECommunicatorConfig(
             device=device,
             num_experts=self.model.num_experts,
             hidden_size=self.model.hidden_size,
             topk=self.model.topk,
-            max_tokens_per_rank=max(self.tokens_of(r, num_ranks) for r in range(num_ranks)),
+            max_tokens_per_rank=-(-self.batch // num_ranks) * self.model.sequence,
             dtype=self.dtype,
-            mode=cast(Any, self.mode),  # refuses other texts
+            mode=cast(Any, self.mode),  # the communicator checks it
             output_layout=cast(Any, self.layout),
         )
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step did, the same on every rank but for `seconds`.
+    """Figures of a step, the same on every rank except for `seconds`.
 
     Attributes:
         step: from 0.
         loss: cross entropy in nats per byte, mean over the global batch, before the update.
-        balance: load-balancing loss, 1 where all experts are equally likely and loaded.
         load: `[L][E]` choices of each expert.
         seconds: wall time.
-        validation_loss: on held-out text after the update, where it was evaluated.
+        validation_loss: on held-out text after the update, if it was evaluated.
     """
 
     step: int
     loss: float
-    balance: float
     load: list[list[float]]
     seconds: float
     validation_loss: float | None = None
@@ -96,13 +89,13 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What a rank brings home.
+    """What a rank returns.
 
     Attributes:
         records: all steps.
         phases: seconds of the forward pass and its parts: forward, dispatch, experts, combine.
         trace: `[recorded steps, L, T, K]` int32 chosen experts.
-        engine: name of the engine and why it was chosen.
+        engine: name of the engine, and why it was chosen.
         layout: receive layout.
         local_experts: global ids of this rank's experts.
         num_parameters: parameters of the whole model.
@@ -151,8 +144,8 @@ class Trainer:
         load_LE = torch.stack([routing.load for routing in routings])
         totals = self._sum_over_ranks(torch.cat([load_LE.flatten(), loss.detach()[None]]))
         load_LE, loss_of_all = totals[:-1].view_as(load_LE), totals[-1]
-        # E * sum over e of (share of choices) * (mean probability), as in the Switch Transformer;
-        # with the choices of the whole batch, so that it does not depend on the number of ranks.
+        # E * sum over e of (share of choices) * (mean probability), as in the Switch Transformer.
+        # Choices are those of the whole batch, so it does not depend on the number of ranks.
         choice_LE = load_LE / (config.tokens * config.model.topk)
         probability_LE = torch.stack([routing.probability for routing in routings]) / config.tokens
         balance = (choice_LE * probability_LE).sum(dim=1).mean() * config.model.num_experts
@@ -165,7 +158,6 @@ class Trainer:
         record = StepRecord(
             step=step,
             loss=loss_of_all.item() / config.tokens,
-            balance=self._sum_over_ranks(balance.detach()[None]).item(),
             load=load_LE.tolist(),
             seconds=time.perf_counter() - started,
         )
@@ -189,7 +181,7 @@ class Trainer:
         return inputs.to(self.device), targets.to(self.device)
 
     def _finish_gradients(self) -> None:
-        """Adds the shared gradients up over ranks and clips the norm of all of them together."""
+        """Adds shared gradients up over ranks and clips the norm of all gradients together."""
         square = sum((_gradient(p).square().sum() for p in self.experts), torch.zeros(()))
         parts = [_gradient(p).flatten() for p in self.shared]
         square = torch.as_tensor(square, device=self.device)
@@ -222,10 +214,10 @@ def train_rank(
     """Trains on this rank; rank 0 streams a `StepRecord` per step. Collective.
 
     Args:
-        context: which rank this is. Its process group is the default one; a single rank needs none.
+        context: this rank. It uses the default process group; a single rank needs none.
         config: the run.
         corpus: the text, the same on all ranks.
-        stop_after: ends the run early, after that many steps of it.
+        stop_after: ends the run after that many steps; None: runs all of them.
     """
     steps = config.steps if stop_after is None else min(stop_after, config.steps)
     records: list[StepRecord] = []
