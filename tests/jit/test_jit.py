@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,13 @@ from hypothesis import strategies as st
 
 import expertlink.jit.kernel as kernel_module
 from expertlink import EngineUnavailableError
-from expertlink.jit.compiler import compile_kernel, compile_source, constants, inline_headers
+from expertlink.jit.compiler import (
+    compile_kernel,
+    compile_source,
+    constants,
+    enum_declaration,
+    inline_headers,
+)
 from expertlink.jit.kernel import CudaError, Field, Kernel, Struct, load_kernel
 from support.depth import deep
 
@@ -28,30 +36,72 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTLINK_CACHE_DIR", str(tmp_path / "cache"))
 
 
+COUNTS = st.one_of(st.none(), st.integers(1, 5))
+
+
 @settings(max_examples=deep(30))
-@given(st.lists(st.sampled_from(TYPES), min_size=1, max_size=12))
-def test_the_compiler_lays_a_struct_out_as_the_host_does(types: list[str]) -> None:
-    struct = Struct("A", [Field(ctype, f"x{i}", "") for i, ctype in enumerate(types)])
-    memory = type(struct.new())
-    offsets = "".join(
-        f'static_assert(__INTADDR__(&((A*)0)->x{i}) == {getattr(memory, f"x{i}").offset}, "x{i}");'
-        for i in range(len(types))
-    )
-    compile_source(struct.declaration + offsets + EMPTY, "k", ARCH)
+@given(st.lists(st.tuples(st.sampled_from(TYPES), COUNTS), min_size=1, max_size=12))
+def test_the_compiler_lays_a_struct_out_as_the_host_does(
+    members: list[tuple[str, int | None]],
+) -> None:
+    fields = [Field(ctype, f"x{i}", "", count) for i, (ctype, count) in enumerate(members)]
+    struct = Struct("A", fields)
+    for field in fields:
+        assert f"->{field.name}) == {struct.offset(field.name)}" in struct.declaration
+    compile_source(struct.declaration + EMPTY, "k", ARCH)
 
 
 @pytest.mark.parametrize(
-    ("written", "instead"), [("int n", "long long n"), ("const char* x", "float4 x")]
+    ("written", "instead"),
+    [
+        ("int n", "long long n"),
+        ("const char* x", "float4 x"),
+        ("unsigned seen[3]", "unsigned seen[5]"),
+        # Members of one type whose order is another one: only the offsets differ.
+        ("float a", "float b"),
+    ],
 )
 def test_another_layout_does_not_compile(written: str, instead: str) -> None:
     struct = Struct(
-        "A", [Field("const char*", "x", "bytes"), *(Field("int", n, "rows") for n in "nm")]
+        "A",
+        [
+            Field("const char*", "x", "bytes"),
+            *(Field("int", n, "rows") for n in "nm"),
+            Field("unsigned", "seen", "rows by rank", 3),
+            Field("float", "a", "a factor"),
+            Field("float", "b", "another factor"),
+        ],
     )
     compile_source(struct.declaration + EMPTY, "k", ARCH)
-    other = struct.declaration.replace(written, instead)
-    assert other != struct.declaration
+    struct_text, assertions = struct.declaration.split("};\n")
+    names = {written: instead, instead: written}  # members that change places, where both exist
+    pattern = "|".join(re.escape(name) + r"(?!\w)" for name in names)
+    other = re.sub(pattern, lambda match: names[match[0]], struct_text)
+    assert other != struct_text
     with pytest.raises(EngineUnavailableError, match="differs from the host"):
-        compile_source(other + EMPTY, "k", ARCH)
+        compile_source(other + "};\n" + assertions + EMPTY, "k", ARCH)
+
+
+def test_arrays_are_members() -> None:
+    struct = Struct(
+        "A",
+        [
+            Field("int", "n", "rows"),
+            Field("unsigned long long", "times", "by rank", 2),
+            Field("unsigned", "masks", "by rank", 3),
+        ],
+    )
+    assert (struct.offset("times"), struct.offset("masks"), struct.size) == (8, 24, 40)
+    assert "unsigned masks[3];  // by rank\n" in struct.declaration
+    memory = torch.zeros(struct.size, dtype=torch.uint8)
+    seen = struct.at(memory.data_ptr())
+    seen.n, seen.masks[2] = 5, 7
+    seen.times[:] = [1, 2**40]
+    assert seen.times[:] == [1, 2**40]
+    assert struct.member(memory, "n").tolist() == [5]
+    assert struct.member(memory, "masks").tolist() == [0, 0, 7]
+    struct.member(memory, "times")[0] = 9
+    assert seen.times[0] == 9
 
 
 def test_members_of_a_struct() -> None:
@@ -79,6 +129,7 @@ def test_members_of_a_struct() -> None:
         [Field("int", "x y", "")],
         [Field("int", "x", "one\ntwo")],
         [Field("int", "parameters", "")],
+        [Field("int", "x", "", 0)],
     ],
 )
 def test_structs_that_cannot_be(fields: list[Field]) -> None:
@@ -102,6 +153,42 @@ def test_constants_have_their_value_and_type() -> None:
     for wrong in ({"no name": 1}, {"kA": 2**63}):
         with pytest.raises(ValueError, match="cannot be a constant"):
             constants(wrong)
+
+
+def test_numbers_with_a_point_are_floats() -> None:
+    checks = (
+        "template <class A> constexpr bool is_float = false;\n"
+        "template <> constexpr bool is_float<const float> = true;\n"
+        "static_assert(is_float<decltype(kA)> && kA == 448.0f && kB == 1e-4f);\n"
+    )
+    compile_source(constants({"kA": 448.0, "kB": 1e-4}) + checks + EMPTY, "k", ARCH)
+    with pytest.raises(ValueError, match="cannot be a constant"):
+        constants({"kA": float("inf")})
+
+
+class Word(enum.IntEnum):
+    FIRST = 0
+    ROW_BYTES = 5
+
+
+class Further(enum.IntEnum):
+    POOL = 6
+
+
+class Bits(enum.IntFlag):
+    SEND = 1
+    WIDE_IDS = 4
+
+
+def test_enumerations_are_those_of_the_host() -> None:
+    text = enum_declaration(Word, Further, prefix="k") + enum_declaration(Bits, prefix="kBit")
+    checks = "static_assert(kFirst == 0 && kRowBytes == 5 && kPool == Word(6));\n"
+    checks += "static_assert((kBitSend | kBitWideIds) == 5);\n"
+    compile_source(text + checks + EMPTY, "k", ARCH)
+    with pytest.raises(EngineUnavailableError, match="kPool"):
+        compile_source(enum_declaration(Word, prefix="k") + checks + EMPTY, "k", ARCH)
+    with pytest.raises(ValueError, match="two members have one name"):
+        enum_declaration(Word, Word, prefix="k")
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ def test_whatever_matters_is_in_the_key(
     def compile_all() -> int:
         before = len(compilations)
         for prelude in ("", constants({"kRanks": 4})):
-            compile_kernel.__wrapped__("collective/send_order", "count_rows<int>", ARCH, prelude=prelude)
+            name, instance = "collective/send_order", "count_rows<int>"
+            compile_kernel.__wrapped__(name, instance, ARCH, prelude=prelude)
         for source in (EMPTY, EMPTY + "\n"):
             for instance in ("k", "l"):
                 for arch in (ARCH, "sm_100a"):

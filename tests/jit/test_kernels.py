@@ -25,7 +25,7 @@ BUDGETS = {
     "collective/send_order": (96, 24 << 10),
 }
 PRELUDES = {
-    "bench/ceiling": ceilings.ARGUMENTS.declaration,
+    "bench/ceiling": ceilings.PRELUDE,
     "bench/flag_latency": flag_latency.ARGUMENTS.declaration,
     "collective/ordered_sum": ordered_sum.PRELUDE,
     "collective/send_order": send_order.PRELUDE,

@@ -11,15 +11,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expertlink.bench.clock import Clock
+from expertlink.bench.cases import Case, Plan
+from expertlink.bench.clock import Clock, capture
+from expertlink.bench.flag_latency import FlagLatency
+from expertlink.bench.records import slowest_rank
 from expertlink.errors import EngineUnavailableError
-from expertlink.jit.compiler import CompiledKernel, compile_kernel
+from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
 from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
 
 if TYPE_CHECKING:
@@ -42,16 +46,23 @@ ARGUMENTS = Struct(
 )
 
 _MAX_WARPS = 16
+PRELUDE = constants({"kMaxWarps": _MAX_WARPS}) + ARGUMENTS.declaration
 _SHARED_BYTES = 220 << 10
 FLAG_BYTES = 1024
 """Room for flags behind the rows of a `WireMemory`."""
 _COPY_UNIT = 16  # bytes that bulk copies move at least
 _METADATA_BYTES = 8  # of an id and its weight
+LARGE_BYTES = 160 << 20
+"""What a rank puts to learn the bandwidth: as much as 4096 tokens of 7168 elements on 4 ranks."""
+FLAGS_PER_CALL = 2
+_PUTS_PER_GRAPH = 4
+_SAMPLES = 8
+_LONGEST_ANSWER_S = 10.0
 
 
 def compile_ceiling(kind: str, arch: str) -> CompiledKernel:
     """The kernel of a ceiling, "put" or "get"; needs no GPU."""
-    return compile_kernel("bench/ceiling", f"{kind}_rows", arch, prelude=ARGUMENTS.declaration)
+    return compile_kernel("bench/ceiling", f"{kind}_rows", arch, prelude=PRELUDE)
 
 
 @dataclass(frozen=True)
@@ -249,38 +260,70 @@ class WireMemory:
 
 
 class Ceilings:
-    """The ceilings of one case, ready to be timed; or the reason why there are none.
+    """Plain copies for the cases of one communicator, and the floor under them; or why not.
 
-    Args:
-        wires: rows of each of the case's inputs.
-        clock: where the measured calls run, and where hosts exchange counts.
-        num_sms: SMs that the copies occupy.
-        memory: the caller's, where it is large enough; None: memory of their own.
+    Building is collective.
 
     Attributes:
         note: why nothing can be measured, the same on every rank; None where it can.
-
-    Building and closing are collective.
+        floor: of prepared calls (`Variant.prepared`) only.
     """
 
-    def __init__(
-        self,
-        wires: Sequence[WireRows],
-        clock: Clock,
-        *,
-        num_sms: int,
-        memory: WireMemory | None = None,
-    ) -> None:
-        self._calls: list[dict[tuple[str, str], Callable[[], None]]] = []
-        self._memory = memory
-        self._own: WireMemory | None = None
-        self.note = self._build(wires, clock, num_sms)
+    def __init__(self, case: Case, plan: Plan, clock: Clock) -> None:
+        self.floor: Floor | None = None
+        self._clock = clock
+        self._copies: dict[str, BulkCopies] = {}
+        self._memory: WireMemory | None = None
+        self.note = "one rank sends nothing to others" if case.ranks == 1 else None
 
-    def calls(self, index: int, phase: str) -> dict[str, Callable[[], None]]:
-        """What moves the bytes of a phase of an input, by kind; empty where nothing can."""
-        if self.note is not None or phase == "pair":
-            return {}
-        return {kind: self._calls[index][phase, kind] for kind in KINDS}
+        def compile_all() -> None:
+            for phase in PHASES:
+                self._copies[phase] = BulkCopies(
+                    clock.device, row_bytes=case.row_bytes(phase), num_sms=plan.ceiling_sms
+                )
+
+        def allocate() -> None:
+            # A token sends at most one row to every other rank.
+            tokens = (case.max_tokens_per_rank or 0) if case.calls.prepared else 0
+            rows = (case.ranks - 1) * max(tokens, case.tokens)
+            most_bytes = rows * max(copies.row_bytes for copies in self._copies.values())
+            least_bytes = LARGE_BYTES if case.calls.prepared else 0
+            self._memory = WireMemory(max(most_bytes, least_bytes), clock.device)
+
+        for step in (compile_all, allocate):
+            if self.note is None:
+                self.note = try_everywhere(step, clock)
+        if self.note is not None:
+            self.close()
+        elif case.calls.prepared:
+            assert self._memory is not None
+            self.floor = measure_floor(self._copies["combine"], self._memory, clock)
+
+    def calls(self, wires: Sequence[WireRows]) -> list[dict[str, dict[str, Callable[[], None]]]]:
+        """For every input: by phase and kind, what moves its rows. Collective.
+
+        Phases are missing where nothing can be measured.
+        """
+        memory, rank = self._memory, wires[0].rank
+        if memory is None:
+            return [{} for _ in wires]
+
+        def prepared(phase: str, rows_SD: Tensor) -> dict[str, Callable[[], None]]:
+            shares = {"put": put_share(rows_SD, rank), "get": get_share(rows_SD, rank)}
+            return {
+                kind: self._copies[phase].prepare(
+                    kind, share, rank=rank, near=memory.source, far=memory.addresses
+                )
+                for kind, share in shares.items()
+            }
+
+        rows_SID = self._clock.gather(torch.tensor([wire.rows_to for wire in wires]))
+        calls: list[dict[str, dict[str, Callable[[], None]]]] = []
+        for rows_SD in rows_SID.unbind(dim=1):
+            between_SD = rows_SD.clone().fill_diagonal_(0)
+            exchanges = {"dispatch": between_SD, "combine": between_SD.T.contiguous()}
+            calls.append({phase: prepared(phase, rows) for phase, rows in exchanges.items()})
+        return calls
 
     def __enter__(self) -> Ceilings:
         return self
@@ -289,62 +332,78 @@ class Ceilings:
         self.close()
 
     def close(self) -> None:
-        """Releases the memory, if it is its own. Safe to repeat."""
-        self._calls.clear()
-        self._memory = None
-        if self._own is not None:
-            self._own.close()
-            self._own = None
+        """Releases the memory. Safe to repeat."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
-    def _build(self, wires: Sequence[WireRows], clock: Clock, num_sms: int) -> str | None:
-        rank = wires[0].rank
-        rows_SID = clock.gather(torch.tensor([wire.rows_to for wire in wires]))
-        if len(rows_SID) == 1:
-            return "one rank sends nothing to others"
-        copies: dict[str, BulkCopies] = {}
-        row_bytes = {"dispatch": wires[0].dispatch_row_bytes, "combine": wires[0].combine_row_bytes}
 
-        def compile_all() -> None:
-            for phase in PHASES:
-                copies[phase] = BulkCopies(
-                    clock.device, row_bytes=row_bytes[phase], num_sms=num_sms
-                )
+@dataclass(frozen=True)
+class Floor:
+    """What no call can be faster than: its bytes at full bandwidth, and two flags.
 
-        note = try_everywhere(compile_all, clock)
-        if note is not None:
-            return note
-        exchanges = [_exchanges(rows_SD) for rows_SD in rows_SID.unbind(dim=1)]
-        num_bytes = max(
-            most_rows(rows_SD) * copies[phase].row_bytes
-            for exchange in exchanges
-            for phase, rows_SD in exchange.items()
+    Few tokens do not fill the wire, so plain copies of exactly those rows say little about what
+    would be possible: most of their time is latency.
+
+    Attributes:
+        gbps: bytes that leave a rank, in GB/s, when every rank puts a lot to all others.
+        flag_us: a flag, from one GPU to another.
+    """
+
+    gbps: float
+    flag_us: float
+
+    def of(self, num_bytes: float) -> float:
+        """Microseconds of a call whose busiest rank sends or receives so many bytes."""
+        return num_bytes / self.gbps / 1e3 + FLAGS_PER_CALL * self.flag_us
+
+
+def measure_floor(copies: BulkCopies, memory: WireMemory, clock: Clock) -> Floor:
+    """Puts on the SMs of the given copies, and on all: the faster ones count. Collective."""
+    most = torch.cuda.get_device_properties(clock.device).multi_processor_count
+    widest = BulkCopies(clock.device, row_bytes=copies.row_bytes, num_sms=most)
+    gbps = max(_put_bandwidth(one, memory, clock) for one in (copies, widest))
+    return Floor(gbps, _flag_latency(memory, clock))
+
+
+def _put_bandwidth(copies: BulkCopies, memory: WireMemory, clock: Clock) -> float:
+    """GB/s that leave the average rank while each puts `LARGE_BYTES` to the others. Collective."""
+    rank, ranks = dist.get_rank(), len(memory.addresses)
+    rows = max(1, LARGE_BYTES // copies.row_bytes // (ranks - 1))
+    share = put_share(torch.full((ranks, ranks), rows).fill_diagonal_(0), rank)
+    put = copies.prepare("put", share, rank=rank, near=memory.source, far=memory.addresses)
+    # In one graph, so that launches are no part of it.
+    graph = capture(put, _PUTS_PER_GRAPH)
+    times = [clock.sample(graph.replay).time_us / _PUTS_PER_GRAPH for _ in range(_SAMPLES)]
+    times_RI = clock.gather(torch.tensor(times, dtype=torch.float64))
+    num_bytes = (ranks - 1) * rows * copies.row_bytes
+    return num_bytes / median(slowest_rank(times_RI)) / 1e3
+
+
+def _flag_latency(memory: WireMemory, clock: Clock) -> float:
+    """Microseconds one way between the closest two of the pairs that ranks form. Collective.
+
+    Raises:
+        EngineUnavailableError: on every rank, if a rank did not answer.
+    """
+    rank = dist.get_rank()
+    partner = rank ^ 1
+    median_us = 0.0
+    if partner < len(memory.addresses):
+        pair = FlagLatency(
+            clock.device,
+            mine=memory.addresses[rank] + memory.flags_at,
+            theirs=memory.addresses[partner] + memory.flags_at,
+            leads=rank < partner,
+            limit_s=_LONGEST_ANSWER_S,
         )
-
-        def allocate() -> None:
-            self._memory = self._own = WireMemory(num_bytes, clock.device)
-
-        if self._memory is None or self._memory.nbytes < num_bytes:
-            note = try_everywhere(allocate, clock)
-        if note is not None:
-            self.close()
-            return note
-        memory = self._memory
-        assert memory is not None
-        for exchange in exchanges:
-            self._calls.append(
-                {
-                    (phase, kind): copies[phase].prepare(
-                        kind,
-                        share(rows_SD, rank),
-                        rank=rank,
-                        near=memory.source,
-                        far=memory.addresses,
-                    )
-                    for phase, rows_SD in exchange.items()
-                    for kind, share in zip(KINDS, (put_share, get_share), strict=True)
-                }
-            )
-        return None
+        values = [pair.measure() for _ in range(_SAMPLES)]
+        median_us = median(values) if min(values) > 0 else 0.0
+    everyone = clock.gather(torch.tensor([median_us], dtype=torch.float64)).flatten()
+    paired = everyone[: len(everyone) // 2 * 2]  # an odd rank is alone
+    if not bool((paired > 0).all()):
+        raise EngineUnavailableError("a flag between two GPUs did not arrive within 10 s")
+    return float(paired.min())
 
 
 def try_everywhere(step: Callable[[], None], clock: Clock) -> str | None:
@@ -356,9 +415,3 @@ def try_everywhere(step: Callable[[], None], clock: Clock) -> str | None:
         reason = str(error)
     failed = clock.ranks_with(reason)
     return (reason or f"refused on ranks {failed}") if failed else None
-
-
-def _exchanges(rows_SD: Tensor) -> dict[str, Tensor]:
-    """Rows between ranks of a dispatch and of the combine that reverses it."""
-    between_SD = rows_SD.clone().fill_diagonal_(0)
-    return {"dispatch": between_SD, "combine": between_SD.T.contiguous()}

@@ -1,5 +1,5 @@
 // put_rows, get_rows: what the wire allows. Every rank moves consecutive rows to, or from, every
-// other rank by plain bulk copies: no routing, no flags, nothing but rows.
+// other rank by plain bulk copies, without routing or flags.
 //
 // A warp moves one row at a time through its own slot of shared memory; its first lane does all of
 // it. Steps go over the peers row by row, and every rank starts at another peer: at any time each
@@ -7,10 +7,8 @@
 
 #include "common/ptx.cuh"
 
-constexpr int kMaxWarps = 16;
-
 // Launched to follow each other, like the calls that they are compared with.
-__device__ __forceinline__ void meet_neighbours() {
+__device__ __forceinline__ void follow_predecessor() {
     wait_for_predecessor();
     let_follower_start();
 }
@@ -43,7 +41,7 @@ __device__ __forceinline__ char* row_at(const long long* first, int peer, long l
 extern "C" __global__ void __launch_bounds__(kMaxWarps * 32) put_rows(const CeilingArguments a) {
     extern __shared__ __align__(128) char slots[];
     __shared__ unsigned long long barriers[kMaxWarps];
-    meet_neighbours();
+    follow_predecessor();
     if (threadIdx.x % 32 != 0) return;
     char* const slot = slots + threadIdx.x / 32 * a.row_bytes;
     unsigned long long* const barrier = &barriers[threadIdx.x / 32];
@@ -57,14 +55,14 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps * 32) put_rows(const Ceil
         bulk_store(row_at(a.far_rows, peer, row, a.row_bytes), slot, a.row_bytes);
         bulk_commit();
     });
-    bulk_wait_written();  // the kernel's end says that all rows have arrived
+    bulk_wait_written();  // the kernel ends when all rows have arrived
 }
 
 // Memory of the peer -> shared memory.
 extern "C" __global__ void __launch_bounds__(kMaxWarps * 32) get_rows(const CeilingArguments a) {
     extern __shared__ __align__(128) char slots[];
     __shared__ unsigned long long barriers[kMaxWarps];
-    meet_neighbours();
+    follow_predecessor();
     if (threadIdx.x % 32 != 0) return;
     char* const slot = slots + threadIdx.x / 32 * a.row_bytes;
     unsigned long long* const barrier = &barriers[threadIdx.x / 32];

@@ -5,7 +5,7 @@
 
 #include "common/ptx.cuh"
 
-constexpr unsigned kSpinsBetweenLooks = 1024;
+constexpr unsigned kSpinsBetweenPolls = 1024;
 
 // Waits until `word` is `wanted`; false: not within `limit_ns`.
 __device__ __forceinline__ bool wait_for(const unsigned* word, unsigned wanted,
@@ -14,7 +14,7 @@ __device__ __forceinline__ bool wait_for(const unsigned* word, unsigned wanted,
     for (unsigned spins = 1;; ++spins) {
         // Acquire: a flag stands for rows that are read next.
         if (load_acquire_system(word) == wanted) return true;
-        if (spins % kSpinsBetweenLooks != 0) continue;
+        if (spins % kSpinsBetweenPolls != 0) continue;
         const unsigned long long now = nanoseconds();
         if (since == 0) since = now;
         if (now - since > limit_ns) return false;
