@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import RankPools
+from expertlink.bench import ceilings as ceilings_module
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import (
     BulkCopies,
@@ -76,14 +81,81 @@ def note_on_a_rank(context: RankContext) -> str | None:
         dispatch_row_bytes=16,
         combine_row_bytes=16,
     )
-    with Ceilings([wire], Clock(context.device), num_sms=1) as ceilings:
-        assert ceilings.calls(0, "dispatch") == {}
+    case = Case(ranks=context.num_ranks, tokens=16, hidden=64, topk=2, experts=4)
+    with Ceilings(case, Plan(), Clock(context.device)) as ceilings:
+        assert ceilings.calls([wire, wire]) == [{}, {}]
         return ceilings.note
 
 
 def test_where_there_is_no_wire_the_reason_is_noted(rank_pools: RankPools) -> None:
     assert rank_pools(1).run(note_on_a_rank) == ["one rank sends nothing to others"]
     assert rank_pools(2).run(note_on_a_rank) == ["rows do not cross a wire between cpu ranks"] * 2
+
+
+class NotedCopies:
+    """Stands for `BulkCopies` on a CPU: prepared calls say what they would move."""
+
+    def __init__(self, device: torch.device, *, row_bytes: int, num_sms: int) -> None:
+        self.row_bytes = row_bytes
+
+    def prepare(self, kind: str, share: Share, **places: Any) -> Callable[[], Any]:
+        return lambda: (kind, self.row_bytes, share.rows, places["near"], places["far"])
+
+
+class NotedMemory:
+    """Stands for `WireMemory`."""
+
+    source, addresses = 7, (8, 9)
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes = nbytes
+
+    def close(self) -> None:
+        self.nbytes = 0
+
+
+def prepared_on_a_rank(context: RankContext, prepared: bool) -> tuple[Any, ...]:
+    rank = context.rank
+    values: dict[str, Any] = {"ranks": 2, "tokens": 16, "hidden": 64, "topk": 2, "experts": 4}
+    wire = WireRows(
+        rank=rank,
+        rows_to=[5, 6] if rank == 0 else [3, 4],
+        rows_from=[5, 3] if rank == 0 else [6, 4],
+        dispatch_row_bytes=72,
+        combine_row_bytes=128,
+    )
+    case = Case(**values, quantization="e4m3_float32")
+    if prepared:
+        case = replace(case, mode="ll", variant="eager", max_tokens_per_rank=32)
+    floor = ceilings_module.Floor(350.0, 1.2)
+    with (
+        mock.patch.object(ceilings_module, "BulkCopies", NotedCopies),
+        mock.patch.object(ceilings_module, "WireMemory", NotedMemory),
+        mock.patch.object(ceilings_module, "measure_floor", return_value=floor),
+        Ceilings(case, Plan(), Clock(context.device)) as ceilings,
+    ):
+        assert ceilings.note is None
+        assert (ceilings.floor == floor) == prepared
+        [calls] = ceilings.calls([wire])
+        room = ceilings._memory
+        assert room is not None
+        return room.nbytes, {(p, k): call() for p, own in calls.items() for k, call in own.items()}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_every_phase_moves_its_rows_of_its_size(rank_pools: RankPools, prepared: bool) -> None:
+    first, second = rank_pools(2).run(prepared_on_a_rank, prepared)
+    places = (7, (8, 9))
+    for nbytes, _ in (first, second):
+        # e4m3 rows of 64 elements with one scale take 68 bytes, bfloat16 ones 128.
+        assert nbytes == (ceilings_module.LARGE_BYTES if prepared else 16 * 128)
+    assert first[1] == {
+        ("dispatch", "put"): ("put", 68, [0, 6], *places),
+        ("dispatch", "get"): ("get", 68, [0, 3], *places),
+        ("combine", "put"): ("put", 128, [0, 3], *places),
+        ("combine", "get"): ("get", 128, [0, 6], *places),
+    }
+    assert second[1]["dispatch", "put"] == ("put", 68, [3, 0], *places)
 
 
 def test_a_record_compares_with_the_right_ceiling() -> None:

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from conftest import RankPools
 from expertlink.bench.cases import Case, Plan, batches, recorded_as
+from expertlink.bench.ceilings import Floor
 from expertlink.bench.clock import Clock
 from expertlink.bench.flag_latency import FlagLatency
-from expertlink.bench.floor import Floor
 from expertlink.bench.measured import Measured
 from expertlink.bench.measured import make_record as record_of
 from expertlink.bench.options import BenchOptions, build_cases

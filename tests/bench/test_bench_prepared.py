@@ -136,3 +136,42 @@ def test_replays_are_checked(rank_pools: RankPools, variant: str, quantization: 
             calls = 3 if variant == "graph" else 1
             assert steps == [(variant, phase, calls) for phase in PHASES]
         assert problem is not None
+
+
+def check_captured_static_calls(context: RankContext) -> tuple[list[str], list[str | None]]:
+    """Runs on a rank: phases of the steps of mode "ht", what the check says, and of empty graphs.
+
+    Static shapes need GPUs, so the calls that stand for captured ones make their own outputs.
+    """
+    watched: list[Tensor] = []
+    make_results = Caller._results
+
+    def results(self: Caller, count: int) -> list[Tensor]:
+        watched.extend(made := make_results(self, count))
+        return made
+
+    def capture(call: Callable[[], Any], times: int = 1) -> RecordedGraph:
+        return RecordedGraph(watched, call, times)
+
+    case = latency_case(mode="ht", variant="graph", layout="flat")
+    with (
+        torch.no_grad(),
+        mock.patch.object(Caller, "_results", results),
+        mock.patch.object(bench_steps, "capture", capture),
+        open_communicator(context, case.situation, Plan()) as comm,
+    ):
+        [item] = prepare_inputs(comm, case.situation, Plan(inputs=1), Clock(context.device))
+        caller = Caller(comm, case, item, None)
+        steps = caller.steps(calls_per_graph=bench_steps.graph_size(case, Plan(), "nvlink"))
+        found = [caller.check(steps), caller.check(steps)]
+        with mock.patch.object(RecordedGraph, "empty", True):
+            found.append(caller.check(steps))
+        return [step.phase for step in steps], found
+
+
+def test_replays_of_static_calls_are_checked(rank_pools: RankPools) -> None:
+    for phases, (first, again, empty) in rank_pools(2).run(check_captured_static_calls):
+        assert phases == list(PHASES)
+        assert first is again is None
+        assert empty is not None
+        assert "combine" in empty

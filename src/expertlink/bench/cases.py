@@ -16,12 +16,14 @@ import torch
 from expertlink.bench.routings import RoutingSpec
 from expertlink.config import ENGINES, MAX_TOPK, MODES
 from expertlink.errors import ConfigurationError
+from expertlink.quantization import scale_columns
 from expertlink.types import BlockFormat, DispatchLayout
 
 LAYOUTS = tuple(layout.value for layout in DispatchLayout)
 QUANTIZATIONS = tuple(block_format.value for block_format in BlockFormat)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_RANKS = 4096
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,12 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         """Element type of unquantized rows."""
         return DTYPES[self.dtype]
+
+    def row_bytes(self, phase: str) -> int:
+        """Payload and scales of a row on the wire in a dispatch or a combine."""
+        if phase == "dispatch" and self.block_format is not None:
+            return self.hidden + scale_columns(self.hidden, self.block_format) * _SCALE_BYTES
+        return self.hidden * self.torch_dtype.itemsize
 
     @property
     def routing_label(self) -> str:

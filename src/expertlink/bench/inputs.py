@@ -15,11 +15,10 @@ from expertlink.bench.clock import Clock
 from expertlink.bench.routings import RoutingSpec, draw_routing, draw_token_counts
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ExpertlinkError
-from expertlink.quantization import quantize, scale_columns
+from expertlink.quantization import quantize
 from expertlink.types import DispatchHandle, QuantScales
 
 _MOST_INPUT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-_SCALE_BYTES = 4
 
 
 class WrongResultError(ExpertlinkError, RuntimeError):
@@ -125,7 +124,14 @@ def _prepare_one(
     expected_TH = expected_sum(
         x_TH, ids_TK, weights_TK, num_experts=case.experts, block_format=block_format
     )
-    wire = _wire_rows(comm, case, handle)
+    rows_to, rows_from = comm.wire_rows(handle)
+    wire = WireRows(
+        rank=comm.rank,
+        rows_to=list(rows_to),
+        rows_from=list(rows_from),
+        dispatch_row_bytes=case.row_bytes("dispatch"),
+        combine_row_bytes=case.row_bytes("combine"),
+    )
     item = Input(
         x_TH=x_TH,
         rows=rows,
@@ -139,19 +145,3 @@ def _prepare_one(
         raw=wire.raw_exchange(device),
     )
     return item, mismatch(y_TH, expected_TH, wire_dtype=case.torch_dtype)
-
-
-def _wire_rows(comm: MoECommunicator, case: Case, handle: DispatchHandle) -> WireRows:
-    rows_to, rows_from = comm.wire_rows(handle)
-    row_bytes = case.hidden * case.torch_dtype.itemsize
-    dispatch_row_bytes = row_bytes
-    if case.block_format is not None:
-        columns = scale_columns(case.hidden, case.block_format)
-        dispatch_row_bytes = case.hidden + columns * _SCALE_BYTES
-    return WireRows(
-        rank=comm.rank,
-        rows_to=list(rows_to),
-        rows_from=list(rows_from),
-        dispatch_row_bytes=dispatch_row_bytes,
-        combine_row_bytes=row_bytes,
-    )

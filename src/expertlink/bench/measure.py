@@ -22,7 +22,6 @@ import torch.distributed as dist
 from expertlink.bench.cases import RECV, VARIANTS, Case, Plan, recorded_as
 from expertlink.bench.ceilings import Ceilings
 from expertlink.bench.clock import Clock, Times, capture
-from expertlink.bench.floor import Yardstick
 from expertlink.bench.inputs import Input, agree_on_results, prepare_inputs
 from expertlink.bench.measured import Measured, gather_traffic, make_record
 from expertlink.bench.records import PHASES, Record
@@ -33,6 +32,8 @@ from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 from expertlink.types import DispatchBuffers
 
+Copies = dict[str, dict[str, Callable[[], None]]]
+"""By phase and kind, what moves the rows of an input."""
 _HOT_WARMUP = 3
 _NOTHING_LEAVES = "rows are there before a receiving half begins"
 
@@ -65,8 +66,8 @@ def measure_batch(
     """
     with open_communicator(context, cases[0], plan) as comm:
         clock = Clock(context.device, control)
-        with Yardstick(cases[0], plan, clock) as yardstick:
-            batch = _Batch(plan, on_progress, clock, comm, yardstick)
+        with Ceilings(cases[0], plan, clock) as ceilings, no_garbage_collection():
+            batch = _Batch(plan, on_progress, clock, comm, ceilings)
             buffers = comm.create_buffers() if cases[0].calls.prepared else None
             for _, group in groupby(cases, key=lambda case: case.situation):
                 yield from batch.measure(list(group), buffers)
@@ -133,7 +134,7 @@ class _Batch:
     on_progress: Callable[[int], None]
     clock: Clock
     comm: MoECommunicator
-    yardstick: Yardstick
+    ceilings: Ceilings
 
     def measure(
         self, cases: Sequence[Case], buffers: DispatchBuffers | None
@@ -142,29 +143,22 @@ class _Batch:
         # As in serving: with gradients enabled, padding would be zeroed for the experts' backward.
         with torch.no_grad():
             inputs = prepare_inputs(self.comm, cases[0], self.plan, self.clock)
-        with (
-            Ceilings(
-                [item.wire for item in inputs],
-                self.clock,
-                num_sms=self.plan.ceiling_sms,
-                memory=self.yardstick.memory,
-            ) as ceilings,
-            no_garbage_collection(),
-        ):
-            for case in cases:
-                _check_engine(self.comm, case)
-                with torch.no_grad():
-                    times = self._time(case, inputs, ceilings, buffers)
-                yield self._records(case, inputs, ceilings.note, times)
+        copies = self.ceilings.calls([item.wire for item in inputs])
+        gc.collect()
+        for case in cases:
+            _check_engine(self.comm, case)
+            with torch.no_grad():
+                times = self._time(case, inputs, copies, buffers)
+            yield self._records(case, inputs, times)
 
     def _time(
-        self, case: Case, inputs: list[Input], ceilings: Ceilings, buffers: DispatchBuffers | None
+        self, case: Case, inputs: list[Input], copies: list[Copies], buffers: DispatchBuffers | None
     ) -> dict[str, Times]:
         """Times by the name of the variant in records."""
         plan, clock = self.plan, self.clock
         calls = graph_size(case, plan, self.comm.engine_name)
         steps = self._checked_steps(case, inputs, buffers, calls)
-        others = [self._others(item, ceilings, index, calls) for index, item in enumerate(inputs)]
+        others = [_others(item, own, calls) for item, own in zip(inputs, copies, strict=True)]
         times = {name: Times() for name in recorded_as(case.variant)}
         for number in range(-plan.warmup, plan.iters):
             index = number % len(inputs)
@@ -205,30 +199,14 @@ class _Batch:
         agree_on_results(next(filter(None, problems), None), self.clock)
         return steps
 
-    def _others(
-        self, item: Input, ceilings: Ceilings, index: int, calls: int | None
-    ) -> dict[str, list[_Other]]:
-        """What the phases of an input are compared with; a pair is the sum of its parts.
-
-        Where prepared calls are captured, so are the ceilings: launches are in both or in neither.
-        """
-        others: dict[str, list[_Other]] = {"pair": []}
-        for phase, raw in item.raw.items():
-            others[phase] = [_Other("raw", raw)]
-            for kind, call in ceilings.calls(index, phase).items():
-                run = call if calls is None else capture(call, calls).replay
-                others[phase].append(_Other(kind, run, calls or 1))
-        return others
-
     def _time_others(self, others: list[_Other], phase: str, times: dict[str, Times]) -> None:
         for other in others:
             time_us = self.clock.sample(other.run).time_us / other.calls
             for own in times.values():
                 own.put(phase, other.kind, time_us)
 
-    def _records(
-        self, case: Case, inputs: list[Input], note: str | None, times: dict[str, Times]
-    ) -> list[Record]:
+    def _records(self, case: Case, inputs: list[Input], times: dict[str, Times]) -> list[Record]:
+        note = self.ceilings.note
         traffic = gather_traffic([item.wire for item in inputs], case, self.clock)
         records: list[Record] = []
         for name, own in times.items():
@@ -242,13 +220,27 @@ class _Batch:
                 ceiling_note=_NOTHING_LEAVES if name == RECV and note is None else note,
                 variant=name,
                 calls_per_graph=graph_size(case, self.plan, self.comm.engine_name),
-                floor=None if case.calls.halves else self.yardstick.floor,
+                floor=None if case.calls.halves else self.ceilings.floor,
                 on_wire=name != RECV,
             )
             phases = [phase for phase in PHASES if (phase, "time") in measured.times]
             if self.comm.rank == 0:
                 records += [make_record(phase, case, self.plan, measured) for phase in phases]
         return records
+
+
+def _others(item: Input, copies: Copies, calls: int | None) -> dict[str, list[_Other]]:
+    """What the phases of an input are compared with; a pair is the sum of its parts.
+
+    Where prepared calls are captured, so are the ceilings: launches are in both or in neither.
+    """
+    others: dict[str, list[_Other]] = {"pair": []}
+    for phase, raw in item.raw.items():
+        others[phase] = [_Other("raw", raw)]
+        for kind, call in copies.get(phase, {}).items():
+            run = call if calls is None else capture(call, calls).replay
+            others[phase].append(_Other(kind, run, calls or 1))
+    return others
 
 
 def _time_idle_loop(steps: Sequence[Step], times: Times, *, count: int) -> None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
-from expertlink.bench.ceilings import KINDS, WireRows
+from expertlink.bench.ceilings import KINDS, Floor, WireRows
 from expertlink.bench.clock import Clock, TimesOfRanks
 from expertlink.bench.environment import describe_environment
-from expertlink.bench.floor import Floor
 from expertlink.bench.records import PHASES, Record, Summary, slowest_rank, summarize
 
 
