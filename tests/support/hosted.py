@@ -87,7 +87,7 @@ class HostedWire(Wire):
     def gather_text(self, text: str) -> list[str]:
         return self._meeting.swap(self.rank, text)
 
-    def post_abort(self, reason: str) -> None:
+    def publish_abort(self, reason: str) -> None:
         self._meeting.reasons[self.rank] = reason
 
     def abort_reason(self, rank: int) -> str:

@@ -63,7 +63,7 @@ class NvlinkEngine:
         self._mode, self._check = mode, check_inputs
         self.quantizes = mode.quantizes
         self.arena.join(wire.number)
-        self.watchdog.attach(wire.post_abort, wire.abort_reason)
+        self.watchdog.attach(wire.publish_abort, wire.abort_reason)
         self.watchdog.interrupted = weakref.WeakMethod(self.abort)
 
     # -- calls ------------------------------------------------------------------------------------
@@ -77,11 +77,7 @@ class NvlinkEngine:
         except InputError as error:
             self.refuse(operation, error)
         capturing = (mode.counts_captures or self._check) and is_capturing()
-        number = self._enter(operation, capturing)
-        if capturing or previous is not None:
-            error = mode.find_fault(previous, capturing=capturing)
-            if error is not None:
-                self.refuse(operation, error)
+        number = self._enter(operation, previous, capturing)
         if call.x_TW.data_ptr() % ALIGNMENT:
             call = dataclasses.replace(call, x_TW=call.x_TW.clone())
         if self._check and number:
@@ -91,13 +87,21 @@ class NvlinkEngine:
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
-        capturing = (self._mode.counts_captures or self._check) and is_capturing()
-        self._begin(_COMBINE, call.state, capturing)
-        return self._mode.combine(call)
+        mode, state = self._mode, call.state
+        capturing = (mode.counts_captures or self._check) and is_capturing()
+        number = self._enter(_COMBINE, state, capturing)
+        if self._check and number:
+            self._agree(_COMBINE, subject=as_route(state).number)
+        self.arena.follow(capturing=capturing)
+        return mode.combine(call)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
-        self._begin(_WEIGHT_GRADS, state, is_capturing())
+        capturing = is_capturing()
+        number = self._enter(_WEIGHT_GRADS, state, capturing)
+        if self._check and number:
+            self._agree(_WEIGHT_GRADS, subject=as_route(state).number)
+        self.arena.follow(capturing=capturing)
         return self._mode.weight_grads(state, weight_grads)
 
     def refuse(self, operation: Operation, error: Exception) -> NoReturn:
@@ -106,31 +110,28 @@ class NvlinkEngine:
             raise error  # a capture is no call: the peers know nothing of it
         mode, is_new = self._mode, operation is _DISPATCH
         if self._check and not (is_new and mode.agrees_on_device):
-            self._enter(operation, False)
+            self._enter(operation, None, False)
             self._agree(operation, refused=error)
         elif is_new:
-            number = self._enter(operation, False)
+            number = self._enter(operation, None, False)
             self.arena.follow(capturing=False)
             mode.refuse(number, error)
         raise error
 
-    def _enter(self, operation: Operation, capturing: bool) -> int:
-        """Begins a call; returns its number, 0 in a capture, which launches nothing."""
+    def _enter(self, operation: Operation, state: object | None, capturing: bool) -> int:
+        """Begins a call; returns its number, 0 in a capture, which launches nothing.
+
+        `state` is the routing that the call uses, None for a new one.
+        """
         wire = self._wire
         number = wire.call if capturing else wire.call + 1
         wire.enter(_TITLES[operation], number)
         self.watchdog.check(number)
+        if capturing or state is not None:
+            error = self._mode.find_fault(state, capturing=capturing)
+            if error is not None:
+                self.refuse(operation, error)
         return 0 if capturing else number
-
-    def _begin(self, operation: Operation, state: object, capturing: bool) -> None:
-        """Everything before a call that uses a routing and brings no rows."""
-        number = self._enter(operation, capturing)
-        error = self._mode.find_fault(state, capturing=capturing)
-        if error is not None:
-            self.refuse(operation, error)
-        if self._check and number:
-            self._agree(operation, subject=as_route(state).number)
-        self.arena.follow(capturing=capturing)
 
     def _agree_on(self, operation: Operation, call: DispatchCall) -> None:
         """The hosts agree on a dispatch; faulty ids are refused."""
@@ -190,7 +191,7 @@ class NvlinkEngine:
         # Peers that learn of it wait a moment for the reason.
         with contextlib.suppress(RuntimeError):
             self.arena.post_abort()
-        self.watchdog.post_abort(reason)
+        self.watchdog.publish_abort(reason)
 
     def close(self) -> None:
         """Waits for the calls under way, then lets go of memory and group.

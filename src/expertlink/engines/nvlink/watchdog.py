@@ -103,7 +103,7 @@ class Watchdog:
         """Another communicator uses this; the same ones do on all ranks."""
         self._statuses.append((post, read))
 
-    def post_abort(self, reason: str) -> None:
+    def publish_abort(self, reason: str) -> None:
         """Posts why this rank aborts, for the others to read."""
         for post, _ in self._statuses:
             post(reason)

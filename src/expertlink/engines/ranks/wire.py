@@ -161,11 +161,11 @@ class Wire:
         """
         if self._broken is None:
             self._broken = f"rank {self.rank} aborted: {reason}"
-        self.post_abort(reason)
+        self.publish_abort(reason)
         if self.device.type == "cpu":
             self._disconnect()
 
-    def post_abort(self, reason: str) -> None:
+    def publish_abort(self, reason: str) -> None:
         """Publishes that this rank aborted. Takes a bounded time and raises nothing."""
         if self._status is None:
             return
