@@ -30,9 +30,15 @@ from support.jobs import config_of
 def compile_one(wanted: Kernels, arch: str) -> None:
     """Compiles one communicator's kernels, unless the cache has them."""
     shape = wanted.shape
-    fields: dict[str, Any] = {"zero_copy": wanted.zero_copy}
+    fields: dict[str, Any] = {
+        "zero_copy": wanted.zero_copy,
+        "static_shapes": wanted.static_shapes,
+        "check_inputs": wanted.check_inputs,
+    }
     if wanted.mode == "ll":
-        fields = {**LL, "quantization": "e4m3_float32" if wanted.quantized else None}
+        quantization = "e4m3_float32" if wanted.quantized else None
+        masks = wanted.mask_lost_peers
+        fields = {**LL, "quantization": quantization, "mask_lost_peers": masks}
     config = config_of(shape.case(), "cuda:0", **fields)
     usual_words = tuning.LL_MASK_WORDS
     try:

@@ -32,6 +32,7 @@ Compiled = dict[KernelName, CompiledKernel]
 CASES: list[tuple[int, dict[str, Any]]] = [
     (8, {"output_layout": "flat", "expert_alignment": 128}),
     (8, {"output_layout": "token_major"}),
+    (8, {"output_layout": "token_major", "static_shapes": True, "check_inputs": True}),
     (4, {"output_layout": "rank_major", "zero_copy": True}),
     (4, {"output_layout": "expert_major", "dtype": torch.float16}),
     (1, {"num_experts": 1, "topk": 1, "hidden_size": 8, "max_tokens_per_rank": 1}),
@@ -43,6 +44,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 DECODE = {**MODEL, "mode": "ll", "static_shapes": True, "max_tokens_per_rank": 128}
 LATENCY_CASES: list[tuple[int, dict[str, Any]]] = [
     (8, {"output_layout": "expert_major"}),
+    (8, {"output_layout": "expert_major", "mask_lost_peers": True}),
+    (8, {"output_layout": "token_major", "mask_lost_peers": True}),
     (8, {"output_layout": "flat", "expert_alignment": 128, "quantization": "e4m3_ue8m0"}),
     (8, {"output_layout": "token_major", "quantization": "e4m3_float32"}),
     (4, {"output_layout": "rank_major", "dtype": torch.float16}),

@@ -198,6 +198,9 @@ class Kernels:
         mode: "ht" or "ll".
         quantized: they quantize rows on the way, to any format.
         mask_words: words of masks that a block may hold, where a test changes that.
+        static_shapes: as configured; mode "ll" has it always.
+        check_inputs: as configured; of no matter in mode "ll".
+        mask_lost_peers: as configured.
     """
 
     shape: Shape
@@ -206,6 +209,9 @@ class Kernels:
     mode: str = "ht"
     quantized: bool = False
     mask_words: int | None = None
+    static_shapes: bool = False
+    check_inputs: bool = False
+    mask_lost_peers: bool = False
 
 
 def _views(shapes: list[Shape], *, hosted: bool) -> list[Kernels]:
@@ -221,7 +227,17 @@ def ht_kernels() -> list[Kernels]:
     views = [usual(ranks, layout) for ranks in (1, 3, 4, 8) for layout in DispatchLayout]
     views += [special(name, layout) for name in ROWS_IN_POOL for layout in DispatchLayout]
     plain = [Kernels(shape, hosted=True) for shape in (*common, *edges, *others)]
-    return plain + _views(views, hosted=True)
+    plain += _views(views, hosted=True)
+    few = [usual(ranks, layout) for ranks in (1, 3, 8) for layout in DispatchLayout]
+    fixed = [Kernels(shape, True) for shape in (*few, aligned(3), aligned(8))]
+    fixed += _views(few, hosted=True)
+    static = [dataclasses.replace(kernels, static_shapes=True) for kernels in fixed]
+    checked = [
+        Kernels(usual(3, layout), True, static_shapes=static, check_inputs=True)
+        for layout in DispatchLayout
+        for static in (False, True)
+    ]
+    return [*plain, *static, *checked]
 
 
 def ht_process_kernels() -> list[Kernels]:
@@ -232,7 +248,9 @@ def ht_process_kernels() -> list[Kernels]:
     # Of payloads.opaque_rows.
     packed: dict[str, Any] = {"hidden": 96, "experts": 4, "topk": 2, "max_tokens": 5}
     others += [Shape(2, layout, **packed) for layout in DispatchLayout]
-    return [Kernels(s, hosted=False) for s in (*common, *others)] + _views(common, hosted=False)
+    plain = [Kernels(s, hosted=False) for s in (*common, *others)]
+    static = [Kernels(s, hosted=False, static_shapes=True) for s in common]
+    return [*plain, *static, *_views(common, hosted=False)]
 
 
 def ll_kernels() -> list[Kernels]:
@@ -248,7 +266,9 @@ def ll_kernels() -> list[Kernels]:
     ]
     plain = [Kernels(shape, True, mode="ll") for shape in shapes]
     quantized = [Kernels(shape, True, mode="ll", quantized=True) for shape in quantized_shapes()]
-    return [*plain, *quantized, *chunks]
+    maskable = [usual(3, layout) for layout in DispatchLayout]
+    masks = [Kernels(shape, True, mode="ll", mask_lost_peers=True) for shape in maskable]
+    return [*plain, *quantized, *chunks, *masks]
 
 
 def ll_process_kernels() -> list[Kernels]:
@@ -257,4 +277,6 @@ def ll_process_kernels() -> list[Kernels]:
     shapes += [exact(usual(ranks, layout)) for ranks in (2, 4) for layout in EXPANDED_LAYOUTS]
     plain = [Kernels(shape, False, mode="ll") for shape in shapes]
     packed = [usual(ranks, layout) for ranks in (2, 4) for layout in DispatchLayout]
-    return [*plain, *(Kernels(shape, False, mode="ll", quantized=True) for shape in packed)]
+    quantized = [Kernels(shape, False, mode="ll", quantized=True) for shape in packed]
+    masks = [Kernels(shape, False, mode="ll", mask_lost_peers=True) for shape in packed]
+    return [*plain, *quantized, *masks]
