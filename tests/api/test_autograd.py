@@ -49,7 +49,7 @@ def test_gradients_with_a_rank_without_experts(rank_pools, layout: DispatchLayou
 
 @LAYOUTS
 def test_gradients_in_bfloat16(rank_pools, layout: DispatchLayout) -> None:
-    """Only rounding separates bfloat16 rows from the dense layer: a few of its 2^-8 steps."""
+    """bfloat16 rows differ from the dense layer by rounding only: a few steps of 2^-8."""
     case = Case((6, 6), 16, experts=4, topk=2, layout=layout, dtype=torch.bfloat16)
     for worst in rank_pools(2).run(training.gradients, case, timeout_s=60):
         assert max(worst.values()) < 0.05, worst
@@ -69,7 +69,7 @@ def test_backward_again_and_in_part(rank_pools, layout: DispatchLayout) -> None:
 
 
 @LAYOUTS
-def test_weights_beside_quantized_rows(rank_pools, layout: DispatchLayout) -> None:
+def test_weights_of_quantized_rows(rank_pools, layout: DispatchLayout) -> None:
     case = Case((5, 4), 8, experts=4, topk=2, layout=layout, dtype=torch.float32, masked=0.2)
     assert all(rank_pools(2).run(training.quantized_weights, case, timeout_s=60))
 
@@ -83,15 +83,15 @@ def test_gradients_of_kept_weights(rank_pools, layout: DispatchLayout, leaves) -
 
 
 @LAYOUTS
-def test_combines_that_autograd_follows(rank_pools, layout: DispatchLayout) -> None:
-    """All where gradients are enabled, but those whose form excludes gradients."""
+def test_combines_that_autograd_tracks(rank_pools, layout: DispatchLayout) -> None:
+    """All where gradients are enabled, except those whose arguments exclude gradients."""
     case = Case((5, 4), 6, experts=4, topk=2, layout=layout, dtype=torch.float32)
     for seen in rank_pools(2).run(training.followed, case, timeout_s=60):
         assert [name for name, followed in seen.items() if followed] == ["plain", "later"]
 
 
 def test_a_combined_handle_keeps_no_graph() -> None:
-    """Handles kept for cached dispatches must not keep what the model needed for backward."""
+    """Handles kept for cached dispatches must not keep the graph of an earlier backward."""
 
     class Kept:
         tensor: torch.Tensor

@@ -85,7 +85,7 @@ def test_unavailable_engine_and_device() -> None:
     assert "nvlink engine cannot be used" in comm.engine_reason
 
 
-def test_a_budget_that_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_budget_that_has_no_effect_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     make().initialize()
     assert not caplog.records
     make(num_sms_combine=8).initialize()

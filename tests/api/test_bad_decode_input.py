@@ -1,4 +1,4 @@
-"""Bad arguments of what decode asks for: weights of a combine, buffers, ranges, masks."""
+"""Bad arguments of decode features: weights of a combine, buffers, ranges, masks."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_dispatch_refuses_and_recovers(name: str) -> None:
     with make() as comm:
         with pytest.raises(InputError, match=message):
             comm.dispatch(**{**good(), **fields})
-        # Where no gradients are tracked, good arguments are recognised more quickly.
+        # Without gradients, good arguments take the fast path.
         with torch.no_grad(), pytest.raises(InputError, match=message):
             comm.dispatch(**{**good(), **fields})
         works(comm)
@@ -201,7 +201,7 @@ def test_changed_routing_is_detected() -> None:
             comm.dispatch(fields["input"], changed, previous_handle=handle)
         with pytest.raises(RoutingChangedError, match="3 tokens"):
             comm.dispatch(fields["input"][:3], None, previous_handle=handle)
-        # The very tensor of the first dispatch, written to since, is no excuse.
+        # Also where it is the same tensor, written to since.
         fields["topk_ids"][0, 0] = 5
         with pytest.raises(RoutingChangedError, match=r"topk_ids\[0\]"):
             comm.dispatch(fields["input"], fields["topk_ids"], previous_handle=handle)

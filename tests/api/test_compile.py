@@ -50,7 +50,7 @@ def test_every_call_is_one_break() -> None:
         works(comm)
 
 
-def test_a_graph_of_all_is_refused() -> None:
+def test_fullgraph_is_refused() -> None:
     torch._dynamo.reset()
     with make() as comm:
         fields = good()
@@ -65,7 +65,7 @@ def test_a_graph_of_all_is_refused() -> None:
 
 
 def test_calls_do_not_load_the_compiler() -> None:
-    """Importing it takes seconds."""
+    """torch._dynamo takes seconds to import."""
     source = """
         import sys, torch
         from expertlink import MoECommunicator, MoECommunicatorConfig

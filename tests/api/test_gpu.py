@@ -1,4 +1,4 @@
-"""The contract on real GPUs, a process for each: the jobs that judge gloo on CPU."""
+"""The contract on real GPUs, one process each: the same jobs as over gloo on CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RANKS = pytest.mark.parametrize(
 
 
 def cases_for(ranks: int, layout: DispatchLayout) -> list[Case]:
-    """Dtypes, placements and routings that differ, with empty ranks and empty calls among them."""
+    """Different dtypes, placements and routings, with empty ranks and empty calls among them."""
     tokens = (5, 0, 7, 1, 16, 3, 0, 9)[:ranks]
     cases = [
         Case(tokens, 8, experts=9, topk=3, layout=layout, seed=1),
@@ -52,7 +52,7 @@ def test_bits_over_nccl_equal_the_oracle(rank_pools, ranks: int, layout: Dispatc
 
 @RANKS
 @LAYOUTS
-def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+def test_decode_features(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     pool = rank_pools(ranks, "cuda")
     drawn = cases_for(ranks, layout)[:2]
     if layout.expanded:
@@ -72,7 +72,7 @@ def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) ->
 
 @RANKS
 def test_the_engine_that_is_chosen(rank_pools, ranks: int) -> None:
-    """Direct neighbours move rows themselves, unless rows are of a kind that only torch moves."""
+    """nvlink where GPUs reach each other, unless only torch can move the rows."""
     pool = rank_pools(ranks, "cuda")
     fast = usual(ranks, DispatchLayout.FLAT).case(seed=1)
     slow = dataclasses.replace(fast, dtype=torch.float32)
@@ -117,7 +117,7 @@ def test_quantized_rows(rank_pools, ranks: int, layout: DispatchLayout) -> None:
 
 @pytest.mark.gpu(4)
 def test_refusals_reach_every_rank(rank_pools) -> None:
-    """A wrong form is told to all ranks even where data is not checked."""
+    """All ranks learn of a wrong argument, also with check_inputs=False."""
     fields = {"input": torch.randn(faults.T, 3)}
     results = rank_pools(4, "cuda").run(faults.refused_dispatch, 1, fields, timeout_s=60)
     assert results[1][0][0] == "InputError"

@@ -1,4 +1,4 @@
-"""Ranks that receive no rows take part in backward, whatever their experts made of nothing."""
+"""Ranks that receive no rows take part in backward, whatever their experts return."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check(rank_pools, *setups: Setup) -> None:
 
 @LAYOUTS
 @pytest.mark.parametrize("routes", [("first",), ("drawn", "first"), ("first", "drawn", "first")])
-def test_experts_that_skip_what_is_not_there(rank_pools, layout, routes) -> None:
+def test_experts_that_skip_empty_inputs(rank_pools, layout, routes) -> None:
     check(rank_pools, Setup(case_of(layout), routes))
 
 
@@ -37,7 +37,7 @@ def test_with_asynchronous_calls(rank_pools, layout, form) -> None:
 @LAYOUTS
 @pytest.mark.parametrize("leaves", [("rows",), ("weights",), ("experts",), ("experts", "weights")])
 def test_whatever_requires_grad(rank_pools, layout, leaves) -> None:
-    """Experts alone: a rank without rows has nothing that says that others have gradients."""
+    """Also where only experts do: a rank without rows cannot see that others have gradients."""
     check(rank_pools, Setup(case_of(layout), ("first", "drawn", "first"), leaves))
 
 

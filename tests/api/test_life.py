@@ -1,4 +1,4 @@
-"""From a communicator's making to its end: groups, copies, modes, aborts, what outlives it."""
+"""A communicator from constructor to close: groups, copies, time-outs, aborts, what outlives it."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_health_without_a_handshake() -> None:
         comm.check_health()
 
 
-def test_what_is_waited_for_after_the_end() -> None:
+def test_waiting_after_the_end() -> None:
     comm = make()
     fields = good()
     waits = []

@@ -37,7 +37,7 @@ def config_with(**fields: Any) -> MoECommunicatorConfig:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets GPUs look like ones that the engine runs on, with a compiler beside them."""
+    """GPUs look like Hopper GPUs, and the compiler looks installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(build.compiler, "unavailable_reason", lambda: None)
 
@@ -52,7 +52,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_rows_that_cannot_be_moved(hopper: None, fields: dict[str, Any], sentence: str) -> None:
-    """Left to the library another engine does it; asked for, this one refuses in the same words."""
+    """engine="auto" takes the other engine, engine="nvlink" refuses, for the same reason."""
     choice = choose_engine(config_with(**fields), device=CUDA)
     assert choice.name == "collective"
     assert f"the nvlink engine cannot be used: {sentence}" in choice.reason
@@ -77,7 +77,7 @@ def test_a_missing_compiler(hopper: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("engine", ["auto", "nvlink"])
-def test_nothing_in_the_way(hopper: None, engine: str, dtype: torch.dtype) -> None:
+def test_gpus_that_can_use_nvlink(hopper: None, engine: str, dtype: torch.dtype) -> None:
     choice = choose_engine(config_with(engine=engine, dtype=dtype), device=CUDA)
     assert choice.name == "nvlink"
     assert choice.reason
@@ -116,7 +116,7 @@ def test_asking_for_the_collective_engine(hopper: None) -> None:
     ],
 )
 def test_what_needs_gpus_is_refused_on_cpus(fields: dict[str, Any], asked: str) -> None:
-    """When the communicator is built: no rank has to wait for another to learn it."""
+    """In the constructor, so no rank waits for another."""
     with pytest.raises(EngineUnavailableError) as info:
         MoECommunicator(config_with(device="cpu", **fields))
     assert str(info.value) == f"{asked} cannot be used: {ON_CPU}"

@@ -1,4 +1,4 @@
-"""What decode asks for, on CPU ranks: the `collective` engine is the judge of every other one."""
+"""Decode features on CPU ranks: the `collective` engine is the reference of all others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from test_contract import cases
 from torch import Tensor
 
 from expertlink import BlockFormat, DispatchLayout
-from expertlink.engines.nvlink.engine import expert_ranges
-from expertlink.engines.nvlink.ht.engine import with_slot_weights
+from expertlink.engines.nvlink.ht.mode import with_slot_weights
 from expertlink.engines.nvlink.tables import Route, TableLayout
 from support import decode, payloads
 from support.depth import deep
@@ -118,11 +117,11 @@ def test_weights_on_one_rank_only(rank_pools, layout: DispatchLayout) -> None:
 
 @EXPANDED
 def test_tables_of_the_nvlink_engine(layout: DispatchLayout) -> None:
-    """Its tables lead to the same ranges and products; made here, since kernels need a GPU."""
+    """The same ranges and products from its tables. They are made here: kernels need a GPU."""
     case = Case((5, 3, 7), 8, experts=7, topk=3, layout=layout, masked=0.2, seed=3)
     for rank in range(case.ranks):
         tables, route = nvlink_route(case, rank)
-        starts_ER, counts_ER = expert_ranges(route, layout)
+        starts_ER, counts_ER = route.expert_ranges(layout)
         starts, counts = ranges_of(case, rank)
         assert counts_ER.tolist() == counts
         present = counts_ER > 0
@@ -173,7 +172,7 @@ def nvlink_route(case: Case, rank: int) -> tuple[dict[str, Tensor], Route]:
 
 
 def shapes(ranks: int, layout: DispatchLayout) -> list[Case]:
-    """A usual routing, a masked and scattered one, and nothing to send on any rank."""
+    """An ordinary routing, a masked and scattered one, and nothing to send on any rank."""
     tokens = (5, 0, 7)[:ranks]
     precision = "exact" if layout.expanded else "wire"
     scattered = Case(tokens, 20, 6, 3, layout, placement="scattered", precision=precision, seed=4)

@@ -1,4 +1,4 @@
-"""The same global batch gives the same results however it is spread, and arranged."""
+"""The same global batch gives the same results on any number of ranks, in any layout."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def slice_of_the_batch(
         mine = experts[comm.local_experts]
         if dtype is torch.float64:
             return comm.combine(experts_of(out, mine), handle)
-        # Elementwise experts: a row's bits do not depend on the rows beside it.
+        # Elementwise experts: a row's bits do not depend on other rows.
         counts = out.num_tokens_per_expert.tolist()
         scale = torch.repeat_interleave(mine[:, 0], torch.tensor(counts), dim=0)
         return comm.combine(torch.tanh(out.tokens * scale), handle)
