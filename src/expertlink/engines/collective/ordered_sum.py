@@ -75,18 +75,20 @@ class OrderedSum:
         if weights_MC is not None:
             weights_MC = weights_MC.to(accumulator_dtype(rows_SH.dtype)).contiguous()
         addresses = rows_SH.data_ptr() | out.data_ptr() | (hidden * out.element_size())
-        self._kernels[addresses % 16 == 0, weights_MC is not None].launch(
-            ARGUMENTS.new(
-                rows=rows_SH.data_ptr(),
-                slots=slots_MC.data_ptr(),
-                weights=None if weights_MC is None else weights_MC.data_ptr(),
-                out=out.data_ptr(),
-                num_results=results,
-                num_terms=slots_MC.shape[1],
-                hidden=hidden,
-            ),
-            grid=min(results, self._most_blocks),
-            block=_THREADS,
-            shared_bytes=0,
-            stream=torch.cuda.current_stream(out.device).cuda_stream,
+        arguments = ARGUMENTS.new(
+            rows=rows_SH.data_ptr(),
+            slots=slots_MC.data_ptr(),
+            weights=None if weights_MC is None else weights_MC.data_ptr(),
+            out=out.data_ptr(),
+            num_results=results,
+            num_terms=slots_MC.shape[1],
+            hidden=hidden,
         )
+        with torch.cuda.device(out.device):  # the caller's current GPU may be another one
+            self._kernels[addresses % 16 == 0, weights_MC is not None].launch(
+                arguments,
+                grid=min(results, self._most_blocks),
+                block=_THREADS,
+                shared_bytes=0,
+                stream=torch.cuda.current_stream(out.device).cuda_stream,
+            )

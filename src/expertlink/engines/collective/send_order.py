@@ -179,10 +179,12 @@ class KernelSending:
         )
 
     def _launch(self, kernel: Kernel, arguments: Arguments, *, shared_words: int) -> None:
-        kernel.launch(
-            arguments,
-            grid=self._blocks,
-            block=THREADS,
-            shared_bytes=4 * shared_words,
-            stream=torch.cuda.current_stream(self.header.device).cuda_stream,
-        )
+        device = self.header.device
+        with torch.cuda.device(device):  # the caller's current GPU may be another one
+            kernel.launch(
+                arguments,
+                grid=self._blocks,
+                block=THREADS,
+                shared_bytes=4 * shared_words,
+                stream=torch.cuda.current_stream(device).cuda_stream,
+            )

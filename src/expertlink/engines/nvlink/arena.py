@@ -1,4 +1,4 @@
-"""The memory that ranks write into each other: one allocation per rank, every offset made here.
+"""The memory that ranks write into each other: one allocation per rank.
 
 torch's symmetric memory is an alpha API; this file is the only one that knows it.
 """

@@ -244,7 +244,7 @@ class Watchdog:
 
     @staticmethod
     def is_fatal(headers: Sequence[Sequence[int]]) -> bool:
-        """Whether some rank cannot go on: its call does not wait for what all say."""
+        """Whether some rank cannot go on: its call does not wait for the headers of all."""
         return any(
             words[HeaderWord.OPERATION] != Operation.DISPATCH
             or not words[ExtraWord.FORM] & Form.MAIL

@@ -42,7 +42,7 @@ __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring&
     const int arrivals = most * kNumRanks;
     int written = -1;    // the row before; lane 0
     unsigned words = 0;  // rows posted
-    const auto tell = [&] {
+    const auto post_written = [&] {
         bulk_wait_written();
         post(ring, written, words);
     };
@@ -64,7 +64,7 @@ __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring&
         if (a.flags & kGrads) write_grads(a, slot.row + a.row_bytes, row);
         const int at = a.rank * kMaxTokens + position;
         char* const peer = a.bases[source];
-        tell();
+        post_written();
         if (kExpanded && a.row_bytes != 0) {
             sum_choices(a, slot, row, staged_row(peer, at));
             __syncwarp();  // one lane posts the row for all of them
@@ -79,7 +79,7 @@ __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring&
             written = source * kMaxTokens + position;
         }
     }
-    tell();
+    post_written();
     finish_posting(ring);
 }
 

@@ -149,15 +149,15 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
     unsigned* const masks = shared;
     int* const running = reinterpret_cast<int*>(shared + a.groups * kColumns);
     int* const totals = running + kColumns;
-    const TokenRange span = token_range(a);
+    const TokenRange range = token_range(a);
     const int step = a.groups * 32;
 
     // First pass: how many tokens of this block go where.
     for (int c = threadIdx.x; c < kColumns; c += blockDim.x) running[c] = 0;
     bool faulty = false;
-    for (int first = span.begin; first < span.end; first += step) {
-        faulty |= fill_masks(a, masks, first, span.end);
-        const int groups = min(a.groups, (span.end - first + 31) / 32);
+    for (int first = range.begin; first < range.end; first += step) {
+        faulty |= fill_masks(a, masks, first, range.end);
+        const int groups = min(a.groups, (range.end - first + 31) / 32);
         for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
             running[c] += bits_before(masks, groups, c);
         __syncthreads();
@@ -170,13 +170,13 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
     if (!publish_counts(a, watch, totals)) return false;
 
     // Second pass: positions.
-    for (int first = span.begin; first < span.end; first += step) {
+    for (int first = range.begin; first < range.end; first += step) {
         // If one pass was enough, the masks are still those of the first loop.
-        if (span.end - span.begin > step) fill_masks(a, masks, first, span.end);
-        for (int i = threadIdx.x; i < step && first + i < span.end; i += blockDim.x)
+        if (range.end - range.begin > step) fill_masks(a, masks, first, range.end);
+        for (int i = threadIdx.x; i < step && first + i < range.end; i += blockDim.x)
             place_token(a, masks, running, first + i, i / 32, i % 32);
         __syncthreads();
-        if (first + step >= span.end) break;
+        if (first + step >= range.end) break;
         for (int c = threadIdx.x; c < kColumns; c += blockDim.x)
             running[c] += bits_before(masks, a.groups, c);
         __syncthreads();

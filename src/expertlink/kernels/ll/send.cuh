@@ -117,24 +117,24 @@ struct Sender {
     __device__ __forceinline__ void prepare(const DispatchArguments& a, int warps) {
         const int all = warps * gridDim.x;
         cut = {a.num_tokens, a.row_bytes, all, kDepth};
-        const int pieces = a.num_tokens * cut.parts;
-        shares = pieces ? max(1, min(kCopies, all / pieces)) : 1;
-        items = threadIdx.x / 32 < warps ? pieces * shares : 0;
+        const int all_parts = a.num_tokens * cut.parts;
+        shares = all_parts ? max(1, min(kCopies, all / all_parts)) : 1;
+        items = threadIdx.x / 32 < warps ? all_parts * shares : 0;
         now = open(first_item());
     }
 
     __device__ __forceinline__ SendItem open(int item) const {
         const Divider by_shares(shares), by_parts(cut.parts);
-        const int piece = by_shares(item), token = by_parts(piece);
-        const int number = piece - token * cut.parts;
-        return {item, token, number, item - piece * shares, cut.part(number)};
+        const int row_part = by_shares(item), token = by_parts(row_part);
+        const int number = row_part - token * cut.parts;
+        return {item, token, number, item - row_part * shares, cut.part(number)};
     }
 
     __device__ __forceinline__ void load(const DispatchArguments& a, const SendItem& at,
-                                         Part<kQuantized>& into) const {
+                                         Part<kQuantized>& target) const {
         if (at.item < items)
-            into.load(a.x + static_cast<long long>(at.token) * a.input_bytes,
-                      lane_pieces(at.steps.first, at.steps.last, a.row_bytes));
+            target.load(a.x + static_cast<long long>(at.token) * a.input_bytes,
+                        lane_pieces(at.steps.first, at.steps.last, a.row_bytes));
     }
 
     // Sends what has been loaded to the ranks of this share. Every token begins with another rank.
@@ -162,25 +162,26 @@ struct Sender {
             if (packed) sentinels = scales.sentinels();
         }
         sentinels |= sentinel_steps(part.piece, mine);
-        const int nth = (a.rank + token) % kNumRanks;
+        const int first_rank = (a.rank + token) % kNumRanks;
         const long long offset =
             staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
         int skip = now.share;  // ranks of the token that other warps send to
 #pragma unroll 1
-        for (int part_of = 0; part_of < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1);
-             ++part_of) {
-            // More ranks than lanes: groups of 32. First ranks from `nth` on, then those before it.
-            const int groups = (kNumRanks + 31) / 32, group = part_of % groups * 32;
+        for (int pass = 0; pass < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1); ++pass) {
+            // More ranks than lanes: groups of 32. First ranks from `first_rank` on, then those
+            // before it.
+            const int groups = (kNumRanks + 31) / 32, group = pass % groups * 32;
             const int position = target_at(call, masks, token, group);
             unsigned there = __ballot_sync(kAll, position >= 0);
             int shift = 0;
             if constexpr (kNumRanks > 32) {
-                const int before = min(max(nth - group, 0), 32);
+                const int before = min(max(first_rank - group, 0), 32);
                 const unsigned below = before == 32 ? kAll : (1u << before) - 1u;
-                there &= part_of < groups ? ~below : below;
-            } else if (nth != 0) {
-                shift = nth;  // bit i stands for rank (i + nth) % R
-                there = (there >> nth | there << (kNumRanks - nth)) & (kAll >> (32 - kNumRanks));
+                there &= pass < groups ? ~below : below;
+            } else if (first_rank != 0) {
+                shift = first_rank;  // bit i stands for rank (i + first_rank) % R
+                there = (there >> first_rank | there << (kNumRanks - first_rank)) &
+                        (kAll >> (32 - kNumRanks));
             }
 #pragma unroll 1
             for (; there; there &= there - 1) {

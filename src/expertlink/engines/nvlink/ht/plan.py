@@ -145,7 +145,7 @@ def constants_of(
         "kMaxWarps": tuning.HT_MAX_WARPS,
         "kMostSharedSlots": tuning.HT_SHARED_SLOTS,
         "kZeroCopy": config.zero_copy,
-        # Kernels of GPUs look for faulty ids only where that is asked for.
+        # On GPUs, ids are checked only if the configuration says so.
         "kCheckInputs": bool(config.check_inputs),
         "kWantsMail": not config.static_shapes,
         "kClearsRest": config.static_shapes and config.layout is DispatchLayout.TOKEN_MAJOR,

@@ -27,8 +27,8 @@ class Flag(enum.IntFlag):
     """The next launch takes no SM before this one leaves it."""
 
 
-# A signature is what all ranks must say of their call alike, in one word: the operation, then from
-# these bits on its form, its bytes of a row in units of 16, and its bytes of a row's scales.
+# A signature has in one word what must be the same on all ranks: the operation, then from these bits
+# on the form, the bytes of a row in units of 16, and the bytes of a row's scales.
 _FORM_BIT, _ROW_BIT, _SCALES_BIT = 3, 6, 19
 _WEIGHTS = int(Form.WEIGHTS)  # the operators of flags take microseconds
 
@@ -64,7 +64,7 @@ _COMMON = (
     Field("int", "rank", "this rank"),
     Field("int", "operation", "header.Operation"),
     Field("unsigned", "communicator", "tells communicators apart"),
-    Field("unsigned", "signature", "what all ranks must say of their call alike"),
+    Field("unsigned", "signature", "what must be the same on all ranks"),
     Field("const int*", "subject", "transfer of the dispatch that the call refers to, or null"),
     Field("int", "flags", "Flag"),
     Field("int", "num_tokens", "T"),
