@@ -74,8 +74,10 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     Raises:
         ExpertlinkError: an option, or a combination of options, cannot be measured.
     """
-    engines = _some(options.engine, "engine")
-    modes = _some(options.mode, "mode")
+    engines, modes = parse_names(options.engine), parse_names(options.mode)
+    for name, values in (("engine", engines), ("mode", modes)):
+        if not values:
+            raise ConfigurationError(f"{name}: at least one value is needed")
     trace = None if options.trace is None else str(options.trace)
     cases: list[Case] = []
     for (dispatch, combine), engine, mode in product(_budgets(options), engines, modes):
@@ -138,13 +140,6 @@ def _most_tokens(options: BenchOptions, mode: str, tokens: Sequence[int]) -> int
     if options.max_tokens_per_rank is not None or mode != "ll":
         return options.max_tokens_per_rank
     return max(_LEAST_MAX_TOKENS, *tokens) if tokens else None
-
-
-def _some(text: str, name: str) -> list[str]:
-    names = parse_names(text)
-    if not names:
-        raise ConfigurationError(f"{name}: at least one value is needed")
-    return names
 
 
 def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _TIME = "time of the slowest rank, median, µs"
 _WIRE_NAME = "the wire: plain bulk copies of the same bytes"
 _FLOOR_NAME = "floor: bytes at full bandwidth, two flags a call"
 _RAW_NAME = "raw all_to_all_single of the same bytes"
+_BAND_NAME = "dashed: the fastest call; band: up to the median"
 
 
 @dataclass(frozen=True)
@@ -151,46 +153,34 @@ def _split(kind: _Kind, records: Sequence[Record]) -> list[list[Record]]:
 # -- lines ----------------------------------------------------------------------------------------
 
 
-def _draw_lines(records: Sequence[Record], names: list[str]) -> Figure:
-    """A panel per phase, a line per series, T along the bottom."""
+def _draw_lines(
+    records: Sequence[Record], names: list[str], *, along_tokens: bool = True
+) -> Figure:
+    """A panel per phase, a line per series; along the bottom T, else the SMs of the phase."""
+
+    def x(record: Record) -> int:
+        return record.tokens if along_tokens else record.num_sms or 0
+
     figure, panels, legend = _panels(records, names, height=4.6)
     for phase, panel in panels.items():
         here = [record for record in records if record.phase == phase]
         for name, own in _by_name(records, names, phase):
             style = legend[name]
-            own.sort(key=lambda record: record.tokens)
-            ticks = [record.tokens for record in own]
-            medians = [record.time_us.median for record in own]
+            own.sort(key=x)
+            places, medians = [x(one) for one in own], [one.time_us.median for one in own]
             if own[0].variant == "eager" and own[0].aligned == "device":
                 # A late host makes single calls slow, so their median goes up and down.
                 fastest = [record.time_us.min for record in own]
-                panel.plot(ticks, fastest, **style, linestyle="--")
-                panel.fill_between(ticks, fastest, medians, color=style["color"], alpha=0.15, lw=0)
-                legend["dashed: the fastest call; band: up to the median"] = {
-                    "color": _RAW,
-                    "linestyle": "--",
-                }
+                panel.plot(places, fastest, **style, linestyle="--")
+                band = {"color": style["color"], "alpha": 0.15, "lw": 0}
+                panel.fill_between(places, fastest, medians, **band)
+                legend[_BAND_NAME] = {"color": _RAW, "linestyle": "--"}
             else:
-                panel.plot(ticks, medians, **style)
-        _draw_bounds(panel, here, lambda record: record.tokens, legend)
-        _log_axes(panel, sorted({record.tokens for record in here}))
-        panel.set_xlabel("tokens per rank, T")
-    _legend(figure, legend)
-    return figure
-
-
-def _draw_sms(records: Sequence[Record], names: list[str]) -> Figure:
-    """A panel per phase, a line per series, SMs along the bottom."""
-    figure, panels, legend = _panels(records, names, height=4.6)
-    for phase, panel in panels.items():
-        here = [record for record in records if record.phase == phase]
-        for name, own in _by_name(records, names, phase):
-            points = sorted((record.num_sms or 0, record.time_us.median) for record in own)
-            panel.plot(*zip(*points, strict=True), **legend[name])
-        if len({record.tokens for record in here}) == 1:
-            _draw_bounds(panel, here, lambda record: record.num_sms or 0, legend)
-        _log_axes(panel, sorted({record.num_sms or 0 for record in here}))
-        panel.set_xlabel(f"SMs for {phase}")
+                panel.plot(places, medians, **style)
+        if along_tokens or len({record.tokens for record in here}) == 1:
+            _draw_bounds(panel, here, x, legend)
+        _log_axes(panel, sorted({x(record) for record in here}))
+        panel.set_xlabel("tokens per rank, T" if along_tokens else f"SMs for {phase}")
     _legend(figure, legend)
     return figure
 
@@ -336,4 +326,4 @@ def _draw_bars(records: Sequence[Record], names: list[str]) -> Figure:
 
 _LINES = _Kind("time", "T", _draw_lines)
 _BARS = _Kind("cases", "", _draw_bars)
-_SMS = _Kind("sms", "SMs", _draw_sms)
+_SMS = _Kind("sms", "SMs", partial(_draw_lines, along_tokens=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +22,24 @@ from expertlink.bench.records import (
 from expertlink.bench.terminal import number
 from expertlink.errors import InputError
 
-
-@dataclass(frozen=True)
-class TableRow:
-    """A row of the README's table: what it is called, and which records it shows."""
-
-    title: str
-    tokens: int
-    where: dict[str, Any] = field(default_factory=dict)
-
-
-_HT = {"ranks": 4, "mode": "ht", "variant": "uncached", "quantization": None, "num_sms": None}
-_LL = {"ranks": 4, "mode": "ll", "variant": "graph", "num_sms": None, "engine": "nvlink"}
-_BALANCED = {"routing": "balanced", "hidden": 7168, "topk": 8, "experts": 256}
-_EIGHT_BIT = "e4m3_float32"
 _OVERLAP = "overlap-"
-README_ROWS = (
-    TableRow(
-        '`"ht"`, `TOKEN_MAJOR`, bfloat16', 4096, _HT | {"engine": "nvlink", "layout": "token_major"}
-    ),
-    TableRow('`"ht"`, `FLAT`, bfloat16', 4096, _HT | {"engine": "nvlink", "layout": "flat"}),
-    TableRow(
-        '`"ht"`, `TOKEN_MAJOR`, e4m3',
-        4096,
-        _HT | {"engine": "nvlink", "layout": "token_major", "quantization": _EIGHT_BIT},
-    ),
-    TableRow(
+_MODEL = {"ranks": 4, "hidden": 7168, "topk": 8, "experts": 256, "routing": "balanced"}
+_HT = {**_MODEL, "mode": "ht", "variant": "uncached", "tokens": 4096, "num_sms": None}
+_LL = {**_MODEL, "mode": "ll", "variant": "graph", "tokens": 128, "num_sms": None}
+# What a row is called; what its records have in common; engine, layout and quantization.
+README_ROWS: tuple[tuple[str, dict[str, Any], str, str, str | None], ...] = (
+    ('`"ht"`, `TOKEN_MAJOR`, bfloat16', _HT, "nvlink", "token_major", None),
+    ('`"ht"`, `FLAT`, bfloat16', _HT, "nvlink", "flat", None),
+    ('`"ht"`, `TOKEN_MAJOR`, e4m3', _HT, "nvlink", "token_major", "e4m3_float32"),
+    (
         '`"ht"`, `TOKEN_MAJOR`, bfloat16, engine `collective` (NCCL)',
-        4096,
-        _HT | {"engine": "collective", "layout": "token_major"},
+        *(_HT, "collective", "token_major", None),
     ),
-    TableRow(
+    (
         '`"ll"`, `EXPERT_MAJOR`, e4m3, in a CUDA graph',
-        128,
-        _LL | {"layout": "expert_major", "quantization": _EIGHT_BIT},
+        *(_LL, "nvlink", "expert_major", "e4m3_float32"),
     ),
-    TableRow(
-        '`"ll"`, `RANK_MAJOR`, bfloat16, in a CUDA graph',
-        128,
-        _LL | {"layout": "rank_major", "quantization": None},
-    ),
+    ('`"ll"`, `RANK_MAJOR`, bfloat16, in a CUDA graph', _LL, "nvlink", "rank_major", None),
 )
 
 
@@ -79,22 +57,17 @@ def readme_table(records: Sequence[Record]) -> str:
         InputError: the records lack a row.
     """
     lines = ["| 4 x H200, µs | T | dispatch | combine | both |", "|---|---|---|---|---|"]
-    for row in README_ROWS:
-        cells = [_figure(records, row, phase) for phase in PHASES]
-        lines.append(f"| {row.title} | {row.tokens} | {' | '.join(cells)} |")
+    for title, shared, engine, layout, quantization in README_ROWS:
+        own = {"engine": engine, "layout": layout, "quantization": quantization}
+        cells = [title, str(shared["tokens"])]
+        for phase in PHASES:
+            wanted = {**shared, **own, "phase": phase}.items()
+            found = [one for one in records if all(getattr(one, k) == v for k, v in wanted)]
+            if not found:
+                raise InputError(f"no record of {title}, T={shared['tokens']}, {phase}")
+            cells.append(_cell(max(found, key=lambda record: record.environment.date)))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _figure(records: Sequence[Record], row: TableRow, phase: str) -> str:
-    wanted = {**_BALANCED, **row.where, "tokens": row.tokens, "phase": phase}
-    found = [
-        record
-        for record in records
-        if all(getattr(record, name) == value for name, value in wanted.items())
-    ]
-    if not found:
-        raise InputError(f"no record of {row.title}, T={row.tokens}, {phase}")
-    return _cell(max(found, key=lambda record: record.environment.date))
 
 
 def read_folder(folder: str | Path) -> list[Record]:
