@@ -27,8 +27,8 @@ class Flag(enum.IntFlag):
     """The next launch takes no SM before this one leaves it."""
 
 
-# A signature has in one word what must be the same on all ranks: the operation, then from these bits
-# on the form, the bytes of a row in units of 16, and the bytes of a row's scales.
+# A signature has in one word what must be the same on all ranks: the operation, then from these
+# bits on the form, the bytes of a row in units of 16, and the bytes of a row's scales.
 _FORM_BIT, _ROW_BIT, _SCALES_BIT = 3, 6, 19
 _WEIGHTS = int(Form.WEIGHTS)  # the operators of flags take microseconds
 
