@@ -70,11 +70,11 @@ def slot_weights_for(case: Case, rank: int, handle: DispatchHandle) -> Tensor:
 
 
 def weights_on_one_rank(comm: MoECommunicator, case: Case) -> None:
-    """Exact combines send weights beside the rows: all ranks pass them or none."""
+    """Exact combines send weights with the rows: all ranks pass them or none."""
     _, handle = dispatch_case(comm, dataclasses.replace(case, weighted=False))
     rows = rows_for(case, comm.rank, handle)
     given = slot_weights_for(case, comm.rank, handle) if comm.rank == 0 else None
-    with pytest.raises(InputError, match="weights beside a row: 4 on rank 0, 0 on ranks? 1"):
+    with pytest.raises(InputError, match="scales and weights: 4 on rank 0, 0 on ranks? 1"):
         comm.combine(rows, handle, weights=given)
 
 
@@ -313,9 +313,9 @@ def check_buffered(
     comm: MoECommunicator, case: Case, buffers: DispatchBuffers, out: DispatchOutput
 ) -> None:
     check_output(case, comm.rank, out, static=comm.config.static_shapes)
-    homes = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(buffers.output)}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(buffers.output)}
     for tensor in tensors_of(out):
-        assert tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in homes
+        assert tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in storages
 
 
 def stale_handles(comm: MoECommunicator, case: Case) -> None:
@@ -351,16 +351,16 @@ def buffers_of_every_call(comm: MoECommunicator, cases: Sequence[Case]) -> None:
     rank = comm.rank
     with torch.no_grad():
         one = comm.create_buffers()
-        homes = _addresses(one)
+        addresses = _addresses(one)
         for round_ in range(2):
             for case in cases:
                 out, handle = dispatch_case(comm, case, output_buffer=one)
                 check_output(case, rank, out, static=counts_stay_on_device(comm))
                 for name, value in vars(out).items():
                     if isinstance(value, Tensor) and value.numel():
-                        assert value.data_ptr() == homes[name], name
+                        assert value.data_ptr() == addresses[name], name
                 combine_case(comm, case, handle, "combine", round_=round_)
-        assert _addresses(one) == homes
+        assert _addresses(one) == addresses
         unweighted = comm.create_buffers(weighted=False)
         plain = [case for case in cases if not case.weighted]
         for case in plain:
