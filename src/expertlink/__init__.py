@@ -33,7 +33,6 @@ from expertlink.types import (
     QuantScales,
 )
 
-
 __all__ = [
     "AbortError",
     "BlockFormat",
