@@ -101,13 +101,13 @@ def test_memory_that_does_not_suit_is_not_shared() -> None:
     """Too small for more experts or longer rows, or that of the other mode; calls go on."""
     shape = usual(3, DispatchLayout.TOKEN_MAJOR)
     fleet = fleet_of("ht", shape.case(seed=1))
-    config, plan_of = fleet.config, type(fleet.plan).of
+    config, plan_of = fleet.config, fleet.mode.plan
     experts = dataclasses.replace(config, num_experts=2 * shape.experts)
     hidden = dataclasses.replace(config, hidden_size=2 * shape.hidden)
     plans = [
         (plan_of(experts, 3), "the communicator with most experts comes first"),
         (plan_of(hidden, 3), "equal max_tokens_per_rank, hidden_size, dtype and topk"),
-        (fleet_of("ll", shape.case(seed=1)).plan, "memory of their own each"),
+        (fleet_of("ll", shape.case(seed=1)).plan, "share_with: "),
     ]
 
     def job(comm: MoECommunicator) -> None:

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.gpu(1)
 
 @LAYOUTS
 def test_many_tokens_and_experts(layout: DispatchLayout) -> None:
-    """Masks of several words, and more experts than fit beside them."""
+    """Masks of several words, and more experts than fit in shared memory with them."""
     shape = many_tokens(layout)
     assert ll_plan.experts_at_once(config_of(shape.case(), "cpu")) < shape.experts
     cases = [shape.case((1024, 0, 513), seed=1), shape.case((1, 1024, 33), masked=0.5, seed=2)]

@@ -69,7 +69,7 @@ def test_gradients_and_requests(rank_pools, ranks: int, layout: DispatchLayout) 
     pool = rank_pools(ranks, "cuda")
     case = usual(ranks, layout).case(masked=0.2)
     assert all(pool.run(training.weight_grads, case, timeout_s=60, **LL))
-    if layout is not DispatchLayout.TOKEN_MAJOR:  # see test_latency.py
+    if layout is not DispatchLayout.TOKEN_MAJOR:  # see test_ll.py
         for worst in pool.run(training.gradients, case, timeout_s=60, **LL):
             assert max(worst.values()) < 0.05, worst
     for job in (jobs.overlapping, jobs.finished_later):

@@ -123,7 +123,7 @@ def half_shapes() -> list[Shape]:
     return [usual(2, DispatchLayout.FLAT), usual(2, DispatchLayout.RANK_MAJOR)]
 
 
-# -- shapes of high throughput --------------------------------------------------------------------
+# -- shapes of mode ht ----------------------------------------------------------------------------
 
 
 def long_spans(layout: DispatchLayout) -> Shape:

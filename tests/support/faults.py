@@ -358,7 +358,7 @@ def other_experts(ctx: RankContext, culprit: int) -> Any:
 # -- one rank gives up, its process lives on ------------------------------------------------------
 
 _T = TypeVar("_T")
-PATIENCE_S = 60.0  # nobody is to wait so long
+LONG_S = 60.0  # nobody is to wait so long
 
 
 class Stopped(BaseException):
@@ -397,14 +397,14 @@ def in_own_group(ctx: RankContext, job: Callable[[Any], _T], *, idle: int) -> _T
     dist.destroy_process_group(group)
     del group
     gc.collect()  # the destructor waits for what is under way
-    assert time.monotonic() - started < PATIENCE_S / 2
+    assert time.monotonic() - started < LONG_S / 2
     if ctx.rank != idle:
         dist.barrier()
     return result
 
 
 def patient(ctx: RankContext, group: Any, **fields: Any) -> MoECommunicator:
-    defaults = {"group": group, "timeout_s": PATIENCE_S, "startup_timeout_s": PATIENCE_S}
+    defaults = {"group": group, "timeout_s": LONG_S, "startup_timeout_s": LONG_S}
     return small(ctx, **{**defaults, **fields})
 
 
@@ -784,8 +784,8 @@ def combine_without(
     if rank == gone:
         return
     same_bits(result, combined_of(case, rank, missing=gone), "combine without a rank")
-    homes = torch.tensor([*case.rank_of_expert(), -1])[inputs_of(case, rank).ids_TK.long()]
-    expected = returned_grads(case, rank).masked_fill(homes == gone, 0.0)
+    owners_TK = torch.tensor([*case.rank_of_expert(), -1])[inputs_of(case, rank).ids_TK.long()]
+    expected = returned_grads(case, rank).masked_fill(owners_TK == gone, 0.0)
     same_bits(grads_TK, expected, "weight gradients without a rank")
 
 

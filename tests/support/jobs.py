@@ -199,8 +199,8 @@ def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:
 def counts_stay_on_device(comm: MoECommunicator) -> bool:
     """Whether the host does not learn how many rows arrive."""
     config = comm.config
-    latency = config.mode == "ll" and comm.engine_name == "nvlink"
-    return config.static_shapes or (latency and config.layout.padded)
+    ll = config.mode == "ll" and comm.engine_name == "nvlink"
+    return config.static_shapes or (ll and config.layout.padded)
 
 
 def _new_weights(comm: MoECommunicator, case: Case, handle: DispatchHandle) -> None:

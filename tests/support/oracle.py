@@ -131,11 +131,11 @@ def kept_inputs(case: Case, rank: int) -> Inputs:
     gumbel = -(-noise.clamp(1e-12).log()).log()
     ids_TK = (popularity + gumbel).topk(case.topk, dim=1).indices
     hidden = torch.rand((count, case.topk), generator=gen) < case.masked
-    home_TK = torch.tensor(case.rank_of_expert())[ids_TK]
+    owner_TK = torch.tensor(case.rank_of_expert())[ids_TK]
     if case.only_rank is not None:
-        hidden |= home_TK != case.only_rank
+        hidden |= owner_TK != case.only_rank
     if case.without is not None:
-        hidden |= home_TK == case.without
+        hidden |= owner_TK == case.without
     ids_TK = torch.where(hidden, -1, ids_TK).to(case.ids_dtype)
     weights_TK = None
     if case.weighted:

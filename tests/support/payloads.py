@@ -149,12 +149,12 @@ def buffers_of_packed_rows(comm: MoECommunicator, case: Case) -> None:
     q, scales = quantize(x_TH, fmt)
     plain = poisoned(comm.create_buffers())
     packed = poisoned(comm.create_buffers(q, scales))
-    for rows, beside, one in ((x_TH, None, plain), (q, scales, packed), (q, scales, plain)):
-        out, _ = comm.dispatch(rows, ids_TK, scales=beside, output_buffer=one)
+    for rows, own_scales, one in ((x_TH, None, plain), (q, scales, packed), (q, scales, plain)):
+        out, _ = comm.dispatch(rows, ids_TK, scales=own_scales, output_buffer=one)
         check_rows_with_scales(case, comm.rank, out, lambda x: quantize(x, fmt))
-        homes = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(one.output)}
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(one.output)}
         for tensor in tensors_of(out):
-            assert tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in homes
+            assert tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in storages
 
 
 # -- set bits -------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def gradcheck(ctx: RankContext, case: Case) -> bool:
 
 
 def weight_grads(ctx: RankContext, case: Case, **fields: Any) -> bool:
-    """Per-slot numbers come back to the choice they belong to, with and beside the combine."""
+    """Per-slot numbers come back to their choice, with the combine and by themselves."""
     with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
         return weight_grads_on(comm, case)
 
@@ -150,9 +150,9 @@ def weight_grads_on(comm: MoECommunicator, case: Case) -> bool:
     marks = engine.slot_weights(handle.state) if case.layout.expanded else out.topk_weights
     rows = torch.zeros(handle.rows_shape, dtype=case.dtype, device=device)
     _, back = comm.combine(rows, handle, weight_grads=marks)
-    beside = engine.weight_grads(handle.state, marks)
+    alone = engine.weight_grads(handle.state, marks)
     expected = torch.where(ids_TK >= 0, given, 0.0)
-    return torch.equal(back, expected) and torch.equal(beside, expected)
+    return torch.equal(back, expected) and torch.equal(alone, expected)
 
 
 def repeated_backward(ctx: RankContext, case: Case) -> Any:
@@ -246,7 +246,7 @@ def followed(ctx: RankContext, case: Case) -> dict[str, bool]:
 
 
 def quantized_weights(ctx: RankContext, case: Case) -> bool:
-    """Quantized rows carry no gradients, the routing weights beside them do."""
+    """Quantized rows carry no gradients, their routing weights do."""
     own = inputs_of(case, ctx.rank)
     assert own.weights_TK is not None
     with MoECommunicator(config_of(case, ctx.device, quantization="e4m3_float32")) as comm:
