@@ -148,7 +148,7 @@ def page_text(page: Page, results: Path, *, pictures_at: str) -> str | None:
 def _files(folder: Path, prefix: str) -> list[Path]:
     """Files of records of the page with this prefix; with an empty one, of all but overlaps."""
     found: list[Path] = []
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stem):
         fits = [page.prefix for page in PAGES if path.name.startswith(page.prefix)]
         if (fits[:1] == [prefix]) if prefix else fits[:1] != [_OVERLAP]:
             found.append(path)
