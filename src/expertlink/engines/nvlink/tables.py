@@ -20,6 +20,11 @@ class TableLayout:
 
     Making one tensor costs the host as much as launching a kernel, so the tables share a block and
     become tensors only where somebody looks at them. Tables of a size that depends on T come last.
+
+    Attributes:
+        at: bytes from the start of a block to a table. Calls add these to the block's address
+            themselves: a function in between would take most of the time.
+        public: sizes of the tables that the caller gets a copy of.
     """
 
     def __init__(self, config: MoECommunicatorConfig, *, num_ranks: int, num_local: int) -> None:
@@ -36,6 +41,7 @@ class TableLayout:
             self._starts[name] = end
             end += math.prod(shape)
         self._starts["slots"] = end
+        self.at = {name: _WORD * start for name, start in self._starts.items()}
         self.public = [num_local, num_local + 1, num_ranks]
 
     dense = True
@@ -60,13 +66,9 @@ class TableLayout:
         """Words of a block."""
         return self._starts["slots"] + num_tokens * (self.copies + 1)
 
-    def address(self, block: int, name: str) -> int:
-        """Address of a table in the block at an address."""
-        return block + _WORD * self._starts[name]
-
     def own_tokens(self, block: int, num_tokens: int) -> int:
         """Address of the tokens whose rows stay on this rank."""
-        return self.address(block, "slots") + _WORD * num_tokens * self.copies
+        return block + self.at["slots"] + _WORD * num_tokens * self.copies
 
     def view(self, block: Tensor, name: str, num_tokens: int = 0) -> Tensor:
         """A table as a tensor."""
@@ -118,7 +120,7 @@ class Route:
             return None
         if self.weights_block is not None:
             return self.weights_block.data_ptr()
-        return self.layout.address(self.block.data_ptr(), "weights")
+        return self.block.data_ptr() + self.layout.at["weights"]
 
     def table(self, name: str) -> Tensor:
         """A table as a tensor."""

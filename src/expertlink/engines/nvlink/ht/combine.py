@@ -120,7 +120,7 @@ class HtCombiner:
 
         The struct is used again: a new one takes more time than everything else a call does.
         """
-        a, tables, block = self._arguments, route.layout, route.block.data_ptr()
+        a, at, block = self._arguments, route.layout.at, route.block.data_ptr()
         grads_TK = None
         flags = _WIDE_IDS if route.ids_TK.dtype is torch.int64 else 0
         a.header_metadata_bytes = 0
@@ -136,10 +136,10 @@ class HtCombiner:
         a.subject = route.origin
         a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
         a.ids = route.ids_TK.data_ptr()
-        a.slots_of_token = tables.address(block, "slots")
-        a.rows_from = tables.address(block, "rows_from")
-        a.first_row = tables.address(block, "first_row")
-        a.choices_of_row = tables.address(block, "choices")
+        a.slots_of_token = block + at["slots"]
+        a.rows_from = block + at["rows_from"]
+        a.first_row = block + at["first_row"]
+        a.choices_of_row = block + at["choices"]
         a.num_senders, a.slot_bytes, launch = self._launches[row_bytes, num_sms]
         self._run(_KERNEL, a, launch)
         return grads_TK

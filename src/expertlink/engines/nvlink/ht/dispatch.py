@@ -184,8 +184,8 @@ class HtDispatcher:
         base = block.data_ptr()
         kept_ids_TK = torch.empty_like(ids_TK)
         public = self._new_counts()
-        origin = tables.address(base, "origin")
-        a.weights_of_row = tables.address(base, "weights") if weighted else None
+        origin = base + tables.at["origin"]
+        a.weights_of_row = base + tables.at["weights"] if weighted else None
         a.ids, a.ids_copy = ids_TK.data_ptr(), kept_ids_TK.data_ptr()
         pool_at = self._write(
             call,
@@ -295,7 +295,7 @@ class HtDispatcher:
             block=block.data_ptr(),
             public=public,
             subject=None,
-            origin=self._tables.address(block.data_ptr(), "origin"),
+            origin=block.data_ptr() + self._tables.at["origin"],
             room=UNBOUNDED,
         )
         a.status = 1
@@ -373,15 +373,16 @@ class HtDispatcher:
         a.header_metadata_bytes = scale_bytes + (0 if weights is None else 4 * tables.topk)
         if room is not None:
             a.capacity = room
-        a.slots_of_token = tables.address(block, "slots")
+        at = tables.at
+        a.slots_of_token = block + at["slots"]
         a.own_tokens = tables.own_tokens(block, x.shape[0])
-        a.rows_from = tables.address(block, "rows_from")
-        a.first_row = tables.address(block, "first_row")
-        a.first_sent = tables.address(block, "first_sent")
-        a.first_slot = tables.address(block, "first_slot")
-        a.tokens_per_expert = tables.address(block, "counts")
-        a.expert_offsets = tables.address(block, "offsets")
-        a.choices_of_row = tables.address(block, "choices")
+        a.rows_from = block + at["rows_from"]
+        a.first_row = block + at["first_row"]
+        a.first_sent = block + at["first_sent"]
+        a.first_slot = block + at["first_slot"]
+        a.tokens_per_expert = block + at["counts"]
+        a.expert_offsets = block + at["offsets"]
+        a.choices_of_row = block + at["choices"]
         counts, offsets, _ = tables.public
         address = public.memory.data_ptr()
         a.counts_out, a.offsets_out = address, address + 4 * counts

@@ -145,9 +145,8 @@ class LlCombiner:
         a = route.combine
         if a is None:
             a = self.arguments
-            name_tables(a, route.layout, route.block)
-        a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
-        a.ids, a.subject = route.ids_TK.data_ptr(), route.origin
+            name_tables(a, route.layout, route.block, max_slots=math.prod(route.shape))
+        a.num_tokens, a.ids, a.subject = route.num_tokens, route.ids_TK.data_ptr(), route.origin
         return a
 
     def _name_grads(self, a: Arguments, route: LlRoute, grads: Tensor) -> Tensor:
@@ -160,9 +159,10 @@ class LlCombiner:
         return grads_TK
 
 
-def name_tables(a: Arguments, layout: TableLayout, block: Tensor) -> None:
-    """Where the tables of a routing are that a combine reads."""
-    base, address = block.data_ptr(), layout.address
-    a.slots_of_token = address(base, "slots")
-    a.rows_from, a.rows_to = address(base, "rows_from"), address(base, "rows_to")
-    a.choices_of_row, a.tokens_of_row = address(base, "choices"), address(base, "tokens")
+def name_tables(a: Arguments, layout: TableLayout, block: Tensor, *, max_slots: int) -> None:
+    """Where the tables of a routing are that a combine reads, and for how many slots."""
+    a.max_slots = max_slots
+    base, at = block.data_ptr(), layout.at
+    a.slots_of_token = base + at["slots"]
+    a.rows_from, a.rows_to = base + at["rows_from"], base + at["rows_to"]
+    a.choices_of_row, a.tokens_of_row = base + at["choices"], base + at["tokens"]

@@ -229,7 +229,7 @@ class LlDispatcher:
         self._name_memory(a, block, kept, output)
         self._name_rows(a, call, output, weighted=False)
         a.signature = REFUSED
-        a.subject, a.origin = None, self.tables.address(block.data_ptr(), "origin")
+        a.subject, a.origin = None, block.data_ptr() + self.tables.at["origin"]
         flags = _WIDE_IDS | (_ALONE if self._in_use[0] > 1 else 0)
         self._launch(_PLAIN, a, flags, None, halves=False)
 
@@ -297,14 +297,14 @@ class LlDispatcher:
         self, a: Arguments, block: Tensor, ids: Tensor, output: DispatchOutput
     ) -> None:
         """Where the tables of the routing and the caller's tensors are."""
-        base, address = block.data_ptr(), self.tables.address
-        a.ids_copy, a.weights_copy = ids.data_ptr(), address(base, "own_weights")
-        a.slots_of_token = address(base, "slots")
-        a.rows_from, a.rows_to = address(base, "rows_from"), address(base, "rows_to")
-        a.first_row, a.first_slot = address(base, "first_row"), address(base, "first_slot")
-        a.tokens_per_expert = address(base, "counts")
-        a.choices_of_row, a.weights_of_row = address(base, "choices"), address(base, "weights")
-        a.tokens_of_row = address(base, "tokens")
+        base, at = block.data_ptr(), self.tables.at
+        a.ids_copy, a.weights_copy = ids.data_ptr(), base + at["own_weights"]
+        a.slots_of_token = base + at["slots"]
+        a.rows_from, a.rows_to = base + at["rows_from"], base + at["rows_to"]
+        a.first_row, a.first_slot = base + at["first_row"], base + at["first_slot"]
+        a.tokens_per_expert = base + at["counts"]
+        a.choices_of_row, a.weights_of_row = base + at["choices"], base + at["weights"]
+        a.tokens_of_row = base + at["tokens"]
         counts, per_rank = output.num_tokens_per_expert, output.num_tokens_per_rank
         assert per_rank is not None
         a.counts_out, a.rows_from_out = counts.data_ptr(), per_rank.data_ptr()
@@ -338,7 +338,7 @@ class LlDispatcher:
             weights_block=None,
             weighted=weighted,
             counts=None,
-            origin=self.tables.address(block.data_ptr(), "origin") + 4 * which,
+            origin=block.data_ptr() + self.tables.at["origin"] + 4 * which,
         )
 
     def _new_block(self, num_tokens: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import weakref
 from collections.abc import Callable
 
@@ -151,13 +152,9 @@ class LlMode:
     def dispatch(self, call: DispatchCall, number: int) -> Dispatched:
         """Queues a dispatch, or with `return_recv_hook` its sending half."""
         output, route, rest = self._dispatcher.dispatch(call, number)
-        return Dispatched(
-            output=output,
-            state=route,
-            finish=nothing_left if rest is None else self._unless_closed(rest),
-            call=self._wire.call,
-            topk_ids_TK=route.ids_TK,
-        )
+        finish = nothing_left if rest is None else self._unless_closed(rest)
+        # By position: names take time that decode notices.
+        return Dispatched(output, route, finish, self._wire.call, route.ids_TK)
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine, or with `return_recv_hook` its sending half."""
@@ -169,9 +166,8 @@ class LlMode:
             )
             after = functools.partial(out_TH.copy_, call.out_TH)
         grads_TK, rest = self._combiner.combine(call, after)
-        return Combined(
-            out_TH, grads_TK, nothing_left if rest is None else self._unless_closed(rest)
-        )
+        finish = nothing_left if rest is None else self._unless_closed(rest)
+        return Combined(out_TH, grads_TK, finish)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
@@ -197,7 +193,8 @@ class LlMode:
         """Outputs of the largest shape and tables: dispatches into them allocate nothing."""
         output = self._dispatcher.largest_output(rows)
         tables = self._dispatcher.new_tables(output, combine=self._combiner.arguments.copy())
-        combine.name_tables(tables.combine, self._dispatcher.tables, tables.block)
+        slots = math.prod(output.tokens.shape[:-1])
+        combine.name_tables(tables.combine, self._dispatcher.tables, tables.block, max_slots=slots)
         self._tables.add(tables)
         return DispatchBuffers(output=output, tables=tables, kind=rows)
 
