@@ -9,6 +9,8 @@ DEPTH  ?= 1
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+KERNELS = $(shell find src -name "*.cu" -o -name "*.cuh")
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format docs bench clean
 
@@ -30,12 +32,13 @@ demo: $(STAMP) ## show what the library does, on this machine
 test: $(STAMP) ## run the tests; GPU ones skip themselves elsewhere; DEPTH=10: ten times the drawn cases
 	EXPERTLINK_TEST_DEPTH=$(DEPTH) $(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP) ## ruff and pyright
+lint: $(STAMP) ## ruff, clang-format and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(STAMP) ## let ruff rewrite the sources
+format: $(STAMP) ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
