@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import ClosedError, HandleError, InputError
+from expertlink import ClosedError, HandleError, InputError, MoECommunicatorConfig
 from expertlink.engines.nvlink import watchdog
+from expertlink.engines.nvlink.ht.mode import HtMode
 from expertlink.engines.nvlink.ll.arguments import Flag
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.header import Operation
-from support.fake_gpu import FakeGpu, inputs
+from support.fake_gpu import E, FakeGpu, inputs
 
 LL: dict[str, Any] = {"mode": "ll", "output_layout": "expert_major"}
 STATIC: dict[str, Any] = {"output_layout": "token_major", "static_shapes": True}
@@ -254,3 +255,92 @@ def test_reports_of_the_device_become_errors_once(gpu: FakeGpu) -> None:
         comm.dispatch(*inputs())
     with pytest.raises(ClosedError, match="between the halves"):
         comm.check_health()
+
+
+# -- one engine for both modes --------------------------------------------------------------------
+
+
+@MODES
+@torch.no_grad()
+def test_every_call_is_checked_entered_agreed_on_and_ordered_alike(
+    gpu: FakeGpu, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm = gpu.communicator(**fields)
+    engine: Any = comm._engine
+    engine._check = True
+    steps: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        wanted = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            steps.append(name)
+            return wanted(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(engine._mode, "check")
+    note(engine._wire, "enter")
+    note(engine.watchdog, "check")
+    note(engine._mode, "find_fault")
+    note(engine, "_agree")
+    note(engine.arena, "follow")
+    for name in ("dispatch", "combine"):
+        note(engine._mode, name)
+    x, ids, weights = inputs()
+    out, handle = comm.dispatch(x, ids, weights)
+    agrees = [] if engine._mode.agrees_on_device else ["_agree"]
+    assert steps == ["check", "enter", "check", *agrees, "follow", "dispatch"]
+    steps.clear()
+    again, cached = comm.dispatch(x, ids, previous_handle=handle)
+    before = ["enter", "check", "find_fault", "_agree", "follow"]
+    assert steps == ["check", *before, "dispatch"]
+    steps.clear()
+    comm.combine(again.tokens, cached)
+    assert steps == [*before, "combine"]
+    assert out.tokens.shape == again.tokens.shape
+
+
+@MODES
+@pytest.mark.parametrize("check", [False, True])
+@torch.no_grad()
+def test_a_refused_call_is_counted_where_the_peers_learn_of_it(
+    gpu: FakeGpu, fields: dict[str, Any], check: bool
+) -> None:
+    comm = gpu.communicator(**fields)
+    engine: Any = comm._engine
+    engine._check = check
+    x, ids, weights = inputs()
+    _, handle = comm.dispatch(x, ids, weights)
+    number, launched = engine._wire.call, len(gpu.launched)
+    with pytest.raises(InputError, match="input has shape"):
+        comm.dispatch(x[:, :3], ids, weights)
+    assert engine._wire.call == number + 1, "the peers make this call"
+    told = [launch["operation"] for launch in gpu.launched[launched:]]
+    by_kernel = engine._mode.agrees_on_device or not check
+    assert bool(told) is by_kernel
+    assert set(told) <= {Operation.DISPATCH}
+    with pytest.raises(InputError):
+        comm.dispatch(x[:, :3], ids, previous_handle=handle)
+    assert engine._wire.call == number + 1 + check
+    assert len(gpu.launched) == launched + len(told), "hosts agree on cached dispatches, if at all"
+
+
+@pytest.mark.parametrize("sharer", [E, E // 2])
+def test_mails_have_room_for_the_counts_of_all_who_share_the_memory(sharer: int) -> None:
+    """Sharers have no more experts than the communicator that has made the memory."""
+    plans = [
+        HtMode.plan(
+            MoECommunicatorConfig(
+                num_experts=experts,
+                hidden_size=64,
+                topk=2,
+                max_tokens_per_rank=16,
+                device="cpu",
+            ),
+            2,
+        )
+        for experts in (E, sharer, E + 1)
+    ]
+    assert plans[0].holds(plans[1])
+    assert not plans[0].holds(plans[2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -34,7 +33,11 @@ def choose_engine(config: MoECommunicatorConfig, *, device: torch.device) -> Eng
         return EngineChoice("collective", "engine='collective' was asked for")
     reason = build.unavailable_reason(config, device) or _not_in_mode(config)
     if reason is None:
-        asked = "engine='nvlink' was asked for" if config.engine == "nvlink" else "GPUs are direct"
+        asked = (
+            "engine='nvlink' was asked for"
+            if config.engine == "nvlink"
+            else "all GPUs share one NVLink domain"
+        )
         return EngineChoice("nvlink", asked)
     if _must_be_nvlink(config):
         raise _unavailable(config, reason)
@@ -71,7 +74,7 @@ def build_engine(
             choice = EngineChoice("collective", reasons[0])
     if choice.name == "nvlink":
         try:
-            engine: Any = build.build(
+            engine: Engine = build.build(
                 config,
                 wire=wire,
                 placement=placement,
