@@ -77,7 +77,7 @@ def test_the_engine_that_is_chosen(rank_pools, ranks: int) -> None:
     fast = usual(ranks, DispatchLayout.FLAT).case(seed=1)
     slow = dataclasses.replace(fast, dtype=torch.float32)
     for case, name, reason in (
-        (fast, "nvlink", "GPUs are direct"),
+        (fast, "nvlink", "all GPUs share one NVLink domain"),
         (slow, "collective", "the nvlink engine cannot be used: rows are torch.float32"),
     ):
         for chosen, why in pool.run(choice_of, case, timeout_s=100):
