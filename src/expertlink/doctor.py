@@ -306,11 +306,11 @@ def _exchange(context: RankContext, timeout_s: float) -> str | None:
     """Runs on a rank: dispatches and combines a few tokens; returns what is wrong, if anything."""
     import torch
 
-    from expertlink.bench.check import expected_sum, mismatch, scaling_experts
-    from expertlink.bench.routings import RoutingSpec, draw_routing
     from expertlink.communicator import MoECommunicator
     from expertlink.config import MoECommunicatorConfig
     from expertlink.types import DispatchLayout
+    from expertlink.workloads.check import expected_sum, mismatch, scaling_experts
+    from expertlink.workloads.routings import RoutingSpec, draw_routing
 
     tokens, hidden, topk, experts = 16, 128, 2, 2 * context.num_ranks
     routing = draw_routing(

@@ -13,7 +13,6 @@ import torch
 from conftest import RankPools
 from expertlink.bench.cases import Case, Plan, grid
 from expertlink.bench.ceilings import WireRows
-from expertlink.bench.check import expected_sum, mismatch, scaling_experts
 from expertlink.bench.inputs import WrongResultError
 from expertlink.bench.measure import measure_batch
 from expertlink.bench.options import parse_ints
@@ -31,6 +30,7 @@ from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 from expertlink.types import DispatchLayout, DispatchOutput
+from expertlink.workloads.check import expected_sum, mismatch, scaling_experts
 from support.bench_records import make_record
 
 SHAPE: dict[str, Any] = {"ranks": 2, "tokens": 16, "hidden": 64, "topk": 2, "experts": 4}

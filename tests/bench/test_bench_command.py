@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from expertlink.bench import command
 from expertlink.bench.overlap import hidden_part
 from expertlink.bench.records import PHASES, read_records, write_records
-from expertlink.bench.trace import RoutingTrace
 from expertlink.cli import app
 from expertlink.types import DispatchLayout
+from expertlink.workloads.trace import RoutingTrace
 from support.bench_records import make_record
 
 TINY = ("--ranks", "2", "--tokens", "16", "--hidden", "64", "--topk", "2", "--experts", "4")
@@ -257,7 +257,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_measuring(
 def test_a_folder_is_tried_with_more_than_a_few_bytes(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path; "
-        "from expertlink.bench.files import try_folder; "
+        "from expertlink.files import try_folder; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); try_folder(Path(sys.argv[1]))"
     )
     done = subprocess.run(

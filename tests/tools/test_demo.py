@@ -14,13 +14,13 @@ import torch
 
 from conftest import RankPools, interruptible
 from expertlink import MoECommunicator, __main__
-from expertlink.bench.trace import RoutingTrace
 from expertlink.demo.model import LanguageModel, ModelConfig
 from expertlink.demo.report import Check
 from expertlink.demo.text import Batches, Corpus
 from expertlink.demo.train import RankReport, TrainConfig, train_rank
 from expertlink.errors import InputError
 from expertlink.launch import RankContext
+from expertlink.workloads.trace import RoutingTrace
 
 SMALL = ModelConfig(
     hidden_size=32, num_layers=2, num_heads=2, sequence=16, num_experts=5, expert_width=16

@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from expertlink.bench.routings import RoutingSpec
 from expertlink.config import ENGINES, MAX_TOPK, MODES
 from expertlink.errors import ConfigurationError
 from expertlink.quantization import scale_columns
 from expertlink.types import BlockFormat, DispatchLayout
+from expertlink.workloads.routings import RoutingSpec
 
 LAYOUTS = tuple(layout.value for layout in DispatchLayout)
 QUANTIZATIONS = tuple(block_format.value for block_format in BlockFormat)

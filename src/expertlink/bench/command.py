@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from expertlink.bench.files import reason, try_folder
 from expertlink.bench.measure import measure_batch
 from expertlink.bench.options import (
     BenchOptions,
@@ -27,6 +26,7 @@ from expertlink.bench.records import Record, latest, read_records, write_records
 from expertlink.bench.runner import CaseResult, Job, run_on_own_ranks, run_under_torchrun
 from expertlink.bench.terminal import print_overlaps, print_records
 from expertlink.errors import ConfigurationError, ExpertlinkError
+from expertlink.files import reason, try_folder
 from expertlink.launch import RankContext, torchrun_context
 
 OK, FAILED, USAGE = 0, 1, 2

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import WireRows
-from expertlink.bench.check import expected_sum, mismatch, scaling_experts
 from expertlink.bench.clock import Clock
-from expertlink.bench.routings import RoutingSpec, draw_routing, draw_token_counts
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ExpertlinkError
 from expertlink.quantization import quantize
 from expertlink.types import DispatchHandle, QuantScales
+from expertlink.workloads.check import expected_sum, mismatch, scaling_experts
+from expertlink.workloads.routings import RoutingSpec, draw_routing, draw_token_counts
 
 _MOST_INPUT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 

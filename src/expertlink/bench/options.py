@@ -308,7 +308,7 @@ def under_torchrun() -> bool:
 
 
 def _trace_shape(path: Path) -> dict[str, list[int]]:
-    from expertlink.bench.trace import RoutingTrace
+    from expertlink.workloads.trace import RoutingTrace
 
     trace = RoutingTrace.load(path)
     return {"topk": [trace.topk], "experts": [trace.num_experts]}

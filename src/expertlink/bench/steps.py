@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from expertlink.bench.cases import RECV, SEND, Case, Plan
-from expertlink.bench.check import mismatch, scaling_experts
 from expertlink.bench.clock import capture
 from expertlink.bench.inputs import Input
 from expertlink.communicator import MoECommunicator
 from expertlink.types import DispatchBuffers, DispatchHandle, DispatchOutput
+from expertlink.workloads.check import mismatch, scaling_experts
 
 Dispatched = tuple[DispatchOutput, DispatchHandle]
 

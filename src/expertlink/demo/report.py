@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from expertlink.bench.trace import RoutingTrace
 from expertlink.demo.plots import plot_expert_load, plot_loss
 from expertlink.demo.train import RankReport, StepRecord, TrainConfig
+from expertlink.workloads.trace import RoutingTrace
 
 SUMMARY, LOSS, EXPERT_LOAD = "summary.json", "loss.png", "expert_load.png"
 TRACE = "routing_trace.npz"

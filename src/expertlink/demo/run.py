@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from expertlink.bench.files import reason, try_folder
 from expertlink.demo.model import ModelConfig
 from expertlink.demo.report import Check, Report, write_report
 from expertlink.demo.text import Corpus
 from expertlink.demo.train import RankReport, StepRecord, TrainConfig, train_rank
 from expertlink.errors import ConfigurationError, InputError
+from expertlink.files import reason, try_folder
 from expertlink.launch import RankContext, RankPool
 
 CHECKED_STEPS = 5

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlink.bench.trace import MAX_IDS, RoutingTrace
 from expertlink.errors import InputError
+from expertlink.workloads.trace import MAX_IDS, RoutingTrace
 
 
 def draw_trace(*shape: int, num_experts: int = 6, seed: int = 0) -> RoutingTrace:

@@ -225,7 +225,7 @@ def _trace_ids(
     path: str | Path | None, tokens_per_rank: list[int], experts: int, topk: int, index: int
 ) -> Tensor:
     # numpy comes with the optional packages of the command line.
-    from expertlink.bench.trace import RoutingTrace
+    from expertlink.workloads.trace import RoutingTrace
 
     if path is None:
         _refuse_trace("needs the file of a recorded trace (--trace)")

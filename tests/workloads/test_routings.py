@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlink.bench.routings import RoutingSpec, draw_routing, draw_token_counts
-from expertlink.bench.trace import RoutingTrace
 from expertlink.errors import InputError
+from expertlink.workloads.routings import RoutingSpec, draw_routing, draw_token_counts
+from expertlink.workloads.trace import RoutingTrace
 
 SPECS = ("balanced", "zipf", "zipf:0", "zipf:2.5", "one_hot", "masked", "masked:0", "masked:1")
 
