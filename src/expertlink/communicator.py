@@ -341,7 +341,7 @@ class MoECommunicator:
                 return_recv_hook=return_recv_hook,
             )
         except ExpertlinkError as error:
-            engine.refuse(_dispatch_operation(previous_handle), error)
+            raise _refused(engine, _dispatch_operation(previous_handle), error) from None
         if async_finish:
             return self._dispatch_queued(engine, call, previous_handle, topk_ids, overlap=None)
         if torch.is_grad_enabled():
@@ -398,7 +398,7 @@ class MoECommunicator:
                 num_sms=None if overlap is None else overlap.num_sms,
             )
         except ExpertlinkError as error:
-            engine.refuse(_dispatch_operation(previous_handle), error)
+            raise _refused(engine, _dispatch_operation(previous_handle), error) from None
         output, handle = self._dispatch_queued(
             engine, call, previous_handle, topk_ids, overlap=overlap
         )
@@ -588,7 +588,7 @@ class MoECommunicator:
                 return_recv_hook=return_recv_hook,
             )
         except ExpertlinkError as error:
-            engine.refuse(Operation.COMBINE, error)
+            raise _refused(engine, Operation.COMBINE, error) from None
         if async_finish:
             started, handle._finish = self._combine_queued(engine, call, handle, out, overlap=None)
             return _sums_of(started)
@@ -665,7 +665,7 @@ class MoECommunicator:
                 num_sms=None if overlap is None else overlap.num_sms,
             )
         except ExpertlinkError as error:
-            engine.refuse(Operation.COMBINE, error)
+            raise _refused(engine, Operation.COMBINE, error) from None
         started, wait = self._combine_queued(engine, call, handle, out, overlap=overlap)
         if started.weight_grads_TK is None:
             return Request(started.out_TH, wait)
@@ -845,6 +845,18 @@ class MoECommunicator:
     def clear_mask(self) -> None:
         """Lets all ranks take part again. Collective: every rank, those left out included."""
         self._ready().clear_mask()
+
+
+def _refused(engine: Engine, operation: Operation, error: ExpertlinkError) -> ExpertlinkError:
+    """Tells the other ranks of an error; returns what to raise.
+
+    Without the frames it came through: these hold the error, so it would keep them, and the
+    callers' tensors, until the next garbage collection.
+    """
+    try:
+        engine.refuse(operation, error)
+    except ExpertlinkError as final:
+        return final.with_traceback(None)
 
 
 def _dispatch_operation(previous_handle: DispatchHandle | None) -> Operation:

@@ -277,3 +277,29 @@ def test_unchecked_double_ids_never_write_out_of_bounds() -> None:
         with pytest.raises(InputError, match="expert 0 was chosen 8 times by at most 4 tokens"):
             comm.dispatch(torch.ones(T, H), twice, torch.ones(T, K))
         works(comm)
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+def test_a_refused_call_keeps_nothing_of_its_callers(operation: str) -> None:
+    """No frame of a refused call holds its error, so nothing waits for a garbage collection."""
+    comm = make()
+    out, handle = comm.dispatch(**good())
+
+    def call() -> None:
+        if operation == "dispatch":
+            comm.dispatch(torch.ones(2, 2), torch.zeros(2, 1, dtype=torch.int64))
+        else:
+            comm.combine(out.tokens[:, 1:], handle)
+
+    def refused() -> weakref.ref[torch.Tensor]:
+        large = torch.ones(3)
+        with pytest.raises(InputError):
+            call()
+        return weakref.ref(large)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert refused()() is None
+    finally:
+        gc.enable()

@@ -344,3 +344,20 @@ def test_mails_have_room_for_the_counts_of_all_who_share_the_memory(sharer: int)
     ]
     assert plans[0].holds(plans[1])
     assert not plans[0].holds(plans[2])
+
+
+@MODES
+@torch.no_grad()
+def test_the_default_device_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    """Host memory that kernels write is on the host, whatever torch makes by default."""
+    x, ids, weights = inputs()
+    torch.set_default_device("meta")
+    try:
+        torch.zeros(1)  # torch notes its own functions at first use, so before some are replaced
+        comm = FakeGpu(monkeypatch).communicator(**fields)
+        out, handle = comm.dispatch(x, ids, weights)
+        assert comm.combine(out.tokens, handle).device == x.device
+    finally:
+        torch.set_default_device("cpu")

@@ -95,7 +95,7 @@ class FakeGpu:
         placement = Placement.from_ranks(even_blocks(E, 1), num_ranks=1, device=CPU)
         mode = mode_of(config, placement)
         plan = mode.plan(config, 1)
-        local = torch.zeros(plan.total, dtype=torch.uint8)
+        local = torch.zeros(plan.total, dtype=torch.uint8, device=CPU)
         memory = make_memory(
             config, mode, plan, rank=0, buffer=_Memory(local), device=CPU, timeout_s=5.0
         )

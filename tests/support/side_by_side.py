@@ -6,6 +6,7 @@ in a capture, as processes may. Budgets are small, so that the blocks of all ran
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -141,6 +142,8 @@ class Rank(MoECommunicator):
 def run_ranks(num_ranks: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     """`job(world, rank, *args)` in a thread and on a stream for each rank; results by rank."""
     assert compiler.unavailable_reason() is None  # imports what threads must not import at once
+    # A graph that is freed in a thread that captures would end the capture.
+    gc.collect()
     world = World(num_ranks)
     streams = [torch.cuda.Stream(DEVICE) for _ in range(num_ranks)]
 

@@ -102,7 +102,7 @@ class Item:
             choices = (parts[0].to(device), parts[1].to(device), parts[2].to(device))
         sources = [inputs_of(case, source).x_TH for source in range(case.ranks)]
         drawn = torch.Generator().manual_seed(case.seed * 1000 + rank)
-        whole_TH = torch.randint(-4, 5, own.x_TH.shape, generator=drawn).to(own.x_TH.dtype)
+        whole_TH = torch.randint(-4, 5, own.x_TH.shape, generator=drawn)
         whole_weights_TK = torch.randint(1, 3, own.ids_TK.shape, generator=drawn)
         times = (whole_weights_TK * (own.ids_TK >= 0)).sum(1)
         if not case.layout.expanded:
@@ -127,8 +127,9 @@ class Item:
             choices=choices,
             combined=combined_of(case, rank).to(device),
             other_combined=combined_of(other, rank).to(device),
-            whole_TH=whole_TH.to(device),
+            whole_TH=whole_TH.to(own.x_TH.dtype).to(device),
             whole_weights_TK=whole_weights_TK.float().to(device),
+            # Of integers: a token without choices gets no -0.
             whole_result=(whole_TH * times[:, None]).to(own.x_TH.dtype).to(device),
             _rows=expert_rows(case, rank),
         )

@@ -85,7 +85,7 @@ class Watchdog:
     def __init__(self, *, rank: int, num_ranks: int, num_experts: int, timeout_s: float) -> None:
         self._rank, self._num_ranks = rank, num_ranks
         layout = control(num_ranks, num_experts)
-        self._pinned = torch.zeros(layout.size, dtype=torch.uint8, pin_memory=True)
+        self._pinned = torch.zeros(layout.size, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.address: int = self._pinned.data_ptr()
         self._words = layout.at(self.address)
         self._dead: str | None = None
