@@ -19,7 +19,7 @@ from expertlink.engines.nvlink.ll import plan as ll_plan
 from expertlink.engines.nvlink.ll.mode import LlMode
 from expertlink.engines.nvlink.mode import Mode
 from expertlink.engines.nvlink.rows import RowShape
-from expertlink.engines.nvlink.tuning import SHARED_BYTES, STATIC_BYTES
+from expertlink.engines.nvlink.tuning import HT_MAX_WARPS, SHARED_BYTES, STATIC_BYTES
 from expertlink.jit import compiler
 from expertlink.jit.compiler import CompiledKernel
 
@@ -122,11 +122,28 @@ def test_blocks_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None
     shape = BlockShape(config, num_ranks=ranks, num_local=-(-config.num_experts // ranks))
     for row_bytes in (0, 16, RowShape.of(config).row):
         assert shape.unavailable_reason(row_bytes) is None
-        assert shape.threads(row_bytes) <= 512
-        for counts in (True, False):
-            needed = shape.shared_bytes(row_bytes, counts=counts)
-            assert shape.warps(row_bytes) * shape.slot_bytes(row_bytes) <= needed
-            assert needed + STATIC_BYTES <= SHARED_BYTES
+        for movers in (shape.dispatch(row_bytes), shape.combine(row_bytes)):
+            assert 1 <= movers.warps <= HT_MAX_WARPS
+            assert movers.slot_bytes >= row_bytes
+            assert 1 <= movers.batch <= 32 // config.topk
+            for counts in (True, False):
+                needed = shape.shared_bytes(movers, counts=counts)
+                assert movers.warps * movers.warp_bytes <= needed
+                assert needed + STATIC_BYTES <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "warps", "batch"), [(14336, 14, 1), (7168, 13, 2), (4096, 14, 3), (256, 15, 4)]
+)
+def test_short_rows_share_the_memory_of_a_warp(row_bytes: int, warps: int, batch: int) -> None:
+    shape = BlockShape(config_of({"expert_alignment": 1}), num_ranks=4, num_local=64)
+    movers = shape.dispatch(row_bytes)
+    assert (movers.warps, movers.batch) == (warps, batch)
+
+
+def test_short_rows_need_lanes_for_all_choices() -> None:
+    shape = BlockShape(config_of({"topk": 32}), num_ranks=4, num_local=64)
+    assert shape.dispatch(256).batch == 1
 
 
 @pytest.mark.parametrize(("ranks", "fields"), LATENCY_CASES)

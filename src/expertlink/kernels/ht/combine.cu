@@ -36,7 +36,7 @@ __device__ __forceinline__ void write_grads(const CombineArguments& a, char* bes
 }
 
 // Sends back the rows that this warp takes.
-__device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring& ring, Slot slot,
+__device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring& ring, Slots slots,
                                                 const int* rows_from, int most) {
     const int lane = threadIdx.x % 32;
     const int arrivals = most * kNumRanks;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring&
     unsigned words = 0;  // rows posted
     const auto post_written = [&] {
         bulk_wait_written();
-        post(ring, written, words);
+        post(ring, lane == 0 ? written : -1, words);
     };
     int ticket = take(&a.state->next_send);
     for (int nth = taken(ticket); nth < arrivals; nth = taken(ticket)) {
@@ -59,22 +59,23 @@ __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring&
         const bool loads = !kExpanded && a.row_bytes != 0 && !own && exists(a, row);
         bulk_wait_read();
         __syncwarp();
-        if (loads && lane == 0)
-            slot.load(static_cast<const char*>(a.rows) + row * a.row_bytes, a.row_bytes);
-        if (a.flags & kGrads) write_grads(a, slot.row + a.row_bytes, row);
+        slots.load(loads && lane == 0, 0, static_cast<const char*>(a.rows) + row * a.row_bytes,
+                   a.row_bytes);
+        if (a.flags & kGrads) write_grads(a, slots.memory + a.row_bytes, row);
         const int at = a.rank * kMaxTokens + position;
         char* const peer = a.bases[source];
         post_written();
         if (kExpanded && a.row_bytes != 0) {
-            sum_choices(a, slot, row, staged_row(peer, at));
+            sum_choices(a, slots.memory, row, staged_row(peer, at));
             __syncwarp();  // one lane posts the row for all of them
         }
-        if (loads) slot.loaded();
+        if (loads) slots.loaded();
         __syncwarp();
         if (lane == 0) {
-            if (loads) bulk_store(staged_row(peer, at), slot.row, a.row_bytes);
+            if (loads) bulk_store(staged_row(peer, at), slots.memory, a.row_bytes);
             if (a.flags & kGrads)
-                bulk_store(staged_row(peer, at) + a.row_bytes, slot.row + a.row_bytes, kGradBytes);
+                bulk_store(staged_row(peer, at) + a.row_bytes, slots.memory + a.row_bytes,
+                           kGradBytes);
             bulk_commit();
             written = source * kMaxTokens + position;
         }
@@ -88,7 +89,7 @@ __device__ __forceinline__ bool return_rows(const CombineArguments& a, const Wat
     __shared__ int rows_from[kNumRanks];
     __shared__ int most;
     const int movers = blockDim.x / 32 - 1;
-    const Slot slot = open_slot(ring, shared, a.slot_bytes);
+    const Slots slots = open_slots(ring, shared, a.slot_bytes, a.warp_bytes);
     if (threadIdx.x == 0) most = 0;
     if (!peers_have_room(a, watch, false)) return false;
     for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
@@ -97,10 +98,10 @@ __device__ __forceinline__ bool return_rows(const CombineArguments& a, const Wat
     }
     __syncthreads();
     if (threadIdx.x / 32 < movers)
-        return_arrivals(a, ring, slot, rows_from, most);
+        return_arrivals(a, ring, slots, rows_from, most);
     else
         announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
-    close_slot(ring);
+    close_slots(ring);
     return true;
 }
 

@@ -1,10 +1,10 @@
 // Receiving half of a dispatch: every row that has arrived goes to its slots in the output, with
 // its ids, weights and scales. With zero copy the rows are in place already.
 //
-// Warps take rows in the order in which they are sent: the first row of every source, the second
-// row, and so on. Blocks that send join in when they have sent everything. Rows of this rank's own
-// tokens come straight from the input. In expanded layouts lane k carries the row to the slot of
-// choice k; in others lane 0 carries it to its only slot.
+// Warps take batches of rows in the order in which they are sent: the first row of every source,
+// the second row, and so on. Blocks that send join in when they have sent everything. Rows of this
+// rank's own tokens come straight from the input. In expanded layouts lane (b, k) carries the b-th
+// row to the slot of its choice k; in others lane (b, 0) carries it to its only slot.
 #pragma once
 
 #include "ht/count.cuh"
@@ -149,68 +149,66 @@ __device__ __forceinline__ void zero_gaps(const DispatchArguments& a, int warp, 
     }
 }
 
-constexpr int kBatch = 2;  // rows that a warp takes at a time
+// Clears the metadata of choice k of a row that does not exist.
+__device__ __forceinline__ void clear_choice(const DispatchArguments& a, const Arrival& arrival,
+                                             int k) {
+    const long long at = static_cast<long long>(arrival.row) * kTopk + k;
+    a.topk_ids[at] = -1;
+    if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
+}
 
-// Moves one row that has arrived. One warp.
-__device__ __forceinline__ void place_row(const DispatchArguments& a, const Groups& groups,
-                                          Slot& slot, Arrival arrival) {
-    const int lane = threadIdx.x % 32;
-    const int staged = arrival.source * kMaxTokens + arrival.position;
-    const bool own = arrival.source == a.rank;
-    arrival.token = own ? load_fresh(&a.own_tokens[arrival.position]) : 0;
-    bulk_wait_read();
-    __syncwarp();
-    if (lane == 0) {
-        fence_global_to_bulk();
-        slot.load(own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
-                      : staged_row(a.bases[a.rank], staged),
-                  a.row_bytes);
-    }
-    int target = lane < kTopk ? read_metadata(a, groups, arrival, lane) : -1;
-    if (!kExpanded && lane == 0 && arrival.row < a.max_slots) target = arrival.row;
-    if (a.scale_bytes)
-        for (int k = 0; k < (kExpanded ? kTopk : 1); ++k) {
-            const int to = __shfl_sync(0xffffffffu, target, k);
-            if (to >= 0)
-                copy_bytes(a.scales_out + static_cast<long long>(to) * a.scale_bytes,
-                           scales_of(a, arrival), a.scale_bytes);
-        }
-    slot.loaded();
-    if (target >= 0) {
-        bulk_store(a.tokens + static_cast<long long>(target) * a.row_bytes, slot.row, a.row_bytes);
-        bulk_commit();
+// Copies the scales of a batch to the slots of its rows. Lane (b, k): `target` is a slot, or -1.
+__device__ __forceinline__ void place_scales(const DispatchArguments& a, const Arrival& arrival,
+                                             bool exists, int target) {
+    const unsigned long long scales =
+        exists ? reinterpret_cast<unsigned long long>(scales_of(a, arrival)) : 0;
+    unsigned targets = __ballot_sync(0xffffffffu, target >= 0);
+    for (; targets; targets &= targets - 1) {
+        const int lane = __ffs(targets) - 1;
+        const long long to = __shfl_sync(0xffffffffu, target, lane);
+        copy_bytes(a.scales_out + to * a.scale_bytes,
+                   reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, scales, lane)),
+                   a.scale_bytes);
     }
 }
 
 // Moves the rows that this warp takes.
 __device__ __forceinline__ bool place_staged(const DispatchArguments& a, const Watch& watch,
-                                             const Groups& groups, Slot slot) {
-    const int lane = threadIdx.x % 32;
+                                             const Groups& groups, Slots slots) {
+    const int lane = threadIdx.x % 32, b = lane / kRowLanes, k = lane % kRowLanes;
+    const int batch = kMostBatch == 1 ? 1 : a.batch;
     const int arrivals = groups.most * kNumRanks;
-    int ticket = take(&a.state->next_place, kBatch);
+    int ticket = take(&a.state->next_place, batch);
     for (int first = taken(ticket); first < arrivals; first = taken(ticket)) {
-        ticket = take(&a.state->next_place, kBatch);
-        // Lane i waits for the i-th row of the batch.
-        Arrival own;
-        const bool waits = arrival_at(a, groups, first + lane, own) && lane < kBatch &&
-                           first + lane < arrivals && own.source != a.rank;
-        const unsigned* const flag = flag_of(a, own);
-        const unsigned seen = waits ? load_acquire_system(flag) : watch.transfer;
-        const unsigned here = __ballot_sync(0xffffffffu, reached(seen, watch.transfer));
-        for (int i = 0; i < kBatch && first + i < arrivals; ++i) {
-            Arrival arrival;
-            if (!arrival_at(a, groups, first + i, arrival)) {
-                if (kLayoutIsRankMajor) clear_choices(a, arrival.row);
-                continue;
-            }
-            if (!(here >> i & 1u)) {
-                bool came = true;
-                if (lane == i)
-                    came = wait_until(flag, watch.transfer, watch, kPhaseRow, own.source,
-                                      own.position);
-                if (!__all_sync(0xffffffffu, came)) return false;
-            }
-            place_row(a, groups, slot, arrival);
+        ticket = take(&a.state->next_place, batch);
+        const int nth = first + b;
+        const bool in_batch = b < batch && nth < arrivals;
+        Arrival arrival;
+        const bool exists = arrival_at(a, groups, nth, arrival) && in_batch;
+        if (kLayoutIsRankMajor && in_batch && !exists && k < kTopk) clear_choice(a, arrival, k);
+        const bool own = arrival.source == a.rank, leads = exists && k == 0;
+        arrival.token = exists && own ? load_fresh(&a.own_tokens[arrival.position]) : 0;
+        bool here = true;
+        if (leads && !own)
+            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow, arrival.source,
+                              arrival.position);
+        if (!__all_sync(0xffffffffu, here)) return false;
+        bulk_wait_read();
+        __syncwarp();  // every lane may read what one of them has acquired
+        if (leads) fence_global_to_bulk();
+        slots.load(
+            leads, b,
+            own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
+                : staged_row(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position),
+            a.row_bytes);
+        int target = exists && k < kTopk ? read_metadata(a, groups, arrival, k) : -1;
+        if (!kExpanded && leads && arrival.row < a.max_slots) target = arrival.row;
+        if (a.scale_bytes) place_scales(a, arrival, exists, target);
+        if (__any_sync(0xffffffffu, leads)) slots.loaded();
+        if (target >= 0) {
+            bulk_store(a.tokens + static_cast<long long>(target) * a.row_bytes, slots.row(b),
+                       a.row_bytes);
+            bulk_commit();
         }
     }
     return true;
@@ -219,14 +217,12 @@ __device__ __forceinline__ bool place_staged(const DispatchArguments& a, const W
 // Zero copy: the rows are in place, their metadata are not. Lanes share out rows and choices.
 __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, const Watch& watch,
                                                  const Groups& groups) {
-    constexpr int kRows = kTopk <= 4 ? 8 : kTopk <= 8 ? 4 : kTopk <= 16 ? 2 : 1;  // of a warp
-    constexpr int kLanes = 32 / kRows;                                            // of a row
-    const int lane = threadIdx.x % 32, k = lane % kLanes;
+    const int lane = threadIdx.x % 32, k = lane % kRowLanes;
     const int arrivals = groups.most * kNumRanks;
-    int ticket = take(&a.state->next_place, kRows);
+    int ticket = take(&a.state->next_place, kMostBatch);
     for (int first = taken(ticket); first < arrivals; first = taken(ticket)) {
-        ticket = take(&a.state->next_place, kRows);
-        const int nth = first + lane / kLanes;
+        ticket = take(&a.state->next_place, kMostBatch);
+        const int nth = first + lane / kRowLanes;
         Arrival arrival;
         const bool exists = arrival_at(a, groups, nth, arrival) && nth < arrivals;
         bool here = true;
@@ -239,12 +235,10 @@ __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, con
                 arrival.source == a.rank ? load_fresh(&a.own_tokens[arrival.position]) : 0;
             if (k < kTopk) read_metadata(a, groups, arrival, k);
         } else if (kLayoutIsRankMajor && nth < arrivals && k < kTopk) {
-            const long long at = static_cast<long long>(arrival.row) * kTopk + k;
-            a.topk_ids[at] = -1;
-            if (a.topk_weights != nullptr) a.topk_weights[at] = 0.0f;
+            clear_choice(a, arrival, k);
         }
         if (a.scale_bytes && exists && arrival.row < a.max_slots)
-            for (int i = k; i < a.scale_bytes; i += kLanes)
+            for (int i = k; i < a.scale_bytes; i += kRowLanes)
                 a.scales_out[static_cast<long long>(arrival.row) * a.scale_bytes + i] =
                     *reinterpret_cast<const volatile char*>(scales_of(a, arrival) + i);
     }
@@ -256,14 +250,14 @@ __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, con
 __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Watch& watch,
                                            char* shared, Ring& ring) {
     __shared__ Groups groups;
-    __shared__ int slots[kExpanded ? kMostSharedSlots : 1];
+    __shared__ int first_slots[kExpanded ? kMostSharedSlots : 1];
     const int movers = blockDim.x / 32 - 1;
-    const Slot slot = open_slot(ring, shared, a.slot_bytes);
-    load_groups(a, groups, kNumRanks * a.num_local <= kMostSharedSlots ? slots : nullptr);
+    const Slots slots = open_slots(ring, shared, a.slot_bytes, a.warp_bytes);
+    load_groups(a, groups, kNumRanks * a.num_local <= kMostSharedSlots ? first_slots : nullptr);
     bool fine = true;
     if (threadIdx.x / 32 < movers) {
         fine =
-            kZeroCopy ? receive_in_place(a, watch, groups) : place_staged(a, watch, groups, slot);
+            kZeroCopy ? receive_in_place(a, watch, groups) : place_staged(a, watch, groups, slots);
         const int num_warps = movers * gridDim.x;
         const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
         if (fine && kClearsRest) {
@@ -279,7 +273,7 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Wat
     if (!(a.flags & kCount) && a.flags & kSend && blockIdx.x == gridDim.x - 1 &&
         threadIdx.x / 32 == movers)
         fine = check_headers(a, watch);
-    close_slot(ring);
+    close_slots(ring);
     return fine;
 }
 

@@ -1,42 +1,60 @@
-// What the warps of a block share: for each warp a slot of shared memory with room for one row and
-// its metadata, and a mailbox in which it posts the rows that have been written.
+// What the warps of a block share: for each warp shared memory with room for a batch of rows and
+// their metadata, and a mailbox in which it posts the rows that have been written.
 #pragma once
 
 #include "ht/peers.cuh"
 
 namespace ht {
 
-struct Slot {
-    char* row;  // its metadata follow
+// Lanes of a warp that see to each row of a batch: at least one for every choice.
+constexpr int kRowLanes = 32 / kMostBatch;
+static_assert(kTopk <= kRowLanes);
+
+__device__ __forceinline__ unsigned lanes_of_row(int index) {
+    return (kRowLanes == 32 ? 0xffffffffu : (1u << kRowLanes) - 1u) << (index * kRowLanes);
+}
+
+// Room for a batch of rows, one behind the other.
+struct Slots {
+    char* memory;
+    int stride;  // bytes from one row to the next
     unsigned long long* barrier;
     unsigned parity;
 
-    // Starts loading a row. One lane.
-    __device__ __forceinline__ void load(const char* source, int bytes) {
-        bulk_load(row, source, bytes, barrier);
+    // Where the row of a batch is. Its metadata follow.
+    __device__ __forceinline__ char* row(int index) const { return memory + index * stride; }
+
+    // Starts loading rows of `bytes` each: lanes with `loads` have one each. Every lane.
+    __device__ __forceinline__ void load(bool loads, int index, const char* source, int bytes) {
+        const unsigned loading = __ballot_sync(0xffffffffu, loads);
+        if (loading == 0) return;
+        if (threadIdx.x % 32 == 0) barrier_expect(barrier, __popc(loading) * bytes);
+        __syncwarp();  // bytes are expected before they come
+        if (loads) bulk_copy(row(index), source, bytes, barrier);
     }
 
-    // Waits until the row is there. Every lane.
+    // Waits until the rows are there. Every lane.
     __device__ __forceinline__ void loaded() {
         bulk_load_wait(barrier, parity);
         parity ^= 1u;
     }
 };
 
-constexpr int kMailboxDepth = 2;  // rows of a warp that may wait to be announced
+constexpr int kMailboxDepth = 2;  // batches of a warp that may wait to be announced
 
 // Static shared memory of a block.
 struct Ring {
     unsigned long long barriers[kMaxWarps];
-    int codes[kMaxWarps][kMailboxDepth]
-             [kCopies];          // rank * kMaxTokens + position of an announced row
-    unsigned posted[kMaxWarps];  // rows put into the mailbox
-    unsigned taken[kMaxWarps];   // rows taken out of it
-    unsigned finished;           // warps that will post no more
+    int codes[kMaxWarps][kMailboxDepth][32];  // rank * kMaxTokens + position of announced rows
+    unsigned posted[kMaxWarps];               // batches put into the mailbox
+    unsigned taken[kMaxWarps];                // batches taken out of it
+    unsigned finished;                        // warps that will post no more
 };
 
-// Every thread of the block. Warps beyond the last slot get one that they must not use.
-__device__ __forceinline__ Slot open_slot(Ring& ring, char* shared, int slot_bytes) {
+// Every thread of the block. Each warp has `warp_bytes`. The last warp gets slots that it must not
+// use.
+__device__ __forceinline__ Slots open_slots(Ring& ring, char* shared, int slot_bytes,
+                                            int warp_bytes) {
     const int warp = threadIdx.x / 32;
     if (threadIdx.x < kMaxWarps) {
         barrier_init(&ring.barriers[threadIdx.x]);
@@ -45,11 +63,10 @@ __device__ __forceinline__ Slot open_slot(Ring& ring, char* shared, int slot_byt
     if (threadIdx.x == 0) ring.finished = 0;
     fence_shared_to_bulk();  // the memory may have been used by ordinary stores
     __syncthreads();
-    return {shared + static_cast<long long>(warp) * slot_bytes,
-            &ring.barriers[min(warp, kMaxWarps - 1)], 0};
+    return {shared + warp * warp_bytes, slot_bytes, &ring.barriers[min(warp, kMaxWarps - 1)], 0};
 }
 
-__device__ __forceinline__ void close_slot(Ring& ring) {
+__device__ __forceinline__ void close_slots(Ring& ring) {
     __syncthreads();
     if (threadIdx.x < kMaxWarps) barrier_inval(&ring.barriers[threadIdx.x]);
     __syncthreads();
@@ -87,14 +104,14 @@ __device__ __forceinline__ void copy_bytes(char* target, const char* source, int
 // A release at system scope takes longer than a row does. So the warps that move rows only post
 // those whose bytes are written. One warp announces the rows of all of them after one fence.
 
-// Posts a row. Lane d: `code` is the row at its d-th destination, which has been written, or -1.
+// Posts a batch. Every lane: `code` is a row at a destination, which has been written, or -1.
 __device__ __forceinline__ void post(Ring& ring, int code, unsigned& count) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // Acquire: the announcing warp has read what is overwritten. It waits for nobody, so there will
     // be room.
     while (count - load_acquire_block(&ring.taken[warp]) >= kMailboxDepth) {
     }
-    if (lane < kCopies) ring.codes[warp][count % kMailboxDepth][lane] = code;
+    ring.codes[warp][count % kMailboxDepth][lane] = code;
     ++count;
     __syncwarp();
     // Release: the codes come before their number.
@@ -110,7 +127,7 @@ __device__ __forceinline__ void finish_posting(Ring& ring) {
 __device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, int rank,
                                               unsigned transfer, int num_warps) {
     const int lane = threadIdx.x % 32;
-    unsigned done = 0;  // rows of warp `lane` that have been announced
+    unsigned done = 0;  // batches of warp `lane` that have been announced
     for (;;) {
         // Acquire, and read before the mailboxes: once all have finished, these hold all there will
         // be.
@@ -129,7 +146,7 @@ __device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, in
             const int warp = __ffs(fresh) - 1;
             const unsigned until = __shfl_sync(0xffffffffu, posted, warp);
             for (unsigned n = __shfl_sync(0xffffffffu, done, warp); n != until; ++n) {
-                const int code = lane < kCopies ? ring.codes[warp][n % kMailboxDepth][lane] : -1;
+                const int code = ring.codes[warp][n % kMailboxDepth][lane];
                 if (code < 0) continue;
                 const int at = rank * kMaxTokens + code % kMaxTokens;
                 store_relaxed_system(arrival_flag(bases[code / kMaxTokens], at), transfer);

@@ -1,8 +1,9 @@
 // Sending half of a dispatch: every token is loaded once and stored once at each destination rank.
 //
-// Warps take tokens from a counter. The last warp of the block announces what the others have
-// written. Lane d carries the row to the token's d-th destination: it issues the bulk stores, and
-// waits for them while the next row is being loaded.
+// Warps take batches of tokens from a counter: rows that are short share a warp's memory. The last
+// warp of the block announces what the others have written. Lane (b, d) carries the row of the b-th
+// token to its d-th destination: it issues the bulk stores, and waits for them while the next batch
+// is being loaded.
 #pragma once
 
 #include "ht/count.cuh"
@@ -10,56 +11,69 @@
 
 namespace ht {
 
-__device__ __forceinline__ void write_metadata(const DispatchArguments& a, char* beside,
-                                               int token) {
-    const int lane = threadIdx.x % 32;
-    if (lane < kTopk) {
-        const long long at = static_cast<long long>(token) * kTopk + lane;
+// Writes the metadata of a batch. Lane (b, k): `token` is the b-th one, `sends` says that its row
+// goes anywhere.
+__device__ __forceinline__ void write_metadata(const DispatchArguments& a, const Slots& slots,
+                                               int token, bool sends) {
+    const int lane = threadIdx.x % 32, b = lane / kRowLanes, k = lane % kRowLanes;
+    char* const metadata = slots.row(b) + a.row_bytes;
+    if (sends && k < kTopk) {
+        const long long at = static_cast<long long>(token) * kTopk + k;
         if (!(a.flags & kCached)) {
-            const int expert = expert_of(a, token, lane);
-            reinterpret_cast<int*>(beside)[lane] = expert < 0 ? -1 : a.expert_location[expert];
+            const int expert = expert_of(a, token, k);
+            reinterpret_cast<int*>(metadata)[k] = expert < 0 ? -1 : a.expert_location[expert];
             if (kExpanded)
-                reinterpret_cast<int*>(beside + kPlacesAt)[lane] = load_fresh(&a.ordinals[at]);
+                reinterpret_cast<int*>(metadata + kPlacesAt)[k] = load_fresh(&a.ordinals[at]);
         }
         if (a.flags & kNewWeights)
-            reinterpret_cast<float*>(beside + kWeightsAt)[lane] = a.weights[at];
+            reinterpret_cast<float*>(metadata + kWeightsAt)[k] = a.weights[at];
     }
-    if (a.scale_bytes)
-        copy_bytes(beside + kScalesAt, a.scales + static_cast<long long>(token) * a.scale_bytes,
-                   a.scale_bytes);
+    if (a.scale_bytes) {
+        unsigned rows = __ballot_sync(0xffffffffu, sends && k == 0);
+        for (; rows; rows &= rows - 1) {
+            const int from = __ffs(rows) - 1;
+            const long long other = __shfl_sync(0xffffffffu, token, from);
+            copy_bytes(slots.row(from / kRowLanes) + a.row_bytes + kScalesAt,
+                       a.scales + other * a.scale_bytes, a.scale_bytes);
+        }
+    }
     fence_shared_to_bulk();
 }
 
 // Sends the tokens that this warp takes.
-__device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ring, Slot slot,
+__device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ring, Slots slots,
                                             const int* pools) {
-    const int lane = threadIdx.x % 32;
-    const auto destination = [&](int token) {
-        if (lane >= kCopies || token >= a.num_tokens) return -1;
-        const int code = load_fresh(&a.slots_of_token[token * kCopies + lane]);
+    const int lane = threadIdx.x % 32, b = lane / kRowLanes, d = lane % kRowLanes;
+    const int batch = kMostBatch == 1 ? 1 : a.batch;
+    const auto destination = [&](int first) {
+        const int token = first + b;
+        if (b >= batch || d >= kCopies || token >= a.num_tokens) return -1;
+        const int code = load_fresh(&a.slots_of_token[token * kCopies + d]);
         // Rows for experts of this rank are placed from the input, unless all rows go to the pool.
         const bool placed = !kZeroCopy && code / kMaxTokens == a.rank;
         return placed ? -1 : code;
     };
 
-    int token = taken(take(&a.state->next_send));
-    int next = taken(take(&a.state->next_send));
-    int written = -1;    // the row before, at this lane's destination
-    unsigned words = 0;  // rows posted
-    for (int next_code = destination(token); token < a.num_tokens;) {
-        const int current = token, code = next_code;
-        const int ticket = take(&a.state->next_send);
+    int first = taken(take(&a.state->next_send, batch));
+    int next = taken(take(&a.state->next_send, batch));
+    int written = -1;    // of the batch before: the row at this lane's destination
+    unsigned posts = 0;  // batches posted
+    for (int next_code = destination(first); first < a.num_tokens;) {
+        const int token = first + b, code = next_code;
+        const int ticket = take(&a.state->next_send, batch);
         next_code = destination(next);
-        token = next;
-        const auto move_on = [&] { next = taken(ticket); };
-        if (!__any_sync(0xffffffffu, code >= 0)) {
-            move_on();
+        first = next;
+        const unsigned going = __ballot_sync(0xffffffffu, code >= 0);
+        if (going == 0) {
+            next = taken(ticket);
             continue;
         }
+        const bool sends = (going & lanes_of_row(b)) != 0;
         bulk_wait_read();
         __syncwarp();
-        if (lane == 0) slot.load(a.x + static_cast<long long>(current) * a.row_bytes, a.row_bytes);
-        if (a.metadata_bytes) write_metadata(a, slot.row + a.row_bytes, current);
+        slots.load(sends && d == 0, b, a.x + static_cast<long long>(token) * a.row_bytes,
+                   a.row_bytes);
+        if (a.metadata_bytes) write_metadata(a, slots, token, sends);
         const int rank = max(code, 0) / kMaxTokens, position = max(code, 0) % kMaxTokens;
         const int at = a.rank * kMaxTokens + position;
         char* const base = a.bases[rank];
@@ -69,21 +83,21 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
                 base + kPoolAt + pools[rank] * kPoolBytes +
                 static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) * a.row_bytes;
         bulk_wait_written();
-        post(ring, written, words);
-        slot.loaded();
+        post(ring, written, posts);
+        slots.loaded();
         if (code >= 0) {
             const bool apart = kZeroCopy && a.metadata_bytes;
-            bulk_store(target, slot.row, a.row_bytes + (apart ? 0 : a.metadata_bytes));
+            bulk_store(target, slots.row(b), a.row_bytes + (apart ? 0 : a.metadata_bytes));
             if (apart)
-                bulk_store(staged_metadata(base, at, a.row_bytes), slot.row + a.row_bytes,
+                bulk_store(staged_metadata(base, at, a.row_bytes), slots.row(b) + a.row_bytes,
                            a.metadata_bytes);
             bulk_commit();
         }
         written = code;
-        move_on();
+        next = taken(ticket);
     }
     bulk_wait_written();
-    post(ring, written, words);
+    post(ring, written, posts);
     finish_posting(ring);
 }
 
@@ -104,12 +118,12 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
         if (!__syncthreads_and(same)) return true;
     }
     const int movers = blockDim.x / 32 - 1;
-    const Slot slot = open_slot(ring, shared, a.slot_bytes);
+    const Slots slots = open_slots(ring, shared, a.slot_bytes, a.warp_bytes);
     if (threadIdx.x / 32 < movers)
-        send_tokens(a, ring, slot, pools);
+        send_tokens(a, ring, slots, pools);
     else
         announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
-    close_slot(ring);
+    close_slots(ring);
     return true;
 }
 

@@ -121,8 +121,8 @@ __device__ __forceinline__ void sum_rows(char* memory, int slot_bytes, const cha
 }
 
 // The partial sum of an arrival's choices in top-k order, into the memory of a peer.
-__device__ __forceinline__ void sum_choices(const CombineArguments& a, const Slot& slot,
-                                            long long row, char* out) {
+__device__ __forceinline__ void sum_choices(const CombineArguments& a, char* memory, long long row,
+                                            char* out) {
     const int lane = threadIdx.x % 32;
     int choice = -1;
     float weight = 1.0f;  // a product with one is exact
@@ -140,7 +140,7 @@ __device__ __forceinline__ void sum_choices(const CombineArguments& a, const Slo
     weight = __shfl_sync(0xffffffffu, weight, from);
     const char* const term =
         static_cast<const char*>(a.rows) + static_cast<long long>(max(choice, 0)) * a.row_bytes;
-    sum_rows<true>(slot.row, a.row_bytes, term, weight, terms, a.row_bytes, out);
+    sum_rows<true>(memory, a.row_bytes, term, weight, terms, a.row_bytes, out);
 }
 
 }  // namespace ht

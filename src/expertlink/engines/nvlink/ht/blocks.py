@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink import tuning
-from expertlink.engines.nvlink.ht.plan import count_columns, shared_table_words
+from expertlink.engines.nvlink.ht.plan import count_columns, most_batch, shared_table_words
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.layouts import align
+
+
+class Movers(NamedTuple):
+    """Warps of a block that move rows, and their shared memory.
+
+    Attributes:
+        warps: how many.
+        slot_bytes: of a row.
+        batch: rows that a warp moves at a time; short ones share its memory.
+    """
+
+    warps: int
+    slot_bytes: int
+    batch: int
+
+    @property
+    def warp_bytes(self) -> int:
+        """Shared memory of a warp."""
+        return self.batch * self.slot_bytes
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one more warp announces what these have written."""
+        return 32 * (self.warps + 1)
 
 
 class BlockShape:
@@ -32,31 +58,38 @@ class BlockShape:
         self._columns = count_columns(config, num_ranks)
         table = shared_table_words(config, num_ranks)
         self._plan_bytes = 4 * (2 * num_ranks + num_local + 1 + table)
-        self._max_warps = max_warps
+        self._max_warps, self._most_batch = max_warps, most_batch(config)
 
     def slot_bytes(self, row_bytes: int) -> int:
-        """Shared memory of a warp that moves rows."""
+        """Shared memory of a row with its metadata."""
         return align(row_bytes + self._metadata, 128)
 
-    def warps(self, row_bytes: int) -> int:
-        """Warps that move rows, each with one of its own in shared memory."""
-        return max(1, min(self._max_warps, self._room // self.slot_bytes(row_bytes)))
+    def dispatch(self, row_bytes: int) -> Movers:
+        """Most rows of all warps together; of shapes with as many, the one with more warps."""
+        least = min(self._max_warps, tuning.HT_LEAST_WARPS)
+        shapes = [self._movers(row_bytes, batch) for batch in range(1, self._most_batch + 1)]
+        fitting = [shape for shape in shapes[1:] if shape.warps >= least]
+        return max([shapes[0], *fitting], key=lambda shape: shape.warps * shape.batch)
 
-    def threads(self, row_bytes: int) -> int:
-        """Threads of a block."""
-        return 32 * (self.warps(row_bytes) + 1)
+    def combine(self, row_bytes: int) -> Movers:
+        """One row for each warp."""
+        return self._movers(row_bytes, 1)
+
+    def _movers(self, row_bytes: int, batch: int) -> Movers:
+        slot = self.slot_bytes(row_bytes)
+        fitting = self._room // (batch * slot)
+        return Movers(max(batch == 1, min(self._max_warps, fitting)), slot, batch)
 
     def groups(self, warps: int) -> int:
         """Masks of 32 tokens that counting can hold at a time."""
         return min(warps, self._room // (4 * self._columns) - 2)
 
-    def shared_bytes(self, row_bytes: int, *, counts: bool) -> int:
+    def shared_bytes(self, movers: Movers, *, counts: bool) -> int:
         """Dynamic shared memory of a block."""
-        warps = self.warps(row_bytes)
-        ring = warps * self.slot_bytes(row_bytes)
+        ring = movers.warps * movers.warp_bytes
         if not counts:
             return ring
-        return max(ring, 4 * (self.groups(warps) + 2) * self._columns, self._plan_bytes)
+        return max(ring, 4 * (self.groups(movers.warps) + 2) * self._columns, self._plan_bytes)
 
     def unavailable_reason(self, row_bytes: int) -> str | None:
         """Why a communicator is too large for these kernels, or None."""

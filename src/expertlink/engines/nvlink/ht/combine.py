@@ -26,10 +26,12 @@ _KERNEL = KernelName.COMBINE
 
 
 class CombineLaunch(NamedTuple):
-    """A launch, and what the kernel is told of it: sending blocks, shared memory of a warp."""
+    """A launch, and what the kernel is told of it: sending blocks, the warps' memory."""
 
     num_senders: int
     slot_bytes: int
+    warp_bytes: int
+    batch: int
     launch: Launch
 
 
@@ -55,12 +57,19 @@ class CombinePlanner:
         if config.layout.expanded:
             share = tuning.HT_COMBINE_SENDERS_EXPANDED
         senders, total = split_blocks(total, senders=share)
+        movers = blocks.combine(row_bytes)
         launch = Launch(
             grid=total,
-            block=blocks.threads(row_bytes),
-            shared_bytes=blocks.shared_bytes(row_bytes, counts=False),
+            block=movers.threads,
+            shared_bytes=blocks.shared_bytes(movers, counts=False),
         )
-        return CombineLaunch(senders, blocks.slot_bytes(row_bytes), launch)
+        return CombineLaunch(
+            num_senders=senders,
+            slot_bytes=movers.slot_bytes,
+            warp_bytes=movers.warp_bytes,
+            batch=movers.batch,
+            launch=launch,
+        )
 
 
 class HtCombiner:
@@ -140,6 +149,7 @@ class HtCombiner:
         a.rows_from = block + at["rows_from"]
         a.first_row = block + at["first_row"]
         a.choices_of_row = block + at["choices"]
-        a.num_senders, a.slot_bytes, launch = self._launches[row_bytes, num_sms]
+        plan = self._launches[row_bytes, num_sms]
+        a.num_senders, a.slot_bytes, a.warp_bytes, a.batch, launch = plan
         self._run(_KERNEL, a, launch)
         return grads_TK

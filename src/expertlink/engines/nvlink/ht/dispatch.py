@@ -59,11 +59,13 @@ class Started:
 class DispatchLaunch(NamedTuple):
     """A launch, and what the kernel is told of it.
 
-    Sending blocks, shared memory of a warp, masks of 32 tokens that are counted at once.
+    Sending blocks, the warps' memory, masks of 32 tokens that are counted at once.
     """
 
     num_senders: int
     slot_bytes: int
+    warp_bytes: int
+    batch: int
     groups: int
     launch: Launch
 
@@ -100,15 +102,22 @@ class DispatchPlanner:
         senders, total = split_blocks(total, senders=share)
         if config.zero_copy:  # little is left to do for those who do not send
             senders = max(1, total - max(1, total // tuning.HT_ZERO_COPY_PLACERS))
+        movers = blocks.dispatch(row_bytes)
         launch = Launch(
             grid=total if sends else max(1, total - senders),
-            block=blocks.threads(row_bytes),
-            shared_bytes=blocks.shared_bytes(row_bytes, counts=bool(counts)),
+            block=movers.threads,
+            shared_bytes=blocks.shared_bytes(movers, counts=bool(counts)),
             follows=not sends,
             local=not sends,
         )
-        groups = blocks.groups(blocks.warps(row_bytes))
-        return DispatchLaunch(senders if sends else 0, blocks.slot_bytes(row_bytes), groups, launch)
+        return DispatchLaunch(
+            num_senders=senders if sends else 0,
+            slot_bytes=movers.slot_bytes,
+            warp_bytes=movers.warp_bytes,
+            batch=movers.batch,
+            groups=blocks.groups(movers.warps),
+            launch=launch,
+        )
 
 
 class HtDispatcher:
@@ -448,7 +457,8 @@ class HtDispatcher:
         """Queues one kernel; without `sends` it places what the one before it has sent."""
         a = self._arguments
         key = (a.row_bytes, call.num_sms, sends, a.flags & _COUNT)
-        a.num_senders, a.slot_bytes, a.groups, launch = self._launches[key]
+        plan = self._launches[key]
+        a.num_senders, a.slot_bytes, a.warp_bytes, a.batch, a.groups, launch = plan
         self._run(_KERNEL, a, launch)
 
     def _discard(self) -> None:

@@ -128,6 +128,11 @@ def shared_table_words(config: MoECommunicatorConfig, num_ranks: int) -> int:
     return words if words <= tuning.HT_SHARED_TABLE else 0
 
 
+def most_batch(config: MoECommunicatorConfig) -> int:
+    """Most rows that a warp moves at a time: each needs a lane for every choice."""
+    return min(tuning.HT_MOST_BATCH, 32 >> (config.topk - 1).bit_length())
+
+
 def constants_of(
     config: MoECommunicatorConfig, plan: HtPlan, *, num_ranks: int
 ) -> dict[str, int | bool]:
@@ -143,6 +148,7 @@ def constants_of(
         "kColumns": count_columns(config, num_ranks),
         "kTableIsShared": shared_table_words(config, num_ranks) > 0,
         "kMaxWarps": tuning.HT_MAX_WARPS,
+        "kMostBatch": most_batch(config),
         "kMostSharedSlots": tuning.HT_SHARED_SLOTS,
         "kZeroCopy": config.zero_copy,
         # On GPUs, ids are checked only if the configuration says so.
