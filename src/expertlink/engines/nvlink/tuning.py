@@ -24,11 +24,12 @@ HT_MAX_WARPS = 15
 """Warps of a block that move rows; one more announces them ("arrival flags, combine")."""
 
 HT_MOST_BATCH = 8
-"""Most rows that a warp moves at a time. Not measured: a warp has lanes for four rows with K=8."""
+"""Most rows that a warp of a dispatch moves at a time: four with K=8, which takes a lane for every
+choice ("rows of one dispatch under way in a warp")."""
 
 HT_LEAST_WARPS = 12
-"""Warps of a dispatch's block, at least, where its rows share the memory of a warp ("several short
-rows in a warp")."""
+"""Warps of a dispatch's block, at least, where short rows share the memory of a warp (the same
+row). Other numbers were not measured."""
 
 HT_SHARED_SLOTS = 512
 """First slots of groups that placing keeps in shared memory. Not measured."""
