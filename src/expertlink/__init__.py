@@ -4,7 +4,7 @@
 expert outputs back. Start at `MoECommunicator`.
 """
 
-from expertlink._version import __version__
+from expertlink.about import __version__
 from expertlink.communicator import MoECommunicator
 from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import (

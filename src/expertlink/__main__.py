@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from expertlink.about import NEEDED, version
 from expertlink.errors import ExpertlinkError
-
-NEEDED = ("matplotlib", "numpy", "rich", "typer")
-"""What the command line imports beyond torch; `doctor` and `--version` need none of it."""
 
 
 def main() -> None:
@@ -30,18 +28,6 @@ def main() -> None:
 def missing() -> list[str]:
     """Names in `NEEDED` that are not installed."""
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
-
-
-def version() -> str:
-    """One line for `--version` and for reports of defects."""
-    import platform
-
-    import torch
-
-    from expertlink import __version__
-
-    python = platform.python_version()
-    return f"expertlink {__version__}, torch {torch.__version__}, Python {python}"
 
 
 def _run_bare(arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from expertlink.__main__ import version
+        from expertlink.about import version
 
         typer.echo(version())
         raise typer.Exit

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from expertlink.__main__ import NEEDED
+from expertlink.about import NEEDED
 from expertlink.settings import VARIABLES
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from expertlink import __version__, doctor
-from expertlink.__main__ import NEEDED
+from expertlink.about import NEEDED
 from expertlink.cli import app
 from expertlink.doctor import Check, exit_code, run_checks
 from expertlink.settings import TIMEOUT, VARIABLES

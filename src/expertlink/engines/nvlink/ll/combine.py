@@ -15,7 +15,7 @@ from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.launch import KernelName, Launch, Run
 from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.arguments import COMBINE, Flag, signature
-from expertlink.engines.nvlink.ll.halves import HalvesLauncher, LlLaunch
+from expertlink.engines.nvlink.ll.launch import HalvesLauncher, LlLaunch
 from expertlink.engines.nvlink.ll.tables import LlRoute
 from expertlink.engines.nvlink.tables import TableLayout
 from expertlink.engines.ranks.header import Operation

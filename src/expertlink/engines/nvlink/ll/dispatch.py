@@ -19,7 +19,7 @@ from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.launch import KernelName, Launch, Run
 from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.arguments import DISPATCH, Flag, signature
-from expertlink.engines.nvlink.ll.halves import HalvesLauncher, LlLaunch
+from expertlink.engines.nvlink.ll.launch import HalvesLauncher, LlLaunch
 from expertlink.engines.nvlink.ll.plan import REFUSED, shared_words
 from expertlink.engines.nvlink.ll.tables import BufferTables, LlRoute, LlTableLayout
 from expertlink.engines.nvlink.shared import ScaleKind
