@@ -20,7 +20,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from expertlink import _version
+from expertlink import about
 from expertlink.errors import EngineUnavailableError
 from expertlink.jit.cache import fetch
 
@@ -202,7 +202,7 @@ def _key(source: str, instance: str, arch: str) -> str:
             f"kernels cannot be compiled: NVRTC cannot be loaded ({error})"
         ) from error
     assert status == 0, status
-    versions = [_version.__version__, nvrtc, cuda_core().__version__]
+    versions = [about.__version__, nvrtc, cuda_core().__version__]
     parts = json.dumps([source, instance, arch, _OPTIONS, versions])
     return hashlib.sha256(parts.encode()).hexdigest()
 
