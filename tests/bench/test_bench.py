@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,8 +13,7 @@ import torch
 
 from conftest import RankPools
 from expertlink.bench.cases import Case, Plan, grid
-from expertlink.bench.ceilings import WireRows
-from expertlink.bench.inputs import WrongResultError
+from expertlink.bench.inputs import WireRows, WrongResultError
 from expertlink.bench.measure import measure_batch
 from expertlink.bench.options import parse_ints
 from expertlink.bench.records import (
@@ -110,15 +110,19 @@ class TestStatistics:
         assert summarize([7.0]) == Summary(7.0, 7.0, 7.0, 7.0)
 
     def test_wire_bytes_leave_out_the_own_share(self) -> None:
-        wire = WireRows(
-            rank=1, rows_to=[3, 50, 4], rows_from=[1, 50, 1], dispatch_row_bytes=10,
-            combine_row_bytes=20,
+        wire = WireRows(rank=1, rows_to=[3, 50, 4], rows_from=[1, 50, 1])
+        # 5 e4m3 elements and one scale one way, 5 float32 elements the other.
+        case = Case(
+            ranks=3, tokens=57, hidden=5, topk=4, experts=6, dtype="float32",
+            quantization="e4m3_float32",
         )  # fmt: skip
-        assert (wire.sent("dispatch"), wire.received("dispatch")) == (70, 20)
-        assert (wire.sent("combine"), wire.received("combine")) == (40, 140)
-        assert (wire.sent("pair"), wire.received("pair")) == (110, 160)
-        assert wire.metadata("dispatch", topk=4) == 7 * 4 * 8
-        assert wire.metadata("combine", topk=4) == 0
+        assert wire.traffic(case) == [
+            (7 * 9, 2 * 9, 7 * 4 * 8),
+            (2 * 20, 7 * 20, 0),
+            (7 * 9 + 2 * 20, 2 * 9 + 7 * 20, 7 * 4 * 8),
+        ]
+        cached = replace(case, variant="cached")
+        assert [metadata for _, _, metadata in wire.traffic(cached)] == [0, 0, 0]
 
 
 class TestCheck:
@@ -258,6 +262,7 @@ class TestRecords:
             ({"time_us": {"min": 1.0, "median": 1.0, "p99": 1.0}}, "mean"),
             ({"environment": {}}, "environment"),
             ({"surprise": 1}, "surprise"),
+            ({"raw_us": {"min": -1.0, "median": 1.0, "p99": 1.0, "mean": 1.0}}, "raw_us: min"),
         ],
     )
     def test_malformed_lines_are_refused(

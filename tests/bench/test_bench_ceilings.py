@@ -21,13 +21,10 @@ from expertlink.bench.ceilings import (
     BulkCopies,
     Ceilings,
     Share,
-    WireRows,
-    get_share,
-    most_rows,
-    put_share,
+    share_of,
 )
 from expertlink.bench.clock import Clock
-from expertlink.bench.measured import Measured, make_record
+from expertlink.bench.measured import Measured, make_records
 from expertlink.bench.records import PHASES
 from expertlink.errors import EngineUnavailableError
 from expertlink.launch import RankContext
@@ -39,6 +36,11 @@ def exchanges(draw: st.DrawFn) -> Tensor:
     ranks = draw(st.integers(2, 6))
     counts = draw(st.lists(st.integers(0, 9), min_size=ranks**2, max_size=ranks**2))
     return torch.tensor(counts).view(ranks, ranks).fill_diagonal_(0)
+
+
+def most_rows(rows_SD: Tensor) -> int:
+    """Rows that no rank's buffer holds more of, whether it sends or receives."""
+    return int(torch.maximum(rows_SD.sum(dim=0), rows_SD.sum(dim=1)).max())
 
 
 def spans(share: Share, starts: list[int]) -> list[tuple[int, int]]:
@@ -56,7 +58,7 @@ def assert_apart(places: list[tuple[int, int]], room: int) -> None:
 @given(exchanges())
 def test_puts_fill_buffers_without_overlap(rows_SD: Tensor) -> None:
     ranks, room = len(rows_SD), most_rows(rows_SD)
-    shares = [put_share(rows_SD, rank) for rank in range(ranks)]
+    shares = [share_of("put", rows_SD, rank) for rank in range(ranks)]
     for rank, share in enumerate(shares):
         assert share.rows == rows_SD[rank].tolist()
         assert_apart(spans(share, share.near), room)
@@ -68,22 +70,15 @@ def test_puts_fill_buffers_without_overlap(rows_SD: Tensor) -> None:
 def test_gets_read_what_lies_there_to_be_put(rows_SD: Tensor) -> None:
     ranks = len(rows_SD)
     for rank in range(ranks):
-        share = get_share(rows_SD, rank)
+        share = share_of("get", rows_SD, rank)
         assert share.rows == rows_SD[:, rank].tolist()
-        assert share.far == [put_share(rows_SD, source).near[rank] for source in range(ranks)]
+        assert share.far == [share_of("put", rows_SD, source).near[rank] for source in range(ranks)]
 
 
 def note_on_a_rank(context: RankContext) -> str | None:
-    wire = WireRows(
-        rank=context.rank,
-        rows_to=[1] * context.num_ranks,
-        rows_from=[1] * context.num_ranks,
-        dispatch_row_bytes=16,
-        combine_row_bytes=16,
-    )
     case = Case(ranks=context.num_ranks, tokens=16, hidden=64, topk=2, experts=4)
     with Ceilings(case, Plan(), Clock(context.device)) as ceilings:
-        assert ceilings.calls([wire, wire]) == [{}, {}]
+        assert ceilings.moves(context.rank, [[1] * context.num_ranks] * 2) == [{}, {}]
         return ceilings.note
 
 
@@ -117,13 +112,6 @@ class NotedMemory:
 def prepared_on_a_rank(context: RankContext, prepared: bool) -> tuple[Any, ...]:
     rank = context.rank
     values: dict[str, Any] = {"ranks": 2, "tokens": 16, "hidden": 64, "topk": 2, "experts": 4}
-    wire = WireRows(
-        rank=rank,
-        rows_to=[5, 6] if rank == 0 else [3, 4],
-        rows_from=[5, 3] if rank == 0 else [6, 4],
-        dispatch_row_bytes=72,
-        combine_row_bytes=128,
-    )
     case = Case(**values, quantization="e4m3_float32")
     if prepared:
         case = replace(case, mode="ll", variant="eager", max_tokens_per_rank=32)
@@ -136,10 +124,10 @@ def prepared_on_a_rank(context: RankContext, prepared: bool) -> tuple[Any, ...]:
     ):
         assert ceilings.note is None
         assert (ceilings.floor == floor) == prepared
-        [calls] = ceilings.calls([wire])
+        [moves] = ceilings.moves(rank, [[5, 6] if rank == 0 else [3, 4]])
         room = ceilings._memory
         assert room is not None
-        return room.nbytes, {(p, k): call() for p, own in calls.items() for k, call in own.items()}
+        return room.nbytes, {key: move() for key, move in moves.items()}
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -160,28 +148,26 @@ def test_every_phase_moves_its_rows_of_its_size(rank_pools: RankPools, prepared:
 
 def test_a_record_compares_with_the_right_ceiling() -> None:
     medians = {
-        ("dispatch", "time"): 100.0,
-        ("dispatch", "put"): 80.0,
-        ("dispatch", "get"): 70.0,
-        ("combine", "time"): 120.0,
-        ("combine", "put"): 90.0,
-        ("combine", "get"): 60.0,
-        ("pair", "time"): 200.0,
+        ("uncached", "dispatch", "time"): 100.0,
+        ("", "dispatch", "put"): 80.0,
+        ("", "dispatch", "get"): 70.0,
+        ("uncached", "combine", "time"): 120.0,
+        ("", "combine", "put"): 90.0,
+        ("", "combine", "get"): 60.0,
+        ("uncached", "pair", "time"): 200.0,
     }
     for phase in PHASES:
-        medians[phase, "host"] = medians[phase, "raw"] = 10.0
+        medians["uncached", phase, "host"] = medians["", phase, "raw"] = 10.0
     measured = Measured(
         device=torch.device("cpu"),
         engine="nvlink",
-        aligned="device",
         num_inputs=1,
         times={key: torch.tensor([[value / 2], [value]]) for key, value in medians.items()},
         traffic=torch.full((2, 3, 3), 8000.0),
         ceiling_note=None,
-        variant="uncached",
     )
     case = Case(ranks=2, tokens=16, hidden=64, topk=2, experts=4)
-    dispatch, combine, pair = (make_record(phase, case, Plan(), measured) for phase in PHASES)
+    dispatch, combine, pair = make_records(case, Plan(), measured)
     assert (dispatch.ceiling, dispatch.ceiling_ratio) == ("put", 0.8)
     assert (combine.ceiling, combine.ceiling_ratio) == ("get", 0.5)
     assert (combine.put_ratio, combine.get_ratio) == (0.75, 0.5)
@@ -207,11 +193,11 @@ def test_puts_move_every_row_to_its_place(num_sms: int, row_bytes: int) -> None:
     arrived = torch.zeros_like(numbers)
     expected = torch.zeros_like(numbers)
     for rank in range(ranks):
-        share = put_share(rows_SD, rank)
+        share = share_of("put", rows_SD, rank)
         far = [arrived[peer].data_ptr() for peer in range(ranks)]
         near = numbers[rank].data_ptr()
         copies.prepare("put", share, rank=rank, near=near, far=far)()
-        gets = get_share(rows_SD, rank)
+        gets = share_of("get", rows_SD, rank)
         sources = [numbers[peer].data_ptr() for peer in range(ranks)]
         copies.prepare("get", gets, rank=rank, near=0, far=sources)()
         for peer, rows in enumerate(share.rows):

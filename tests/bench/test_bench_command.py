@@ -211,7 +211,7 @@ def test_as_ranks_of_torchrun(tmp_path: Path) -> None:
         (("--num-sms-dispatch", "8,16", "--num-sms-combine", "8,16,24"), "pairwise"),
         (("--ceiling-sms", "0"), "ceiling_sms=0"),
         (("--overlap", "--gemm", "8,8"), "gemm='8,8'"),
-        (("--out", "no/such/folder.jsonl"), "does not exist"),
+        (("--out", "no/such/folder.jsonl"), "No such file or directory"),
     ],
 )
 def test_bad_arguments_end_in_a_sentence(arguments: tuple[str, ...], message: str) -> None:

@@ -16,8 +16,7 @@ from expertlink.bench.cases import Case, Plan, batches, recorded_as
 from expertlink.bench.ceilings import Floor
 from expertlink.bench.clock import Clock
 from expertlink.bench.flag_latency import FlagLatency
-from expertlink.bench.measured import Measured
-from expertlink.bench.measured import make_record as record_of
+from expertlink.bench.measured import Measured, make_records
 from expertlink.bench.options import BenchOptions, build_cases
 from expertlink.bench.records import PHASES, Record, latest, read_records
 from expertlink.bench.runner import CaseResult, Job, run_on_own_ranks
@@ -97,27 +96,25 @@ def test_ranks_of_one_host_read_one_clock(rank_pools: RankPools) -> None:
 # -- records --------------------------------------------------------------------------------------
 
 
-def measured_of(variant: str, phases: tuple[str, ...], **changes: Any) -> Measured:
+def measured_of(*variants: str, floor: Floor | None = None) -> Measured:
     """Two ranks, of which the second sends and receives twice as much and takes twice as long."""
-    kinds = ("time", "host", "raw", "put", "get", "hot host", "memory")
-    times = {
-        (phase, kind): torch.tensor([[20.0], [40.0]], dtype=torch.float64)
-        for phase in phases
-        for kind in kinds
-        if phase != "pair" or kind not in ("raw", "put", "get")
-    }
+    kinds = dict.fromkeys(variants, ("time", "host", "hot host", "memory"))
+    kinds[""] = ("raw", "put", "get")
     traffic = torch.tensor([[[1e6, 2e6, 8.0]] * 3, [[3e6, 1e6, 8.0]] * 3], dtype=torch.float64)
     traffic[:, 2] *= 2
-    values: dict[str, Any] = {"ceiling_note": None, "calls_per_graph": 20, "floor": None}
     return Measured(
         device=torch.device("cpu"),
         engine="nvlink",
-        aligned="device",
         num_inputs=1,
-        times=times,
+        times={
+            (name, phase, kind): torch.tensor([[20.0], [40.0]], dtype=torch.float64)
+            for name, own in kinds.items()
+            for phase in PHASES
+            for kind in own
+        },
         traffic=traffic,
-        variant=variant,
-        **{**values, **changes},
+        ceiling_note=None,
+        floor=floor,
     )
 
 
@@ -125,9 +122,8 @@ def test_the_floor_is_bytes_of_the_busiest_rank_and_two_flags() -> None:
     floor = Floor(gbps=300.0, flag_us=1.5)
     assert floor.of(0) == 3.0
     assert floor.of(3e6) == pytest.approx(13.0)
-    measured = measured_of("graph", PHASES, floor=floor)
     case = latency_case(variant="graph", max_tokens_per_rank=64)
-    dispatch, combine, pair = (record_of(phase, case, Plan(), measured) for phase in PHASES)
+    dispatch, combine, pair = make_records(case, Plan(), measured_of("graph", floor=floor))
     for record in (dispatch, combine):
         assert record.floor_us == 13.0
         assert record.floor_ratio == pytest.approx(13 / 40)
@@ -140,18 +136,16 @@ def test_the_floor_is_bytes_of_the_busiest_rank_and_two_flags() -> None:
 def test_nothing_leaves_in_a_receiving_half() -> None:
     case = latency_case(variant="halves")
     assert recorded_as("halves") == ("send", "recv")
-    send = record_of("dispatch", case, Plan(), measured_of("send", PHASES))
-    recv = record_of(
-        "dispatch",
-        case,
-        Plan(),
-        measured_of("recv", PHASES, on_wire=False, ceiling_note="they are there"),
-    )
+    measured = measured_of("send", "recv", floor=Floor(gbps=300.0, flag_us=1.5))
+    records = make_records(case, Plan(), measured)
+    send, recv = (one for one in records if one.phase == "dispatch")
     assert (send.variant, recv.variant) == ("send", "recv")
     assert send.wire_bytes == 2e6
     assert recv.wire_bytes == recv.wire_bytes_max == recv.metadata_bytes == 0
     assert send.ceiling == "put"
     assert recv.ceiling is None
+    assert recv.ceiling_note is not None
+    assert send.floor_us is recv.floor_us is None
     assert send.key() != recv.key()
 
 

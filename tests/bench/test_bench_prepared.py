@@ -162,7 +162,7 @@ def check_captured_static_calls(context: RankContext) -> tuple[list[str], list[s
     ):
         [item] = prepare_inputs(comm, case.situation, Plan(inputs=1), Clock(context.device))
         caller = Caller(comm, case, item, None)
-        steps = caller.steps(calls_per_graph=bench_steps.graph_size(case, Plan(), "nvlink"))
+        steps = caller.steps(calls_per_graph=case.calls_per_graph(Plan(), "nvlink"))
         found = [caller.check(steps), caller.check(steps)]
         with mock.patch.object(RecordedGraph, "empty", True):
             found.append(caller.check(steps))

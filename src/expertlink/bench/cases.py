@@ -19,10 +19,10 @@ from expertlink.quantization import scale_columns
 from expertlink.types import BlockFormat, DispatchLayout
 from expertlink.workloads.routings import RoutingSpec
 
-LAYOUTS = tuple(layout.value for layout in DispatchLayout)
-QUANTIZATIONS = tuple(block_format.value for block_format in BlockFormat)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_RANKS = 4096
+_LAYOUTS = tuple(layout.value for layout in DispatchLayout)
+_QUANTIZATIONS = tuple(block_format.value for block_format in BlockFormat)
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_MAX_RANKS = 4096
 _SCALE_BYTES = 4
 
 
@@ -85,6 +85,34 @@ def recorded_as(variant: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to measure.
+
+    Attributes:
+        iters: timed iterations of every phase.
+        warmup: iterations before them.
+        seed: of routings and inputs.
+        inputs: different inputs that iterations take turns with, as far as memory allows.
+        timeout_s: bound of every wait inside a case, in seconds.
+        command: command line to note in the records.
+        ceiling_sms: SMs that the bulk copies of the ceilings occupy.
+        gemm: m, n, k of the matrix product that is measured beside a dispatch; None where no
+            overlap is measured.
+        calls_per_graph: calls in one graph of the variant `graph` in mode "ll".
+    """
+
+    iters: int = 50
+    warmup: int = 5
+    seed: int = 0
+    inputs: int = 4
+    timeout_s: float = 100.0
+    command: str = ""
+    ceiling_sms: int = 24
+    gemm: tuple[int, int, int] | None = None
+    calls_per_graph: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """One measured situation. Lengths count elements, tokens, experts or ranks.
 
@@ -101,7 +129,7 @@ class Case:
     dtype: str = "bfloat16"
     layout: str = "flat"
     routing: str = "balanced"
-    """See `routings.py`."""
+    """See `workloads/routings.py`."""
     uneven: bool = False
     """Every rank has its own T, one of them none."""
     mode: str = "ht"
@@ -118,24 +146,26 @@ class Case:
     """File that the routing `trace` replays."""
 
     def __post_init__(self) -> None:
-        for name, most in (("ranks", MAX_RANKS), ("topk", MAX_TOPK)):
-            self._whole(name, 1, most)
+        self._whole("ranks", 1, _MAX_RANKS)
+        self._whole("topk", 1, MAX_TOPK)
         for name in ("tokens", "hidden", "experts"):
             self._whole(name, 1)
-        for name in ("num_sms_dispatch", "num_sms_combine"):
+        for name, least in (
+            ("num_sms_dispatch", 1),
+            ("num_sms_combine", 1),
+            ("max_tokens_per_rank", self.tokens),
+        ):
             if getattr(self, name) is not None:
-                self._whole(name, 1)
-        if self.max_tokens_per_rank is not None:
-            self._whole("max_tokens_per_rank", self.tokens)
+                self._whole(name, least)
         if self.topk > self.experts:
             self._refuse("topk", f"at most experts={self.experts}")
-        self._member("dtype", tuple(DTYPES))
-        self._member("layout", LAYOUTS)
+        self._member("dtype", tuple(_DTYPES))
+        self._member("layout", _LAYOUTS)
         self._member("mode", MODES)
         self._member("engine", ENGINES)
         self._member("variant", tuple(VARIANTS[self.mode]))
         if self.quantization is not None:
-            self._member("quantization", QUANTIZATIONS)
+            self._member("quantization", _QUANTIZATIONS)
         spec = RoutingSpec.parse(self.routing)
         object.__setattr__(self, "routing", str(spec))  # one spelling per routing
         if spec.name == "trace" and self.trace is None:
@@ -158,13 +188,20 @@ class Case:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Element type of unquantized rows."""
-        return DTYPES[self.dtype]
+        return _DTYPES[self.dtype]
 
     def row_bytes(self, phase: str) -> int:
         """Payload and scales of a row on the wire in a dispatch or a combine."""
         if phase == "dispatch" and self.block_format is not None:
             return self.hidden + scale_columns(self.hidden, self.block_format) * _SCALE_BYTES
         return self.hidden * self.torch_dtype.itemsize
+
+    def calls_per_graph(self, plan: Plan, engine: str) -> int | None:
+        """Prepared calls that one graph holds; None where calls are launched one by one."""
+        calls = self.calls
+        if not calls.prepared or not (calls.graph or (calls.halves and engine == "nvlink")):
+            return None
+        return plan.calls_per_graph if calls.chained else 1
 
     @property
     def routing_label(self) -> str:
@@ -181,13 +218,9 @@ class Case:
     @property
     def communicator(self) -> Case:
         """The same for all cases that one communicator can serve."""
-        return replace(
-            self.situation,
-            tokens=self.max_tokens_per_rank or self.tokens,
-            routing="balanced",
-            trace=None,
-            uneven=False,
-        )
+        tokens = self.max_tokens_per_rank or self.tokens
+        shared = {"variant": "uncached", "routing": "balanced", "trace": None, "uneven": False}
+        return replace(self, tokens=tokens, **shared)
 
     def label(self) -> str:
         """The case in a few words, for progress and errors."""
@@ -216,53 +249,19 @@ class Case:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How to measure.
-
-    Attributes:
-        iters: timed iterations of every phase.
-        warmup: iterations before them.
-        seed: of routings and inputs.
-        inputs: different inputs that iterations take turns with, as far as memory allows.
-        timeout_s: bound of every wait inside a case, in seconds.
-        command: command line to note in the records.
-        ceiling_sms: SMs that the bulk copies of the ceilings occupy.
-        gemm: m, n, k of the matrix product that is measured beside a dispatch; None where no
-            overlap is measured.
-        calls_per_graph: calls in one graph of the variant `graph` in mode "ll".
-    """
-
-    iters: int = 50
-    warmup: int = 5
-    seed: int = 0
-    inputs: int = 4
-    timeout_s: float = 100.0
-    command: str = ""
-    ceiling_sms: int = 24
-    gemm: tuple[int, int, int] | None = None
-    calls_per_graph: int = 20
-
-
 def batches(cases: Sequence[Case]) -> list[list[Case]]:
     """The cases in their order, those together that follow each other and share a communicator.
 
     Only cases with prepared outputs do: the others are measured with what a fresh one does.
     """
-    shared: list[list[Case]] = []
+    grouped: list[list[Case]] = []
     for case in cases:
-        last = shared[-1][-1] if shared else None
-        together = (
-            last is not None
-            and last.calls.prepared
-            and case.calls.prepared
-            and last.communicator == case.communicator
-        )
-        if together:
-            shared[-1].append(case)
+        last = grouped[-1][-1] if grouped and case.calls.prepared else None
+        if last and last.calls.prepared and last.communicator == case.communicator:
+            grouped[-1].append(case)
         else:
-            shared.append([case])
-    return shared
+            grouped.append([case])
+    return grouped
 
 
 def grid(*, fixed: dict[str, Any], **lists: Sequence[Any]) -> list[Case]:

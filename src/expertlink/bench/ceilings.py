@@ -1,18 +1,18 @@
-"""What the calls are compared with: the same rows, moved and no more.
+"""What the calls are compared with on GPUs: the same rows, moved and no more.
 
-*raw*: `all_to_all_single`. *put*: every rank copies rows from its memory through shared memory into
-that of the others. *get*: every rank copies rows from the memory of the others into its shared
-memory. All move, rank by rank, exactly the rows that the measured calls put on the wire: a skewed
-routing is compared with its own busiest link. Kernels: kernels/bench/ceiling.cu.
+*put*: every rank copies rows from its memory through shared memory into that of the others. *get*:
+every rank copies rows from the memory of the others into its shared memory. Both move, rank by
+rank, exactly the rows that the measured calls put on the wire: a skewed routing is compared with
+its own busiest link. *floor*: a bandwidth and the time of a flag.
+
+Kernels: kernels/bench/ceiling.cu.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,14 +23,12 @@ from expertlink.bench.clock import Clock, capture
 from expertlink.bench.flag_latency import FlagLatency
 from expertlink.bench.records import slowest_rank
 from expertlink.errors import EngineUnavailableError
-from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
-from expertlink.jit.kernel import Arguments, Field, Struct, load_kernel
+from expertlink.jit.compiler import compile_kernel, constants
+from expertlink.jit.kernel import Field, Struct, load_kernel
 
-if TYPE_CHECKING:
-    from expertlink.engines.nvlink.arena import SymmetricBuffer
-
+Moves = dict[tuple[str, str], Callable[[], object]]
+"""What moves the rows of an input, by phase and kind: "raw", "put" or "get"."""
 KINDS = ("put", "get")
-PHASES = ("dispatch", "combine")
 
 ARGUMENTS = Struct(
     "CeilingArguments",
@@ -44,84 +42,17 @@ ARGUMENTS = Struct(
         Field("unsigned", "row_bytes", "a multiple of 16"),
     ],
 )
-
 _MAX_WARPS = 16
 PRELUDE = constants({"kMaxWarps": _MAX_WARPS}) + ARGUMENTS.declaration
 _SHARED_BYTES = 220 << 10
-FLAG_BYTES = 1024
-"""Room for flags behind the rows of a `WireMemory`."""
+_FLAG_BYTES = 1024
 _COPY_UNIT = 16  # bytes that bulk copies move at least
-_METADATA_BYTES = 8  # of an id and its weight
 LARGE_BYTES = 160 << 20
 """What a rank puts to learn the bandwidth: as much as 4096 tokens of 7168 elements on 4 ranks."""
-FLAGS_PER_CALL = 2
+_FLAGS_PER_CALL = 2
 _PUTS_PER_GRAPH = 4
 _SAMPLES = 8
 _LONGEST_ANSWER_S = 10.0
-
-
-def compile_ceiling(kind: str, arch: str) -> CompiledKernel:
-    """The kernel of a ceiling, "put" or "get"; needs no GPU."""
-    return compile_kernel("bench/ceiling", f"{kind}_rows", arch, prelude=PRELUDE)
-
-
-@dataclass(frozen=True)
-class WireRows:
-    """Rows that one rank exchanges with every rank in a dispatch; combine reverses them.
-
-    Attributes:
-        rank: the rank.
-        rows_to: `[R]` rows it sends, its own share included.
-        rows_from: `[R]` rows it receives, its own share included.
-        dispatch_row_bytes: payload and scales of a dispatched row.
-        combine_row_bytes: payload of a combined row.
-    """
-
-    rank: int
-    rows_to: list[int]
-    rows_from: list[int]
-    dispatch_row_bytes: int
-    combine_row_bytes: int
-
-    def sent(self, phase: str) -> int:
-        """Bytes that leave the rank in a phase; its own share does not."""
-        out = self._remote(self.rows_to) * self.dispatch_row_bytes
-        back = self._remote(self.rows_from) * self.combine_row_bytes
-        return {"dispatch": out, "combine": back, "pair": out + back}[phase]
-
-    def received(self, phase: str) -> int:
-        """Bytes that arrive at the rank from others in a phase."""
-        out = self._remote(self.rows_from) * self.dispatch_row_bytes
-        back = self._remote(self.rows_to) * self.combine_row_bytes
-        return {"dispatch": out, "combine": back, "pair": out + back}[phase]
-
-    def metadata(self, phase: str, *, topk: int) -> int:
-        """Bytes of the expert ids (int32) and weights (float32) beside the rows that leave."""
-        return 0 if phase == "combine" else self._remote(self.rows_to) * topk * _METADATA_BYTES
-
-    def raw_exchange(self, device: torch.device) -> dict[str, Callable[[], object]]:
-        """`all_to_all_single` of as many bytes, by phase, on buffers that are allocated once.
-
-        No counting, no reordering, no reduction: what is left of a call when that costs nothing.
-        """
-        to, back = self.rows_to, self.rows_from
-        return {
-            "dispatch": _all_to_all(to, back, self.dispatch_row_bytes, device),
-            "combine": _all_to_all(back, to, self.combine_row_bytes, device),
-        }
-
-    def _remote(self, rows: list[int]) -> int:
-        return sum(rows) - rows[self.rank]
-
-
-def _all_to_all(
-    rows_out: list[int], rows_in: list[int], row_bytes: int, device: torch.device
-) -> Callable[[], object]:
-    source, target = (
-        torch.zeros(sum(rows), row_bytes, dtype=torch.uint8, device=device)
-        for rows in (rows_out, rows_in)
-    )
-    return functools.partial(dist.all_to_all_single, target, source, rows_in, rows_out)
 
 
 @dataclass(frozen=True)
@@ -139,24 +70,15 @@ class Share:
     rows: list[int]
 
 
-def put_share(rows_SD: Tensor, rank: int) -> Share:
-    """What `rank` puts: its rows lie ordered by destination, and arrive ordered by source.
+def share_of(kind: str, rows_SD: Tensor, rank: int) -> Share:
+    """What `rank` puts, or gets: rows lie ordered by destination, and arrive ordered by source.
 
     `rows_SD`: `[R, R]` int64 rows from every source to every destination, own shares 0.
     """
     leave_SD, arrive_SD = (rows_SD.cumsum(dim) - rows_SD for dim in (1, 0))
-    return Share(leave_SD[rank].tolist(), arrive_SD[rank].tolist(), rows_SD[rank].tolist())
-
-
-def get_share(rows_SD: Tensor, rank: int) -> Share:
-    """What `rank` gets of the rows that lie with their sources, ordered by destination."""
-    leave_SD = rows_SD.cumsum(1) - rows_SD
+    if kind == "put":
+        return Share(leave_SD[rank].tolist(), arrive_SD[rank].tolist(), rows_SD[rank].tolist())
     return Share([0] * len(rows_SD), leave_SD[:, rank].tolist(), rows_SD[:, rank].tolist())
-
-
-def most_rows(rows_SD: Tensor) -> int:
-    """Rows that no rank's buffer holds more of, whether it sends or receives."""
-    return int(torch.maximum(rows_SD.sum(dim=0), rows_SD.sum(dim=1)).max())
 
 
 class BulkCopies:
@@ -181,7 +103,13 @@ class BulkCopies:
         self._device = device
         self._num_sms = num_sms
         self._kernels = {
-            kind: load_kernel(device, compile_ceiling(kind, f"sm_{major}{minor}"), _SHARED_BYTES)
+            kind: load_kernel(
+                device,
+                compile_kernel(
+                    "bench/ceiling", f"{kind}_rows", f"sm_{major}{minor}", prelude=PRELUDE
+                ),
+                _SHARED_BYTES,
+            )
             for kind in KINDS
         }
 
@@ -198,28 +126,28 @@ class BulkCopies:
             share.rows,
         ]
         tables_3R = torch.tensor(tables, dtype=torch.int64, device=self._device)
-        near_R, far_R, rows_R = tables_3R
+        near_R, far_R, rows_R = (table_R.data_ptr() for table_R in tables_3R)
         arguments = ARGUMENTS.new(
-            near_rows=near_R.data_ptr(),
-            far_rows=far_R.data_ptr(),
-            rows=rows_R.data_ptr(),
+            near_rows=near_R,
+            far_rows=far_R,
+            rows=rows_R,
             most_rows=max(share.rows),
             rank=rank,
             ranks=len(far),
             row_bytes=self.row_bytes,
         )
-        return functools.partial(self._launch, kind, arguments, tables_3R)
 
-    def _launch(self, kind: str, arguments: Arguments, tables_3R: Tensor) -> None:
-        del tables_3R  # passed along so that it lives as long as the call
-        self._kernels[kind].launch(
-            arguments,
-            grid=self._num_sms,
-            block=32 * self._warps,
-            shared_bytes=self._warps * self.row_bytes,
-            stream=torch.cuda.current_stream(self._device).cuda_stream,
-            follows=True,
-        )
+        def move(_alive: Tensor = tables_3R) -> None:
+            self._kernels[kind].launch(
+                arguments,
+                grid=self._num_sms,
+                block=32 * self._warps,
+                shared_bytes=self._warps * self.row_bytes,
+                stream=torch.cuda.current_stream(self._device).cuda_stream,
+                follows=True,
+            )
+
+        return move
 
 
 class WireMemory:
@@ -227,8 +155,9 @@ class WireMemory:
 
     Attributes:
         nbytes: of the rows that one rank sends or receives at most; at least one unit of copies.
+        source: address of the local memory.
         addresses: of every rank's symmetric memory as seen from here.
-        flags_at: offset behind the rows, of `FLAG_BYTES` that no copy touches.
+        flags: of the words behind the rows there, which no copy touches.
 
     Raises:
         EngineUnavailableError: the GPUs cannot address each other's memory.
@@ -238,25 +167,16 @@ class WireMemory:
         from expertlink.engines.nvlink.arena import SymmetricBuffer
 
         self.nbytes = max(nbytes, _COPY_UNIT)  # a routing may leave every rank to itself
-        self.flags_at = -(-self.nbytes // FLAG_BYTES) * FLAG_BYTES
-        self._buffer: SymmetricBuffer | None = SymmetricBuffer(
-            dist.group.WORLD, self.flags_at + FLAG_BYTES, device
-        )
+        flags_at = -(-self.nbytes // _FLAG_BYTES) * _FLAG_BYTES
+        self._buffer = SymmetricBuffer(dist.group.WORLD, flags_at + _FLAG_BYTES, device)
+        self._local = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
         self.addresses = self._buffer.addresses
-        # Kept: the copies know its address only.
-        self._source = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
-
-    @property
-    def source(self) -> int:
-        """Address of the local memory."""
-        return self._source.data_ptr()
+        self.flags = [address + flags_at for address in self.addresses]
+        self.source = self._local.data_ptr()
 
     def close(self) -> None:
-        """Releases the memory. Safe to repeat."""
-        if self._buffer is not None:
-            self._buffer.close()
-        self._buffer = None
-        self._source = torch.empty(0, dtype=torch.uint8)
+        """Releases the symmetric memory."""
+        self._buffer.close()
 
 
 class Ceilings:
@@ -274,10 +194,9 @@ class Ceilings:
         self._clock = clock
         self._copies: dict[str, BulkCopies] = {}
         self._memory: WireMemory | None = None
-        self.note = "one rank sends nothing to others" if case.ranks == 1 else None
 
         def compile_all() -> None:
-            for phase in PHASES:
+            for phase in ("dispatch", "combine"):
                 self._copies[phase] = BulkCopies(
                     clock.device, row_bytes=case.row_bytes(phase), num_sms=plan.ceiling_sms
                 )
@@ -290,40 +209,41 @@ class Ceilings:
             least_bytes = LARGE_BYTES if case.calls.prepared else 0
             self._memory = WireMemory(max(most_bytes, least_bytes), clock.device)
 
+        self.note = "one rank sends nothing to others" if case.ranks == 1 else None
         for step in (compile_all, allocate):
-            if self.note is None:
-                self.note = try_everywhere(step, clock)
+            self.note = self.note or _try_everywhere(step, clock)
         if self.note is not None:
             self.close()
         elif case.calls.prepared:
             assert self._memory is not None
             self.floor = measure_floor(self._copies["combine"], self._memory, clock)
 
-    def calls(self, wires: Sequence[WireRows]) -> list[dict[str, dict[str, Callable[[], None]]]]:
-        """For every input: by phase and kind, what moves its rows. Collective.
+    def moves(self, rank: int, rows_ID: Sequence[Sequence[int]]) -> list[Moves]:
+        """What moves the rows of every input; nothing where that cannot be measured. Collective.
 
-        Phases are missing where nothing can be measured.
+        `rows_ID`: `[inputs, R]` rows that this rank dispatches to every rank.
         """
-        memory, rank = self._memory, wires[0].rank
+        memory = self._memory
         if memory is None:
-            return [{} for _ in wires]
+            return [{} for _ in rows_ID]
 
-        def prepared(phase: str, rows_SD: Tensor) -> dict[str, Callable[[], None]]:
-            shares = {"put": put_share(rows_SD, rank), "get": get_share(rows_SD, rank)}
-            return {
-                kind: self._copies[phase].prepare(
-                    kind, share, rank=rank, near=memory.source, far=memory.addresses
-                )
-                for kind, share in shares.items()
-            }
-
-        rows_SID = self._clock.gather(torch.tensor([wire.rows_to for wire in wires]))
-        calls: list[dict[str, dict[str, Callable[[], None]]]] = []
-        for rows_SD in rows_SID.unbind(dim=1):
+        def moves_of(rows_SD: Tensor) -> Moves:
             between_SD = rows_SD.clone().fill_diagonal_(0)
             exchanges = {"dispatch": between_SD, "combine": between_SD.T.contiguous()}
-            calls.append({phase: prepared(phase, rows) for phase, rows in exchanges.items()})
-        return calls
+            return {
+                (phase, kind): self._copies[phase].prepare(
+                    kind,
+                    share_of(kind, rows, rank),
+                    rank=rank,
+                    near=memory.source,
+                    far=memory.addresses,
+                )
+                for phase, rows in exchanges.items()
+                for kind in KINDS
+            }
+
+        rows_SID = self._clock.gather(torch.tensor(rows_ID))
+        return [moves_of(rows_SD) for rows_SD in rows_SID.unbind(dim=1)]
 
     def __enter__(self) -> Ceilings:
         return self
@@ -355,7 +275,7 @@ class Floor:
 
     def of(self, num_bytes: float) -> float:
         """Microseconds of a call whose busiest rank sends or receives so many bytes."""
-        return num_bytes / self.gbps / 1e3 + FLAGS_PER_CALL * self.flag_us
+        return num_bytes / self.gbps / 1e3 + _FLAGS_PER_CALL * self.flag_us
 
 
 def measure_floor(copies: BulkCopies, memory: WireMemory, clock: Clock) -> Floor:
@@ -363,14 +283,14 @@ def measure_floor(copies: BulkCopies, memory: WireMemory, clock: Clock) -> Floor
     most = torch.cuda.get_device_properties(clock.device).multi_processor_count
     widest = BulkCopies(clock.device, row_bytes=copies.row_bytes, num_sms=most)
     gbps = max(_put_bandwidth(one, memory, clock) for one in (copies, widest))
-    return Floor(gbps, _flag_latency(memory, clock))
+    return Floor(gbps, _closest_flag(memory, clock))
 
 
 def _put_bandwidth(copies: BulkCopies, memory: WireMemory, clock: Clock) -> float:
     """GB/s that leave the average rank while each puts `LARGE_BYTES` to the others. Collective."""
     rank, ranks = dist.get_rank(), len(memory.addresses)
     rows = max(1, LARGE_BYTES // copies.row_bytes // (ranks - 1))
-    share = put_share(torch.full((ranks, ranks), rows).fill_diagonal_(0), rank)
+    share = share_of("put", torch.full((ranks, ranks), rows).fill_diagonal_(0), rank)
     put = copies.prepare("put", share, rank=rank, near=memory.source, far=memory.addresses)
     # In one graph, so that launches are no part of it.
     graph = capture(put, _PUTS_PER_GRAPH)
@@ -380,7 +300,7 @@ def _put_bandwidth(copies: BulkCopies, memory: WireMemory, clock: Clock) -> floa
     return num_bytes / median(slowest_rank(times_RI)) / 1e3
 
 
-def _flag_latency(memory: WireMemory, clock: Clock) -> float:
+def _closest_flag(memory: WireMemory, clock: Clock) -> float:
     """Microseconds one way between the closest two of the pairs that ranks form. Collective.
 
     Raises:
@@ -389,11 +309,11 @@ def _flag_latency(memory: WireMemory, clock: Clock) -> float:
     rank = dist.get_rank()
     partner = rank ^ 1
     median_us = 0.0
-    if partner < len(memory.addresses):
+    if partner < len(memory.flags):
         pair = FlagLatency(
             clock.device,
-            mine=memory.addresses[rank] + memory.flags_at,
-            theirs=memory.addresses[partner] + memory.flags_at,
+            mine=memory.flags[rank],
+            theirs=memory.flags[partner],
             leads=rank < partner,
             limit_s=_LONGEST_ANSWER_S,
         )
@@ -406,7 +326,7 @@ def _flag_latency(memory: WireMemory, clock: Clock) -> float:
     return float(paired.min())
 
 
-def try_everywhere(step: Callable[[], None], clock: Clock) -> str | None:
+def _try_everywhere(step: Callable[[], None], clock: Clock) -> str | None:
     """Does a step on every rank; why it failed, on whichever rank it did. Collective."""
     reason: str | None = None
     try:

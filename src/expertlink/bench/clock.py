@@ -1,13 +1,12 @@
-"""The clock: how one call is timed on one rank, and how the hosts of the ranks meet around it."""
+"""The clock: how a call is timed on one rank, and how the hosts of the ranks meet around it."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,19 +17,13 @@ _SPACER_FILLS = 4
 _HEAD_START_S = 0.002  # until a common start: longer than hosts leave a barrier apart
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-TimesOfRanks = dict[tuple[str, str], Tensor]
-"""`[R, rounds]` by phase and kind; times in microseconds, memory in bytes."""
+TimesOfRanks = dict[tuple[str, str, str], Tensor]
+"""`[R, rounds]` by variant, phase and kind (see `Times`)."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One timed call.
-
-    Attributes:
-        time_us: inputs ready to outputs usable on this rank.
-        host_us: until the call returned to its caller.
-        memory_bytes: most device memory that the call added while it ran; 0 on CPUs.
-    """
+class Sample(NamedTuple):
+    """One timed call: until its work was done, until the host was free, and the device memory that
+    it added at most (0 on CPUs)."""
 
     time_us: float
     host_us: float
@@ -50,15 +43,11 @@ class Clock:
         device: where the measured calls run.
         control: group of all ranks, with gloo, in which the hosts meet. Its time-out bounds the
             wait for a rank that failed. None: the default group.
-
-    Attributes:
-        aligned: how ranks are aligned before a sample: "device" or "host".
     """
 
     def __init__(self, device: torch.device, control: dist.ProcessGroup | None = None) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
-        self.aligned = "device" if self.on_gpu else "host"
         self._control = control
         if self.on_gpu:
             self._spacer = torch.empty(_SPACER_BYTES, dtype=torch.uint8, device=device)
@@ -78,9 +67,7 @@ class Clock:
 
     def ranks_with(self, problem: object | None) -> list[int]:
         """The ranks that pass something else than None."""
-        return (
-            self.gather(torch.tensor([int(problem is not None)])).flatten().nonzero()[:, 0].tolist()
-        )
+        return self.gather(torch.tensor(int(problem is not None))).nonzero()[:, 0].tolist()
 
     def sample(self, call: Callable[[], object]) -> Sample:
         """Times a call with the ranks aligned."""
@@ -155,20 +142,18 @@ class Clock:
 
 
 class Times:
-    """Times of this rank by phase and kind, in the order of the rounds."""
+    """What this rank measured by variant, phase and kind, in the order of the rounds.
+
+    Kinds are "time", "host", "memory", "idle", "idle host", "idle loop" and "hot host"; and, under
+    the variant "" because all variants are compared with them, "raw", "put" and "get".
+    """
 
     def __init__(self) -> None:
-        self._values: dict[tuple[str, str], list[float]] = {}
+        self._values: dict[tuple[str, str, str], list[float]] = {}
 
-    def put(self, phase: str, kind: str, value: float) -> None:
+    def put(self, variant: str, phase: str, kind: str, value: float) -> None:
         """One more value. In the end all kinds have equally many."""
-        self._values.setdefault((phase, kind), []).append(value)
-
-    def put_sample(self, phase: str, sample: Sample, *, calls: int = 1) -> None:
-        """What a sample of so many calls says of one."""
-        self.put(phase, "time", sample.time_us / calls)
-        self.put(phase, "host", sample.host_us / calls)
-        self.put(phase, "memory", sample.memory_bytes)
+        self._values.setdefault((variant, phase, kind), []).append(value)
 
     def gather(self, clock: Clock) -> TimesOfRanks:
         """What all ranks put. Collective."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -42,39 +42,33 @@ def run_bench(options: BenchOptions, console: Console) -> int:
     context = torchrun_context() if under_torchrun() else None
     if context is not None and context.rank != 0:
         console = Console(quiet=True)
-    results: list[CaseResult] = []
-    unwritable: _UnwritableError | None = None
     try:
-        device, ranks = device_and_ranks(options, context)
-        cases = build_cases(options, device=device, ranks=ranks)
-        plan = make_plan(options, device)
-        if plan.gemm is not None:
-            check_overlap(cases)
-        _check_out(options, context)
-        measure = measure_batch if plan.gemm is None else measure_overlaps
-        job = Job(cases=cases, plan=plan, measure=measure, results=results)
-    except ExpertlinkError as error:
-        _say_error(error, console)
-        _leave(context)
-        return USAGE
+        code = _run_bench(options, context, console)
+    except (ExpertlinkError, _UnwritableError) as error:
+        code = _say_error(error, console)
+    if context is not None and dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+def _run_bench(options: BenchOptions, context: RankContext | None, console: Console) -> int:
+    device, ranks = device_and_ranks(options, context)
+    cases = build_cases(options, device=device, ranks=ranks)
+    plan = make_plan(options, device)
+    if plan.gemm is not None:
+        check_overlap(cases)
+    _check_out(options.out, options.append, context)
+    measure = measure_batch if plan.gemm is None else measure_overlaps
+    job = Job(cases=cases, plan=plan, measure=measure)
     try:
         _measure(job, options, device, context, console)
-    except _UnwritableError as error:  # what was measured until then is shown
-        unwritable = error
-    _leave(context)
-    records = [record for result in results for record in result.records]
-    phases = [record for record in records if isinstance(record, Record)]
-    overlaps = [record for record in records if isinstance(record, OverlapRecord)]
-    if phases:
-        print_records(phases, console)
-    if overlaps:
-        print_overlaps(overlaps, console)
-    if unwritable is not None:
-        _say_error(unwritable, console)
-        return USAGE
+    finally:  # also where the file of the records is full: what was measured until then
+        records = [record for result in job.results for record in result.records]
+        print_records([one for one in records if isinstance(one, Record)], console)
+        print_overlaps([one for one in records if isinstance(one, OverlapRecord)], console)
     if records and options.out is not None:
         console.print(f"{len(records)} records in {escape(str(options.out))}", soft_wrap=True)
-    failed = [result for result in results if result.error is not None]
+    failed = [result for result in job.results if result.error is not None]
     for result in failed:
         text = f"[red]failed:[/red] {escape(result.case.label())}: {escape(result.error or '')}"
         console.print(text, soft_wrap=True)
@@ -91,13 +85,9 @@ def run_plot(results: Sequence[Path], out: Path, console: Console) -> int:
             raise ConfigurationError("there are no records in the given files")
         from expertlink.bench.plots import draw_plots
 
-        paths = draw_plots(records, out)
+        return _say_paths(draw_plots(records, out), console)
     except (ExpertlinkError, OSError) as error:
-        _say_error(error, console)
-        return USAGE
-    for path in paths:
-        console.print(escape(str(path)), soft_wrap=True)
-    return OK
+        return _say_error(error, console)
 
 
 def run_report(results: Path, out: Path, console: Console, *, table: bool) -> int:
@@ -105,21 +95,24 @@ def run_report(results: Path, out: Path, console: Console, *, table: bool) -> in
     from expertlink.bench.report import read_folder, readme_table, write_pages
 
     try:
-        if table:
-            text = readme_table(read_folder(results))
-            console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-            return OK
-        paths = write_pages(results, out)
+        if not table:
+            return _say_paths(write_pages(results, out), console)
+        text = readme_table(read_folder(results))
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
     except (ExpertlinkError, OSError) as error:
-        _say_error(error, console)
-        return USAGE
-    for path in paths:
-        console.print(escape(str(path)), soft_wrap=True)
+        return _say_error(error, console)
     return OK
 
 
-def _say_error(error: Exception, console: Console) -> None:
+def _say_error(error: Exception, console: Console) -> int:
     console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+    return USAGE
+
+
+def _say_paths(paths: Iterable[Path], console: Console) -> int:
+    for path in paths:
+        console.print(escape(str(path)), soft_wrap=True)
+    return OK
 
 
 def _measure(
@@ -131,25 +124,21 @@ def _measure(
 ) -> None:
     """Measures all cases; `job.results` gets what became of each as soon as it is known."""
     cases, iters = job.cases, job.plan.iters
-    written = options.append
+    append = options.append
 
     def write(result: CaseResult) -> None:
-        nonlocal written
+        nonlocal append
         if result.records and options.out is not None:
             try:
-                write_records(options.out, result.records, append=written)
+                write_records(options.out, result.records, append=append)
             except OSError as error:
-                text = f"--out {options.out}: cannot be written to: {reason(error)}"
-                raise _UnwritableError(text) from error
-            written = True
+                raise _UnwritableError(_unwritable(options.out, error)) from error
+            append = True
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    hidden = not console.is_terminal
     with Progress(
-        *columns,
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=hidden
     ) as progress:
         task = progress.add_task("", total=len(cases) * iters)
 
@@ -168,39 +157,32 @@ def _measure(
         run_under_torchrun(job, context)
 
 
-def _leave(context: RankContext | None) -> None:
-    if context is not None and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _check_out(options: BenchOptions, context: RankContext | None) -> None:
+def _check_out(out: Path | None, append: bool, context: RankContext | None) -> None:
     """Finds out before measuring whether rank 0, which alone writes, will be able to. Collective.
 
     Raises:
         ConfigurationError: it will not; on every rank.
     """
-    if options.out is None:
+    if out is None:
         return
-    problem = [None if context is not None and context.rank else _out_problem(options)]
+    problem = [None if context is not None and context.rank else _out_problem(out, append)]
     if context is not None:
         dist.broadcast_object_list(problem)
     if problem[0] is not None:
         raise ConfigurationError(problem[0])
 
 
-def _out_problem(options: BenchOptions) -> str | None:
-    out = options.out
-    assert out is not None
-    if not out.parent.is_dir():
-        return f"out={str(out)!r}: the folder {str(out.parent)!r} does not exist"
-    if out.is_dir():
-        return f"out={str(out)!r} is a folder, a file is needed"
+def _out_problem(out: Path, append: bool) -> str | None:
     if out.exists() and not out.is_file():
         return f"out={str(out)!r} is no ordinary file"
     try:
         try_folder(out.parent)
-        if options.append:
+        if append:
             out.open("ab").close()
     except OSError as error:
-        return f"--out {out}: cannot be written to: {reason(error)}"
+        return _unwritable(out, error)
     return None
+
+
+def _unwritable(out: Path, error: OSError) -> str:
+    return f"--out {out}: cannot be written to: {reason(error)}"

@@ -22,7 +22,7 @@ def describe_environment(device: torch.device) -> Environment:
     return Environment(
         gpu=torch.cuda.get_device_name(device) if on_gpu else None,
         driver=_driver() if on_gpu else None,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         cuda=torch.version.cuda,
         commit=_commit(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from expertlink.jit.compiler import CompiledKernel, compile_kernel
+from expertlink.jit.compiler import compile_kernel
 from expertlink.jit.kernel import Field, Struct, load_kernel
 
-ROUNDS, WARM_ROUNDS = 1000, 100
-"""Numbers of one launch, and those of them that come before the clock starts."""
+_ROUNDS, _WARM_ROUNDS = 1000, 100
 
 ARGUMENTS = Struct(
     "FlagLatencyArguments",
@@ -28,36 +27,25 @@ ARGUMENTS = Struct(
 )
 
 
-def compile_flag_latency(arch: str) -> CompiledKernel:
-    """The kernel; needs no GPU."""
-    return compile_kernel("bench/flag_latency", "flag_latency", arch, prelude=ARGUMENTS.declaration)
-
-
 class FlagLatency:
-    """One rank's end of a pair.
-
-    Args:
-        device: this rank's GPU.
-        mine: address of a word that the other rank of the pair writes.
-        theirs: address of its word.
-        leads: whether this rank begins; the other one does not.
-        limit_s: longest wait for a number, in seconds.
-    """
+    """One rank's end of a pair, of which one leads. `mine` and `theirs` are addresses of words."""
 
     def __init__(
         self, device: torch.device, *, mine: int, theirs: int, leads: bool, limit_s: float
     ) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         self._device = device
-        self._kernel = load_kernel(device, compile_flag_latency(f"sm_{major}{minor}"))
+        name, arch = "flag_latency", f"sm_{major}{minor}"
+        compiled = compile_kernel(f"bench/{name}", name, arch, prelude=ARGUMENTS.declaration)
+        self._kernel = load_kernel(device, compiled)
         self._elapsed = torch.zeros(1, dtype=torch.int64, device=device)
         self._arguments = ARGUMENTS.new(
             mine=mine,
             theirs=theirs,
             elapsed_ns=self._elapsed.data_ptr(),
             limit_ns=int(limit_s * 1e9),
-            rounds=ROUNDS,
-            warm_rounds=WARM_ROUNDS,
+            rounds=_ROUNDS,
+            warm_rounds=_WARM_ROUNDS,
             leads=int(leads),
         )
 
@@ -67,13 +55,7 @@ class FlagLatency:
         Both ranks of the pair call it, equally often.
         """
         self._elapsed.zero_()
-        self._kernel.launch(
-            self._arguments,
-            grid=1,
-            block=32,
-            shared_bytes=0,
-            stream=torch.cuda.current_stream(self._device).cuda_stream,
-        )
-        self._arguments.base += ROUNDS
-        elapsed_ns = int(self._elapsed.item())
-        return elapsed_ns / (2 * (ROUNDS - WARM_ROUNDS)) / 1e3
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._kernel.launch(self._arguments, grid=1, block=32, shared_bytes=0, stream=stream)
+        self._arguments.base += _ROUNDS
+        return int(self._elapsed.item()) / (2 * (_ROUNDS - _WARM_ROUNDS)) / 1e3

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from expertlink.bench.cases import Case, Plan
-from expertlink.bench.ceilings import WireRows
+from expertlink.bench.ceilings import Moves
 from expertlink.bench.clock import Clock
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ExpertlinkError
@@ -19,10 +21,49 @@ from expertlink.workloads.check import expected_sum, mismatch, scaling_experts
 from expertlink.workloads.routings import RoutingSpec, draw_routing, draw_token_counts
 
 _MOST_INPUT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+_METADATA_BYTES = 8  # of an id (int32) and its weight (float32)
 
 
 class WrongResultError(ExpertlinkError, RuntimeError):
     """Dispatch and combine did not give the right sum; nothing was timed."""
+
+
+@dataclass(frozen=True)
+class WireRows:
+    """`[R]` rows that a rank sends to and receives from every rank in a dispatch, its own share
+    included; combine reverses them."""
+
+    rank: int
+    rows_to: list[int]
+    rows_from: list[int]
+
+    def traffic(self, case: Case) -> list[tuple[int, int, int]]:
+        """For each phase, bytes of rows that leave the rank, of rows that arrive, and of the ids
+        and weights that leave beside them; its own share does neither."""
+        out, back = (sum(rows) - rows[self.rank] for rows in (self.rows_to, self.rows_from))
+        there, home = case.row_bytes("dispatch"), case.row_bytes("combine")
+        metadata = 0 if case.calls.cached else out * case.topk * _METADATA_BYTES
+        dispatch, combine = (out * there, back * there, metadata), (back * home, out * home, 0)
+        pair = (dispatch[0] + combine[0], dispatch[1] + combine[1], metadata)
+        return [dispatch, combine, pair]
+
+    def raw_moves(self, case: Case, device: torch.device) -> Moves:
+        """`all_to_all_single` of as many bytes, by phase, on buffers that are allocated once.
+
+        No counting, no reordering, no reduction: what is left of a call when that costs nothing.
+        """
+
+        def exchange(phase: str, rows_out: list[int], rows_in: list[int]) -> Callable[[], object]:
+            source, target = (
+                torch.zeros(sum(rows), case.row_bytes(phase), dtype=torch.uint8, device=device)
+                for rows in (rows_out, rows_in)
+            )
+            return partial(dist.all_to_all_single, target, source, rows_in, rows_out)
+
+        return {
+            ("dispatch", "raw"): exchange("dispatch", self.rows_to, self.rows_from),
+            ("combine", "raw"): exchange("combine", self.rows_from, self.rows_to),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +80,7 @@ class Input:
         expected_TH: float32, what combine has to return, unrounded.
         handle: of an earlier dispatch with this routing.
         wire: rows on the wire.
-        raw: the raw exchange of as many bytes, by phase.
+        raw: the raw exchange of as many bytes.
     """
 
     x_TH: Tensor
@@ -51,15 +92,14 @@ class Input:
     expected_TH: Tensor
     handle: DispatchHandle
     wire: WireRows
-    raw: dict[str, Callable[[], object]]
+    raw: Moves
 
     def nbytes(self, case: Case) -> int:
         """Device memory that the input holds, roughly."""
-        wire = self.wire
         # Both graphs with a dispatch have an output of their own.
         outputs = 3 if case.calls.static and case.calls.graph else 1
-        rows = sum(wire.rows_to) + sum(wire.rows_from)
-        row_bytes = wire.dispatch_row_bytes + wire.combine_row_bytes
+        rows = sum(self.wire.rows_to) + sum(self.wire.rows_from)
+        row_bytes = case.row_bytes("dispatch") + case.row_bytes("combine")
         tensors = self.x_TH.nbytes + self.expected_TH.nbytes + outputs * self.expert_out.nbytes
         return tensors + rows * row_bytes
 
@@ -107,7 +147,7 @@ def _prepare_one(
     x_TH = torch.randn(counts[comm.rank], case.hidden, generator=generator)
     x_TH = x_TH.to(case.torch_dtype).to(device)
     ids_TK, weights_TK = routing.topk_ids_TK.to(device), routing.topk_weights_TK.to(device)
-    block_format = case.block_format
+    dtype, block_format = case.torch_dtype, case.block_format
 
     # In training and prefill models quantize in the kernel that makes the rows, so it is not part
     # of what is timed. In decode dispatch does it.
@@ -116,22 +156,14 @@ def _prepare_one(
         rows, values = quantize(x_TH, block_format)
         scales = QuantScales(values, block_format)
     out, handle = comm.dispatch(rows, ids_TK, weights_TK, scales)
-    expert_out = scaling_experts(
-        out, comm.local_experts, dtype=case.torch_dtype, block_format=block_format
-    )
+    expert_out = scaling_experts(out, comm.local_experts, dtype=dtype, block_format=block_format)
     del out
     y_TH = comm.combine(expert_out, handle, out=torch.full_like(x_TH, float("nan")))
     expected_TH = expected_sum(
         x_TH, ids_TK, weights_TK, num_experts=case.experts, block_format=block_format
     )
     rows_to, rows_from = comm.wire_rows(handle)
-    wire = WireRows(
-        rank=comm.rank,
-        rows_to=list(rows_to),
-        rows_from=list(rows_from),
-        dispatch_row_bytes=case.row_bytes("dispatch"),
-        combine_row_bytes=case.row_bytes("combine"),
-    )
+    wire = WireRows(comm.rank, list(rows_to), list(rows_from))
     item = Input(
         x_TH=x_TH,
         rows=rows,
@@ -142,6 +174,6 @@ def _prepare_one(
         expected_TH=expected_TH,
         handle=handle,
         wire=wire,
-        raw=wire.raw_exchange(device),
+        raw=wire.raw_moves(case, device),
     )
-    return item, mismatch(y_TH, expected_TH, wire_dtype=case.torch_dtype)
+    return item, mismatch(y_TH, expected_TH, wire_dtype=dtype)

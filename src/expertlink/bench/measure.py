@@ -14,28 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from expertlink.bench.cases import RECV, VARIANTS, Case, Plan, recorded_as
-from expertlink.bench.ceilings import Ceilings
+from expertlink.bench.cases import VARIANTS, Case, Plan
+from expertlink.bench.ceilings import Ceilings, Moves
 from expertlink.bench.clock import Clock, Times, capture
 from expertlink.bench.inputs import Input, agree_on_results, prepare_inputs
-from expertlink.bench.measured import Measured, gather_traffic, make_record
-from expertlink.bench.records import PHASES, Record
-from expertlink.bench.steps import Caller, Step, graph_size
+from expertlink.bench.measured import Measured, gather_traffic, make_records
+from expertlink.bench.records import Record
+from expertlink.bench.steps import Caller, Step
 from expertlink.communicator import MoECommunicator
 from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 from expertlink.types import DispatchBuffers
 
-Copies = dict[str, dict[str, Callable[[], None]]]
-"""By phase and kind, what moves the rows of an input."""
 _HOT_WARMUP = 3
-_NOTHING_LEAVES = "rows are there before a receiving half begins"
 
 
 def measure_batch(
@@ -52,7 +48,7 @@ def measure_batch(
         context: this rank.
         cases: what to measure; their `ranks` is the size of the group.
         plan: how.
-        on_progress: called with 1 after every timed iteration.
+        on_progress: called with the number of timed iterations after each.
         control: group of all ranks, with gloo, in which hosts meet and exchange times; its
             time-out bounds the wait for a rank that failed. None: the default group.
 
@@ -118,15 +114,6 @@ def _check_engine(comm: MoECommunicator, case: Case) -> None:
 
 
 @dataclass(frozen=True)
-class _Other:
-    """What a phase is compared with: its call, and how many times that moves the bytes."""
-
-    kind: str
-    run: Callable[[], Any]
-    calls: int = 1
-
-
-@dataclass(frozen=True)
 class _Batch:
     """What the cases of one communicator have in common."""
 
@@ -143,104 +130,105 @@ class _Batch:
         # As in serving: with gradients enabled, padding would be zeroed for the experts' backward.
         with torch.no_grad():
             inputs = prepare_inputs(self.comm, cases[0], self.plan, self.clock)
-        copies = self.ceilings.calls([item.wire for item in inputs])
+        moves = self.ceilings.moves(self.comm.rank, [item.wire.rows_to for item in inputs])
         gc.collect()
         for case in cases:
             _check_engine(self.comm, case)
             with torch.no_grad():
-                times = self._time(case, inputs, copies, buffers)
-            yield self._records(case, inputs, times)
-
-    def _time(
-        self, case: Case, inputs: list[Input], copies: list[Copies], buffers: DispatchBuffers | None
-    ) -> dict[str, Times]:
-        """Times by the name of the variant in records."""
-        plan, clock = self.plan, self.clock
-        calls = graph_size(case, plan, self.comm.engine_name)
-        steps = self._checked_steps(case, inputs, buffers, calls)
-        others = [_others(item, own, calls) for item, own in zip(inputs, copies, strict=True)]
-        times = {name: Times() for name in recorded_as(case.variant)}
-        for number in range(-plan.warmup, plan.iters):
-            index = number % len(inputs)
-            kept = times if number >= 0 else {name: Times() for name in times}
-            for step in steps[index]:
-                # Before and after the call in turns, so that neither side is always first.
-                if number % 2 and step.begins:
-                    self._time_others(others[index][step.phase], step.phase, kept)
-                sample = clock.sample(step.run)
-                kept[step.variant].put_sample(step.phase, sample, calls=step.calls)
-                if number % 2 == 0 and step.begins:
-                    self._time_others(others[index][step.phase], step.phase, kept)
-            if number >= 0:
-                self.on_progress(1)
-        if clock.on_gpu and not (case.calls.chained or case.calls.halves):
-            for number in range(plan.iters):
-                for step in steps[number % len(inputs)]:
-                    sample = clock.sample_idle(step.run)
-                    times[step.variant].put(step.phase, "idle", sample.time_us)
-                    times[step.variant].put(step.phase, "idle host", sample.host_us)
-            if case.calls.prepared:
-                clock.barrier()
-                _time_idle_loop(steps[0], times[case.variant], count=plan.iters)
-        if case.calls.prepared and not (case.calls.graph or case.calls.halves):
-            clock.barrier()
-            _time_hot_calls(steps[0], times[case.variant], count=plan.iters)
-        self.comm.check_health()  # replays raise nothing themselves
-        return times
-
-    def _checked_steps(
-        self, case: Case, inputs: list[Input], buffers: DispatchBuffers | None, calls: int | None
-    ) -> list[list[Step]]:
-        """The steps of every input, after each has given the right result."""
-        callers = [Caller(self.comm, case, item, buffers) for item in inputs]
-        steps = [caller.steps(calls_per_graph=calls) for caller in callers]
-        # Only now: a graph is replayed after others have been captured.
-        problems = [caller.check(own) for caller, own in zip(callers, steps, strict=True)]
-        agree_on_results(next(filter(None, problems), None), self.clock)
-        return steps
-
-    def _time_others(self, others: list[_Other], phase: str, times: dict[str, Times]) -> None:
-        for other in others:
-            time_us = self.clock.sample(other.run).time_us / other.calls
-            for own in times.values():
-                own.put(phase, other.kind, time_us)
-
-    def _records(self, case: Case, inputs: list[Input], times: dict[str, Times]) -> list[Record]:
-        note = self.ceilings.note
-        traffic = gather_traffic([item.wire for item in inputs], case, self.clock)
-        records: list[Record] = []
-        for name, own in times.items():
+                times = self._time(case, inputs, moves, buffers)
             measured = Measured(
                 device=self.clock.device,
                 engine=self.comm.engine_name,
-                aligned=self.clock.aligned,
                 num_inputs=len(inputs),
-                times=own.gather(self.clock),
-                traffic=traffic,
-                ceiling_note=_NOTHING_LEAVES if name == RECV and note is None else note,
-                variant=name,
-                calls_per_graph=graph_size(case, self.plan, self.comm.engine_name),
-                floor=None if case.calls.halves else self.ceilings.floor,
-                on_wire=name != RECV,
+                times=times.gather(self.clock),
+                traffic=gather_traffic([item.wire for item in inputs], case, self.clock),
+                ceiling_note=self.ceilings.note,
+                floor=self.ceilings.floor,
             )
-            phases = [phase for phase in PHASES if (phase, "time") in measured.times]
-            if self.comm.rank == 0:
-                records += [make_record(phase, case, self.plan, measured) for phase in phases]
-        return records
+            yield make_records(case, self.plan, measured) if self.comm.rank == 0 else []
+
+    def _time(
+        self,
+        case: Case,
+        inputs: Sequence[Input],
+        moves: Sequence[Moves],
+        buffers: DispatchBuffers | None,
+    ) -> Times:
+        plan, clock, calls = self.plan, self.clock, case.calls
+        per_graph = case.calls_per_graph(plan, self.comm.engine_name)
+        callers = [Caller(self.comm, case, item, buffers) for item in inputs]
+        steps = [caller.steps(calls_per_graph=per_graph) for caller in callers]
+        # Only now: a graph is replayed after others have been captured.
+        problems = [caller.check(own) for caller, own in zip(callers, steps, strict=True)]
+        agree_on_results(next(filter(None, problems), None), clock)
+
+        compared = [
+            _compared_with(item, own, per_graph) for item, own in zip(inputs, moves, strict=True)
+        ]
+        groups = [
+            [
+                [step, *(other for other in others if other.phase == step.phase and step.begins)]
+                for step in own
+            ]
+            for own, others in zip(steps, compared, strict=True)
+        ]
+        times = time_steps(groups, plan, clock, self.on_progress)
+        if clock.on_gpu and not (calls.chained or calls.halves):
+            for number in range(plan.iters):
+                for step in steps[number % len(inputs)]:
+                    sample = clock.sample_idle(step.run)
+                    times.put(step.variant, step.phase, "idle", sample.time_us)
+                    times.put(step.variant, step.phase, "idle host", sample.host_us)
+            if calls.prepared:
+                clock.barrier()
+                _time_idle_loop(steps[0], times, count=plan.iters)
+        if calls.prepared and not (calls.graph or calls.halves):
+            clock.barrier()
+            _time_hot_calls(steps[0], times, count=plan.iters)
+        self.comm.check_health()  # replays raise nothing themselves
+        return times
 
 
-def _others(item: Input, copies: Copies, calls: int | None) -> dict[str, list[_Other]]:
-    """What the phases of an input are compared with; a pair is the sum of its parts.
+def _compared_with(item: Input, copies: Moves, per_graph: int | None) -> list[Step]:
+    """What dispatch and combine of an input are compared with; a pair is the sum of its parts.
 
     Where prepared calls are captured, so are the ceilings: launches are in both or in neither.
     """
-    others: dict[str, list[_Other]] = {"pair": []}
-    for phase, raw in item.raw.items():
-        others[phase] = [_Other("raw", raw)]
-        for kind, call in copies.get(phase, {}).items():
-            run = call if calls is None else capture(call, calls).replay
-            others[phase].append(_Other(kind, run, calls or 1))
-    return others
+    steps = [
+        Step(variant="", phase=phase, kind=kind, run=run) for (phase, kind), run in item.raw.items()
+    ]
+    for (phase, kind), call in copies.items():
+        run = call if per_graph is None else capture(call, per_graph).replay
+        steps.append(Step(variant="", phase=phase, kind=kind, run=run, calls=per_graph or 1))
+    return steps
+
+
+def time_steps(
+    inputs: Sequence[Sequence[Sequence[Step]]],
+    plan: Plan,
+    clock: Clock,
+    on_progress: Callable[[int], None],
+) -> Times:
+    """Times the steps of inputs that take turns. Collective.
+
+    A group of an input's steps is a step, and what it is compared with: before and after it in
+    turns, so that neither side is always first.
+    """
+    times = Times()
+    for number in range(-plan.warmup, plan.iters):
+        for step, *others in inputs[number % len(inputs)]:
+            for timed in [*others, step] if number % 2 else [step, *others]:
+                sample = clock.sample(timed.run)
+                if number < 0:
+                    continue
+                key = (timed.variant, timed.phase)
+                times.put(*key, timed.kind, sample.time_us / timed.calls)
+                if timed.kind == "time":
+                    times.put(*key, "host", sample.host_us / timed.calls)
+                    times.put(*key, "memory", sample.memory_bytes)
+        if number >= 0:
+            on_progress(number + 1)
+    return times
 
 
 def _time_idle_loop(steps: Sequence[Step], times: Times, *, count: int) -> None:
@@ -252,22 +240,25 @@ def _time_idle_loop(steps: Sequence[Step], times: Times, *, count: int) -> None:
         pair.run()
         torch.cuda.synchronize()
         if number >= 0:
-            times.put("pair", "idle loop", (time.perf_counter() - begin) * 1e6)
+            times.put(pair.variant, "pair", "idle loop", (time.perf_counter() - begin) * 1e6)
 
 
 def _time_hot_calls(steps: Sequence[Step], times: Times, *, count: int) -> None:
     """Host times of dispatches and combines one after the other, nothing in between."""
-    run = {step.phase: step.run for step in steps}
+    dispatch, combine, pair = steps
     for number in range(-_HOT_WARMUP, count):
         begin = time.perf_counter()
-        run["dispatch"]()
+        dispatch.run()
         between = time.perf_counter()
-        run["combine"]()
+        combine.run()
         end = time.perf_counter()
         if number >= 0:
-            times.put("dispatch", "hot host", (between - begin) * 1e6)
-            times.put("combine", "hot host", (end - between) * 1e6)
-            times.put("pair", "hot host", (end - begin) * 1e6)
+            for step, took in (
+                (dispatch, between - begin),
+                (combine, end - between),
+                (pair, end - begin),
+            ):
+                times.put(step.variant, step.phase, "hot host", took * 1e6)
 
 
 @contextmanager

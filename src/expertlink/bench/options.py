@@ -21,17 +21,38 @@ from expertlink.launch import RankContext
 
 _DEFAULT_CPU_RANKS = 4
 _LEAST_MAX_TOKENS = 128
-_DEFAULT_GEMM = {"cpu": (256, 512, 512), "cuda": (8192, 4096, 7168)}  # m, n, k
 _LEAST = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1, "ceiling_sms": 1}
 _LEAST |= {"calls_per_graph": 1}
+
+# What is measured where nothing else is asked for. CUDA: the model shape that the field publishes
+# figures for. CPU: one that a laptop measures in seconds.
+_SHAPE = {
+    "cuda": {"hidden": [7168], "topk": [8], "experts": [256]},
+    "cpu": {"hidden": [1024], "topk": [4], "experts": [16]},
+}
+_TOKENS = {
+    ("ht", "cuda"): [4096],
+    ("ht", "cpu"): [128, 1024],
+    ("ll", "cuda"): [1, 8, 16, 32, 64, 128, 256, 512],
+    ("ll", "cpu"): [1, 16, 128],
+}
+_FORMATS = {
+    "ht": {"layout": ["flat"], "quantization": [None]},
+    "ll": {"layout": ["expert_major", "rank_major"], "quantization": [None, "e4m3_float32"]},
+}
+_GEMM = {"cpu": "256,512,512", "cuda": "8192,4096,7168"}  # m, n, k
+# Fields that need another communicator vary slowest.
+_ORDER = {
+    "ht": ("dtype", "quantization", "routing", "tokens", "hidden", "topk", "experts", "layout"),
+    "ll": ("dtype", "quantization", "layout", "hidden", "topk", "experts", "routing", "tokens"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """Options of `expertlink bench` as they were typed; lists are separated by commas.
 
-    None leaves a choice to the machine and the mode (see `_default_fields`) or, for `topk` and
-    `experts`, to the trace.
+    None leaves a choice to the machine and the mode or, for `topk` and `experts`, to the trace.
     """
 
     ranks: int | None = None
@@ -78,19 +99,23 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     for name, values in (("engine", engines), ("mode", modes)):
         if not values:
             raise ConfigurationError(f"{name}: at least one value is needed")
-    trace = None if options.trace is None else str(options.trace)
+    recorded = {} if options.trace is None else _trace_shape(options.trace)
     cases: list[Case] = []
     for (dispatch, combine), engine, mode in product(_budgets(options), engines, modes):
-        lists = _lists(options, device, engine, mode)
+        lists = _lists(options, device, engine, mode, recorded)
+        most_tokens = options.max_tokens_per_rank
+        if most_tokens is None and mode == "ll" and lists["tokens"]:
+            # One for all T, so that they share a communicator as decode steps do.
+            most_tokens = max(_LEAST_MAX_TOKENS, *lists["tokens"])
         fixed = {
             "ranks": ranks,
             "engine": engine,
             "mode": mode,
             "uneven": options.uneven,
-            "trace": trace,
+            "trace": None if options.trace is None else str(options.trace),
             "num_sms_dispatch": dispatch,
             "num_sms_combine": combine,
-            "max_tokens_per_rank": _most_tokens(options, mode, lists["tokens"]),
+            "max_tokens_per_rank": most_tokens,
         }
         cases += grid(fixed=fixed, **lists)
     for case in cases:
@@ -99,10 +124,8 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
                 f"variant={case.variant!r} cannot be measured on CPU ranks: it needs the nvlink "
                 "engine, which moves rows between GPUs"
             )
-        if case.routing != "trace":
-            continue
-        recorded = _trace_shape(Path(case.trace or ""))
-        if [case.topk] != recorded["topk"] or [case.experts] != recorded["experts"]:
+        shape = {"topk": [case.topk], "experts": [case.experts]}
+        if case.routing == "trace" and shape != recorded:
             raise ConfigurationError(
                 f"topk={case.topk}, experts={case.experts} cannot be replayed from the trace, "
                 f"which has topk={recorded['topk'][0]}, experts={recorded['experts'][0]}"
@@ -110,16 +133,20 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     return cases
 
 
-def _lists(options: BenchOptions, device: str, engine: str, mode: str) -> dict[str, Sequence[Any]]:
-    """Values of the fields that vary; those that need another communicator vary slowest."""
-    lists: dict[str, Sequence[Any]] = _default_fields(device, mode)
-    lists["variant"] = _default_variants(device, mode, engine)
-    lists["dtype"] = parse_names(options.dtype)
-    lists["routing"] = parse_names(
-        options.routing or ("balanced" if options.trace is None else "trace")
-    )
-    if options.trace is not None:
-        lists |= _trace_shape(options.trace)
+def _lists(
+    options: BenchOptions, device: str, engine: str, mode: str, recorded: dict[str, list[int]]
+) -> dict[str, Sequence[Any]]:
+    """Values of the fields that vary."""
+    mode = mode if mode in _ORDER else "ll"  # `Case` refuses another one
+    lists: dict[str, Sequence[Any]] = {
+        "tokens": _TOKENS[mode, device],
+        **_SHAPE[device],
+        **recorded,
+        **_FORMATS[mode],
+        "variant": _default_variants(device, mode, engine),
+        "dtype": parse_names(options.dtype),
+        "routing": parse_names(options.routing or ("trace" if recorded else "balanced")),
+    }
     for name in ("tokens", "hidden", "topk", "experts"):
         text = getattr(options, name)
         if text is not None:
@@ -128,18 +155,17 @@ def _lists(options: BenchOptions, device: str, engine: str, mode: str) -> dict[s
         text = getattr(options, name)
         if text is not None:
             lists[name] = [None if item == "none" else item for item in parse_names(text)]
-    slow = {
-        "ht": ("dtype", "quantization", "routing", "tokens", "hidden", "topk", "experts", "layout"),
-        "ll": ("dtype", "quantization", "layout", "hidden", "topk", "experts", "routing", "tokens"),
-    }
-    return {name: lists[name] for name in (*slow.get(mode, slow["ll"]), "variant")}
+    return {name: lists[name] for name in (*_ORDER[mode], "variant")}
 
 
-def _most_tokens(options: BenchOptions, mode: str, tokens: Sequence[int]) -> int | None:
-    """T_max: in mode "ll" one for all T, so that they share a communicator as decode steps do."""
-    if options.max_tokens_per_rank is not None or mode != "ll":
-        return options.max_tokens_per_rank
-    return max(_LEAST_MAX_TOKENS, *tokens) if tokens else None
+def _default_variants(device: str, mode: str, engine: str) -> list[str]:
+    """Variants that are measured where none are asked for: those that the engine has."""
+    if mode == "ht":
+        return ["uncached", "cached"]
+    if device == "cpu":
+        return ["eager", "halves"]
+    # NCCL stands beside the others for comparison: one line is enough.
+    return ["eager"] if engine == "collective" else ["graph", "graph_single", "eager", "halves"]
 
 
 def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
@@ -160,39 +186,8 @@ def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
             f"num_sms_dispatch={options.num_sms_dispatch!r} and num_sms_combine="
             f"{options.num_sms_combine!r} go pairwise; accepted: equally many values, or one"
         )
-    dispatch, combine = ([*values] * longest if len(values) == 1 else [*values] for values in lists)
+    dispatch, combine = ([*values] * longest if len(values) == 1 else values for values in lists)
     return list(dict.fromkeys(zip(dispatch, combine, strict=True)))
-
-
-def _default_fields(device: str, mode: str) -> dict[str, Any]:
-    """What is measured where nothing else is asked for.
-
-    CUDA: the model shape that the field publishes figures for. CPU: one that a laptop measures in
-    seconds.
-    """
-    on_gpu = device == "cuda"
-    shape = {"hidden": [7168], "topk": [8], "experts": [256]}
-    if not on_gpu:
-        shape = {"hidden": [1024], "topk": [4], "experts": [16]}
-    if mode == "ht":
-        tokens = [4096] if on_gpu else [128, 1024]
-        return {"tokens": tokens, **shape, "layout": ["flat"], "quantization": [None]}
-    return {
-        "tokens": [1, 8, 16, 32, 64, 128, 256, 512] if on_gpu else [1, 16, 128],
-        **shape,
-        "layout": ["expert_major", "rank_major"],
-        "quantization": [None, "e4m3_float32"],
-    }
-
-
-def _default_variants(device: str, mode: str, engine: str) -> list[str]:
-    """Variants that are measured where none are asked for: those that the engine has."""
-    if mode == "ht":
-        return ["uncached", "cached"]
-    if device == "cpu":
-        return ["eager", "halves"]
-    # NCCL stands beside the others for comparison: one line is enough.
-    return ["eager"] if engine == "collective" else ["graph", "graph_single", "eager", "halves"]
 
 
 def parse_ints(text: str, *, name: str) -> list[int]:
@@ -217,38 +212,31 @@ def parse_names(text: str) -> list[str]:
 def device_and_ranks(
     options: BenchOptions, context: RankContext | None
 ) -> tuple[Literal["cpu", "cuda"], int]:
-    """Where to measure, and on how many ranks.
-
-    Args:
-        options: what was typed.
-        context: this rank, if torchrun started it.
+    """Where to measure, and on how many ranks; `context` is this rank, if torchrun started it.
 
     Raises:
         ConfigurationError: that is not possible here.
     """
-    if options.device not in ("auto", "cpu", "cuda"):
-        raise ConfigurationError(
-            f"device={options.device!r} cannot be measured; accepted: auto, cpu, cuda"
-        )
-    gpus = torch.cuda.device_count()
-    if options.device == "cuda" and gpus == 0:
+    wanted, ranks, gpus = options.device, options.ranks, torch.cuda.device_count()
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(f"device={wanted!r} cannot be measured; accepted: auto, cpu, cuda")
+    if wanted == "cuda" and gpus == 0:
         raise ConfigurationError("device='cuda' cannot be measured: no GPU was found")
     if context is not None:
-        if options.ranks not in (None, context.num_ranks):
+        if ranks not in (None, context.num_ranks):
             raise ConfigurationError(
-                f"ranks={options.ranks} cannot be measured: torchrun started {context.num_ranks}"
+                f"ranks={ranks} cannot be measured: torchrun started {context.num_ranks}"
             )
-        wanted = context.device.type if options.device == "auto" else options.device
+        wanted = context.device.type if wanted == "auto" else wanted
         return ("cuda" if wanted == "cuda" else "cpu"), context.num_ranks
-    on_gpu = options.device == "cuda"
-    if options.device == "auto":
-        on_gpu = gpus >= (options.ranks or 1) and gpus > 0
-    ranks = options.ranks
-    if ranks is None:
-        ranks = gpus if on_gpu else min(_DEFAULT_CPU_RANKS, max(2, usable_cores()))
-    if on_gpu and ranks > gpus:
+    if wanted == "auto":
+        wanted = "cuda" if gpus >= (ranks or 1) and gpus > 0 else "cpu"
+    if wanted == "cpu":
+        return "cpu", min(_DEFAULT_CPU_RANKS, max(2, usable_cores())) if ranks is None else ranks
+    ranks = gpus if ranks is None else ranks
+    if ranks > gpus:
         raise ConfigurationError(f"ranks={ranks} cannot be measured on {gpus} GPUs")
-    return ("cuda" if on_gpu else "cpu"), ranks
+    return "cuda", ranks
 
 
 def make_plan(options: BenchOptions, device: str) -> Plan:
@@ -276,30 +264,26 @@ def make_plan(options: BenchOptions, device: str) -> Plan:
         command=_command_line(),
         ceiling_sms=options.ceiling_sms,
         calls_per_graph=options.calls_per_graph,
-        gemm=_gemm(options, device) if options.overlap else None,
+        gemm=_gemm(options.gemm or _GEMM[device]) if options.overlap else None,
     )
 
 
-def _gemm(options: BenchOptions, device: str) -> tuple[int, int, int]:
-    if options.gemm is None:
-        return _DEFAULT_GEMM[device]
-    sizes = parse_ints(options.gemm, name="gemm")
+def _gemm(text: str) -> tuple[int, int, int]:
+    sizes = parse_ints(text, name="gemm")
     if len(sizes) != 3 or min(sizes) < 1:
         raise ConfigurationError(
-            f"gemm={options.gemm!r} cannot be measured; accepted: m,n,k, each at least 1"
+            f"gemm={text!r} cannot be measured; accepted: m,n,k, each at least 1"
         )
     return sizes[0], sizes[1], sizes[2]
 
 
 def _command_line() -> str:
     as_module = Path(sys.argv[0]).name == "__main__.py"
+    words = ["python", "-m"] if as_module else []
     if under_torchrun():
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "?")
         words = ["torchrun", f"--nproc-per-node={ranks}", "-m" if as_module else "--no-python"]
-    else:
-        words = ["python", "-m"] if as_module else []
-    words += ["expertlink", *sys.argv[1:]]
-    return shlex.join(words)
+    return shlex.join([*words, "expertlink", *sys.argv[1:]])
 
 
 def under_torchrun() -> bool:

@@ -36,46 +36,28 @@ _FLOOR_NAME = "floor: bytes at full bandwidth, two flags a call"
 _RAW_NAME = "raw all_to_all_single of the same bytes"
 _BAND_NAME = "dashed: the fastest call; band: up to the median"
 
+Series = dict[str, list[Record]]
+"""Records of one phase, by the name of their line or of their bar."""
+
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of picture.
+    """One kind of picture."""
 
-    Attributes:
-        name: of its files.
-        along: the word that an axis says, so that names of series leave it out.
-        draw: makes a figure of the records of a picture and their names.
-    """
-
-    name: str
-    along: str
-    draw: Callable[[Sequence[Record], list[str]], Figure]
+    name: str  # of its files
+    along: str  # the word that an axis says, so that names of series leave it out
+    draw: Callable[[dict[str, Series], list[str]], Figure]  # of every phase's, and all names
 
     def series(self, record: Record) -> tuple[object, ...]:
-        """What the records of one line, or of one group of bars, have in common."""
+        """What the records of one line, or of one bar per phase, have in common."""
         return tuple(read(record) for word, read in WORDS.items() if word != self.along)
 
-
-def draw_plots(records: Sequence[Record], out: str | Path) -> list[Path]:
-    """Draws `time*.png` (cases with several T), `cases*.png` (cases with one) and `sms*.png`
-    (cases with several SM budgets).
-
-    Args:
-        records: at least one, each key once (`records.latest`).
-        out: folder of the pictures; made where it does not exist.
-
-    Returns:
-        Paths of the pictures.
-    """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    for name, picture in pictures(records).items():
-        figure = picture.draw()
-        FigureCanvasAgg(figure)
-        figure.savefig(folder / f"{name}.png", dpi=_DPI, metadata={"Software": None})
-        paths.append(folder / f"{name}.png")
-    return paths
+    def with_several(self, records: Sequence[Record], field: str) -> list[Record]:
+        """Records of the series in which a field has several values."""
+        values: dict[object, set[object]] = {}
+        for record in records:
+            values.setdefault(self.series(record), set()).add(getattr(record, field))
+        return [record for record in records if len(values[self.series(record)]) > 1]
 
 
 @dataclass(frozen=True)
@@ -92,18 +74,41 @@ class Picture:
 
     def draw(self) -> Figure:
         """The figure, without a canvas."""
-        figure = self.kind.draw(self.records, names_of(self.records, without=(self.kind.along,))[1])
+        names = names_of(self.records, without=(self.kind.along,))[1]
+        phases: dict[str, Series] = {}
+        for phase in PHASES:
+            for record, name in zip(self.records, names, strict=True):
+                if record.phase == phase:
+                    phases.setdefault(phase, {}).setdefault(name, []).append(record)
+        figure = self.kind.draw(phases, list(dict.fromkeys(names)))
         figure.suptitle(self.title, fontsize=10)
         return figure
+
+
+def draw_plots(records: Sequence[Record], out: str | Path) -> list[Path]:
+    """Draws `time*.png` (cases with several T), `cases*.png` (cases with one) and `sms*.png`
+    (cases with several SM budgets) into a folder, which is made where it does not exist.
+
+    `records`: at least one, each key once (`records.latest`). Returns the paths of the pictures.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for name, picture in pictures(records).items():
+        figure = picture.draw()
+        FigureCanvasAgg(figure)
+        figure.savefig(folder / f"{name}.png", dpi=_DPI, metadata={"Software": None})
+        paths.append(folder / f"{name}.png")
+    return paths
 
 
 def pictures(records: Sequence[Record]) -> dict[str, Picture]:
     """The pictures of records, by the name of their file."""
     limited = [record for record in records if record.num_sms is not None]
-    swept = _several(_SMS, [record for record in limited if record.phase != "pair"], "num_sms")
+    swept = _SMS.with_several([one for one in limited if one.phase != "pair"], "num_sms")
     cases = {_SMS.series(record) for record in swept}
     rest = [one for one in records if one not in limited or _SMS.series(one) not in cases]
-    lines = _several(_LINES, rest, "tokens")
+    lines = _LINES.with_several(rest, "tokens")
     bars = [record for record in rest if record not in lines]
     named: dict[str, Picture] = {}
     for kind, own in ((_LINES, lines), (_BARS, bars), (_SMS, swept)):
@@ -111,14 +116,6 @@ def pictures(records: Sequence[Record]) -> dict[str, Picture]:
         for place, part in enumerate(parts, start=1):
             named[kind.name + ("" if len(parts) == 1 else f"-{place}")] = Picture(kind, part)
     return named
-
-
-def _several(kind: _Kind, records: Sequence[Record], field: str) -> list[Record]:
-    """Records of the series in which a field has several values."""
-    values: dict[object, set[object]] = {}
-    for record in records:
-        values.setdefault(kind.series(record), set()).add(getattr(record, field))
-    return [record for record in records if len(values[kind.series(record)]) > 1]
 
 
 def _split(kind: _Kind, records: Sequence[Record]) -> list[list[Record]]:
@@ -154,19 +151,22 @@ def _split(kind: _Kind, records: Sequence[Record]) -> list[list[Record]]:
 
 
 def _draw_lines(
-    records: Sequence[Record], names: list[str], *, along_tokens: bool = True
+    phases: dict[str, Series], names: list[str], *, along_tokens: bool = True
 ) -> Figure:
     """A panel per phase, a line per series; along the bottom T, else the SMs of the phase."""
 
     def x(record: Record) -> int:
         return record.tokens if along_tokens else record.num_sms or 0
 
-    figure, panels, legend = _panels(records, names, height=4.6)
+    figure, panels = _panels(phases, height=4.6)
+    legend: dict[str, dict[str, Any]] = {
+        name: {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.3}
+        for name, color, marker in zip(names, _COLORS, _MARKERS, strict=False)
+    }
     for phase, panel in panels.items():
-        here = [record for record in records if record.phase == phase]
-        for name, own in _by_name(records, names, phase):
+        for name, own in phases[phase].items():
             style = legend[name]
-            own.sort(key=x)
+            own = sorted(own, key=x)
             places, medians = [x(one) for one in own], [one.time_us.median for one in own]
             if own[0].variant == "eager" and own[0].aligned == "device":
                 # A late host makes single calls slow, so their median goes up and down.
@@ -177,11 +177,12 @@ def _draw_lines(
                 legend[_BAND_NAME] = {"color": _RAW, "linestyle": "--"}
             else:
                 panel.plot(places, medians, **style)
+        here = [record for own in phases[phase].values() for record in own]
         if along_tokens or len({record.tokens for record in here}) == 1:
             _draw_bounds(panel, here, x, legend)
         _log_axes(panel, sorted({x(record) for record in here}))
         panel.set_xlabel("tokens per rank, T" if along_tokens else f"SMs for {phase}")
-    _legend(figure, legend)
+    _legend(figure, {name: Line2D([], [], **style) for name, style in legend.items()})
     return figure
 
 
@@ -189,71 +190,46 @@ def _draw_bounds(
     panel: Axes, records: Sequence[Record], x: Callable[[Record], int], legend: dict[str, Any]
 ) -> None:
     """What the times are compared with: for each format the lowest of all series at each place."""
-    formats = list(dict.fromkeys(record.format_label for record in records))
-    peers = dict.fromkeys(record.peer for record in records if record.peer)
-    bounds: list[tuple[str, Callable[[Record], float | None], str]] = [
-        (_FLOOR_NAME, lambda record: record.floor_us, _BLACK),
-        (_WIRE_NAME, lambda record: None if record.prepared else _ceiling(record), _BLACK),
-        (_RAW_NAME, lambda one: None if one.floor_us or one.ceiling_us else _raw(one), _RAW),
-        *((f"best peer: {peer}", lambda one, p=peer: _peer(one, p), _PEER) for peer in peers),
-    ]
-    for name, read, color in bounds:
-        for place, wanted in enumerate(formats):
-            lowest: dict[int, float] = {}
-            for record in records:
-                value = read(record) if record.format_label == wanted else None
-                if value is not None:
-                    lowest[x(record)] = min(value, lowest.get(x(record), value))
-            if lowest:
-                style = {"color": color, "linestyle": _BOUNDS[place % len(_BOUNDS)], "lw": 1}
-                panel.plot(*zip(*sorted(lowest.items()), strict=True), **style)
-                legend[f"{name}, {wanted}" if len(formats) > 1 else name] = style
+    formats = list(dict.fromkeys(WORDS["format"](record) for record in records))
+    bounds: dict[tuple[str, str, object], dict[int, float]] = {}
+    for record in records:
+        compared = {(_FLOOR_NAME, _BLACK): record.floor_us}
+        if not record.prepared:
+            compared[_WIRE_NAME, _BLACK] = _ceiling(record)
+        if not record.floor_us and not record.ceiling_us:
+            compared[_RAW_NAME, _RAW] = record.raw_us.median
+        compared[f"best peer: {record.peer}", _PEER] = record.peer_us
+        for (name, color), value in compared.items():
+            if value is not None:
+                lowest = bounds.setdefault((name, color, WORDS["format"](record)), {})
+                lowest[x(record)] = min(value, lowest.get(x(record), value))
+    names = (_FLOOR_NAME, _WIRE_NAME, _RAW_NAME)
+
+    def place(key: tuple[str, str, object]) -> tuple[int, int]:
+        return names.index(key[0]) if key[0] in names else len(names), formats.index(key[2])
+
+    for name, color, wanted in sorted(bounds, key=place):
+        linestyle = _BOUNDS[formats.index(wanted) % len(_BOUNDS)]
+        style = {"color": color, "linestyle": linestyle, "lw": 1}
+        panel.plot(*zip(*sorted(bounds[name, color, wanted].items()), strict=True), **style)
+        legend[f"{name}, {wanted}" if len(formats) > 1 else name] = style
 
 
 def _ceiling(record: Record) -> float | None:
     return None if record.ceiling_us is None else record.ceiling_us.median
 
 
-def _raw(record: Record) -> float:
-    return record.raw_us.median
-
-
-def _peer(record: Record, name: str) -> float | None:
-    return record.peer_us if record.peer == name else None
-
-
-def _panels(
-    records: Sequence[Record], names: list[str], *, height: float
-) -> tuple[Figure, dict[str, Axes], dict[str, Any]]:
-    """An empty panel per phase, and the style of every series by name."""
-    phases = [phase for phase in PHASES if any(record.phase == phase for record in records)]
+def _panels(phases: dict[str, Series], *, height: float) -> tuple[Figure, dict[str, Axes]]:
+    """An empty panel per phase."""
     figure = Figure(figsize=(4.3 * max(2, len(phases)), height))
     figure.set_layout_engine("constrained")
     axes = figure.subplots(1, len(phases), squeeze=False, sharey=True)[0]
     panels = dict(zip(phases, axes, strict=True))
     for phase, panel in panels.items():
         panel.set_title(phase, fontsize=10)
+        panel.set_axisbelow(True)
     axes[0].set_ylabel(_TIME)
-    legend = {
-        name: {
-            "color": _COLORS[place],
-            "marker": _MARKERS[place],
-            "markersize": 4,
-            "linewidth": 1.3,
-        }
-        for place, name in enumerate(dict.fromkeys(names))
-    }
-    return figure, panels, legend
-
-
-def _by_name(
-    records: Sequence[Record], names: list[str], phase: str
-) -> list[tuple[str, list[Record]]]:
-    groups: dict[str, list[Record]] = {}
-    for record, name in zip(records, names, strict=True):
-        if record.phase == phase:
-            groups.setdefault(name, []).append(record)
-    return list(groups.items())
+    return figure, panels
 
 
 def _log_axes(panel: Axes, ticks: Sequence[int]) -> None:
@@ -266,35 +242,28 @@ def _log_axes(panel: Axes, ticks: Sequence[int]) -> None:
     panel.yaxis.set_major_formatter(ScalarFormatter())
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.grid(visible=True, which="major", color=_GRID, linewidth=0.6)
-    panel.set_axisbelow(True)
 
 
-def _legend(figure: Figure, styles: dict[str, Any]) -> None:
-    handles = [
-        style if isinstance(style, (Line2D, Patch)) else Line2D([], [], **style)
-        for style in styles.values()
-    ]
-    columns = 3 if len(styles) > 4 else 2
-    figure.legend(
-        handles, [*styles], loc="outside lower center", ncols=columns, fontsize=8, frameon=False
-    )
+def _legend(figure: Figure, handles: dict[str, Line2D | Patch]) -> None:
+    columns = 3 if len(handles) > 4 else 2
+    style = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
+    figure.legend([*handles.values()], [*handles], ncols=columns, **style)
 
 
 # -- bars -----------------------------------------------------------------------------------------
 
 
-def _draw_bars(records: Sequence[Record], names: list[str]) -> Figure:
+def _draw_bars(phases: dict[str, Series], names: list[str]) -> Figure:
     """A panel per phase with a bar per case; marks: what its time is compared with."""
-    groups = list(dict.fromkeys(names))
-    figure, panels, _ = _panels(records, names, height=2.2 + 0.42 * len(groups))
-    legend: dict[str, Any] = {}
+    figure, panels = _panels(phases, height=2.2 + 0.42 * len(names))
+    legend: dict[str, Line2D | Patch] = {"measured": Patch(color=_COLORS[5])}
     for phase, panel in panels.items():
         widest = 0.0
-        for name, [record, *_] in _by_name(records, names, phase):
-            y, median = groups.index(name), record.time_us.median
+        for name, [record, *_] in phases[phase].items():
+            y, median = names.index(name), record.time_us.median
             panel.barh(y, median, 0.62, color=_COLORS[5])
             marks: list[tuple[str, float | None, str]] = [
-                (_RAW_NAME, _raw(record), _RAW),
+                (_RAW_NAME, record.raw_us.median, _RAW),
                 (_WIRE_NAME, _ceiling(record), _BLACK),
                 (f"best peer: {record.peer}", record.peer_us, _COLORS[3]),
             ]
@@ -304,23 +273,16 @@ def _draw_bars(records: Sequence[Record], names: list[str]) -> Figure:
                     legend[label] = Line2D([], [], color=color, lw=2)
                     widest = max(widest, value)
             widest = max(widest, median)
-            panel.annotate(
-                number(median),
-                (0, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
+            label = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            panel.annotate(number(median), (0, y), fontsize=8, **label)
         panel.set_xlim(0, 1.06 * widest or 1.0)
-        panel.set_ylim(len(groups) - 0.4, -0.6)
-        panel.set_yticks(range(len(groups)), groups, fontsize=8)
+        panel.set_ylim(len(names) - 0.4, -0.6)
+        panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.grid(visible=True, axis="x", color=_GRID, linewidth=0.6)
-        panel.set_axisbelow(True)
         panel.set_ylabel("")
         panel.set_xlabel("µs, median of the slowest rank", fontsize=8)
-    _legend(figure, {"measured": Patch(color=_COLORS[5]), **legend})
+    _legend(figure, legend)
     return figure
 
 

@@ -6,9 +6,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from types import NoneType
+from typing import Any, ClassVar, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -17,27 +19,68 @@ from expertlink.config import MODES
 from expertlink.errors import InputError
 
 PHASES = ("dispatch", "combine", "pair")
-PREPARED = tuple(
+_PREPARED = tuple(
     name for key, calls in VARIANTS["ll"].items() if calls.prepared for name in recorded_as(key)
 )
-"""Names that records of mode "ll" use for prepared calls."""
-RECORDED = tuple(dict.fromkeys([*VARIANTS["ht"], *PREPARED]))
-"""All names of variants that records use."""
-CEILINGS = ("put", "get", "put+put", "put+get")
-MAX_LINE_BYTES = 1 << 20
+_ACCEPTED = {
+    "phase": PHASES,
+    "variant": (*VARIANTS["ht"], *_PREPARED),
+    "mode": MODES,
+    "ceiling": (None, "put", "get", "put+put", "put+get"),
+}
+_COUNTS = ("ranks", "tokens", "hidden", "topk", "experts", "iterations", "inputs")
 _KEY = (
     *("engine", "mode", "phase", "variant", "layout", "dtype", "quantization", "routing"),
     *("uneven", "ranks", "tokens", "hidden", "topk", "experts", "num_sms"),
     *("num_sms_dispatch", "num_sms_combine", "max_tokens_per_rank"),
 )
+_MAX_LINE_BYTES = 1 << 20
+Loaded = TypeVar("Loaded", bound="Checked")
 
 
 class RecordError(InputError):
     """A line of a file is no valid record; the message names file, line and field."""
 
 
+class Checked:
+    """Base of dataclasses whose fields are what their annotations say, also when read from JSON.
+
+    Numbers are finite, and not negative unless `signed` names their field.
+    """
+
+    signed: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name, (kind, optional) in _kinds(type(self)).items():
+            value = getattr(self, name)
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if fits and isinstance(value, (int, float)):
+                fits = value >= 0 or name in self.signed
+                fits &= not isinstance(value, float) or math.isfinite(value)
+            if not fits and not (optional and value is None):
+                expected = kind.__name__ + (" or None" if optional else "")
+                _refuse(name, f"is {repr(value)[:60]}, expected {expected}")
+
+    def to_json(self) -> str:
+        """All fields in one line."""
+        return json.dumps(asdict(self), allow_nan=False)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def from_json(cls: type[Loaded], line: str) -> Loaded:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            RecordError: the line is something else; the message names the field.
+        """
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"no JSON: {error}") from None
+        return _load(cls, values, "record")
+
+
 @dataclass(frozen=True)
-class Summary:
+class Summary(Checked):
     """Distribution over iterations, in microseconds. p99 is an observed value (nearest rank)."""
 
     min: float
@@ -62,7 +105,7 @@ def slowest_rank(times_RI: Tensor) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Environment:
+class Environment(Checked):
     """Where and when a record was made. None: does not apply, or could not be found out."""
 
     gpu: str | None
@@ -80,11 +123,11 @@ class Environment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """One phase of one case. Times in microseconds, bandwidths in GB/s (10**9 bytes).
+class Record(Checked):
+    """One phase of one case. Times in microseconds, bandwidths in GB/s (10**9 bytes) over medians.
 
     Times run from "inputs ready" to "outputs usable". `wire_bytes` counts the rows that leave a
-    rank (its own share is not counted), payload and scales.
+    rank (its own share is not counted), payload and scales. A ratio is that of two medians.
     """
 
     engine: str
@@ -107,7 +150,6 @@ class Record:
     time_us: Summary
     """Of the slowest rank of each iteration."""
     time_us_mean_rank: Summary
-    """Of the average rank of each iteration."""
     host_us: Summary
     """Until the call returned to its caller, slowest rank; where there is an `idle_us`, of those
     calls, from an idle device and with other work of the host in between. `calls_per_graph`: a
@@ -115,11 +157,10 @@ class Record:
     wire_bytes: int
     """Average rank. Of the two halves of a call, those of the sending one."""
     wire_gbps: float
-    """`wire_bytes` over the median of `time_us`: the average rank."""
     ceiling_gbps: float | None = None
-    """`wire_bytes` over the median of `ceiling_us`."""
+    """`wire_bytes` over `ceiling_us`."""
     ceiling_ratio: float | None = None
-    """Median of `ceiling_us` over median of `time_us`: 1.0 is as fast as the wire."""
+    """`ceiling_us` over `time_us`: 1.0 is as fast as the wire."""
     environment: Environment
 
     uneven: bool = False
@@ -129,7 +170,7 @@ class Record:
     wire_bytes_received_max: int
     """Most that arrived at one rank."""
     wire_gbps_max: float
-    """`wire_bytes_max` over the median of `time_us`."""
+    """`wire_bytes_max` over `time_us`."""
     aggregate_gbps: float
     """All ranks together."""
     metadata_bytes: int | None = None
@@ -139,7 +180,7 @@ class Record:
     with the measured calls; for a pair the sum of both directions."""
     raw_gbps: float
     raw_ratio: float
-    """Median of `time_us` over median of `raw_us`."""
+    """`time_us` over `raw_us`."""
     ceiling: str | None = None
     """Which ceiling: "put" for dispatch, the faster of "put" and "get" for combine, both with a
     "+" between for a pair. None: nothing was measured, see `ceiling_note`."""
@@ -153,7 +194,7 @@ class Record:
     """Plain bulk copies of the rows that the phase puts on the wire, from local memory into that
     of the peers (own share excluded); slowest rank."""
     put_ratio: float | None = None
-    """Median of `put_us` over median of `time_us`."""
+    """`put_us` over `time_us`."""
     get_us: Summary | None = None
     """The same rows, from the memory of the peers into shared memory."""
     get_ratio: float | None = None
@@ -161,7 +202,7 @@ class Record:
     """Mode "ll": bytes of the rank that sends or receives most over `floor_gbps`, and two flags;
     for a pair the sum of both calls. No call can take less."""
     floor_ratio: float | None = None
-    """`floor_us` over the median of `time_us`."""
+    """`floor_us` over `time_us`."""
     floor_gbps: float | None = None
     """What leaves a rank while all put 160 MiB to each other, measured in the same run."""
     flag_us: float | None = None
@@ -199,14 +240,11 @@ class Record:
     """The command line that made the record."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check(field.name, getattr(self, field.name), str(field.type))
-        for name, accepted in (("phase", PHASES), ("variant", RECORDED), ("mode", MODES)):
+        super().__post_init__()
+        for name, accepted in _ACCEPTED.items():
             if getattr(self, name) not in accepted:
-                _refuse(name, f"is {getattr(self, name)!r}, not one of {', '.join(accepted)}")
-        if self.ceiling is not None and self.ceiling not in CEILINGS:
-            _refuse("ceiling", f"is {self.ceiling!r}, not one of {', '.join(CEILINGS)}")
-        for name in ("ranks", "tokens", "hidden", "topk", "experts", "iterations", "inputs"):
+                _refuse(name, f"is {getattr(self, name)!r}, not one of {accepted}")
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 _refuse(name, f"is {getattr(self, name)}, expected at least 1")
 
@@ -218,23 +256,12 @@ class Record:
     @property
     def prepared(self) -> bool:
         """Whether calls into outputs that were made once were timed (mode "ll")."""
-        return self.mode == "ll" and self.variant in PREPARED
+        return self.mode == "ll" and self.variant in _PREPARED
 
     @property
     def hardware(self) -> str:
         """GPU, or CPU with its core count, that the record was made on."""
-        environment = self.environment
-        return environment.gpu or f"{environment.cpu}, {environment.cores} cores"
-
-    @property
-    def routing_label(self) -> str:
-        """Routing, with "uneven" where ranks have different numbers of tokens."""
-        return f"{self.routing} uneven" if self.uneven else self.routing
-
-    @property
-    def format_label(self) -> str:
-        """Element type of the rows, or what they are quantized to."""
-        return self.quantization or self.dtype
+        return self.environment.gpu or f"{self.environment.cpu}, {self.environment.cores} cores"
 
     @property
     def sms_label(self) -> str:
@@ -249,41 +276,8 @@ class Record:
         """What the wire allows over the time: the floor for prepared calls, else the ceiling."""
         return self.floor_ratio if self.prepared else self.ceiling_ratio
 
-    def to_json(self) -> str:
-        """The record in one line."""
-        return json.dumps(asdict(self), allow_nan=False)
 
-    @classmethod
-    def from_json(cls, line: str) -> Record:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            RecordError: the line is no record; the message names the field.
-        """
-        try:
-            values = json.loads(line, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"no JSON: {error}") from None
-        values = dict(_known(cls, values, "record"))
-        for field in fields(cls):
-            kind = _NESTED.get(str(field.type).partition(" | ")[0])
-            if kind is not None and values.get(field.name) is not None:
-                values[field.name] = _nested(kind, values[field.name], field.name)
-        return cls(**values)
-
-
-_NESTED: dict[str, type[Any]] = {"Summary": Summary, "Environment": Environment}
-
-
-class Line(Protocol):
-    """What a file of records has one of per line."""
-
-    def to_json(self) -> str:
-        """The text of the line."""
-        ...
-
-
-def write_records(path: str | Path, records: Iterable[Line], *, append: bool = False) -> Path:
+def write_records(path: str | Path, records: Iterable[Checked], *, append: bool = False) -> Path:
     """Writes records as JSON lines, replacing the file or adding to it.
 
     Raises:
@@ -306,24 +300,26 @@ def write_records(path: str | Path, records: Iterable[Line], *, append: bool = F
         raise
 
 
-def read_records(path: str | Path) -> list[Record]:
+def read_records(path: str | Path, kind: type[Loaded] = Record) -> list[Loaded]:
     """All records of a file in their order; empty lines do not count.
 
     Raises:
         RecordError: a line is no valid record, or the file cannot be read.
     """
-    records: list[Record] = []
+    records: list[Loaded] = []
+    number = 0
     try:
         with Path(path).open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
+            while line := file.readline(_MAX_LINE_BYTES + 1):
                 number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise RecordError(f"{path}:{number}: longer than {MAX_LINE_BYTES} bytes")
+                if len(line) > _MAX_LINE_BYTES:
+                    raise RecordError(f"longer than {_MAX_LINE_BYTES} bytes")
                 if line.strip():
-                    records.append(_read_line(line, f"{path}:{number}"))
+                    records.append(kind.from_json(line.decode()))
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (RecordError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}:{number}: {error}") from None
     return records
 
 
@@ -346,8 +342,8 @@ WORDS: dict[str, Callable[[Record], object]] = {
     "E": lambda record: record.experts,
     "SMs": lambda record: record.sms_label,
     "layout": lambda record: record.layout,
-    "routing": lambda record: record.routing_label,
-    "format": lambda record: record.format_label,
+    "routing": lambda record: f"{record.routing} uneven" if record.uneven else record.routing,
+    "format": lambda record: record.quantization or record.dtype,
     "engine": lambda record: record.engine,
     "variant": lambda record: record.variant,
     "T": lambda record: record.tokens,
@@ -361,73 +357,51 @@ def names_of(records: Sequence[Record], *, without: Sequence[str] = ()) -> tuple
 
     `without` has words that something else says already, such as an axis.
     """
-    values = {
-        word: [_text(word, read(record)) for record in records]
+    marks = {**{word: f"{word}=" for word in WORDS}, **dict.fromkeys(_BARE, ""), "on": "on "}
+    values = [
+        [f"{marks[word]}{read(record)}" for record in records]
         for word, read in WORDS.items()
         if word not in without
-    }
-    shared = [texts[0] for texts in values.values() if len(set(texts)) == 1]
-    varying = [texts for texts in values.values() if len(set(texts)) > 1]
+    ]
+    shared = [texts[0] for texts in values if len(set(texts)) == 1]
+    varying = [texts for texts in values if len(set(texts)) > 1]
     names = [" ".join(texts[index] for texts in varying) for index in range(len(records))]
     return ", ".join(shared), [name or "measured" for name in names]
 
 
-def _text(word: str, value: object) -> str:
-    if word in _BARE:
-        return str(value)
-    return f"on {value}" if word == "on" else f"{word}={value}"
+# -- the checks -----------------------------------------------------------------------------------
 
 
-def _read_line(line: bytes, where: str) -> Record:
-    try:
-        return Record.from_json(line.decode())
-    except UnicodeDecodeError:
-        raise RecordError(f"{where}: no UTF-8 text") from None
-    except RecordError as error:
-        raise RecordError(f"{where}: {error}") from None
+@cache
+def _kinds(cls: type[Any]) -> dict[str, tuple[type[Any], bool]]:
+    """Type of every field, and whether it may be None."""
+    kinds: dict[str, tuple[type[Any], bool]] = {}
+    for name, hint in get_type_hints(cls).items():
+        if name != "signed":
+            optional = NoneType in get_args(hint)
+            kinds[name] = (get_args(hint)[0] if optional else get_origin(hint) or hint, optional)
+    return kinds
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise RecordError(f"no JSON: {name} is no number")
-
-
-def _known(cls: type[Any], values: Any, name: str) -> dict[str, Any]:
-    """`values` as a dictionary that has exactly the fields of `cls`, optional ones aside."""
+def _load(cls: type[Loaded], values: Any, name: str) -> Loaded:
+    """What was read from JSON as a dataclass, with exactly its fields, optional ones aside."""
     if not isinstance(values, dict):
         _refuse(name, "is no JSON object")
-    known = {field.name: field for field in fields(cls)}
-    for unknown in values.keys() - known.keys():
+    known = fields(cls)  # pyright: ignore[reportArgumentType]
+    for unknown in values.keys() - {field.name for field in known}:
         _refuse(name, f"has an unknown field {unknown!r}")
-    for field in known.values():
+    for field in known:
         if field.default is MISSING and field.name not in values:
             _refuse(name, f"lacks the field {field.name!r}")
-    return values
-
-
-def _nested(cls: type[Any], values: Any, name: str) -> Any:
-    values = _known(cls, values, name)
-    for field in fields(cls):
-        _check(f"{name}.{field.name}", values[field.name], str(field.type))
-    return cls(**values)
-
-
-def _check(name: str, value: object, annotation: str) -> None:
-    """Whether a value has the annotated type; numbers are finite and not negative."""
-    kind, _, optional = annotation.partition(" | ")
-    if value is None and optional == "None":
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    accepted = {
-        "str": isinstance(value, str),
-        "bool": isinstance(value, bool),
-        "int": number and isinstance(value, int) and value >= 0,
-        "float": number and isinstance(value, (int, float)) and math.isfinite(value) and value >= 0,
-        "Summary": isinstance(value, Summary),
-        "Environment": isinstance(value, Environment),
-    }[kind]
-    if not accepted:
-        shown = repr(value)
-        _refuse(name, f"is {shown[:60]}, expected {annotation}")
+    nested = {
+        key: _load(kind, values[key], key)
+        for key, (kind, _) in _kinds(cls).items()
+        if is_dataclass(kind) and values.get(key) is not None
+    }
+    try:
+        return cls(**{**values, **nested})
+    except RecordError as error:
+        raise RecordError(f"{name}: {error}") from None
 
 
 def _refuse(name: str, problem: str) -> NoReturn:

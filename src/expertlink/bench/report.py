@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from expertlink.bench.cases import Case
-from expertlink.bench.overlap import read_overlaps
-from expertlink.bench.records import (
-    PHASES,
-    Environment,
-    Record,
-    Summary,
-    latest,
-    names_of,
-    read_records,
-)
-from expertlink.bench.terminal import number
+from expertlink.bench.overlap import TIMES, OverlapRecord
+from expertlink.bench.records import PHASES, Record, Summary, latest, names_of, read_records
+from expertlink.bench.terminal import number, text_of
 from expertlink.errors import InputError
 
 _OVERLAP = "overlap-"
@@ -46,17 +37,13 @@ README_ROWS: tuple[tuple[str, dict[str, Any], str, str, str | None], ...] = (
 def readme_table(records: Sequence[Record]) -> str:
     """The six rows of figures that the README shows, as a Markdown table.
 
-    For the README and the test that compares it: the text between the README's lines
-    `<!-- figures -->` and `<!-- /figures -->` equals this function's result for
-    `read_folder("benchmarks/results")`. `expertlink report --table` prints it. It ends with a
-    newline. A figure is the median time of the slowest rank in microseconds; in brackets stands
-    what the wire allows over that time: 1.00 is as fast as plain bulk copies of the same bytes
-    (`"ht"`), or as bytes at full bandwidth and two flags a call (`"ll"`).
+    A figure is the median time of the slowest rank in microseconds; in brackets stands what the
+    wire allows over that time (`Record.wire_ratio`).
 
     Raises:
         InputError: the records lack a row.
     """
-    lines = ["| 4 x H200, µs | T | dispatch | combine | both |", "|---|---|---|---|---|"]
+    rows: list[list[str]] = []
     for title, shared, engine, layout, quantization in README_ROWS:
         own = {"engine": engine, "layout": layout, "quantization": quantization}
         cells = [title, str(shared["tokens"])]
@@ -66,20 +53,20 @@ def readme_table(records: Sequence[Record]) -> str:
             if not found:
                 raise InputError(f"no record of {title}, T={shared['tokens']}, {phase}")
             cells.append(_cell(max(found, key=lambda record: record.environment.date)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    header = ["4 x H200, µs", "T", "dispatch", "combine", "both"]
+    return "\n".join(_markdown(header, rows)) + "\n"
 
 
 def read_folder(folder: str | Path) -> list[Record]:
     """The records of all files of a folder, without those of `bench --overlap`."""
-    return [record for path in _files(Path(folder), "") for record in read_records(path)]
+    return [record for path in _files(Path(folder)) for record in read_records(path)]
 
 
 # -- pages ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(NamedTuple):
     """A page of docs/results. A file of records belongs to the first page that its name fits."""
 
     name: str
@@ -113,7 +100,7 @@ def write_pages(results: Path, out: Path) -> list[Path]:
     from expertlink.bench.plots import draw_plots
 
     paths: list[Path] = []
-    for path in _files(results, ""):
+    for path in _files(results):
         paths += draw_plots(latest(read_records(path)), path.with_suffix(""))
     out.mkdir(parents=True, exist_ok=True)
     for page in PAGES:
@@ -129,14 +116,11 @@ def write_pages(results: Path, out: Path) -> list[Path]:
 def page_text(page: Page, results: Path, *, pictures_at: str) -> str | None:
     """The text of a page; None where no file belongs to it.
 
-    Args:
-        page: which.
-        results: folder of the records. `NAME.md` beside `NAME.jsonl` has notes about a machine or
-            a run, which stand below its figures.
-        pictures_at: that folder as seen from the page.
+    `pictures_at` is the folder of the records as seen from the page. `NAME.md` beside `NAME.jsonl`
+    has notes about a machine or a run, which stand below its figures.
     """
     parts = [f"# {page.title}\n\n{_HOW_TO_READ}"]
-    for path in _files(results, page.prefix):
+    for path in _files(results, page):
         lines = _overlap_part(path) if page.prefix == _OVERLAP else _part(path, pictures_at)
         notes = path.with_suffix(".md")
         parts.append("\n".join(lines) + "\n")
@@ -145,12 +129,12 @@ def page_text(page: Page, results: Path, *, pictures_at: str) -> str | None:
     return "\n".join(parts) if len(parts) > 1 else None
 
 
-def _files(folder: Path, prefix: str) -> list[Path]:
-    """Files of records of the page with this prefix; with an empty one, of all but overlaps."""
+def _files(folder: Path, wanted: Page | None = None) -> list[Path]:
+    """Files of records of a page; None: all but overlaps."""
     found: list[Path] = []
     for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stem):
-        fits = [page.prefix for page in PAGES if path.name.startswith(page.prefix)]
-        if (fits[:1] == [prefix]) if prefix else fits[:1] != [_OVERLAP]:
+        page = next((page for page in PAGES if path.name.startswith(page.prefix)), None)
+        if page == wanted if wanted else not path.name.startswith(_OVERLAP):
             found.append(path)
     return found
 
@@ -161,31 +145,35 @@ def _part(path: Path, pictures_at: str) -> list[str]:
 
     every = read_records(path)
     records = latest(every)
-    lines = _head(path, [(one.environment, one.command) for one in every])
-    if all(record.floor_us is None for record in records):
-        lines += ["The wire is measured by plain bulk copies of the same bytes.", ""]
-    else:
-        first = next(record for record in records if record.floor_us is not None)
-        lines += [
-            "The wire is the floor: the bytes of the busiest rank at the bandwidth of large copies"
-            f" ({first.floor_gbps:.0f} GB/s), and two flags a call ({first.flag_us:.1f} µs each).",
-            "",
-        ]
+    lines = [*_head(path, every), *_wire(records)]
     for name, picture in pictures(records).items():
         lines += [f"![{picture.title}]({pictures_at}/{path.stem}/{name}.png)", ""]
-    for (engine, variant), own in _grouped(records).items():
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.engine, record.variant), []).append(record)
+    for (engine, variant), own in groups.items():
         shared, names = names_of(own, without=("on", "T", "SMs", "engine", "variant"))
         lines += [f"### {engine}, {variant}", "", f"{shared}.", "", *_table(own, names), ""]
     return lines[:-1]
 
 
-def _grouped(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.engine, record.variant), []).append(record)
-    return groups
+def _wire(records: Sequence[Record]) -> list[str]:
+    """What stands for the wire in the brackets."""
+    floors = [record for record in records if record.floor_us is not None]
+    if floors:
+        return [
+            "The wire is the floor: the bytes of the busiest rank at the bandwidth of large copies"
+            f" ({floors[0].floor_gbps:.0f} GB/s), and two flags a call"
+            f" ({floors[0].flag_us:.1f} µs each).",
+            "",
+        ]
+    if any(record.ceiling_us is not None for record in records):
+        return ["The wire is measured by plain bulk copies of the same bytes.", ""]
+    raw = "*raw* is `all_to_all_single` of the same bytes, *x raw* the time over it"
+    return [f"The wire is not measured here: {raw}.", ""]
 
 
+# Columns beside the times: of which phase, and what; those without a value are left out.
 _MORE: dict[str, tuple[str, Callable[[Record], Summary | float | None]]] = {
     "both, p99": ("pair", lambda record: record.time_us.p99),
     "both, from idle": ("pair", lambda record: record.idle_us),
@@ -196,29 +184,20 @@ _MORE: dict[str, tuple[str, Callable[[Record], Summary | float | None]]] = {
     "x raw": ("pair", lambda record: None if record.ceiling_us else record.raw_ratio),
     "GB/s": ("pair", lambda record: None if record.prepared else record.wire_gbps),
 }
-"""Columns beside the times: of which phase, and what; those without a value are left out."""
 
 
 def _table(records: Sequence[Record], names: Sequence[str]) -> list[str]:
     """A row per case, SM budget and T."""
-    rows = _rows(records, names)
-    more = {
-        title: read
-        for title, (phase, read) in _MORE.items()
-        if any(phase in row and read(row[phase]) is not None for row in rows.values())
-    }
-    with_sms = len({sms for _, sms, _ in rows}) > 1
-    header = ["case", *(["SMs"] * with_sms), "T", "dispatch", "combine", "both", *more]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for (name, sms, tokens), row in rows.items():
-        cells = [name, *([sms] * with_sms), str(tokens)]
-        cells += [_cell(row.get(phase)) for phase in PHASES]
-        for title, read in more.items():
-            record = row.get(_MORE[title][0])
-            value = None if record is None else read(record)
-            cells.append("" if value is None else number(_plain(value)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    header, rows = ["case", "SMs", "T", "dispatch", "combine", "both", *_MORE], []
+    for (name, sms, tokens), own in _rows(records, names).items():
+        more = [text_of(read(own[phase])) if phase in own else "" for phase, read in _MORE.values()]
+        rows.append([name, sms, str(tokens), *(_cell(own.get(phase)) for phase in PHASES), *more])
+    places = [place for place in range(len(header)) if place < 6 or any(row[place] for row in rows)]
+    if len({row[1] for row in rows}) == 1:
+        places.remove(1)
+    return _markdown(
+        [header[place] for place in places], [[row[place] for place in places] for row in rows]
+    )
 
 
 def _rows(
@@ -246,39 +225,30 @@ def _cell(record: Record | None) -> str:
     return number(record.time_us.median) + ratio
 
 
-def _plain(value: Summary | float) -> float:
-    return value.median if isinstance(value, Summary) else value
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
 def _overlap_part(path: Path) -> list[str]:
-    records = read_overlaps(path)
-    lines = _head(path, [(record.environment, record.command) for record in records])
-    lines += ["*Hidden* is the part of the shorter one that costs no time.", ""]
-    lines += ["| case | product m x n x k | product alone | dispatch alone | both | hidden |"]
-    lines += ["|---" * 6 + "|"]
+    records = read_records(path, OverlapRecord)
+    header = ["case", "product m x n x k", "product alone", "dispatch alone", "both", "hidden"]
+    rows: list[list[str]] = []
     for record in records:
-        times = (record.gemm_us, record.dispatch_us, record.both_us)
-        cells = [" x ".join(map(str, record.gemm)), *(number(time.median) for time in times)]
+        times = [text_of(getattr(record, f"{name}_us")) for name in TIMES]
         case = f"{record.engine} {Case(**record.case).label()}"
-        lines.append(f"| {case} | {' | '.join(cells)} | {record.hidden:.0%} |")
-    return lines
+        rows.append([case, " x ".join(map(str, record.gemm)), *times, f"{record.hidden:.0%}"])
+    note = "*Hidden* is the part of the shorter one that costs no time."
+    return [*_head(path, records), note, "", *_markdown(header, rows)]
 
 
-def _head(path: Path, made: Sequence[tuple[Environment, str]]) -> list[str]:
+def _head(path: Path, records: Sequence[Record] | Sequence[OverlapRecord]) -> list[str]:
     """Where, when and how a file was made."""
-    first = made[0][0]
-    dates = sorted(environment.date for environment, _ in made)
-    commits = dict.fromkeys((environment.commit or "unknown")[:7] for environment, _ in made)
+    first = records[0].environment
+    date = min(record.environment.date for record in records)[:10]
+    commits = dict.fromkeys((one.environment.commit or "unknown")[:7] for one in records)
     machine = [first.gpu or "CPU only", f"{first.cpu}, {first.cores} cores", f"torch {first.torch}"]
     machine += [f"CUDA {first.cuda}", f"driver {first.driver}"] if first.gpu else []
-    commands = dict.fromkeys(command for _, command in made)
-    return [
-        f"## {path.stem}",
-        "",
-        f"{', '.join(machine)}, {first.backend}; {dates[0][:10]}, commit {', '.join(commits)}.",
-        "",
-        "```",
-        *commands,
-        "```",
-        "",
-    ]
+    made = f"{', '.join(machine)}, {first.backend}; {date}, commit {', '.join(commits)}."
+    commands = dict.fromkeys(record.command for record in records)
+    return [f"## {path.stem}", "", made, "", "```", *commands, "```", ""]

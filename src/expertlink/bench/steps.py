@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlink.bench.cases import RECV, SEND, Case, Plan
+from expertlink.bench.cases import RECV, SEND, Case
 from expertlink.bench.clock import capture
 from expertlink.bench.inputs import Input
 from expertlink.communicator import MoECommunicator
 from expertlink.types import DispatchBuffers, DispatchHandle, DispatchOutput
 from expertlink.workloads.check import mismatch, scaling_experts
-
-Dispatched = tuple[DispatchOutput, DispatchHandle]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +23,29 @@ class Step:
     """One thing that the clock times. The steps of an input run in their order, again and again.
 
     Attributes:
-        variant: what records call it.
+        variant: what records call it; "" for what all variants are compared with.
         phase: "dispatch", "combine" or "pair".
         run: does it.
+        kind: what its time is called, see `clock.Times`.
         calls: dispatches, combines or pairs that `run` makes.
         received: what a dispatch of this step has received when it is over; None: not checked.
         results: `[T, H]` tensors that combines of this step have written when it is over.
-        begins: whether a call begins with this step; else it is the second half of one.
         kept: what `run` uses and nobody else holds.
     """
 
     variant: str
     phase: str
     run: Callable[[], Any]
+    kind: str = "time"
     calls: int = 1
     received: Callable[[], DispatchOutput] | None = None
     results: Sequence[Tensor] = ()
-    begins: bool = True
     kept: object = None
+
+    @property
+    def begins(self) -> bool:
+        """Whether a call begins with this step; else it is the second half of one."""
+        return self.variant != RECV
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,11 @@ class Caller:
     def steps(self, *, calls_per_graph: int | None) -> list[Step]:
         """What the case's variant is made of. Collective: calls are captured, some are made.
 
-        `calls_per_graph` is what `graph_size` says.
+        `calls_per_graph` is what `Case.calls_per_graph` says.
         """
-        calls = self.case.calls
-        if calls.halves:
+        if self.case.calls.halves:
             return list(self._halves(captured=calls_per_graph is not None))
-        if not calls.prepared:
-            return list(self._captured_once() if calls.graph else self._plain())
-        return list(self._eager() if calls_per_graph is None else self._captured(calls_per_graph))
+        return list(self._whole(calls_per_graph or 1))
 
     def check(self, steps: Sequence[Step]) -> str | None:
         """Runs the steps once; what is wrong with the first wrong result. Collective."""
@@ -102,7 +103,7 @@ class Caller:
                 return f"{step.variant} {step.phase}: {problem}"
         return None
 
-    def _dispatch(self, buffers: DispatchBuffers | None = None) -> Dispatched:
+    def _dispatch(self, buffers: DispatchBuffers | None) -> tuple[DispatchOutput, DispatchHandle]:
         item, ids_TK = self.item, self.item.topk_ids_TK
         if self.case.calls.cached:
             return self.comm.dispatch(
@@ -111,108 +112,55 @@ class Caller:
         weights_TK = item.topk_weights_TK
         return self.comm.dispatch(item.rows, ids_TK, weights_TK, item.scales, output_buffer=buffers)
 
-    def _combine(self, handle: DispatchHandle, out_TH: Tensor | None = None) -> None:
-        self.comm.combine(self.item.expert_out, handle, out=out_TH)
-
     def _results(self, count: int) -> list[Tensor]:
         return [torch.empty_like(self.item.x_TH) for _ in range(count)]
 
-    def _plain(self) -> Iterator[Step]:
-        """Calls that make their outputs; what they return is dropped at once."""
-        handles: list[DispatchHandle] = []
+    def _whole(self, count: int) -> Iterator[Step]:
+        """Dispatch, combine and pair; where they are captured, so many of them in each graph."""
+        calls = self.case.calls
+        last: list[tuple[Any, DispatchHandle]] = []
+        # Captured and prepared calls write into outputs that are made once. Others make theirs,
+        # and what they return is dropped at once: the next call may have its memory.
+        made_once = calls.graph or calls.prepared
+        results = self._results(count) if made_once else []
+        places = itertools.cycle(results or [None])
+        ahead: list[DispatchHandle] = []
+        if calls.graph and calls.prepared:
+            # A handle serves one combine, so as many dispatches are made ahead. Without buffers:
+            # into the same ones, each would make the handle before it stale.
+            ahead = [self._dispatch(None)[1] for _ in range(count)]
+        unused = iter(ahead)
 
         def dispatch() -> None:
-            # The next call may have the memory of the received rows.
-            handles[:] = [self._dispatch()[1]]
+            out, handle = self._dispatch(self.buffers)
+            last[:] = [(out if made_once else None, handle)]
 
         def combine() -> None:
-            self._combine(handles.pop())
+            _, handle = last[0] if made_once else last.pop()
+            self.comm.combine(self.item.expert_out, handle, out=next(places))
+
+        def combine_ahead() -> None:
+            self.comm.combine(self.item.expert_out, next(unused), out=next(places))
 
         def pair() -> None:
             dispatch()
             combine()
 
-        for phase, run in (("dispatch", dispatch), ("combine", combine), ("pair", pair)):
-            yield Step(variant=self.case.variant, phase=phase, run=run)
-
-    def _captured_once(self) -> Iterator[Step]:
-        """Calls of static shapes, each in a graph; the captured combine knows its dispatch."""
-        kept: list[Dispatched] = []
-        results, results_of_pair = self._results(1), self._results(1)
-
-        def dispatch() -> None:
-            kept.append(self._dispatch())
-
-        def pair() -> None:
-            dispatch()
-            self._combine(kept[-1][1], results_of_pair[0])
-
-        name = self.case.variant
-        run = capture(dispatch).replay
-        yield Step(variant=name, phase="dispatch", run=run, kept=kept)
-        run = capture(lambda: self._combine(kept[0][1], results[0])).replay
-        yield Step(variant=name, phase="combine", run=run, results=results)
-        run = capture(pair).replay
-        yield Step(variant=name, phase="pair", run=run, results=results_of_pair)
-
-    def _eager(self) -> Iterator[Step]:
-        last: list[Dispatched] = []
-        [y_TH] = results = self._results(1)
-
-        def dispatch() -> None:
-            last[:] = [self._dispatch(self.buffers)]
-
-        def combine() -> None:
-            self._combine(last[0][1], y_TH)
-
-        def pair() -> None:
-            dispatch()
-            combine()
-
-        def received() -> DispatchOutput:
-            return last[0][0]
-
-        name = self.case.variant
-        yield Step(variant=name, phase="dispatch", run=dispatch, received=received)
-        yield Step(variant=name, phase="combine", run=combine, results=results)
-        yield Step(variant=name, phase="pair", run=pair, received=received, results=results)
-
-    def _captured(self, calls: int) -> Iterator[Step]:
-        last: list[Dispatched] = []
-        results, results_of_pairs = self._results(calls), self._results(calls)
-        # A handle serves one combine, so as many dispatches are made ahead. Without buffers: into
-        # the same ones, each would make the handle before it stale.
-        handles = [self._dispatch()[1] for _ in range(calls)]
-        unused, waiting, waiting_pairs = iter(handles), iter(results), iter(results_of_pairs)
-
-        def dispatch() -> None:
-            last[:] = [self._dispatch(self.buffers)]
-
-        def pair() -> None:
-            dispatch()
-            self._combine(last[0][1], next(waiting_pairs))
-
-        def captured(
-            phase: str, call: Callable[[], Any], results: Sequence[Tensor], kept: object = None
-        ) -> Step:
-            run = capture(call, calls).replay
+        runs = {"dispatch": dispatch, "combine": combine_ahead if ahead else combine, "pair": pair}
+        for phase, run in runs.items():
+            replay = capture(run, count).replay if calls.graph else None
             # What a captured dispatch receives is in the same tensors after every replay.
-            out = None if phase == "combine" else last[0][0]
-            return Step(
+            dispatched = [*last] if calls.graph else last
+            checked = calls.prepared and phase != "combine"
+            yield Step(
                 variant=self.case.variant,
                 phase=phase,
-                run=run,
-                calls=calls,
-                received=None if out is None else lambda: out,
-                results=results,
-                kept=kept,
+                run=replay or run,
+                calls=count,
+                received=(lambda own=dispatched: own[0][0]) if checked else None,
+                results=results if phase != "dispatch" else (),
+                kept=(ahead, dispatched),
             )
-
-        yield captured("dispatch", dispatch, ())
-        yield captured(
-            "combine", lambda: self._combine(next(unused), next(waiting)), results, handles
-        )
-        yield captured("pair", pair, results_of_pairs)
 
     def _halves(self, *, captured: bool) -> Iterator[Step]:
         last: list[tuple[DispatchOutput, DispatchHandle, Callable[[], None]]] = []
@@ -232,27 +180,19 @@ class Caller:
             last[:] = [dispatched]
 
         def send_sums() -> None:
-            _, hook = self.comm.combine(
-                item.expert_out, last[0][1], out=y_TH, return_recv_hook=True
-            )
-            hooks[:] = [hook]
+            handle = last[0][1]
+            hooks[:] = [
+                self.comm.combine(item.expert_out, handle, out=y_TH, return_recv_hook=True)[1]
+            ]
 
         def half(name: str, phase: str, call: Callable[[], Any], **checked: Any) -> Step:
             run = capture(call).replay if captured else call
-            return Step(variant=name, phase=phase, run=run, begins=name == SEND, **checked)
+            return Step(variant=name, phase=phase, run=run, **checked)
 
         yield half(SEND, "dispatch", send_rows)
         yield half(RECV, "dispatch", lambda: last[0][2](), received=lambda: last[0][0])
         yield half(SEND, "combine", send_sums)
         yield half(RECV, "combine", lambda: hooks[0](), results=results)
-
-
-def graph_size(case: Case, plan: Plan, engine: str) -> int | None:
-    """Prepared calls that one graph holds; None where calls are launched one by one."""
-    calls = case.calls
-    if not calls.prepared or not (calls.graph or (calls.halves and engine == "nvlink")):
-        return None
-    return plan.calls_per_graph if calls.chained else 1
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

@@ -39,11 +39,20 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def text_of(value: Summary | float | None) -> str:
+    """A value of a record, or the median of several; empty where there is none."""
+    if value is None:
+        return ""
+    return number(value.median if isinstance(value, Summary) else value)
+
+
 def print_records(records: Sequence[Record], console: Console) -> None:
     """Prints one row per record; what all records share stands in the title.
 
     A terminal that is too narrow does not get the columns that matter least; a file gets all.
     """
+    if not records:
+        return
     columns = [
         name
         for name, (read, _) in _NUMBERS.items()
@@ -75,15 +84,16 @@ def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     cases = [[names[name][index] for name in varying] for index in range(len(records))]
-    for index, record in enumerate(records):
-        cells = [_cell(_NUMBERS[name][0](record)) for name in columns]
-        last = index + 1 < len(cases) and cases[index + 1] != cases[index]
-        table.add_row(*cases[index], record.phase, *cells, end_section=last)
+    for case, following, record in zip(cases, [*cases[1:], cases[-1]], records, strict=True):
+        cells = [text_of(_NUMBERS[name][0](record)) for name in columns]
+        table.add_row(*case, record.phase, *cells, end_section=case != following)
     return table
 
 
 def print_overlaps(records: Sequence[OverlapRecord], console: Console) -> None:
     """Prints one row per record."""
+    if not records:
+        return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("case", overflow="fold")
     for name in ("SMs", "m x n x k", *TIMES, "hidden"):
@@ -103,9 +113,3 @@ def print_overlaps(records: Sequence[OverlapRecord], console: Console) -> None:
         "hidden: part of the shorter one that costs no time",
         style="dim",
     )
-
-
-def _cell(value: Summary | float | None) -> str:
-    if value is None:
-        return ""
-    return number(value.median if isinstance(value, Summary) else value)
