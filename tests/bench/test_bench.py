@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from conftest import RankPools
-from expertlink.bench.cases import Case, Plan, grid
+from expertlink.bench.cases import Case, Plan
 from expertlink.bench.inputs import WireRows, WrongResultError
 from expertlink.bench.measure import measure_batch
-from expertlink.bench.options import parse_ints
+from expertlink.bench.options import BenchOptions, build_cases, parse_ints
 from expertlink.bench.records import (
     Record,
     RecordError,
@@ -78,17 +78,17 @@ class TestCases:
         with pytest.raises(ConfigurationError, match=f"variant='{variant}'.*nvlink"):
             Case(**SHAPE, variant=variant, layout="token_major", engine="collective")
 
-    def test_a_grid_is_all_combinations_once(self) -> None:
-        fixed = {name: value for name, value in SHAPE.items() if name != "tokens"}
-        cases = grid(fixed=fixed, tokens=[8, 16, 8], layout=["flat", "token_major"])
+    def test_cases_are_all_combinations_once(self) -> None:
+        options = BenchOptions(tokens="8,16,8", layout="flat,token_major", variant="uncached")
+        cases = build_cases(options, device="cpu", ranks=2)
         assert [(case.tokens, case.layout) for case in cases] == [
             (8, "flat"),
             (8, "token_major"),
             (16, "flat"),
             (16, "token_major"),
         ]
-        with pytest.raises(ConfigurationError, match="tokens"):
-            grid(fixed=fixed, tokens=[])
+        with pytest.raises(ConfigurationError, match="at least one value"):
+            build_cases(BenchOptions(tokens=","), device="cpu", ranks=2)
 
     def test_lists_of_numbers(self) -> None:
         assert parse_ints(" 128, 1024,", name="tokens") == [128, 1024]

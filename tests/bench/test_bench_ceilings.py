@@ -20,7 +20,6 @@ from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import (
     BulkCopies,
     Ceilings,
-    Share,
     share_of,
 )
 from expertlink.bench.clock import Clock
@@ -43,8 +42,8 @@ def most_rows(rows_SD: Tensor) -> int:
     return int(torch.maximum(rows_SD.sum(dim=0), rows_SD.sum(dim=1)).max())
 
 
-def spans(share: Share, starts: list[int]) -> list[tuple[int, int]]:
-    return [(start, start + rows) for start, rows in zip(starts, share.rows, strict=True)]
+def spans(starts_R: Tensor, rows_R: Tensor) -> list[tuple[int, int]]:
+    return list(zip(starts_R.tolist(), (starts_R + rows_R).tolist(), strict=True))
 
 
 def assert_apart(places: list[tuple[int, int]], room: int) -> None:
@@ -59,20 +58,21 @@ def assert_apart(places: list[tuple[int, int]], room: int) -> None:
 def test_puts_fill_buffers_without_overlap(rows_SD: Tensor) -> None:
     ranks, room = len(rows_SD), most_rows(rows_SD)
     shares = [share_of("put", rows_SD, rank) for rank in range(ranks)]
-    for rank, share in enumerate(shares):
-        assert share.rows == rows_SD[rank].tolist()
-        assert_apart(spans(share, share.near), room)
+    for rank, (near_R, _, rows_R) in enumerate(shares):
+        assert rows_R.equal(rows_SD[rank])
+        assert_apart(spans(near_R, rows_R), room)
     for peer in range(ranks):
-        assert_apart([spans(share, share.far)[peer] for share in shares], room)
+        assert_apart([spans(far_R, rows_R)[peer] for _, far_R, rows_R in shares], room)
 
 
 @given(exchanges())
 def test_gets_read_what_lies_there_to_be_put(rows_SD: Tensor) -> None:
     ranks = len(rows_SD)
     for rank in range(ranks):
-        share = share_of("get", rows_SD, rank)
-        assert share.rows == rows_SD[:, rank].tolist()
-        assert share.far == [share_of("put", rows_SD, source).near[rank] for source in range(ranks)]
+        _, far_R, rows_R = share_of("get", rows_SD, rank)
+        assert rows_R.equal(rows_SD[:, rank])
+        puts = [share_of("put", rows_SD, source) for source in range(ranks)]
+        assert far_R.tolist() == [int(near_R[rank]) for near_R, _, _ in puts]
 
 
 def note_on_a_rank(context: RankContext) -> str | None:
@@ -93,8 +93,9 @@ class NotedCopies:
     def __init__(self, device: torch.device, *, row_bytes: int, num_sms: int) -> None:
         self.row_bytes = row_bytes
 
-    def prepare(self, kind: str, share: Share, **places: Any) -> Callable[[], Any]:
-        return lambda: (kind, self.row_bytes, share.rows, places["near"], places["far"])
+    def prepare(self, kind: str, share_3R: Tensor, **places: Any) -> Callable[[], Any]:
+        rows = share_3R[2].tolist()
+        return lambda: (kind, self.row_bytes, rows, places["near"], places["far"])
 
 
 class NotedMemory:
@@ -200,8 +201,7 @@ def test_puts_move_every_row_to_its_place(num_sms: int, row_bytes: int) -> None:
         gets = share_of("get", rows_SD, rank)
         sources = [numbers[peer].data_ptr() for peer in range(ranks)]
         copies.prepare("get", gets, rank=rank, near=0, far=sources)()
-        for peer, rows in enumerate(share.rows):
-            here, there = share.near[peer], share.far[peer]
+        for peer, (here, there, rows) in enumerate(share.T.tolist()):
             expected[peer, there : there + rows] = numbers[rank, here : here + rows]
     torch.cuda.synchronize()
     torch.testing.assert_close(arrived, expected, rtol=0, atol=0)

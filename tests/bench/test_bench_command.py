@@ -192,9 +192,11 @@ def test_as_ranks_of_torchrun(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--layout", "rows"), "layout='rows'"),
-        (("--topk", "9", "--experts", "8"), "at most experts=8"),
+        (("--topk", "9", "--experts", "8"), "at most num_experts=8"),
         (("--tokens", "1,x"), "tokens='1,x'"),
-        (("--tokens", ","), "tokens"),
+        (("--tokens", ","), "tokens=',' has no value"),
+        (("--mode", ","), "mode=',' has no value"),
+        (("--mode", "ll", "--overlap"), "variant='eager' cannot be measured with --overlap"),
         (("--routing", "zipf:big"), "zipf"),
         (("--routing", "trace"), "--trace"),
         (("--trace", "missing.npz"), "missing.npz"),

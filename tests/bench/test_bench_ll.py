@@ -98,7 +98,9 @@ def test_ranks_of_one_host_read_one_clock(rank_pools: RankPools) -> None:
 
 def measured_of(*variants: str, floor: Floor | None = None) -> Measured:
     """Two ranks, of which the second sends and receives twice as much and takes twice as long."""
-    kinds = dict.fromkeys(variants, ("time", "host", "hot host", "memory"))
+    kinds: dict[str, Sequence[str]] = dict.fromkeys(
+        variants, ("time", "host", "hot host", "memory")
+    )
     kinds[""] = ("raw", "put", "get")
     traffic = torch.tensor([[[1e6, 2e6, 8.0]] * 3, [[3e6, 1e6, 8.0]] * 3], dtype=torch.float64)
     traffic[:, 2] *= 2

@@ -5,22 +5,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from expertlink.config import ENGINES, MAX_TOPK, MODES
+from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import ConfigurationError
 from expertlink.quantization import scale_columns
-from expertlink.types import BlockFormat, DispatchLayout
+from expertlink.types import BlockFormat
 from expertlink.workloads.routings import RoutingSpec
 
-_LAYOUTS = tuple(layout.value for layout in DispatchLayout)
-_QUANTIZATIONS = tuple(block_format.value for block_format in BlockFormat)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MAX_RANKS = 4096
 _SCALE_BYTES = 4
@@ -28,26 +25,17 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How dispatch and combine are called.
+    """How dispatch and combine are called."""
 
-    Attributes:
-        cached: dispatch passes the handle of an earlier one, whose counts, ids and weights are
-            kept: rows alone travel. Else every dispatch counts and exchanges its routing.
-        zero_copy: the received rows are a view of the engine's pool. Else the caller owns them.
-        static: no host wait; outputs have their maximal shape.
-        graph: calls are captured in CUDA graphs, and their replays are measured.
-        prepared: calls write into outputs that were made once, as a decode loop does.
-        chained: a graph holds `Plan.calls_per_graph` calls, one after the other.
-        halves: what sends and what receives are timed apart.
-    """
-
+    # Dispatch passes the handle of an earlier one, whose counts, ids and weights are kept: rows
+    # alone travel. Else every dispatch counts and exchanges its routing.
     cached: bool = False
-    zero_copy: bool = False
-    static: bool = False
-    graph: bool = False
-    prepared: bool = False
-    chained: bool = False
-    halves: bool = False
+    zero_copy: bool = False  # received rows are a view of the engine's pool, not the caller's own
+    static: bool = False  # no host wait; outputs have their maximal shape
+    graph: bool = False  # calls are captured in CUDA graphs, and their replays are measured
+    prepared: bool = False  # calls write into outputs that were made once, as a decode loop does
+    chained: bool = False  # a graph holds `Plan.calls_per_graph` calls, one after the other
+    halves: bool = False  # what sends and what receives are timed apart
 
     @property
     def needs_nvlink(self) -> bool:
@@ -86,30 +74,17 @@ def recorded_as(variant: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How to measure.
+    """How to measure."""
 
-    Attributes:
-        iters: timed iterations of every phase.
-        warmup: iterations before them.
-        seed: of routings and inputs.
-        inputs: different inputs that iterations take turns with, as far as memory allows.
-        timeout_s: bound of every wait inside a case, in seconds.
-        command: command line to note in the records.
-        ceiling_sms: SMs that the bulk copies of the ceilings occupy.
-        gemm: m, n, k of the matrix product that is measured beside a dispatch; None where no
-            overlap is measured.
-        calls_per_graph: calls in one graph of the variant `graph` in mode "ll".
-    """
-
-    iters: int = 50
-    warmup: int = 5
-    seed: int = 0
-    inputs: int = 4
-    timeout_s: float = 100.0
-    command: str = ""
-    ceiling_sms: int = 24
-    gemm: tuple[int, int, int] | None = None
-    calls_per_graph: int = 20
+    iters: int = 50  # timed iterations of every phase
+    warmup: int = 5  # iterations before them
+    seed: int = 0  # of routings and inputs
+    inputs: int = 4  # different ones that iterations take turns with, as far as memory allows
+    timeout_s: float = 100.0  # bound of every wait inside a case
+    command: str = ""  # to note in the records
+    ceiling_sms: int = 24  # that the bulk copies of the ceilings occupy
+    gemm: tuple[int, int, int] | None = None  # m, n, k of the product beside a dispatch
+    calls_per_graph: int = 20  # in the variant `graph` of mode "ll"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,59 +96,63 @@ class Case:
     """
 
     ranks: int
-    tokens: int
-    """T of the rank that has most; the others have as many unless `uneven`."""
+    tokens: int  # T of the rank that has most; the others have as many unless `uneven`
     hidden: int
     topk: int
     experts: int
     dtype: str = "bfloat16"
     layout: str = "flat"
-    routing: str = "balanced"
-    """See `workloads/routings.py`."""
-    uneven: bool = False
-    """Every rank has its own T, one of them none."""
+    routing: str = "balanced"  # see `workloads/routings.py`
+    uneven: bool = False  # every rank has its own T, one of them none
     mode: str = "ht"
     engine: str = "auto"
-    variant: str = "uncached"
-    """A key of `VARIANTS`."""
-    quantization: str | None = None
-    """What rows are quantized to: in mode "ht" before dispatch, as models do, in "ll" by it."""
-    max_tokens_per_rank: int | None = None
-    """T_max of the communicator, which sizes padded layouts; None: `tokens`."""
+    variant: str = "uncached"  # a key of `VARIANTS`
+    quantization: str | None = None  # of rows: in mode "ht" before dispatch, in "ll" by it
+    max_tokens_per_rank: int | None = None  # T_max, which sizes padded layouts; None: `tokens`
     num_sms_dispatch: int | None = None
     num_sms_combine: int | None = None
-    trace: str | None = None
-    """File that the routing `trace` replays."""
+    trace: str | None = None  # file that the routing `trace` replays
 
     def __post_init__(self) -> None:
-        self._whole("ranks", 1, _MAX_RANKS)
-        self._whole("topk", 1, MAX_TOPK)
-        for name in ("tokens", "hidden", "experts"):
-            self._whole(name, 1)
-        for name, least in (
-            ("num_sms_dispatch", 1),
-            ("num_sms_combine", 1),
-            ("max_tokens_per_rank", self.tokens),
-        ):
-            if getattr(self, name) is not None:
-                self._whole(name, least)
-        if self.topk > self.experts:
-            self._refuse("topk", f"at most experts={self.experts}")
-        self._member("dtype", tuple(_DTYPES))
-        self._member("layout", _LAYOUTS)
-        self._member("mode", MODES)
-        self._member("engine", ENGINES)
-        self._member("variant", tuple(VARIANTS[self.mode]))
-        if self.quantization is not None:
-            self._member("quantization", _QUANTIZATIONS)
+        named = {"dtype": _DTYPES, "mode": VARIANTS, "variant": VARIANTS.get(self.mode, ())}
+        for name, accepted in named.items():
+            if getattr(self, name) not in accepted:
+                self._refuse(name, f"one of {', '.join(accepted)}")
+        if not 1 <= self.ranks <= _MAX_RANKS:
+            self._refuse("ranks", f"from 1 to {_MAX_RANKS}")
+        if self.calls.zero_copy and self.layout in ("flat", "expert_major"):
+            self._refuse("variant", f"token_major or rank_major rows, not layout={self.layout!r}")
+        if self.calls.needs_nvlink and self.engine == "collective":
+            self._refuse("variant", "the nvlink engine, not engine='collective'")
+        self.config(torch.device("cpu"), timeout_s=1.0)  # refuses the rest
+        most = self.max_tokens_per_rank or self.tokens
+        if not 1 <= self.tokens <= most:
+            self._refuse("max_tokens_per_rank", f"at least {self.tokens}")
         spec = RoutingSpec.parse(self.routing)
         object.__setattr__(self, "routing", str(spec))  # one spelling per routing
         if spec.name == "trace" and self.trace is None:
             self._refuse("routing", "a recorded file beside it (--trace)")
-        if self.calls.zero_copy and DispatchLayout(self.layout).expanded:
-            self._refuse("variant", f"token_major or rank_major rows, not layout={self.layout!r}")
-        if self.calls.needs_nvlink and self.engine == "collective":
-            self._refuse("variant", "the nvlink engine, not engine='collective'")
+
+    def config(self, device: torch.device, *, timeout_s: float) -> MoECommunicatorConfig:
+        """Of the communicator that serves the case."""
+        return MoECommunicatorConfig(
+            device=device,
+            num_experts=self.experts,
+            hidden_size=self.hidden,
+            topk=self.topk,
+            max_tokens_per_rank=self.max_tokens_per_rank or self.tokens,
+            dtype=self.torch_dtype,
+            mode="ll" if self.mode == "ll" else "ht",
+            engine=self.engine,  # pyright: ignore[reportArgumentType]
+            output_layout=self.layout,  # pyright: ignore[reportArgumentType]
+            quantization=self.quantization,  # pyright: ignore[reportArgumentType]
+            num_sms_dispatch=self.num_sms_dispatch,
+            num_sms_combine=self.num_sms_combine,
+            timeout_s=timeout_s,
+            startup_timeout_s=timeout_s,
+            zero_copy=self.calls.zero_copy,
+            static_shapes=self.calls.static,
+        )
 
     @property
     def calls(self) -> Variant:
@@ -232,17 +211,6 @@ class Case:
         ]
         return " · ".join(parts)
 
-    def _whole(self, name: str, least: int, most: int | None = None) -> None:
-        value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < least or (most is not None and value > most):
-            until = "" if most is None else f" and at most {most}"
-            self._refuse(name, f"a whole number of at least {least}{until}")
-
-    def _member(self, name: str, accepted: Sequence[str]) -> None:
-        if getattr(self, name) not in accepted:
-            self._refuse(name, f"one of {', '.join(accepted)}")
-
     def _refuse(self, name: str, accepted: str) -> NoReturn:
         raise ConfigurationError(
             f"{name}={getattr(self, name)!r} cannot be measured; accepted: {accepted}"
@@ -262,21 +230,3 @@ def batches(cases: Sequence[Case]) -> list[list[Case]]:
         else:
             grouped.append([case])
     return grouped
-
-
-def grid(*, fixed: dict[str, Any], **lists: Sequence[Any]) -> list[Case]:
-    """All combinations of the listed values of fields of `Case`, the last field varying fastest.
-
-    Args:
-        fixed: fields that all cases share.
-        lists: values of each remaining field.
-
-    Raises:
-        ConfigurationError: a combination cannot be measured, or a list is empty.
-    """
-    for name, values in lists.items():
-        if not values:
-            raise ConfigurationError(f"{name}: at least one value is needed")
-    combinations = itertools.product(*lists.values())
-    cases = [Case(**fixed, **dict(zip(lists, values, strict=True))) for values in combinations]
-    return list(dict.fromkeys(cases))

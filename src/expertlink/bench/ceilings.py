@@ -55,30 +55,17 @@ _SAMPLES = 8
 _LONGEST_ANSWER_S = 10.0
 
 
-@dataclass(frozen=True)
-class Share:
-    """One rank's part of an exchange; places are counted in rows from the start of a buffer.
-
-    Attributes:
-        near: `[R]` where the rows for each peer start in the own buffer; puts only.
-        far: `[R]` where they start in the peer's buffer.
-        rows: `[R]` rows to move.
-    """
-
-    near: list[int]
-    far: list[int]
-    rows: list[int]
-
-
-def share_of(kind: str, rows_SD: Tensor, rank: int) -> Share:
-    """What `rank` puts, or gets: rows lie ordered by destination, and arrive ordered by source.
+def share_of(kind: str, rows_SD: Tensor, rank: int) -> Tensor:
+    """`[3, R]` int64 of what `rank` puts, or gets: for each peer where its rows start in the own
+    buffer (puts only), where in the peer's, and how many there are. Places count rows: they lie
+    ordered by destination, and arrive ordered by source.
 
     `rows_SD`: `[R, R]` int64 rows from every source to every destination, own shares 0.
     """
     leave_SD, arrive_SD = (rows_SD.cumsum(dim) - rows_SD for dim in (1, 0))
     if kind == "put":
-        return Share(leave_SD[rank].tolist(), arrive_SD[rank].tolist(), rows_SD[rank].tolist())
-    return Share([0] * len(rows_SD), leave_SD[:, rank].tolist(), rows_SD[:, rank].tolist())
+        return torch.stack((leave_SD[rank], arrive_SD[rank], rows_SD[rank]))
+    return torch.stack((torch.zeros_like(rows_SD[rank]), leave_SD[:, rank], rows_SD[:, rank]))
 
 
 class BulkCopies:
@@ -114,24 +101,21 @@ class BulkCopies:
         }
 
     def prepare(
-        self, kind: str, share: Share, *, rank: int, near: int, far: Sequence[int]
+        self, kind: str, share_3R: Tensor, *, rank: int, near: int, far: Sequence[int]
     ) -> Callable[[], None]:
-        """A call that moves a share on the current stream: a "put" or a "get".
+        """A call that puts or gets a share (see `share_of`) on the current stream.
 
         `near` is the address of the own buffer, `far` has everyone's as seen from here.
         """
-        tables = [
-            [near + start * self.row_bytes for start in share.near],
-            [base + start * self.row_bytes for base, start in zip(far, share.far, strict=True)],
-            share.rows,
-        ]
-        tables_3R = torch.tensor(tables, dtype=torch.int64, device=self._device)
+        starts_3R = torch.tensor([[near] * len(far), far, [0] * len(far)])
+        tables_3R = share_3R * torch.tensor([[self.row_bytes], [self.row_bytes], [1]]) + starts_3R
+        tables_3R = tables_3R.to(self._device)
         near_R, far_R, rows_R = (table_R.data_ptr() for table_R in tables_3R)
         arguments = ARGUMENTS.new(
             near_rows=near_R,
             far_rows=far_R,
             rows=rows_R,
-            most_rows=max(share.rows),
+            most_rows=int(share_3R[2].max()),
             rank=rank,
             ranks=len(far),
             row_bytes=self.row_bytes,
@@ -264,14 +248,10 @@ class Floor:
 
     Few tokens do not fill the wire, so plain copies of exactly those rows say little about what
     would be possible: most of their time is latency.
-
-    Attributes:
-        gbps: bytes that leave a rank, in GB/s, when every rank puts a lot to all others.
-        flag_us: a flag, from one GPU to another.
     """
 
-    gbps: float
-    flag_us: float
+    gbps: float  # 10**9 bytes a second that leave a rank when every rank puts a lot to all others
+    flag_us: float  # a flag, from one GPU to another
 
     def of(self, num_bytes: float) -> float:
         """Microseconds of a call whose busiest rank sends or receives so many bytes."""

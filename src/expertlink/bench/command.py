@@ -21,7 +21,7 @@ from expertlink.bench.options import (
     make_plan,
     under_torchrun,
 )
-from expertlink.bench.overlap import OverlapRecord, check_overlap, measure_overlaps
+from expertlink.bench.overlap import OverlapRecord, measure_overlaps
 from expertlink.bench.records import Record, latest, read_records, write_records
 from expertlink.bench.runner import CaseResult, Job, run_on_own_ranks, run_under_torchrun
 from expertlink.bench.terminal import print_overlaps, print_records
@@ -55,8 +55,6 @@ def _run_bench(options: BenchOptions, context: RankContext | None, console: Cons
     device, ranks = device_and_ranks(options, context)
     cases = build_cases(options, device=device, ranks=ranks)
     plan = make_plan(options, device)
-    if plan.gemm is not None:
-        check_overlap(cases)
     _check_out(options.out, options.append, context)
     measure = measure_batch if plan.gemm is None else measure_overlaps
     job = Job(cases=cases, plan=plan, measure=measure)

@@ -68,31 +68,18 @@ class WireRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One of the inputs that iterations take turns with, and all that is prepared for it.
+    """One of the inputs that iterations take turns with, and all that is prepared for it."""
 
-    Attributes:
-        x_TH: tokens of the configured element type.
-        rows: what is dispatched: `x_TH`, or in mode "ht" the same quantized.
-        scales: scales of rows that are quantized already, or None.
-        topk_ids_TK: their experts.
-        topk_weights_TK: their routing weights.
-        expert_out: what the experts return, in memory of its own.
-        expected_TH: float32, what combine has to return, unrounded.
-        handle: of an earlier dispatch with this routing.
-        wire: rows on the wire.
-        raw: the raw exchange of as many bytes.
-    """
-
-    x_TH: Tensor
-    rows: Tensor
-    scales: QuantScales | None
+    x_TH: Tensor  # tokens of the configured element type
+    rows: Tensor  # what is dispatched: `x_TH`, or in mode "ht" the same quantized
+    scales: QuantScales | None  # of rows that are quantized already
     topk_ids_TK: Tensor
     topk_weights_TK: Tensor
-    expert_out: Tensor
-    expected_TH: Tensor
-    handle: DispatchHandle
+    expert_out: Tensor  # what the experts return, in memory of its own
+    expected_TH: Tensor  # float32, what combine has to return, unrounded
+    handle: DispatchHandle  # of an earlier dispatch with this routing
     wire: WireRows
-    raw: Moves
+    raw: Moves  # the raw exchange of as many bytes
 
     def nbytes(self, case: Case) -> int:
         """Device memory that the input holds, roughly."""

@@ -26,7 +26,6 @@ from expertlink.bench.measured import Measured, gather_traffic, make_records
 from expertlink.bench.records import Record
 from expertlink.bench.steps import Caller, Step
 from expertlink.communicator import MoECommunicator
-from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 from expertlink.types import DispatchBuffers
@@ -49,12 +48,10 @@ def measure_batch(
         cases: what to measure; their `ranks` is the size of the group.
         plan: how.
         on_progress: called with the number of timed iterations after each.
-        control: group of all ranks, with gloo, in which hosts meet and exchange times; its
-            time-out bounds the wait for a rank that failed. None: the default group.
+        control: group of all ranks in which hosts meet, see `Clock`.
 
     Yields:
-        For every case in turn, on rank 0 a record for each of dispatch, combine and pair, or for
-        each half of dispatch and combine; on the others nothing.
+        For every case in turn its records on rank 0, nothing on the others.
 
     Raises:
         WrongResultError: the result was wrong on some rank; raised on every rank.
@@ -75,25 +72,7 @@ def open_communicator(context: RankContext, case: Case, plan: Plan) -> MoECommun
     Raises:
         ConfigurationError: the engine that serves the case does not have its variant.
     """
-    config = MoECommunicatorConfig(
-        device=context.device,
-        num_experts=case.experts,
-        hidden_size=case.hidden,
-        topk=case.topk,
-        max_tokens_per_rank=case.max_tokens_per_rank or case.tokens,
-        dtype=case.torch_dtype,
-        mode="ll" if case.mode == "ll" else "ht",
-        engine=case.engine,  # pyright: ignore[reportArgumentType]
-        output_layout=case.layout,  # pyright: ignore[reportArgumentType]
-        quantization=case.quantization,  # pyright: ignore[reportArgumentType]
-        num_sms_dispatch=case.num_sms_dispatch,
-        num_sms_combine=case.num_sms_combine,
-        timeout_s=plan.timeout_s,
-        startup_timeout_s=plan.timeout_s,
-        zero_copy=case.calls.zero_copy,
-        static_shapes=case.calls.static,
-    )
-    comm = MoECommunicator(config)
+    comm = MoECommunicator(case.config(context.device, timeout_s=plan.timeout_s))
     try:
         _check_engine(comm, case)
     except ConfigurationError:

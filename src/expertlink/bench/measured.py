@@ -23,26 +23,17 @@ _SAME += ("max_tokens_per_rank", "uneven")
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a case's ranks found out together.
+    """What a case's ranks found out together."""
 
-    Attributes:
-        device: where rank 0 computed.
-        engine: engine that served the case.
-        num_inputs: inputs that took turns.
-        times: a pair has no "raw", "put" and "get", CPUs have no "idle", only prepared calls have
-            "hot host", only prepared pairs on GPUs "idle loop".
-        traffic: `[R, phases, 3]`, see `gather_traffic`.
-        ceiling_note: why there are no "put" and "get"; None where there are.
-        floor: of whole calls into prepared outputs, or None.
-    """
-
-    device: torch.device
-    engine: str
-    num_inputs: int
+    device: torch.device  # where rank 0 computed
+    engine: str  # that served the case
+    num_inputs: int  # that took turns
+    # A pair has no "raw", "put" and "get", CPUs have no "idle", only prepared calls have "hot
+    # host", only prepared pairs on GPUs "idle loop".
     times: TimesOfRanks
-    traffic: Tensor
-    ceiling_note: str | None
-    floor: Floor | None = None
+    traffic: Tensor  # `[R, phases, 3]`, see `gather_traffic`
+    ceiling_note: str | None  # why there are no "put" and "get"
+    floor: Floor | None = None  # of whole calls into prepared outputs
 
 
 def gather_traffic(wires: Sequence[WireRows], case: Case, clock: Clock) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from expertlink.bench.cases import Case, Plan, grid
+from expertlink.bench.cases import Case, Plan
 from expertlink.bench.environment import usable_cores
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
@@ -35,6 +35,12 @@ _TOKENS = {
     ("ht", "cpu"): [128, 1024],
     ("ll", "cuda"): [1, 8, 16, 32, 64, 128, 256, 512],
     ("ll", "cpu"): [1, 16, 128],
+}
+_VARIANTS = {
+    ("ht", "cuda"): ["uncached", "cached"],
+    ("ht", "cpu"): ["uncached", "cached"],
+    ("ll", "cuda"): ["graph", "graph_single", "eager", "halves"],
+    ("ll", "cpu"): ["eager", "halves"],
 }
 _FORMATS = {
     "ht": {"layout": ["flat"], "quantization": [None]},
@@ -95,30 +101,36 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     Raises:
         ExpertlinkError: an option, or a combination of options, cannot be measured.
     """
-    engines, modes = parse_names(options.engine), parse_names(options.mode)
-    for name, values in (("engine", engines), ("mode", modes)):
-        if not values:
-            raise ConfigurationError(f"{name}: at least one value is needed")
+    engines = parse_names(options.engine, name="engine")
+    modes = parse_names(options.mode, name="mode")
     recorded = {} if options.trace is None else _trace_shape(options.trace)
-    cases: list[Case] = []
+    found: list[Case] = []
     for (dispatch, combine), engine, mode in product(_budgets(options), engines, modes):
         lists = _lists(options, device, engine, mode, recorded)
         most_tokens = options.max_tokens_per_rank
-        if most_tokens is None and mode == "ll" and lists["tokens"]:
+        if most_tokens is None and mode == "ll":
             # One for all T, so that they share a communicator as decode steps do.
-            most_tokens = max(_LEAST_MAX_TOKENS, *lists["tokens"])
-        fixed = {
-            "ranks": ranks,
-            "engine": engine,
-            "mode": mode,
-            "uneven": options.uneven,
-            "trace": None if options.trace is None else str(options.trace),
-            "num_sms_dispatch": dispatch,
-            "num_sms_combine": combine,
-            "max_tokens_per_rank": most_tokens,
-        }
-        cases += grid(fixed=fixed, **lists)
+            most_tokens = max([_LEAST_MAX_TOKENS, *lists["tokens"]])
+        for values in product(*lists.values()):
+            case = Case(
+                ranks=ranks,
+                engine=engine,
+                mode=mode,
+                uneven=options.uneven,
+                trace=None if options.trace is None else str(options.trace),
+                num_sms_dispatch=dispatch,
+                num_sms_combine=combine,
+                max_tokens_per_rank=most_tokens,
+                **dict(zip(lists, values, strict=True)),
+            )
+            found.append(case)
+    cases = list(dict.fromkeys(found))
     for case in cases:
+        if options.overlap and (case.calls.graph or case.calls.prepared):
+            raise ConfigurationError(
+                f"variant={case.variant!r} cannot be measured with --overlap; accepted: variants "
+                "that call dispatch_async themselves"
+            )
         if device == "cpu" and case.calls.needs_nvlink:
             raise ConfigurationError(
                 f"variant={case.variant!r} cannot be measured on CPU ranks: it needs the nvlink "
@@ -143,29 +155,24 @@ def _lists(
         **_SHAPE[device],
         **recorded,
         **_FORMATS[mode],
-        "variant": _default_variants(device, mode, engine),
-        "dtype": parse_names(options.dtype),
-        "routing": parse_names(options.routing or ("trace" if recorded else "balanced")),
+        "variant": _VARIANTS[mode, device],
+        "dtype": parse_names(options.dtype, name="dtype"),
+        "routing": ["trace" if recorded else "balanced"],
     }
+    if (mode, device, engine) == ("ll", "cuda", "collective"):
+        lists["variant"] = ["eager"]  # NCCL stands beside the others: one line is enough
     for name in ("tokens", "hidden", "topk", "experts"):
         text = getattr(options, name)
         if text is not None:
             lists[name] = parse_ints(text, name=name)
-    for name in ("layout", "variant", "quantization"):
+    for name in ("layout", "variant", "routing"):
         text = getattr(options, name)
         if text is not None:
-            lists[name] = [None if item == "none" else item for item in parse_names(text)]
+            lists[name] = parse_names(text, name=name)
+    if options.quantization is not None:
+        names = parse_names(options.quantization, name="quantization")
+        lists["quantization"] = [None if name == "none" else name for name in names]
     return {name: lists[name] for name in (*_ORDER[mode], "variant")}
-
-
-def _default_variants(device: str, mode: str, engine: str) -> list[str]:
-    """Variants that are measured where none are asked for: those that the engine has."""
-    if mode == "ht":
-        return ["uncached", "cached"]
-    if device == "cpu":
-        return ["eager", "halves"]
-    # NCCL stands beside the others for comparison: one line is enough.
-    return ["eager"] if engine == "collective" else ["graph", "graph_single", "eager", "halves"]
 
 
 def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
@@ -196,17 +203,27 @@ def parse_ints(text: str, *, name: str) -> list[int]:
     Raises:
         ConfigurationError: an item is no whole number.
     """
+    items = parse_names(text, name=name)
     try:
-        return [int(item) for item in parse_names(text)]
+        return [int(item) for item in items]
     except ValueError:
         raise ConfigurationError(
             f"{name}={text!r} cannot be measured; accepted: whole numbers separated by commas"
         ) from None
 
 
-def parse_names(text: str) -> list[str]:
-    """Reads "flat,token_major"; blanks around the commas do not count."""
-    return [item.strip() for item in text.split(",") if item.strip()]
+def parse_names(text: str, *, name: str) -> list[str]:
+    """Reads "flat,token_major"; blanks around the commas do not count.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    names = [item.strip() for item in text.split(",") if item.strip()]
+    if not names:
+        raise ConfigurationError(
+            f"{name}={text!r} cannot be measured; accepted: at least one value"
+        )
+    return names
 
 
 def device_and_ranks(

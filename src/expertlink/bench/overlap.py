@@ -16,7 +16,6 @@ from expertlink.bench.inputs import Input, prepare_inputs
 from expertlink.bench.measure import no_garbage_collection, open_communicator, time_steps
 from expertlink.bench.records import Checked, Environment, Summary, slowest_rank, summarize
 from expertlink.bench.steps import Step
-from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 
 TIMES = ("gemm", "dispatch", "both")
@@ -29,19 +28,13 @@ class OverlapRecord(Checked):
     signed = ("hidden",)
 
     kind: str = "overlap"
-    case: dict[str, Any]
-    """Fields of the `Case`."""
+    case: dict[str, Any]  # fields of the `Case`
     engine: str
-    gemm: list[int]
-    """m, n, k of the bfloat16 product."""
-    gemm_us: Summary
-    """The product alone."""
-    dispatch_us: Summary
-    """The dispatch alone."""
-    both_us: Summary
-    """`dispatch_async`, the product on the caller's stream, `wait()`."""
-    hidden: float
-    """`hidden_part` of the medians."""
+    gemm: list[int]  # m, n, k of the bfloat16 product
+    gemm_us: Summary  # the product alone
+    dispatch_us: Summary  # the dispatch alone
+    both_us: Summary  # `dispatch_async`, the product on the caller's stream, `wait()`
+    hidden: float  # `hidden_part` of the medians
     environment: Environment
     iterations: int
     seed: int
@@ -56,20 +49,6 @@ def hidden_part(gemm_us: float, dispatch_us: float, both_us: float) -> float:
     """
     shorter = min(gemm_us, dispatch_us)
     return (gemm_us + dispatch_us - both_us) / shorter if shorter > 0 else 0.0
-
-
-def check_overlap(cases: Sequence[Case]) -> None:
-    """Refuses cases whose dispatch cannot run beside a product.
-
-    Raises:
-        ConfigurationError: a variant is made of graphs or of prepared calls.
-    """
-    for case in cases:
-        if case.calls.graph or case.calls.prepared:
-            raise ConfigurationError(
-                f"variant={case.variant!r} cannot be measured with --overlap; accepted: variants "
-                "that call dispatch_async themselves"
-            )
 
 
 def measure_overlaps(

@@ -112,14 +112,11 @@ class Environment(Checked):
     driver: str | None
     torch: str
     cuda: str | None
-    commit: str | None
-    """Commit of the library's checkout, with "-dirty" where it had changes."""
-    date: str
-    """UTC, ISO 8601."""
+    commit: str | None  # of the library's checkout, with "-dirty" where it had changes
+    date: str  # UTC, ISO 8601
     cpu: str
     cores: int
-    backend: str
-    """Backend of torch.distributed that moved the rows of the raw baseline."""
+    backend: str  # of torch.distributed, which moved the rows of the raw baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,112 +129,78 @@ class Record(Checked):
 
     engine: str
     mode: str
-    phase: str
-    """"dispatch", "combine", or "pair": both in one go."""
+    phase: str  # "dispatch", "combine", or "pair": both in one go
     variant: str
     layout: str
     dtype: str
     quantization: str | None
     routing: str
     ranks: int
-    tokens: int
-    """Tokens of the rank that has most."""
+    tokens: int  # of the rank that has most
     hidden: int
     topk: int
     experts: int
-    num_sms: int | None
-    """SMs allowed to the phase, the larger budget for a pair; None: the engine's choice."""
-    time_us: Summary
-    """Of the slowest rank of each iteration."""
+    num_sms: int | None  # allowed to the phase, the larger budget of a pair; None: the engine's
+    time_us: Summary  # of the slowest rank of each iteration
     time_us_mean_rank: Summary
+    # Until the call returned to its caller, slowest rank; where there is an `idle_us`, of those
+    # calls, from an idle device and with other work of the host in between. `calls_per_graph`: a
+    # replay's time divided by it.
     host_us: Summary
-    """Until the call returned to its caller, slowest rank; where there is an `idle_us`, of those
-    calls, from an idle device and with other work of the host in between. `calls_per_graph`: a
-    replay's time divided by it."""
-    wire_bytes: int
-    """Average rank. Of the two halves of a call, those of the sending one."""
+    wire_bytes: int  # average rank; of the two halves of a call, those of the sending one
     wire_gbps: float
-    ceiling_gbps: float | None = None
-    """`wire_bytes` over `ceiling_us`."""
-    ceiling_ratio: float | None = None
-    """`ceiling_us` over `time_us`: 1.0 is as fast as the wire."""
+    ceiling_gbps: float | None = None  # `wire_bytes` over `ceiling_us`
+    ceiling_ratio: float | None = None  # `ceiling_us` over `time_us`: 1.0 is as fast as the wire
     environment: Environment
-
-    uneven: bool = False
-    """Ranks had different numbers of tokens, one of them none."""
-    wire_bytes_max: int
-    """Most that left one rank."""
-    wire_bytes_received_max: int
-    """Most that arrived at one rank."""
-    wire_gbps_max: float
-    """`wire_bytes_max` over `time_us`."""
-    aggregate_gbps: float
-    """All ranks together."""
-    metadata_bytes: int | None = None
-    """Ids and weights that left the average rank beside its rows; not part of `wire_bytes`."""
+    uneven: bool = False  # ranks had different numbers of tokens, one of them none
+    wire_bytes_max: int  # most that left one rank
+    wire_bytes_received_max: int  # most that arrived at one rank
+    wire_gbps_max: float  # `wire_bytes_max` over `time_us`
+    aggregate_gbps: float  # all ranks together
+    metadata_bytes: int | None = None  # ids and weights beside the rows, not part of `wire_bytes`
+    # `all_to_all_single` of the same bytes to the same ranks (own share included), alternating
+    # with the measured calls; for a pair the sum of both directions.
     raw_us: Summary
-    """`all_to_all_single` of the same bytes to the same ranks (own share included), alternating
-    with the measured calls; for a pair the sum of both directions."""
     raw_gbps: float
-    raw_ratio: float
-    """`time_us` over `raw_us`."""
+    raw_ratio: float  # `time_us` over `raw_us`
+    # Which ceiling: "put" for dispatch, the faster of "put" and "get" for combine, both with a "+"
+    # between for a pair. None: nothing was measured, see `ceiling_note`.
     ceiling: str | None = None
-    """Which ceiling: "put" for dispatch, the faster of "put" and "get" for combine, both with a
-    "+" between for a pair. None: nothing was measured, see `ceiling_note`."""
-    ceiling_us: Summary | None = None
-    """That ceiling, alternating with the measured calls; for a pair the sum of both parts."""
-    ceiling_num_sms: int | None = None
-    """SMs that its copies occupied."""
-    ceiling_note: str | None = None
-    """Why there is no ceiling."""
+    ceiling_us: Summary | None = None  # alternating with the calls; for a pair the sum of both
+    ceiling_num_sms: int | None = None  # SMs that its copies occupied
+    ceiling_note: str | None = None  # why there is no ceiling
+    # Plain bulk copies of the rows that the phase puts on the wire (own share excluded), slowest
+    # rank. Put: from local memory into that of the peers; get: from theirs into shared memory.
     put_us: Summary | None = None
-    """Plain bulk copies of the rows that the phase puts on the wire, from local memory into that
-    of the peers (own share excluded); slowest rank."""
-    put_ratio: float | None = None
-    """`put_us` over `time_us`."""
+    put_ratio: float | None = None  # `put_us` over `time_us`
     get_us: Summary | None = None
-    """The same rows, from the memory of the peers into shared memory."""
     get_ratio: float | None = None
+    # Mode "ll": bytes of the rank that sends or receives most over `floor_gbps`, and two flags;
+    # for a pair the sum of both calls. No call can take less.
     floor_us: float | None = None
-    """Mode "ll": bytes of the rank that sends or receives most over `floor_gbps`, and two flags;
-    for a pair the sum of both calls. No call can take less."""
-    floor_ratio: float | None = None
-    """`floor_us` over `time_us`."""
-    floor_gbps: float | None = None
-    """What leaves a rank while all put 160 MiB to each other, measured in the same run."""
-    flag_us: float | None = None
-    """Time of a flag from one GPU to another, measured in the same run."""
-    max_tokens_per_rank: int | None = None
-    """T_max of the communicator; None: `tokens`."""
-    calls_per_graph: int | None = None
-    """Calls in the graph whose replay was timed; times are divided by it. None: no graph, or one
-    call ("ht")."""
-    num_sms_dispatch: int | None = None
-    """Pair only: SMs allowed to its dispatch."""
+    floor_ratio: float | None = None  # `floor_us` over `time_us`
+    floor_gbps: float | None = None  # what leaves a rank while all put 160 MiB to each other
+    flag_us: float | None = None  # a flag from one GPU to another, measured in the same run
+    max_tokens_per_rank: int | None = None  # T_max of the communicator; None: `tokens`
+    calls_per_graph: int | None = None  # in the replayed graph; None: no graph, or one call ("ht")
+    num_sms_dispatch: int | None = None  # pair only
     num_sms_combine: int | None = None
-    idle_us: Summary | None = None
-    """CUDA: like `time_us`, but started from an idle device: launch time of all ranks included."""
+    idle_us: Summary | None = None  # CUDA: from an idle device, launch time of all ranks included
+    # Pair: from an idle device until the host sees it idle again, one after the other with nothing
+    # in between: the host's code and data are warm. The pair before aligns the ranks.
     idle_loop_us: Summary | None = None
-    """Pair: from an idle device until the host sees it idle again, one after the other with nothing
-    in between: the host's code and data are warm. The pair before aligns the ranks."""
-    host_hot_us: Summary | None = None
-    """Until the call returned, one call after the other: the host's code and data are warm."""
+    host_hot_us: Summary | None = None  # until the call returned, one call right after the other
+    # The library that is fastest in the same case on the same machine, and its median. The
+    # benchmark runs no peers: whoever measured them fills in both fields.
     peer: str | None = None
-    """The library that is fastest in the same case on the same machine, where that was measured."""
     peer_us: float | None = None
-    """Its median time. The benchmark runs no peers: whoever measured them fills in both fields."""
-    aligned: str
-    """How ranks were aligned before a call: "device" (in stream order) or "host" (barrier)."""
+    aligned: str  # ranks, before a call: on the "device" (in stream order) or "host" (barrier)
     iterations: int
-    inputs: int
-    """Different inputs that the iterations took turns with."""
-    threads: int
-    """CPU threads of each rank."""
-    memory_peak_bytes: int | None = None
-    """CUDA: most memory that the timed calls added to what was allocated before them."""
+    inputs: int  # different ones that the iterations took turns with
+    threads: int  # CPU threads of each rank
+    memory_peak_bytes: int | None = None  # CUDA: most that the timed calls added
     seed: int
-    command: str
-    """The command line that made the record."""
+    command: str  # that made the record
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from expertlink.bench.cases import Case
-from expertlink.bench.overlap import TIMES, OverlapRecord
+from expertlink.bench.overlap import OverlapRecord
 from expertlink.bench.records import PHASES, Record, Summary, latest, names_of, read_records
-from expertlink.bench.terminal import number, text_of
+from expertlink.bench.terminal import OVERLAP_HEADER, number, overlap_row, text_of
 from expertlink.errors import InputError
 
 _OVERLAP = "overlap-"
@@ -232,14 +231,9 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 def _overlap_part(path: Path) -> list[str]:
     records = read_records(path, OverlapRecord)
-    header = ["case", "product m x n x k", "product alone", "dispatch alone", "both", "hidden"]
-    rows: list[list[str]] = []
-    for record in records:
-        times = [text_of(getattr(record, f"{name}_us")) for name in TIMES]
-        case = f"{record.engine} {Case(**record.case).label()}"
-        rows.append([case, " x ".join(map(str, record.gemm)), *times, f"{record.hidden:.0%}"])
     note = "*Hidden* is the part of the shorter one that costs no time."
-    return [*_head(path, records), note, "", *_markdown(header, rows)]
+    table = _markdown(OVERLAP_HEADER, [overlap_row(record) for record in records])
+    return [*_head(path, records), note, "", *table]
 
 
 def _head(path: Path, records: Sequence[Record] | Sequence[OverlapRecord]) -> list[str]:

@@ -20,27 +20,17 @@ from expertlink.workloads.check import mismatch, scaling_experts
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One thing that the clock times. The steps of an input run in their order, again and again.
+    """One thing that the clock times. The steps of an input run in their order, again and again."""
 
-    Attributes:
-        variant: what records call it; "" for what all variants are compared with.
-        phase: "dispatch", "combine" or "pair".
-        run: does it.
-        kind: what its time is called, see `clock.Times`.
-        calls: dispatches, combines or pairs that `run` makes.
-        received: what a dispatch of this step has received when it is over; None: not checked.
-        results: `[T, H]` tensors that combines of this step have written when it is over.
-        kept: what `run` uses and nobody else holds.
-    """
-
-    variant: str
-    phase: str
+    variant: str  # what records call it; "" for what all variants are compared with
+    phase: str  # "dispatch", "combine" or "pair"
     run: Callable[[], Any]
-    kind: str = "time"
-    calls: int = 1
+    kind: str = "time"  # what its time is called, see `clock.Times`
+    calls: int = 1  # dispatches, combines or pairs that `run` makes
+    # What a dispatch of this step has received when it is over; None: not checked.
     received: Callable[[], DispatchOutput] | None = None
-    results: Sequence[Tensor] = ()
-    kept: object = None
+    results: Sequence[Tensor] = ()  # `[T, H]`, what combines of this step write
+    kept: object = None  # what `run` uses and nobody else holds
 
     @property
     def begins(self) -> bool:
@@ -50,19 +40,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Caller:
-    """Makes the calls of one input.
-
-    Attributes:
-        comm: whom they are made to.
-        case: what is measured.
-        item: the input.
-        buffers: outputs of every prepared dispatch; None where each call makes its own.
-    """
+    """Makes the calls of one input."""
 
     comm: MoECommunicator
     case: Case
     item: Input
-    buffers: DispatchBuffers | None
+    buffers: DispatchBuffers | None  # outputs of every prepared dispatch
 
     def steps(self, *, calls_per_graph: int | None) -> list[Step]:
         """What the case's variant is made of. Collective: calls are captured, some are made.

@@ -31,7 +31,7 @@ _NUMBERS: dict[str, tuple[Callable[[Record], Summary | float | None], str]] = {
 """What a column shows, and its line of the legend; columns without a value are left out."""
 
 _EXPENDABLE = ("host", "get", "put", "loop", "raw", "GB/s")
-"""Columns that a narrow terminal does not get, the last one first."""
+"""Columns that a narrow terminal does not get; a file gets all."""
 
 
 def number(value: float) -> str:
@@ -47,10 +47,7 @@ def text_of(value: Summary | float | None) -> str:
 
 
 def print_records(records: Sequence[Record], console: Console) -> None:
-    """Prints one row per record; what all records share stands in the title.
-
-    A terminal that is too narrow does not get the columns that matter least; a file gets all.
-    """
+    """Prints one row per record; what all records share stands in the title."""
     if not records:
         return
     columns = [
@@ -58,15 +55,13 @@ def print_records(records: Sequence[Record], console: Console) -> None:
         for name, (read, _) in _NUMBERS.items()
         if any(read(record) is not None for record in records)
     ]
-    expendable = [name for name in _EXPENDABLE if name in columns]
-    while True:
-        table = _table(records, columns)
-        width = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
-        if width <= console.width or not console.is_terminal or not expendable:
-            break
-        columns.remove(expendable.pop())
+    table = _table(records, columns)
+    width = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
     if not console.is_terminal:
         console.width = max(console.width, width)
+    elif width > console.width:
+        columns = [name for name in columns if name not in _EXPENDABLE]
+        table = _table(records, columns)
     console.print(table)
     legend = [text for name, (_, text) in _NUMBERS.items() if name in columns and text]
     console.print(f"µs; {'; '.join(legend)}", style="dim")
@@ -90,26 +85,29 @@ def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
     return table
 
 
+OVERLAP_HEADER = (
+    *("case", "product m x n x k", "product alone", "dispatch alone", "both", "hidden"),
+)
+
+
+def overlap_row(record: OverlapRecord) -> list[str]:
+    """Cells under `OVERLAP_HEADER`; a budget of SMs belongs to the case."""
+    case = Case(**record.case)
+    sms = "" if case.num_sms_dispatch is None else f" · SMs={case.num_sms_dispatch}"
+    times = [text_of(getattr(record, f"{name}_us")) for name in TIMES]
+    product = " x ".join(map(str, record.gemm))
+    return [f"{record.engine} {case.label()}{sms}", product, *times, f"{record.hidden:.0%}"]
+
+
 def print_overlaps(records: Sequence[OverlapRecord], console: Console) -> None:
     """Prints one row per record."""
     if not records:
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("case", overflow="fold")
-    for name in ("SMs", "m x n x k", *TIMES, "hidden"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in OVERLAP_HEADER:
+        table.add_column(name, justify="left" if name == "case" else "right", overflow="fold")
     for record in records:
-        case = Case(**record.case)
-        table.add_row(
-            f"{record.engine} {case.label()}",
-            "auto" if case.num_sms_dispatch is None else str(case.num_sms_dispatch),
-            " x ".join(map(str, record.gemm)),
-            *(f"{getattr(record, f'{name}_us').median:.0f}" for name in TIMES),
-            f"{record.hidden:.0%}",
-        )
+        table.add_row(*overlap_row(record))
     console.print(table)
-    console.print(
-        "µs, median of the slowest rank: the product alone, the dispatch alone, both at once; "
-        "hidden: part of the shorter one that costs no time",
-        style="dim",
-    )
+    note = "µs, median of the slowest rank; hidden: part of the shorter one that costs no time"
+    console.print(note, style="dim")
