@@ -141,16 +141,7 @@ class _Batch:
         problems = [caller.check(own) for caller, own in zip(callers, steps, strict=True)]
         agree_on_results(next(filter(None, problems), None), clock)
 
-        compared = [
-            _compared_with(item, own, per_graph) for item, own in zip(inputs, moves, strict=True)
-        ]
-        groups = [
-            [
-                [step, *(other for other in others if other.phase == step.phase and step.begins)]
-                for step in own
-            ]
-            for own, others in zip(steps, compared, strict=True)
-        ]
+        groups = [_groups(*parts, per_graph) for parts in zip(steps, inputs, moves, strict=True)]
         times = time_steps(groups, plan, clock, self.on_progress)
         if clock.on_gpu and not (calls.chained or calls.halves):
             for number in range(plan.iters):
@@ -168,18 +159,22 @@ class _Batch:
         return times
 
 
-def _compared_with(item: Input, copies: Moves, per_graph: int | None) -> list[Step]:
-    """What dispatch and combine of an input are compared with; a pair is the sum of its parts.
+def _groups(
+    steps: Sequence[Step], item: Input, copies: Moves, per_graph: int | None
+) -> list[list[Step]]:
+    """Each step of an input, and what it is compared with; a pair is the sum of its parts.
 
     Where prepared calls are captured, so are the ceilings: launches are in both or in neither.
     """
-    steps = [
-        Step(variant="", phase=phase, kind=kind, run=run) for (phase, kind), run in item.raw.items()
+    others: list[Step] = []
+    for (phase, kind), move in {**item.raw, **copies}.items():
+        calls = None if kind == "raw" else per_graph
+        run = move if calls is None else capture(move, calls).replay
+        others.append(Step(variant="", phase=phase, kind=kind, run=run, calls=calls or 1))
+    return [
+        [step, *(other for other in others if step.begins and other.phase == step.phase)]
+        for step in steps
     ]
-    for (phase, kind), call in copies.items():
-        run = call if per_graph is None else capture(call, per_graph).replay
-        steps.append(Step(variant="", phase=phase, kind=kind, run=run, calls=per_graph or 1))
-    return steps
 
 
 def time_steps(
