@@ -21,32 +21,28 @@ from expertlink.launch import RankContext
 
 _DEFAULT_CPU_RANKS = 4
 _LEAST_MAX_TOKENS = 128
+_WHOLE = ("tokens", "hidden", "topk", "experts")
 _LEAST = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1, "ceiling_sms": 1}
 _LEAST |= {"calls_per_graph": 1}
 
 # What is measured where nothing else is asked for. CUDA: the model shape that the field publishes
 # figures for. CPU: one that a laptop measures in seconds.
 _SHAPE = {
-    "cuda": {"hidden": [7168], "topk": [8], "experts": [256]},
-    "cpu": {"hidden": [1024], "topk": [4], "experts": [16]},
+    "cuda": {"hidden": "7168", "topk": "8", "experts": "256"},
+    "cpu": {"hidden": "1024", "topk": "4", "experts": "16"},
 }
 _TOKENS = {
-    ("ht", "cuda"): [4096],
-    ("ht", "cpu"): [128, 1024],
-    ("ll", "cuda"): [1, 8, 16, 32, 64, 128, 256, 512],
-    ("ll", "cpu"): [1, 16, 128],
-}
-_VARIANTS = {
-    ("ht", "cuda"): ["uncached", "cached"],
-    ("ht", "cpu"): ["uncached", "cached"],
-    ("ll", "cuda"): ["graph", "graph_single", "eager", "halves"],
-    ("ll", "cpu"): ["eager", "halves"],
+    ("ht", "cuda"): "4096",
+    ("ht", "cpu"): "128,1024",
+    ("ll", "cuda"): "1,8,16,32,64,128,256,512",
+    ("ll", "cpu"): "1,16,128",
 }
 _FORMATS = {
-    "ht": {"layout": ["flat"], "quantization": [None]},
-    "ll": {"layout": ["expert_major", "rank_major"], "quantization": [None, "e4m3_float32"]},
+    "ht": {"layout": "flat", "quantization": "none", "variant": "uncached,cached"},
+    "ll": {"layout": "expert_major,rank_major", "quantization": "none,e4m3_float32"},
 }
-_GEMM = {"cpu": "256,512,512", "cuda": "8192,4096,7168"}  # m, n, k
+_LL_VARIANTS = {"cuda": "graph,graph_single,eager,halves", "cpu": "eager,halves"}
+_GEMM = {"cuda": "8192,4096,7168", "cpu": "256,512,512"}  # m, n, k
 # Fields that need another communicator vary slowest.
 _ORDER = {
     "ht": ("dtype", "quantization", "routing", "tokens", "hidden", "topk", "experts", "layout"),
@@ -103,7 +99,7 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     """
     engines = parse_names(options.engine, name="engine")
     modes = parse_names(options.mode, name="mode")
-    recorded = {} if options.trace is None else _trace_shape(options.trace)
+    recorded = {} if options.trace is None else _recorded(options.trace)
     found: list[Case] = []
     for (dispatch, combine), engine, mode in product(_budgets(options), engines, modes):
         lists = _lists(options, device, engine, mode, recorded)
@@ -136,43 +132,32 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
                 f"variant={case.variant!r} cannot be measured on CPU ranks: it needs the nvlink "
                 "engine, which moves rows between GPUs"
             )
-        shape = {"topk": [case.topk], "experts": [case.experts]}
+        shape = {"topk": str(case.topk), "experts": str(case.experts), "routing": case.routing}
         if case.routing == "trace" and shape != recorded:
             raise ConfigurationError(
                 f"topk={case.topk}, experts={case.experts} cannot be replayed from the trace, "
-                f"which has topk={recorded['topk'][0]}, experts={recorded['experts'][0]}"
+                f"which has topk={recorded['topk']}, experts={recorded['experts']}"
             )
     return cases
 
 
 def _lists(
-    options: BenchOptions, device: str, engine: str, mode: str, recorded: dict[str, list[int]]
+    options: BenchOptions, device: str, engine: str, mode: str, recorded: dict[str, str]
 ) -> dict[str, Sequence[Any]]:
-    """Values of the fields that vary."""
+    """Values of the fields that vary: as typed, as the trace has them, or the default ones."""
     mode = mode if mode in _ORDER else "ll"  # `Case` refuses another one
+    names = (*_ORDER[mode], "variant")
+    # NCCL stands beside the others for comparison: one line is enough.
+    ll_variants = "eager" if engine == "collective" and device == "cuda" else _LL_VARIANTS[device]
+    texts = {"tokens": _TOKENS[mode, device], "routing": "balanced", "variant": ll_variants}
+    texts |= {**_SHAPE[device], **_FORMATS[mode], **recorded}
+    texts |= {name: text for name in names if (text := getattr(options, name)) is not None}
     lists: dict[str, Sequence[Any]] = {
-        "tokens": _TOKENS[mode, device],
-        **_SHAPE[device],
-        **recorded,
-        **_FORMATS[mode],
-        "variant": _VARIANTS[mode, device],
-        "dtype": parse_names(options.dtype, name="dtype"),
-        "routing": ["trace" if recorded else "balanced"],
+        name: (parse_ints if name in _WHOLE else parse_names)(texts[name], name=name)
+        for name in names
     }
-    if (mode, device, engine) == ("ll", "cuda", "collective"):
-        lists["variant"] = ["eager"]  # NCCL stands beside the others: one line is enough
-    for name in ("tokens", "hidden", "topk", "experts"):
-        text = getattr(options, name)
-        if text is not None:
-            lists[name] = parse_ints(text, name=name)
-    for name in ("layout", "variant", "routing"):
-        text = getattr(options, name)
-        if text is not None:
-            lists[name] = parse_names(text, name=name)
-    if options.quantization is not None:
-        names = parse_names(options.quantization, name="quantization")
-        lists["quantization"] = [None if name == "none" else name for name in names]
-    return {name: lists[name] for name in (*_ORDER[mode], "variant")}
+    lists["quantization"] = [None if one == "none" else one for one in lists["quantization"]]
+    return lists
 
 
 def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
@@ -308,8 +293,8 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
 
 
-def _trace_shape(path: Path) -> dict[str, list[int]]:
+def _recorded(path: Path) -> dict[str, str]:
     from expertlink.workloads.trace import RoutingTrace
 
     trace = RoutingTrace.load(path)
-    return {"topk": [trace.topk], "experts": [trace.num_experts]}
+    return {"topk": str(trace.topk), "experts": str(trace.num_experts), "routing": "trace"}
