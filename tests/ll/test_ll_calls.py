@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from expertlink import BlockFormat, DispatchLayout, MoECommunicator
-from expertlink.engines.nvlink.ll.plan import LAST_NUMBER
+from expertlink.engines.nvlink.ll.plan import LAST_NUMBER, SETS
+from expertlink.engines.nvlink.shared import counters
 from support import decode, jobs, oracle, payloads
 from support.cases import (
     EXPANDED,
@@ -32,7 +33,9 @@ pytestmark = pytest.mark.gpu(1)
 def begin_after(comm: HostedCommunicator, transfers: int) -> None:
     """As if so many transfers had been: counted by 2^16, and granted by all peers."""
     arena = comm._engine.arena  # type: ignore[union-attr]
-    arena.counters[:2] = transfers << 16
+    layout = counters(comm.num_ranks, SETS)
+    for half in ("sent", "received"):
+        layout.member(arena.counters, half).fill_(transfers << 16)
     offset = arena.plan.offsets(comm.num_ranks)["kCreditsAt"]
     number = (transfers - 1) % LAST_NUMBER + 1
     words = arena.local[offset : offset + 4 * comm.num_ranks].view(torch.int32)
