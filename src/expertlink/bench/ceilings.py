@@ -137,11 +137,7 @@ class BulkCopies:
 class WireMemory:
     """Memory that plain copies move rows between: symmetric, and local to put from. Collective.
 
-    Attributes:
-        nbytes: of the rows that one rank sends or receives at most; at least one unit of copies.
-        source: address of the local memory.
-        addresses: of every rank's symmetric memory as seen from here.
-        flags: of the words behind the rows there, which no copy touches.
+    `nbytes` is what the rows take that one rank sends or receives at most.
 
     Raises:
         EngineUnavailableError: the GPUs cannot address each other's memory.
@@ -154,9 +150,10 @@ class WireMemory:
         flags_at = -(-self.nbytes // _FLAG_BYTES) * _FLAG_BYTES
         self._buffer = SymmetricBuffer(dist.group.WORLD, flags_at + _FLAG_BYTES, device)
         self._local = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+        # Addresses: the local memory, that of every rank, and its words that no copy touches.
+        self.source = self._local.data_ptr()
         self.addresses = self._buffer.addresses
         self.flags = [address + flags_at for address in self.addresses]
-        self.source = self._local.data_ptr()
 
     def close(self) -> None:
         """Releases the symmetric memory."""
@@ -164,14 +161,8 @@ class WireMemory:
 
 
 class Ceilings:
-    """Plain copies for the cases of one communicator, and the floor under them; or why not.
-
-    Building is collective.
-
-    Attributes:
-        note: why nothing can be measured, the same on every rank; None where it can.
-        floor: of prepared calls (`Variant.prepared`) only.
-    """
+    """Plain copies for the cases of one communicator, or `note`: why there are none, the same on
+    every rank; and the `floor` of prepared calls. Building is collective."""
 
     def __init__(self, case: Case, plan: Plan, clock: Clock) -> None:
         self.floor: Floor | None = None
@@ -267,7 +258,7 @@ def measure_floor(copies: BulkCopies, memory: WireMemory, clock: Clock) -> Floor
 
 
 def _put_bandwidth(copies: BulkCopies, memory: WireMemory, clock: Clock) -> float:
-    """GB/s that leave the average rank while each puts `LARGE_BYTES` to the others. Collective."""
+    """GB/s that leave the average rank while each puts `LARGE_BYTES` to the others."""
     rank, ranks = dist.get_rank(), len(memory.addresses)
     rows = max(1, LARGE_BYTES // copies.row_bytes // (ranks - 1))
     share = share_of("put", torch.full((ranks, ranks), rows).fill_diagonal_(0), rank)
@@ -281,11 +272,7 @@ def _put_bandwidth(copies: BulkCopies, memory: WireMemory, clock: Clock) -> floa
 
 
 def _closest_flag(memory: WireMemory, clock: Clock) -> float:
-    """Microseconds one way between the closest two of the pairs that ranks form. Collective.
-
-    Raises:
-        EngineUnavailableError: on every rank, if a rank did not answer.
-    """
+    """Microseconds one way between the closest two of the pairs that ranks form."""
     rank = dist.get_rank()
     partner = rank ^ 1
     median_us = 0.0

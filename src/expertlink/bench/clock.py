@@ -39,10 +39,8 @@ class Clock:
     fill of memory goes ahead of the all-reduce. It gives the host time to queue the call, so that
     launch time is not measured, and it leaves nothing of the inputs in the L2 cache.
 
-    Args:
-        device: where the measured calls run.
-        control: group of all ranks, with gloo, in which the hosts meet. Its time-out bounds the
-            wait for a rank that failed. None: the default group.
+    `control` is a group of all ranks, with gloo, in which the hosts meet. Its time-out bounds the
+    wait for a rank that failed. None: the default group.
     """
 
     def __init__(self, device: torch.device, control: dist.ProcessGroup | None = None) -> None:

@@ -43,15 +43,8 @@ def measure_batch(
 ) -> Iterator[list[Record]]:
     """Checks, then times cases that share a communicator. Collective over the default group.
 
-    Args:
-        context: this rank.
-        cases: what to measure; their `ranks` is the size of the group.
-        plan: how.
-        on_progress: called with the number of timed iterations after each.
-        control: group of all ranks in which hosts meet, see `Clock`.
-
-    Yields:
-        For every case in turn its records on rank 0, nothing on the others.
+    `on_progress` is called with the number of timed iterations after each; `control` is for the
+    `Clock`. Yields for every case in turn its records on rank 0, nothing on the others.
 
     Raises:
         WrongResultError: the result was wrong on some rank; raised on every rank.

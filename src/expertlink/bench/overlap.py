@@ -42,11 +42,8 @@ class OverlapRecord(Checked):
 
 
 def hidden_part(gemm_us: float, dispatch_us: float, both_us: float) -> float:
-    """What overlapping saves, as a part of what it could save at best.
-
-    1: both take as long as the longer one alone; 0: as long as one after the other; negative: they
-    hinder each other.
-    """
+    """What overlapping saves, as a part of what it could save at best: 1 where both take as long
+    as the longer one alone, 0 where as long as one after the other, less where they hinder it."""
     shorter = min(gemm_us, dispatch_us)
     return (gemm_us + dispatch_us - both_us) / shorter if shorter > 0 else 0.0
 
@@ -59,11 +56,7 @@ def measure_overlaps(
     on_progress: Callable[[int], None],
     control: dist.ProcessGroup | None = None,
 ) -> Iterator[list[OverlapRecord]]:
-    """Times a product, a dispatch, and both at once. Arguments as for `measure.measure_batch`.
-
-    Yields:
-        For every case, on rank 0 one record; on the others nothing.
-    """
+    """Times a product, a dispatch, and both at once. See `measure.measure_batch`."""
     clock = Clock(context.device, control)
     for case in cases:
         record = _measure(context, case, plan, clock, on_progress)

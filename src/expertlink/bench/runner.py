@@ -76,10 +76,8 @@ def run_on_own_ranks(
     Args:
         job: what to measure; the plan's `timeout_s` is kept below that of a case.
         device: where.
-        threads: CPU threads of each rank. None: a rank's share of the cores, less one for the
-            thread with which gloo moves its bytes.
-        timeout_s: bound of one case, from its communicator's start to its last record; a batch
-            of several has the sum.
+        threads: CPU threads of each rank. None: its share of the cores, less one for gloo's.
+        timeout_s: bound of one case with the start of its communicator; a batch has the sum.
     """
     plan = replace(job.plan, timeout_s=min(job.plan.timeout_s, timeout_s / 2))
     ranks = job.cases[0].ranks
