@@ -203,12 +203,10 @@ def _draw_bounds(
             if value is not None:
                 lowest = bounds.setdefault((name, color, WORDS["format"](record)), {})
                 lowest[x(record)] = min(value, lowest.get(x(record), value))
-    names = (_FLOOR_NAME, _WIRE_NAME, _RAW_NAME)
-
-    def place(key: tuple[str, str, object]) -> tuple[int, int]:
-        return names.index(key[0]) if key[0] in names else len(names), formats.index(key[2])
-
-    for name, color, wanted in sorted(bounds, key=place):
+    order = [_FLOOR_NAME, _WIRE_NAME, _RAW_NAME, *dict.fromkeys(name for name, _, _ in bounds)]
+    for name, color, wanted in sorted(
+        bounds, key=lambda k: (order.index(k[0]), formats.index(k[2]))
+    ):
         linestyle = _BOUNDS[formats.index(wanted) % len(_BOUNDS)]
         style = {"color": color, "linestyle": linestyle, "lw": 1}
         panel.plot(*zip(*sorted(bounds[name, color, wanted].items()), strict=True), **style)

@@ -82,18 +82,16 @@ def run_on_own_ranks(
     plan = replace(job.plan, timeout_s=min(job.plan.timeout_s, timeout_s / 2))
     ranks = job.cases[0].ranks
     pool: RankPool | None = None
+
+    def listen(rank: int, news: Any) -> None:
+        if isinstance(news, int):
+            job.on_progress(len(job.results), news)
+        else:
+            job.keep(CaseResult(job.cases[len(job.results)], news))
+
     try:
         for batch in batches(job.cases):
             first = len(job.results)
-
-            def listen(
-                rank: int, news: Any, batch: Sequence[Case] = batch, first: int = first
-            ) -> None:
-                if isinstance(news, int):
-                    job.on_progress(len(job.results), news)
-                else:
-                    job.keep(CaseResult(batch[len(job.results) - first], news))
-
             try:
                 if pool is None or not pool.alive:
                     pool = RankPool(
