@@ -31,6 +31,13 @@ HT_LEAST_WARPS = 12
 """Warps of a dispatch's block, at least, where short rows share the memory of a warp (the same
 row). Other numbers were not measured."""
 
+HT_MAILBOX_DEPTH = 2
+"""Batches of a warp that may wait to be announced. Not measured."""
+
+HT_SUM_STAGES = 4
+"""Stages of a warp's shared memory in a combine: three are being loaded, one is summed ("sums of
+`FLAT` combine"). Other numbers were not measured."""
+
 HT_SHARED_SLOTS = 512
 """First slots of groups that placing keeps in shared memory. Not measured."""
 
@@ -92,6 +99,35 @@ K = 2"). More than 4 ranks were not measured."""
 LL_QUANTIZING_WARPS = (950.0, 3.2)
 """The same, a and b of a / (b + c), where they quantize: that takes as long as b copies of a row
 ("warps that begin with sending", "the same, 2 ranks, e4m3")."""
+
+LL_SENDING_WARPS_FEW_ROWS = 192
+"""The same where there are fewer steps than warps ("the same, 2 ranks, T=16 / 128 / 512")."""
+
+LL_SEND_DEPTH = 4
+"""Steps of a row that a sending warp has in flight. Not measured."""
+
+LL_SEND_DEPTH_QUANTIZED = 3
+"""The same where it quantizes. Not measured."""
+
+LL_PLACE_DEPTH = 3
+"""Steps of a staged row that a placing warp polls together. Not measured."""
+
+LL_PLACE_PART = 6
+"""Steps of a part of a row that is placed, at most. Not measured."""
+
+LL_SUM_DEPTH = 4
+"""Steps of a term that a warp of a combine has in flight ("steps under way in each of these")."""
+
+LL_SUM_DEPTH_EXPANDED = 3
+"""The same in expanded layouts ("steps under way in a sum")."""
+
+LL_TERMS_TOGETHER = 4
+"""Terms that are in flight together for a part of one step ("sums of longer parts" has the other
+parts). The number was not measured."""
+
+LL_DRAWN_FROM = 5
+"""Parts per warp from which on they are drawn from a counter; fewer go in turn, which takes no time
+("the same, drawn")."""
 
 LL_RETURNING_SHARE = 0.75
 """Share of a combine's warps that begin with returning rows, at most ("warps of 12 that return

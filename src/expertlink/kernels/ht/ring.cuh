@@ -40,8 +40,6 @@ struct Slots {
     }
 };
 
-constexpr int kMailboxDepth = 2;  // batches of a warp that may wait to be announced
-
 // Static shared memory of a block.
 struct Ring {
     unsigned long long barriers[kMaxWarps];

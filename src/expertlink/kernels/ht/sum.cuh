@@ -7,7 +7,6 @@
 namespace ht {
 
 constexpr int kStep = 512;  // bytes of a row that a warp sums at once: 16 in every lane
-constexpr int kDepth = 4;   // stages of a warp's slot: three are being loaded, one is summed
 
 // Copies 16 bytes to shared memory. Every lane loads what it will add up itself, so stages need no
 // barriers.
@@ -21,9 +20,9 @@ __device__ __forceinline__ void close_group() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits for the oldest of kDepth groups.
+// Waits for the oldest of kSumStages groups.
 __device__ __forceinline__ void wait_oldest() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(kSumStages - 1) : "memory");
 }
 
 // Sums kTerms rows, or `terms` rows if kTerms is 0. A stage holds kWide steps.
@@ -47,11 +46,11 @@ __device__ __forceinline__ void sum_staged(char* memory, int stage_bytes, const 
         close_group();  // also an empty one: groups are counted
     };
 #pragma unroll
-    for (int stage = 0; stage < kDepth - 1; ++stage) load(stage * kWide * kStep, stage);
+    for (int stage = 0; stage < kSumStages - 1; ++stage) load(stage * kWide * kStep, stage);
     int stage = 0;
 #pragma unroll 1
     for (int first = 0; first < row_bytes; first += kWide * kStep) {
-        load(first + (kDepth - 1) * kWide * kStep, (stage + kDepth - 1) % kDepth);
+        load(first + (kSumStages - 1) * kWide * kStep, (stage + kSumStages - 1) % kSumStages);
         wait_oldest();
         const char* const from = memory + stage * stage_bytes + lane * 16;
         float sums[kWide][kPack];
@@ -73,7 +72,7 @@ __device__ __forceinline__ void sum_staged(char* memory, int stage_bytes, const 
             const int at = first + w * kStep + lane * 16;
             if (at < row_bytes) *reinterpret_cast<uint4*>(out + at) = round_piece(sums[w]);
         }
-        stage = (stage + 1) % kDepth;
+        stage = (stage + 1) % kSumStages;
     }
 }
 
@@ -106,7 +105,7 @@ __device__ __forceinline__ void sum_many(const char* term, float weight, int ter
 template <bool kWeighted>
 __device__ __forceinline__ void sum_rows(char* memory, int slot_bytes, const char* term,
                                          float weight, int terms, int row_bytes, char* out) {
-    const int stage = slot_bytes / kDepth / 128 * 128;
+    const int stage = slot_bytes / kSumStages / 128 * 128;
     if (terms <= 1 && 4 * kStep <= stage)
         terms == 0 ? sum_many<kWeighted>(term, weight, 0, row_bytes, out)
                    : sum_staged<kWeighted, 1, 4>(memory, stage, term, weight, 1, row_bytes, out);

@@ -73,9 +73,6 @@ __device__ __forceinline__ int dense_target(const DispatchArguments& a, const Ar
     return threadIdx.x % 32 == 0 && at < a.max_slots ? at : -1;
 }
 
-constexpr int kPlaceDepth = 3;  // steps that a warp polls together
-constexpr int kPlaceMost = 6;   // steps of a part, at most
-
 // Places one part of an arrival in all its slots. False: a wait was ended.
 template <bool kQuantized>
 __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Call& call,

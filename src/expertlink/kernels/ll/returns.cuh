@@ -8,12 +8,6 @@
 
 namespace ll {
 
-// Steps of each term that a warp has in flight.
-constexpr int kSumDepth = kExpanded ? 3 : 4;
-constexpr int kTogether = 4;  // terms in flight for a part of one step
-constexpr int kDrawnFrom =
-    5;  // parts per warp from which on they are drawn; fewer go in turn, which takes no time
-
 struct Sums {
     float value[kSumDepth][kPack];
 

@@ -5,8 +5,6 @@
 
 namespace ll {
 
-constexpr int kFewSenders = 192;  // of all blocks, where there are fewer steps than warps
-
 // The first warps send rows, the others publish metadata and counts. Then some of these wait for
 // counts. As soon as the counts of rows are known, all warps place rows. With few tokens the first
 // warp that does not send is the one that publishes their metadata.

@@ -11,7 +11,7 @@ constexpr int kInStep = kStepBytes / kScaleBlock;  // scales of a step
 // A part of a token's row: loaded, then turned into what travels.
 template <bool kQuantized>
 struct Part {
-    static constexpr int kDepth = kQuantized ? 3 : 4;
+    static constexpr int kDepth = kQuantized ? kSendDepthQuantized : kSendDepth;
     uint4 piece[kDepth];
     uint4 rest[kQuantized ? kDepth : 1];  // second half of what a lane piece is made of
 

@@ -149,6 +149,8 @@ def constants_of(
         "kTableIsShared": shared_table_words(config, num_ranks) > 0,
         "kMaxWarps": tuning.HT_MAX_WARPS,
         "kMostBatch": most_batch(config),
+        "kMailboxDepth": tuning.HT_MAILBOX_DEPTH,
+        "kSumStages": tuning.HT_SUM_STAGES,
         "kMostSharedSlots": tuning.HT_SHARED_SLOTS,
         "kZeroCopy": config.zero_copy,
         # On GPUs, ids are checked only if the configuration says so.

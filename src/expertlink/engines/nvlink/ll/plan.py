@@ -140,10 +140,19 @@ def constants_of(
     config: MoECommunicatorConfig, plan: LlPlan, *, num_ranks: int
 ) -> dict[str, int | bool]:
     """What a communicator fixes for its kernels; the same on all ranks."""
+    expanded = config.layout.expanded
     return {
         "kDispatchWarps": tuning.LL_DISPATCH_WARPS,
         "kCombineWarps": tuning.LL_COMBINE_WARPS,
         "kPublishingWarps": tuning.LL_PUBLISHING_WARPS,
+        "kFewSenders": tuning.LL_SENDING_WARPS_FEW_ROWS,
+        "kSendDepth": tuning.LL_SEND_DEPTH,
+        "kSendDepthQuantized": tuning.LL_SEND_DEPTH_QUANTIZED,
+        "kPlaceDepth": tuning.LL_PLACE_DEPTH,
+        "kPlaceMost": tuning.LL_PLACE_PART,
+        "kSumDepth": tuning.LL_SUM_DEPTH_EXPANDED if expanded else tuning.LL_SUM_DEPTH,
+        "kTogether": tuning.LL_TERMS_TOGETHER,
+        "kDrawnFrom": tuning.LL_DRAWN_FROM,
         "kSets": SETS,
         "kLastNumber": LAST_NUMBER,
         "kSlots": plan.slots,
