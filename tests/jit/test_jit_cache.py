@@ -75,7 +75,7 @@ def test_whatever_matters_is_in_the_key(
 
     assert compile_all() == 10
     assert compile_all() == 0
-    monkeypatch.setattr("expertlink._version.__version__", "0")
+    monkeypatch.setattr("expertlink.about.__version__", "0")
     assert compile_all() == 10
     monkeypatch.setitem(compiler._OPTIONS, "std", "c++20")
     assert compile_all() == 10
