@@ -7,13 +7,15 @@ unchanged.
 
 Both are collective, so which calls autograd tracks must not depend on what a rank received: the
 expert outputs of a rank without rows have no graph. A dispatch is tracked where its own tensors
-require grad, a combine wherever gradients are enabled. An empty tensor, the anchor, connects a
-combine to its dispatch in the graph, so that their backward calls come in one order on every rank.
+require grad, a combine wherever gradients are enabled. An empty tensor, the anchor, connects all
+combines to their dispatch in the graph, so that their backward calls come in one order on every
+rank. A handle keeps it, and so the graph, until the backward of the dispatch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
-from expertlink.gradients import TrackedDispatch, needs_grad, without_gradients
+from expertlink.gradients import TrackedDispatch, anchor_of, needs_grad, without_gradients
 from expertlink.reduction import accumulator_dtype
-from expertlink.types import DispatchHandle
+from expertlink.types import Anchor, DispatchHandle
 
 
 def tracks_combine(call: CombineCall, handle: DispatchHandle, out: Tensor | None) -> bool:
@@ -38,7 +40,7 @@ def tracks_combine(call: CombineCall, handle: DispatchHandle, out: Tensor | None
             gradients, a combine is tracked only if something here requires grad.
     """
     weights_TK = handle.topk_weights if call.weighted else None
-    if handle._anchor is not None or needs_grad(call.rows, weights_TK):
+    if anchor_of(handle) is not None or needs_grad(call.rows, weights_TK):
         return True
     return (
         call.out_TH is not out
@@ -59,9 +61,10 @@ def dispatch(engine: Engine, call: DispatchCall, weights_TK: Tensor | None) -> T
         weights_TK: the routing weights: the call's, or those that a cached dispatch keeps.
     """
     started: list[Dispatched] = []
+    kept = Anchor(None)
     with _finishing_failed(started):
-        results: Any = _Dispatch.apply(call.x_TW, weights_TK, engine, call, started)
-    tokens, weights, anchor = results
+        results: Any = _Dispatch.apply(call.x_TW, weights_TK, engine, call, started, kept)
+    tokens, weights, kept.tensor = results
     plain = started[0]
     return TrackedDispatch(
         output=dataclasses.replace(plain.output, tokens=tokens, topk_weights=weights),
@@ -69,20 +72,19 @@ def dispatch(engine: Engine, call: DispatchCall, weights_TK: Tensor | None) -> T
         finish=plain.finish,
         call=plain.call,
         topk_ids_TK=plain.topk_ids_TK,
-        anchor=anchor,
+        anchor=kept,
     )
 
 
 def combine(engine: Engine, call: CombineCall, handle: DispatchHandle) -> Combined:
     """`engine.combine` whose result carries gradients back to the rows and the routing weights."""
     weights_TK = handle.topk_weights if call.weighted else None
-    anchor = handle._anchor
+    anchor = anchor_of(handle)
     if anchor is None:
         anchor = _new_anchor(call.rows).requires_grad_()
     started: list[Combined] = []
     with _finishing_failed(started):
         out_TH: Any = _Combine.apply(call.rows, weights_TK, anchor, engine, call, started)
-    handle._anchor = None  # a handle that is kept for cached dispatches keeps no graph
     return dataclasses.replace(started[0], out_TH=out_TH)
 
 
@@ -113,6 +115,7 @@ class _Dispatch(torch.autograd.Function):
         engine: Engine,
         call: DispatchCall,
         started: list[Dispatched],
+        kept: Anchor,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         del weights_TK  # an argument so that its gradient has somewhere to go
         started.append(engine.dispatch(call))
@@ -122,6 +125,7 @@ class _Dispatch(torch.autograd.Function):
         if ctx.quantized:
             ctx.mark_non_differentiable(output.tokens)
         anchor = _new_anchor(x_TW)
+        ctx.kept = weakref.ref(kept)  # the handle's; it keeps this node
         # A checkpoint is recomputed where a saved tensor is asked for: on all ranks.
         ctx.save_for_backward(anchor)
         return output.tokens, output.topk_weights, anchor
@@ -131,9 +135,12 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_tokens, grad_weights, _ = grads
         _ = ctx.saved_tensors
+        kept = ctx.kept()
+        if kept is not None:  # a handle that is kept for cached dispatches keeps no graph
+            kept.tensor = None
         if ctx.quantized:  # only the weights carry gradients
             grads_TK = ctx.engine.weight_grads(ctx.state, grad_weights.contiguous())
-            return None, grads_TK, None, None, None
+            return None, grads_TK, None, None, None, None
         out_TH = grad_tokens.new_empty(ctx.shape)
         combined = ctx.engine.combine(
             CombineCall(
@@ -145,7 +152,7 @@ class _Dispatch(torch.autograd.Function):
             )
         )
         combined.finish()
-        return out_TH, combined.weight_grads_TK, None, None, None
+        return out_TH, combined.weight_grads_TK, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):

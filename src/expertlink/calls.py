@@ -12,12 +12,11 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, DispatchCall, Dispatched
 from expertlink.errors import InputError
 from expertlink.fast_path import FastPath
-from expertlink.gradients import TrackedDispatch, needs_grad
+from expertlink.gradients import TrackedDispatch, anchor_of, needs_grad
 from expertlink.handles import (
     check_current,
     check_handle,
     check_same_routing,
-    check_unconsumed,
 )
 from expertlink.types import DispatchBuffers, DispatchHandle, QuantScales, RowKind
 from expertlink.validation import (
@@ -252,7 +251,6 @@ class CallBuilder:
             ids_TK,
             weights_TK,
             started.state,
-            False,
             seen,
             leases,
         )
@@ -329,7 +327,6 @@ class CallBuilder:
             weight_grads is None
             and handle.__class__ is DispatchHandle
             and handle.owner == self._identity
-            and not handle.consumed
             and not (async_finish and return_recv_hook)
             and not torch.is_grad_enabled()
             and self._fast.takes_combine(expert_output, handle, out=out, weights=weights)
@@ -376,7 +373,6 @@ class CallBuilder:
     ) -> CombineCall:
         device = self._device
         check_handle(handle, self._identity)
-        check_unconsumed(handle)
         handle.wait()
         shape = handle.rows_shape
         rows = check_tensor(
@@ -397,7 +393,7 @@ class CallBuilder:
             weights = check_tensor(
                 "weights", weights, device=device, dtypes=weight_dtypes, shape=shape[:-1]
             ).contiguous()
-        tracked = needs_grad(rows, handle.topk_weights, weights, handle._anchor)
+        tracked = needs_grad(rows, handle.topk_weights, weights, anchor_of(handle))
         if weights is not None and tracked:
             raise InputError("weights cannot be used where gradients are tracked")
         _check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook, tracked=tracked)

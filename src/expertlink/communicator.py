@@ -539,7 +539,7 @@ class MoECommunicator:
         Args:
             expert_output: rows in the shape of the dispatch's `tokens`, last dimension H, of the
                 configured dtype. Non-contiguous tensors are copied.
-            handle: of the dispatch; this call consumes it.
+            handle: of the dispatch; any number of combines may use it.
             out: `[T, H]` contiguous tensor for the result. Not where gradients are tracked.
             weights: FLAT, EXPERT_MAJOR: float32 (float64 with float64 rows), one number per row
                 in the leading shape of the rows, instead of the routing weights. Weights of slots
@@ -557,7 +557,7 @@ class MoECommunicator:
 
         Raises:
             InputError: an argument does not fit.
-            HandleError, ClosedError: the handle is foreign, consumed or stale, or this
+            HandleError, ClosedError: the handle is foreign or stale, or this
                 communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
@@ -596,7 +596,6 @@ class MoECommunicator:
             started = self._start_combine(engine, call, handle, out)
         else:
             started = engine.combine(call)
-        handle.consumed = True
         if return_recv_hook:
             handle._finish = hook = ReceiveHook(started.finish, self._life)
             return _sums_of(started), hook
@@ -685,7 +684,6 @@ class MoECommunicator:
         with queued(call, stream=stream, wait_events=wait_events):
             started = self._start_combine(engine, call, handle, out)
             wait = wait_of(started, stream=stream, life=self._life)
-        handle.consumed = True
         return started, wait
 
     def _start_combine(

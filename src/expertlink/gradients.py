@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from expertlink.engines.base import Dispatched
+from expertlink.types import Anchor, DispatchHandle
 
 
 @dataclass(eq=False)
@@ -16,10 +17,15 @@ class TrackedDispatch(Dispatched):
     """A dispatch that autograd tracks.
 
     Attributes:
-        anchor: `[0]` float32; an input of the combine, whose backward then precedes this one's.
+        anchor: `[0]` float32; an input of its combines, whose backward then precedes this one's.
     """
 
-    anchor: Tensor | None = None
+    anchor: Anchor | None = None
+
+
+def anchor_of(handle: DispatchHandle) -> Tensor | None:
+    """What connects combines to the handle's dispatch in the graph, before its backward."""
+    return None if handle._anchor is None else handle._anchor.tensor
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

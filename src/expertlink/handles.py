@@ -32,15 +32,6 @@ def check_current(handle: DispatchHandle) -> None:
             )
 
 
-def check_unconsumed(handle: DispatchHandle) -> None:
-    """Refuses a second combine."""
-    if handle.consumed:
-        raise HandleError(
-            f"the handle of dispatch #{handle.call} was already combined; every combine needs "
-            "a dispatch of its own (previous_handle= makes that cheap)"
-        )
-
-
 def check_same_routing(
     handle: DispatchHandle, topk_ids: Tensor | None, ids_TK: Tensor | None, num_tokens: int
 ) -> None:

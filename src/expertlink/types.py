@@ -184,6 +184,13 @@ class CallStatistics:
         return CallStatistics(*memory.split_with_sizes([num_local, *[num_ranks] * 5]))
 
 
+@dataclass(eq=False)
+class Anchor:
+    """A tensor in the graph of a dispatch; None once backward has come through it."""
+
+    tensor: Tensor | None
+
+
 @dataclass(eq=False, repr=False)
 class DispatchHandle:
     """Ties a dispatch to its combine. Opaque to the model: pass it on and read nothing inside.
@@ -201,7 +208,6 @@ class DispatchHandle:
         topk_ids: `[T, K]` the routing, the handle's own copy.
         topk_weights: `[T, K]` float32 as given by the caller (gradients flow to it), or None.
         state: what the engine keeps of the routing.
-        consumed: a combine has used it.
     """
 
     owner: int
@@ -212,14 +218,13 @@ class DispatchHandle:
     topk_ids: Tensor
     topk_weights: Tensor | None
     state: object
-    consumed: bool = False
     # The caller's own id tensor and its version: tells "unchanged" without reading the device.
     ids_seen: tuple[Tensor, int] | None = None
     # Buffers that `state` lies in, each with the generation in which the handle is valid.
     leases: tuple[tuple[DispatchBuffers, int], ...] = ()
     _finish: Callable[[], object] | None = None
-    # Connects a combine to its dispatch in the graph, where autograd tracks the dispatch.
-    _anchor: Tensor | None = None
+    # Connects combines to their dispatch in the graph, where autograd tracks the dispatch.
+    _anchor: Anchor | None = None
 
     def wait(self) -> None:
         """Makes the results of the handle's last call readable on the current stream.
@@ -238,10 +243,9 @@ class DispatchHandle:
             self._finish = None  # a failed wait stays failed
 
     def __repr__(self) -> str:
-        used = ", combined" if self.consumed else ""
         return (
             f"DispatchHandle(dispatch #{self.call}, {self.num_tokens} tokens, "
-            f"{self.layout.value} rows {list(self.rows_shape)}{used})"
+            f"{self.layout.value} rows {list(self.rows_shape)})"
         )
 
 

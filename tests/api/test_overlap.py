@@ -181,9 +181,7 @@ def test_settings_of_the_other_operation_are_refused() -> None:
         out, handle = comm.dispatch_async(**fields, overlap=dispatch).wait()
         with pytest.raises(InputError, match="created for dispatch; this is combine"):
             comm.combine_async(out.tokens, handle, overlap=dispatch)
-        assert not handle.consumed
         comm.combine_async(out.tokens, handle, overlap=combine).wait()
-        assert handle.consumed
         with pytest.raises(InputError, match="created for send; this is dispatch"):
             comm.dispatch_async(**fields, overlap=CommOverlapConfig("send"))
 

@@ -171,6 +171,9 @@ def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:
         same_bits(comm.combine(rows, handle), expected, "combine")
     assert handle is not None
     assert rows is not None
+    others = comm.combine(rows_for(case, rank, handle, round_=1), handle)
+    same_bits(others, combined_of(case, rank, round_=1), "another combine of the same dispatch")
+    same_bits(comm.combine(rows, handle), expected, "the same combine again")
 
     poison_memory(comm, case)
     out, cached = comm.dispatch(x_TH, ids_TK, previous_handle=handle)
@@ -178,6 +181,7 @@ def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:
     grads = filled_up(slot_grads(case, rank), cached.rows_shape[:-1], comm.device)
     result, grads_TK = comm.combine(rows, cached, weight_grads=grads)
     same_bits(result, expected, "combine after a cached dispatch")
+    same_bits(comm.combine(rows, handle), expected, "combine of the dispatch before that")
     same_bits(grads_TK, returned_grads(case, rank), "weight gradients")
 
     if case.weighted:

@@ -44,10 +44,20 @@ def experts_of(out: DispatchOutput, weights: Tensor) -> Tensor:
 
 
 def layer(
-    comm: MoECommunicator, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts_EHH: Tensor
+    comm: MoECommunicator,
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    experts_EHH: Tensor,
+    combines: int = 1,
 ) -> Tensor:
+    """Combines of 1, 2, ... times the experts' rows, all of one dispatch, added up."""
     out, handle = comm.dispatch(x_TH, ids_TK, weights_TK)
-    return comm.combine(experts_of(out, experts_EHH), handle)
+    rows = experts_of(out, experts_EHH)
+    total = comm.combine(rows, handle)
+    for times in range(2, combines + 1):
+        total = total + comm.combine(times * rows, handle)
+    return total
 
 
 def dense(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts_EHH: Tensor) -> Tensor:
@@ -58,13 +68,13 @@ def dense(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts_EHH: Tensor)
     return torch.einsum("te,eth->th", share_TE.to(x_TH.dtype), all_ETH)
 
 
-def gradients(ctx: RankContext, case: Case, **fields: Any) -> dict[str, float]:
+def gradients(ctx: RankContext, case: Case, combines: int = 1, **fields: Any) -> dict[str, float]:
     """Largest differences to the dense layer: outputs, and gradients of rows, weights, experts."""
     with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
-        return gradients_on(comm, case)
+        return gradients_on(comm, case, combines)
 
 
-def gradients_on(comm: MoECommunicator, case: Case) -> dict[str, float]:
+def gradients_on(comm: MoECommunicator, case: Case, combines: int = 1) -> dict[str, float]:
     """`gradients` with a communicator that is there already."""
     own, device = inputs_of(case, comm.rank), comm.device
     assert own.weights_TK is not None
@@ -72,7 +82,8 @@ def gradients_on(comm: MoECommunicator, case: Case) -> dict[str, float]:
     x_TH = own.x_TH.to(device, copy=True).requires_grad_()
     weights_TK = own.weights_TK.to(device).requires_grad_()
     mine = experts_EHH[comm.local_experts].clone().requires_grad_()
-    result = layer(comm, x_TH, own.ids_TK.to(device), weights_TK, mine)
+    result = layer(comm, x_TH, own.ids_TK.to(device), weights_TK, mine, combines)
+    times = combines * (combines + 1) / 2
     probe = torch.cos(torch.arange(case.hidden, device=device, dtype=result.dtype))
     (result * probe).sum().backward()
     local = comm.local_experts
@@ -84,7 +95,7 @@ def gradients_on(comm: MoECommunicator, case: Case) -> dict[str, float]:
         assert theirs.weights_TK is not None
         xd = theirs.x_TH.to(device).requires_grad_()
         wd = theirs.weights_TK.to(device).requires_grad_()
-        expected = dense(xd, theirs.ids_TK.to(device).long(), wd, full)
+        expected = times * dense(xd, theirs.ids_TK.to(device).long(), wd, full)
         (expected * probe).sum().backward()  # gradients of the experts add up over all ranks
         if rank == comm.rank:
             worst["result"] = gap(result, expected)

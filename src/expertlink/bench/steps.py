@@ -109,10 +109,8 @@ class Caller:
         places = itertools.cycle(results or [None])
         ahead: list[DispatchHandle] = []
         if calls.graph and calls.prepared:
-            # A handle serves one combine, so as many dispatches are made ahead. Without buffers:
-            # into the same ones, each would make the handle before it stale.
-            ahead = [self._dispatch(None)[1] for _ in range(count)]
-        unused = iter(ahead)
+            # Without buffers: the dispatches that are measured make the handles of those stale.
+            ahead.append(self._dispatch(None)[1])
 
         def dispatch() -> None:
             out, handle = self._dispatch(self.buffers)
@@ -123,7 +121,7 @@ class Caller:
             self.comm.combine(self.item.expert_out, handle, out=next(places))
 
         def combine_ahead() -> None:
-            self.comm.combine(self.item.expert_out, next(unused), out=next(places))
+            self.comm.combine(self.item.expert_out, ahead[0], out=next(places))
 
         def pair() -> None:
             dispatch()

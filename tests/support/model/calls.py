@@ -147,14 +147,14 @@ def routings(num_ranks: int) -> dict[str, Routing]:
 
 
 def next_calls(program: Program, comms: int) -> Iterator[Call]:
-    """Every call that may come after a program. A handle is good for one combine."""
+    """Every call that may come after a program; up to two combines for each dispatch."""
     for comm in range(comms):
         yield dispatch(comm)
         for at, call in enumerate(program):
             if call is None or call.comm != comm or not call.kind.dispatches:
                 continue
             yield cached(at, comm)
-            if combine(at, comm) not in program:
+            if program.count(combine(at, comm)) < 2:
                 yield combine(at, comm)
 
 
