@@ -168,6 +168,10 @@ def bench(
     calls_per_graph: Annotated[
         int, typer.Option(help="ll: calls in one graph of the variant `graph`.")
     ] = 20,
+    grid: Annotated[
+        bool,
+        typer.Option("--grid", help="Vary T, H and K, where they are not given: for a heat map."),
+    ] = False,
     overlap: Annotated[
         bool,
         typer.Option("--overlap", help="Measure dispatch beside a matrix product instead."),
@@ -229,6 +233,7 @@ def bench(
         num_sms_combine=num_sms_combine,
         ceiling_sms=ceiling_sms,
         calls_per_graph=calls_per_graph,
+        grid=grid,
         overlap=overlap,
         gemm=gemm,
         device=device,

@@ -90,6 +90,13 @@ class TestCases:
         with pytest.raises(ConfigurationError, match="at least one value"):
             build_cases(BenchOptions(tokens=","), device="cpu", ranks=2)
 
+    def test_a_grid_varies_what_is_not_given(self) -> None:
+        options = BenchOptions(grid=True, hidden="64", variant="uncached")
+        cases = build_cases(options, device="cpu", ranks=2)
+        assert {case.hidden for case in cases} == {64}
+        assert len(cases) == len({(case.tokens, case.topk) for case in cases}) == 4
+        assert len(build_cases(BenchOptions(grid=True), device="cuda", ranks=4)) == 7 * 4 * 4 * 2
+
     def test_lists_of_numbers(self) -> None:
         assert parse_ints(" 128, 1024,", name="tokens") == [128, 1024]
         with pytest.raises(ConfigurationError, match="tokens='1x'"):

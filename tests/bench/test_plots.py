@@ -50,6 +50,24 @@ def test_several_budgets_are_a_picture_of_their_own() -> None:
     assert named([None, 8, 24]) == ["cases", "sms"]
 
 
+def test_several_t_and_h_are_a_heat_map_of_time_over_wire() -> None:
+    sizes = [(tokens, hidden) for tokens in (128, 1024) for hidden in (64, 256, 1024)]
+    records = [
+        make_record(75.0, phase=phase, tokens=tokens, hidden=hidden, topk=topk)
+        for phase in PHASES
+        for tokens, hidden in sizes
+        for topk in (1, 2)
+    ]
+    assert list(pictures(records)) == ["grid"]
+    assert list(pictures([*records, make_record(layout="token_major")])) == ["cases", "grid"]
+    figure, _ = drawn(pictures(records)["grid"].draw())
+    assert len(figure.axes) == 2 * len(PHASES)
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert rows == ["64", "256", "1024"]
+    for panel in figure.axes:  # 75 us, the raw exchange 50
+        assert [text.get_text() for text in panel.texts] == ["1.50"] * len(sizes)
+
+
 @pytest.mark.parametrize("tokens", [(128,), (1, 16)])
 def test_no_picture_has_more_than_eight_series_and_every_record_has_one(
     tokens: tuple[int, ...],

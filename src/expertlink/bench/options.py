@@ -42,6 +42,15 @@ _FORMATS = {
     "ll": {"layout": "expert_major,rank_major", "quantization": "none,e4m3_float32"},
 }
 _LL_VARIANTS = {"cuda": "graph,graph_single,eager,halves", "cpu": "eager,halves"}
+# What --grid varies: rows of short and of long models, few tokens and many.
+_GRID = {
+    "cuda": {
+        "hidden": "1024,2048,2880,4096,5120,7168,8192",
+        "tokens": "256,1024,4096,16384",
+        "topk": "1,2,4,8",
+    },
+    "cpu": {"hidden": "256,1024", "tokens": "16,128", "topk": "1,4"},
+}
 _GEMM = {"cuda": "8192,4096,7168", "cpu": "256,512,512"}  # m, n, k
 # Fields that need another communicator vary slowest.
 _ORDER = {
@@ -76,6 +85,7 @@ class BenchOptions:
     num_sms_combine: str | None = None
     ceiling_sms: int = 24
     calls_per_graph: int = 20
+    grid: bool = False
     overlap: bool = False
     gemm: str | None = None
     device: str = "auto"
@@ -150,7 +160,8 @@ def _lists(
     # NCCL stands beside the others for comparison: one line is enough.
     ll_variants = "eager" if engine == "collective" and device == "cuda" else _LL_VARIANTS[device]
     texts = {"tokens": _TOKENS[mode, device], "routing": "balanced", "variant": ll_variants}
-    texts |= {**_SHAPE[device], **_FORMATS[mode], **recorded}
+    texts |= {**_SHAPE[device], **_FORMATS[mode], **(_GRID[device] if options.grid else {})}
+    texts |= recorded
     texts |= {name: text for name in names if (text := getattr(options, name)) is not None}
     lists: dict[str, Sequence[Any]] = {
         name: (parse_ints if name in _WHOLE else parse_names)(texts[name], name=name)

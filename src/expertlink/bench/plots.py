@@ -1,11 +1,14 @@
-"""Pictures of records: time against T, bars by case where there is one T, time against SMs.
+"""Pictures of records: time against T, bars by case where there is one T, time against SMs, and
+heat maps of time over wire where both T and H vary.
 
 A picture shows at most `MOST_SERIES` cases; more of them become several pictures, split where they
-differ most visibly. A further kind of picture, such as a heat map, is one more `_Kind`.
+differ most visibly.
 """
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +33,13 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _RAW, _PEER, _GRID, _BLACK = "#999999", "#CC79A7", "#DDDDDD", "#000000"
 _BOUNDS = ("-", ":", "-.", "--")  # by format
 _DPI = 150
-_TIME = "time of the slowest rank, median, µs"
+_LETTERS = 13  # of a title, in an inch
+_MEDIAN = "time of the slowest rank, median"
+_TIME = f"{_MEDIAN}, µs"
 _WIRE_NAME = "the wire: plain bulk copies of the same bytes"
 _FLOOR_NAME = "floor: bytes at full bandwidth, two flags a call"
 _RAW_NAME = "raw all_to_all_single of the same bytes"
+_PALE, _WORST = 1.7, 2.0  # ratios to the wire: text above the first is white, the last is reddest
 _BAND_NAME = "dashed: the fastest call; band: up to the median"
 
 Series = dict[str, list[Record]]
@@ -45,19 +51,21 @@ class _Kind:
     """One kind of picture."""
 
     name: str  # of its files
-    along: str  # the word that an axis says, so that names of series leave it out
+    along: tuple[str, ...]  # words that axes say, so that names of series leave them out
     draw: Callable[[dict[str, Series], list[str]], Figure]  # of every phase's, and all names
 
     def series(self, record: Record) -> tuple[object, ...]:
         """What the records of one line, or of one bar per phase, have in common."""
-        return tuple(read(record) for word, read in WORDS.items() if word != self.along)
+        return tuple(read(record) for word, read in WORDS.items() if word not in self.along)
 
-    def with_several(self, records: Sequence[Record], field: str) -> list[Record]:
-        """Records of the series in which a field has several values."""
-        values: dict[object, set[object]] = {}
-        for record in records:
-            values.setdefault(self.series(record), set()).add(getattr(record, field))
-        return [record for record in records if len(values[self.series(record)]) > 1]
+    def with_several(self, records: Sequence[Record], *fields: str) -> list[Record]:
+        """Records of the series in which each of the fields has several values."""
+        for field in fields:
+            values: dict[object, set[object]] = {}
+            for record in records:
+                values.setdefault(self.series(record), set()).add(getattr(record, field))
+            records = [record for record in records if len(values[self.series(record)]) > 1]
+        return list(records)
 
 
 @dataclass(frozen=True)
@@ -70,24 +78,26 @@ class Picture:
     @property
     def title(self) -> str:
         """What all records share."""
-        return names_of(self.records, without=(self.kind.along,))[0]
+        return names_of(self.records, without=self.kind.along)[0]
 
     def draw(self) -> Figure:
         """The figure, without a canvas."""
-        names = names_of(self.records, without=(self.kind.along,))[1]
+        names = names_of(self.records, without=self.kind.along)[1]
         phases: dict[str, Series] = {}
         for phase in PHASES:
             for record, name in zip(self.records, names, strict=True):
                 if record.phase == phase:
                     phases.setdefault(phase, {}).setdefault(name, []).append(record)
         figure = self.kind.draw(phases, list(dict.fromkeys(names)))
-        figure.suptitle(self.title, fontsize=10)
+        letters = int(_LETTERS * figure.get_figwidth())
+        figure.suptitle(textwrap.fill(self.title, letters), fontsize=10)
         return figure
 
 
 def draw_plots(records: Sequence[Record], out: str | Path) -> list[Path]:
-    """Draws `time*.png` (cases with several T), `cases*.png` (cases with one) and `sms*.png`
-    (cases with several SM budgets) into a folder, which is made where it does not exist.
+    """Draws `time*.png` (cases with several T), `cases*.png` (cases with one), `grid*.png` (cases
+    with several T and H) and `sms*.png` (cases with several SM budgets) into a folder, which is
+    made where it does not exist.
 
     `records`: at least one, each key once (`records.latest`). Returns the paths of the pictures.
     """
@@ -108,10 +118,12 @@ def pictures(records: Sequence[Record]) -> dict[str, Picture]:
     swept = _SMS.with_several([one for one in limited if one.phase != "pair"], "num_sms")
     cases = {_SMS.series(record) for record in swept}
     rest = [one for one in records if one not in limited or _SMS.series(one) not in cases]
+    grids = _GRIDS.with_several(rest, "tokens", "hidden")
+    rest = [record for record in rest if record not in grids]
     lines = _LINES.with_several(rest, "tokens")
     bars = [record for record in rest if record not in lines]
     named: dict[str, Picture] = {}
-    for kind, own in ((_LINES, lines), (_BARS, bars), (_SMS, swept)):
+    for kind, own in ((_LINES, lines), (_BARS, bars), (_GRIDS, grids), (_SMS, swept)):
         parts = _split(kind, own) if own else []
         for place, part in enumerate(parts, start=1):
             named[kind.name + ("" if len(parts) == 1 else f"-{place}")] = Picture(kind, part)
@@ -137,7 +149,7 @@ def _split(kind: _Kind, records: Sequence[Record]) -> list[list[Record]]:
     for word, read in [*WORDS.items(), ("", kind.series)]:
         parts: list[list[Record]] = []
         for picture in pictures:
-            if count(picture) <= MOST_SERIES or word == kind.along:
+            if count(picture) <= MOST_SERIES or word in kind.along:
                 parts.append(picture)
                 continue
             values = list(dict.fromkeys(read(record) for record in picture))
@@ -284,6 +296,50 @@ def _draw_bars(phases: dict[str, Series], names: list[str]) -> Figure:
     return figure
 
 
-_LINES = _Kind("time", "T", _draw_lines)
-_BARS = _Kind("cases", "", _draw_bars)
-_SMS = _Kind("sms", "SMs", partial(_draw_lines, along_tokens=False))
+# -- heat maps ------------------------------------------------------------------------------------
+
+
+def _draw_grid(phases: dict[str, Series], names: list[str]) -> Figure:
+    """A row of panels per series, a panel per phase: time over wire by H and T."""
+    records = [record for own in phases.values() for some in own.values() for record in some]
+    tokens = sorted({record.tokens for record in records})
+    hidden = sorted({record.hidden for record in records})
+    width, height = 0.6 + 0.62 * len(tokens), 1.0 + 0.3 * len(hidden)  # of a panel
+    figure = Figure(figsize=(max(6.5, 1.6 + len(phases) * width), 1.2 + len(names) * height))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(len(names), len(phases), squeeze=False, sharex=True, sharey=True)
+    for row, name in zip(axes, names, strict=True):
+        for (phase, series), panel in zip(phases.items(), row, strict=True):
+            ratios = [[math.nan] * len(tokens) for _ in hidden]
+            for record in series.get(name, []):
+                place = hidden.index(record.hidden), tokens.index(record.tokens)
+                ratio = ratios[place[0]][place[1]] = record.time_us.median / _bound(record)[1]
+                style = {"ha": "center", "va": "center", "fontsize": 7}
+                color = "white" if ratio > _PALE else "black"
+                panel.text(place[1], place[0], f"{ratio:.2f}", color=color, **style)
+            panel.imshow(ratios, cmap="YlOrRd", vmin=1.0, vmax=_WORST, aspect="auto")
+            panel.set_title(f"{name}: {phase}" if len(names) > 1 else phase, fontsize=9)
+            panel.set_xticks(range(len(tokens)), [str(value) for value in tokens], fontsize=8)
+            panel.set_yticks(range(len(hidden)), [str(value) for value in hidden], fontsize=8)
+        row[0].set_ylabel("hidden size, H", fontsize=8)
+    for panel in axes[-1]:
+        panel.set_xlabel("tokens per rank, T", fontsize=8)
+    bounds = {_bound(record)[0] for record in records}
+    figure.supxlabel(f"{_MEDIAN}, over that of {' or '.join(sorted(bounds))}", fontsize=8)
+    return figure
+
+
+def _bound(record: Record) -> tuple[str, float]:
+    """What a time is compared with, the wire where it was measured: a name, and microseconds."""
+    ceiling = _ceiling(record)
+    if ceiling:
+        return _WIRE_NAME, ceiling
+    if record.floor_us:
+        return _FLOOR_NAME, record.floor_us
+    return _RAW_NAME, record.raw_us.median
+
+
+_LINES = _Kind("time", ("T",), _draw_lines)
+_BARS = _Kind("cases", (), _draw_bars)
+_GRIDS = _Kind("grid", ("H", "T"), _draw_grid)
+_SMS = _Kind("sms", ("SMs",), partial(_draw_lines, along_tokens=False))
