@@ -109,6 +109,13 @@ def halves(comm: MoECommunicator, case: Case) -> None:
     cached.wait()
     same_bits(result, expected, "combine that its handle finished")
 
+    first, _ = comm.combine(rows, cached, return_recv_hook=True)
+    rows = rows_for(case, rank, cached, round_=1)
+    second, hook = comm.combine(rows, cached, return_recv_hook=True)
+    hook()
+    same_bits(first, expected, "combine that the next combine of its dispatch finished")
+    same_bits(second, combined_of(case, rank, round_=1), "another combine in halves")
+
 
 def in_turns(comm: MoECommunicator, case: Case) -> None:
     """Two micro-batches: while one computes the other communicates."""
