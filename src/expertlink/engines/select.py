@@ -67,7 +67,7 @@ def build_engine(
         EngineUnavailableError: on every rank: they cannot use the engine that was asked for.
     """
     if config.engine == "auto" and wire.device.type == "cuda":
-        # What is in the way of one rank is in the way of all.
+        # What hinders one rank hinders all.
         texts = wire.gather_text("" if choice.name == "nvlink" else choice.reason)
         reasons = [text for text in texts if text]
         if reasons:

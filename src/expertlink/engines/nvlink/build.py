@@ -69,7 +69,7 @@ def build(
     check_inputs: bool,
     share_with: object | None = None,
 ) -> NvlinkEngine:
-    """The engine of this rank. Collective; what is in the way of one rank is raised on all.
+    """The engine of this rank. Collective; what hinders one rank is raised on all.
 
     Args:
         config: the communicator's.
@@ -241,7 +241,7 @@ def _has_fabric(device: torch.device) -> bool:
 
 
 def _all_or_none(wire: Wire, reason: str | None) -> None:
-    """Goes on only if nothing is in the way of any rank."""
+    """Goes on only if nothing hinders any rank."""
     texts = wire.gather_text(reason or "")
     blocked = {rank: text for rank, text in enumerate(texts) if text}
     if blocked:

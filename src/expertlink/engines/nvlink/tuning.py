@@ -24,8 +24,8 @@ HT_MAX_WARPS = 15
 """Warps of a block that move rows; one more announces them ("arrival flags, combine")."""
 
 HT_MOST_BATCH = 8
-"""Most rows that a warp of a dispatch moves at a time: four with K=8, which takes a lane for every
-choice ("rows of one dispatch under way in a warp")."""
+"""Most rows that a warp of a dispatch moves at a time, a power of two: four with K=8, since a row
+takes a lane for every choice ("rows of one dispatch under way in a warp")."""
 
 HT_LEAST_WARPS = 12
 """Warps of a dispatch's block, at least, where short rows share the memory of a warp (the same

@@ -22,7 +22,7 @@ __device__ __forceinline__ bool exists(const CombineArguments& a, long long row)
 }
 
 // Writes the weight gradients of an arrival's choices: metadata of the partial sum.
-__device__ __forceinline__ void write_grads(const CombineArguments& a, char* beside,
+__device__ __forceinline__ void write_grads(const CombineArguments& a, char* metadata,
                                             long long row) {
     const int lane = threadIdx.x % 32;
     if (lane < kTopk) {
@@ -30,7 +30,7 @@ __device__ __forceinline__ void write_grads(const CombineArguments& a, char* bes
         const int choice = a.choices_of_row[at];
         float grad = 0.0f;
         if (choice >= 0 && exists(a, row)) grad = a.slot_grads[kExpanded ? choice : at];
-        reinterpret_cast<float*>(beside)[lane] = grad;
+        reinterpret_cast<float*>(metadata)[lane] = grad;
     }
     fence_shared_to_bulk();
 }
@@ -41,10 +41,10 @@ __device__ __forceinline__ void return_arrivals(const CombineArguments& a, Ring&
     const int lane = threadIdx.x % 32;
     const int arrivals = most * kNumRanks;
     int written = -1;    // the row before; lane 0
-    unsigned words = 0;  // rows posted
+    unsigned posts = 0;  // rows posted
     const auto post_written = [&] {
         bulk_wait_written();
-        post(ring, lane == 0 ? written : -1, words);
+        post(ring, lane == 0 ? written : -1, posts);
     };
     int ticket = take(&a.state->next_send);
     for (int nth = taken(ticket); nth < arrivals; nth = taken(ticket)) {

@@ -78,12 +78,13 @@ __device__ __forceinline__ int read_metadata(const DispatchArguments& a, const G
     const bool own = arrival.source == a.rank;
     const long long at = static_cast<long long>(arrival.row) * kTopk + k;
     const long long own_at = static_cast<long long>(arrival.token) * kTopk + k;
-    const int* const beside = reinterpret_cast<const int*>(metadata_of(a, arrival));
+    const int* const metadata = reinterpret_cast<const int*>(metadata_of(a, arrival));
 
     int choice;  // slot (expanded layouts) or local expert (others), -1: lives on another rank
     float weight = 0.0f;
     if (a.flags & kNewWeights)
-        weight = own ? a.weights[own_at] : __int_as_float(load_fresh(beside + kWeightsAt / 4 + k));
+        weight =
+            own ? a.weights[own_at] : __int_as_float(load_fresh(metadata + kWeightsAt / 4 + k));
     if (a.flags & kCached) {
         choice = a.choices_of_row[at];
     } else {
@@ -93,8 +94,8 @@ __device__ __forceinline__ int read_metadata(const DispatchArguments& a, const G
             if (kExpanded) place = load_fresh(&a.ordinals[own_at]);
             location = expert < 0 ? -1 : a.expert_location[expert];
         } else {
-            location = load_fresh(beside + k);
-            if (kExpanded) place = load_fresh(beside + kPlacesAt / 4 + k);
+            location = load_fresh(metadata + k);
+            if (kExpanded) place = load_fresh(metadata + kPlacesAt / 4 + k);
         }
         const bool here =
             location >= 0 && rank_of(location) == a.rank && local_of(location) < a.num_local;

@@ -77,8 +77,9 @@ class BlockShape:
 
     def _movers(self, row_bytes: int, batch: int) -> Movers:
         slot = self.slot_bytes(row_bytes)
-        fitting = self._room // (batch * slot)
-        return Movers(max(batch == 1, min(self._max_warps, fitting)), slot, batch)
+        warps = min(self._max_warps, self._room // (batch * slot))
+        # A single row that does not fit is refused when the engine is built.
+        return Movers(max(1, warps) if batch == 1 else warps, slot, batch)
 
     def groups(self, warps: int) -> int:
         """Masks of 32 tokens that counting can hold at a time."""
