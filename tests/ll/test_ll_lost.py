@@ -16,7 +16,7 @@ from expertlink import (
     PeerTimeoutError,
 )
 from expertlink.launch import RankPool
-from support import faults, jobs
+from support import faults, jobs, lost_ranks
 from support.cases import LAYOUTS, Shape, exact, routings, usual
 from support.faults import CULPRIT, MASKABLE, RANKS, usual_case
 from support.hosted import DEVICE, Fleet, HostedCommunicator, fleet_of, run_hosted
@@ -59,7 +59,7 @@ def test_a_missing_rank_is_named_beside_a_masked_one(layout: DispatchLayout) -> 
             if comm.rank != 2:
                 comm.mask_peer(2)
             for _ in range(4):
-                faults.calls_without(comm, case, 2, "without rank 2")
+                lost_ranks.calls_without(comm, case, 2, "without rank 2")
             stay_away(comm, [2, CULPRIT])
             dispatch_case(comm, case)
             torch.cuda.synchronize(DEVICE)
@@ -75,7 +75,7 @@ def test_a_missing_rank_is_named_beside_a_masked_one(layout: DispatchLayout) -> 
 def test_a_missing_rank_is_named_beside_rows_of_set_bits() -> None:
     """In a process of its own: a wait without an end would be one of the GPU."""
     with RankPool(num_ranks=1, device="cuda") as pool:
-        found = pool.run(faults.missing_beside_ones, timeout_s=60)
+        found = pool.run(lost_ranks.missing_beside_ones, timeout_s=60)
     assert found == [[(CULPRIT,)] * 2]
 
 
@@ -91,7 +91,7 @@ def test_lost_ranks_are_masked(gone: int, phase: str, shape: Shape) -> None:
     stay_away = absences(fleet)
 
     def job(comm: MoECommunicator) -> None:
-        faults.survivors_go_on(
+        lost_ranks.survivors_go_on(
             comm,
             cases,
             gone,
@@ -122,7 +122,7 @@ def test_masks_on_request(shape: Shape) -> None:
                 comm.mask_peer(CULPRIT)
 
         assert not comm.query_mask().any()
-        faults.survivors_go_on(comm, cases, CULPRIT, "dispatch", leave, timeout_ns=0)
+        lost_ranks.survivors_go_on(comm, cases, CULPRIT, "dispatch", leave, timeout_ns=0)
         stay_away(comm, [])
         comm.clear_mask()
         jobs.contracts(comm, cases)
@@ -172,7 +172,7 @@ def test_statistics_beside_a_masked_rank() -> None:
                 comm.mask_peer(CULPRIT)
             garbage = torch.full((1 << 16,), -1, dtype=torch.int32, device=DEVICE)
             del garbage  # the tables of the next call are likely to lie here
-            faults.calls_without(comm, case, CULPRIT, "without a rank")
+            lost_ranks.calls_without(comm, case, CULPRIT, "without a rank")
             torch.cuda.synchronize(DEVICE)
             if comm.rank == CULPRIT:
                 return
@@ -203,7 +203,7 @@ def test_masks_of_a_shared_arena() -> None:
                 first.mask_peer(CULPRIT)
                 assert second.query_mask().tolist() == [False, True, False]
             for comm in (second, first, second):
-                faults.calls_without(comm, case, CULPRIT, "without a rank")
+                lost_ranks.calls_without(comm, case, CULPRIT, "without a rank")
 
     run_hosted(fleet, job)
 

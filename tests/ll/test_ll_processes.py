@@ -6,7 +6,7 @@ import pytest
 
 from expertlink import BlockFormat, DispatchLayout, PeerError
 from expertlink.launch import RankPool
-from support import decode, faults, jobs, payloads, processes, training
+from support import decode, jobs, lost_ranks, payloads, processes, training
 from support.cases import LL, routings, usual
 from support.oracle import Case
 
@@ -131,7 +131,7 @@ def test_survivors_of_a_killed_rank_go_on(layout: DispatchLayout, phase: str) ->
     cases = [shape.case((9, 4, 7, 5), seed=1), shape.case((5, 40, 0, 2), masked=0.3, seed=2)]
     with RankPool(num_ranks=4, device="cuda") as pool:
         results = pool.run(
-            faults.killed_and_masked, cases, 1, phase, timeout_s=120, return_exceptions=True
+            lost_ranks.killed_and_masked, cases, 1, phase, timeout_s=120, return_exceptions=True
         )
     for rank in (0, 2, 3):
         assert results[rank] == ("nvlink",), results[rank]
@@ -144,7 +144,7 @@ def test_a_rank_killed_at_any_moment(layout: DispatchLayout) -> None:
     cases = [shape.case((9, 4, 7, 5), seed=1), shape.case((5, 40, 0, 2), masked=0.3, seed=2)]
     with RankPool(num_ranks=4, device="cuda") as pool:
         results = pool.run(
-            faults.killed_in_the_middle, cases, 2, timeout_s=120, return_exceptions=True
+            lost_ranks.killed_in_the_middle, cases, 2, timeout_s=120, return_exceptions=True
         )
     for rank in (0, 1, 3):
         assert results[rank] == 400, results[rank]
@@ -155,7 +155,7 @@ def test_a_rank_killed_at_any_moment(layout: DispatchLayout) -> None:
 def test_ranks_in_different_calls_end(rank_pools, layout: DispatchLayout) -> None:
     """Both are alive, so neither masks the other one: each is told that the calls differ."""
     case, timeout_s = usual(2, layout).case((40, 0), seed=1), 0.5
-    seen = rank_pools(2, "cuda").run(faults.crossed_calls, case, timeout_s, timeout_s=60)
+    seen = rank_pools(2, "cuda").run(lost_ranks.crossed_calls, case, timeout_s, timeout_s=60)
     for lost in seen:
         assert isinstance(lost.error, PeerError), lost.error
         assert "rank 0 is in combine #4 of dispatch #3; rank 1 is in dispatch #4" in str(lost.error)
@@ -170,5 +170,5 @@ def test_a_rank_that_was_given_up_comes_back(
 ) -> None:
     shape = usual(ranks, layout)
     cases = [shape.case((9, 4, 7, 5)[:ranks], seed=1), shape.case((40,) * ranks, seed=2)]
-    done = rank_pools(ranks, "cuda").run(faults.late_beyond_the_timeout, cases, 1, timeout_s=60)
+    done = rank_pools(ranks, "cuda").run(lost_ranks.late_beyond_the_timeout, cases, 1, timeout_s=60)
     assert done == [True] * ranks

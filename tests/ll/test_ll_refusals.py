@@ -17,7 +17,7 @@ from expertlink import (
     PeerError,
 )
 from expertlink.launch import RankPool
-from support import faults, jobs
+from support import faults, jobs, lost_ranks
 from support.cases import LAYOUTS, Shape, exact, usual
 from support.faults import (
     CULPRIT,
@@ -145,4 +145,4 @@ def test_no_room_at_all() -> None:
     with RankPool(num_ranks=1, device="cuda") as pool:
         for layout in (FLAT, TOKEN_MAJOR):
             case = usual(1, layout).case((9,), seed=1)
-            assert pool.run(faults.no_room_at_all, case, timeout_s=60) == [9]
+            assert pool.run(lost_ranks.no_room_at_all, case, timeout_s=60) == [9]

@@ -10,7 +10,7 @@ import torch
 from expertlink import DispatchLayout, InputError, MoECommunicator
 from expertlink.engines.nvlink import watchdog
 from expertlink.launch import RankPool
-from support import faults, jobs
+from support import faults, jobs, lost_ranks
 from support.cases import LAYOUTS, MODES, Shape, fields_of, usual
 from support.faults import (
     CULPRIT,
@@ -19,7 +19,6 @@ from support.faults import (
     OTHERS,
     RANKS,
     SHAPES,
-    check_lost,
     dispatch_with,
     judge,
     usual_case,
@@ -184,9 +183,9 @@ def test_a_missing_rank_is_named(
     number = 1 if phase == "combine" else 2  # of the call that it misses
     fleet = fleet_of(mode, case, timeout_s=0.5, **fields)
     fleet.skip = lambda launch: (CULPRIT,) if launch == number else ()
-    results = run_hosted(fleet, faults.lose_a_rank, case, phase, CULPRIT)
+    results = run_hosted(fleet, lost_ranks.lose_a_rank, case, phase, CULPRIT)
     for rank in OTHERS:
-        check_lost(results[rank], phase, 0.5)
+        lost_ranks.check_lost(results[rank], phase, 0.5)
     # New communicators find nothing of the failure.
     fleet.skip = lambda _: ()
     run_hosted(fleet, jobs.contracts, [case])
@@ -200,7 +199,7 @@ def test_a_missing_rank_is_named(
 def test_a_killed_rank_is_named(phase: str, mode: str, layout: str) -> None:
     with RankPool(num_ranks=4, device="cuda") as pool:
         results = pool.run(
-            faults.killed,
+            lost_ranks.killed,
             CULPRIT,
             phase,
             DispatchLayout(layout),
@@ -210,5 +209,5 @@ def test_a_killed_rank_is_named(phase: str, mode: str, layout: str) -> None:
         )
     for rank in (0, 2, 3):
         lost = results[rank]
-        assert isinstance(lost, faults.Lost), lost
-        check_lost(lost, phase, 3.0)
+        assert isinstance(lost, lost_ranks.Lost), lost
+        lost_ranks.check_lost(lost, phase, 3.0)
