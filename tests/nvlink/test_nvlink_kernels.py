@@ -13,13 +13,19 @@ import torch
 from expertlink import MoECommunicatorConfig
 from expertlink.engines.nvlink import launch
 from expertlink.engines.nvlink.ht.blocks import BlockShape
+from expertlink.engines.nvlink.ht.combine import CombinePlanner
 from expertlink.engines.nvlink.ht.mode import HtMode
 from expertlink.engines.nvlink.launch import KernelName, Program, compile_program
 from expertlink.engines.nvlink.ll import plan as ll_plan
 from expertlink.engines.nvlink.ll.mode import LlMode
 from expertlink.engines.nvlink.mode import Mode
 from expertlink.engines.nvlink.rows import RowShape
-from expertlink.engines.nvlink.tuning import HT_MAX_WARPS, SHARED_BYTES, STATIC_BYTES
+from expertlink.engines.nvlink.tuning import (
+    HT_MAX_WARPS,
+    HT_SUM_WARPS,
+    SHARED_BYTES,
+    STATIC_BYTES,
+)
 from expertlink.jit import compiler
 from expertlink.jit.compiler import CompiledKernel
 
@@ -123,7 +129,7 @@ def test_blocks_fit_a_multiprocessor(ranks: int, fields: dict[str, Any]) -> None
     for row_bytes in (0, 16, RowShape.of(config).row):
         assert shape.unavailable_reason(row_bytes) is None
         for movers in (shape.dispatch(row_bytes), shape.combine(row_bytes)):
-            assert 1 <= movers.warps <= HT_MAX_WARPS
+            assert 1 <= movers.warps <= max(HT_MAX_WARPS, HT_SUM_WARPS)
             assert movers.slot_bytes >= row_bytes
             assert 1 <= movers.batch <= 32 // config.topk
             for counts in (True, False):
@@ -139,6 +145,42 @@ def test_short_rows_share_the_memory_of_a_warp(row_bytes: int, warps: int, batch
     shape = BlockShape(config_of({"expert_alignment": 1}), num_ranks=4, num_local=64)
     movers = shape.dispatch(row_bytes)
     assert (movers.warps, movers.batch) == (warps, batch)
+
+
+@pytest.mark.parametrize(
+    ("layout", "row_bytes", "warps", "batch"),
+    [
+        ("token_major", 14336, 15, 1),
+        ("token_major", 4096, 15, 3),
+        ("token_major", 32768, 6, 1),
+        ("flat", 14336, 23, 1),
+        ("flat", 4096, 23, 1),
+    ],
+)
+def test_warps_of_a_combine(layout: str, row_bytes: int, warps: int, batch: int) -> None:
+    """Deduplicated layouts hold whole rows, expanded ones parts of the rows that they sum up."""
+    config = config_of({"output_layout": layout})
+    movers = BlockShape(config, num_ranks=4, num_local=64).combine(row_bytes)
+    assert movers.warps == warps
+    assert layout == "flat" or movers.batch == batch
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "row_bytes", "senders"),
+    [
+        ("token_major", 4, 14336, 14),
+        ("token_major", 4, 4096, 17),
+        ("flat", 4, 4096, 19),
+        ("flat", 2, 4096, 21),
+    ],
+)
+def test_blocks_of_a_combine_that_send(
+    layout: str, ranks: int, row_bytes: int, senders: int
+) -> None:
+    config = config_of({"output_layout": layout})
+    shape = BlockShape(config, num_ranks=ranks, num_local=64)
+    plan = CombinePlanner(config, shape, num_sms=132)(row_bytes, 24)
+    assert (plan.num_senders, plan.launch.grid) == (senders, 24)
 
 
 def test_short_rows_need_lanes_for_all_choices() -> None:

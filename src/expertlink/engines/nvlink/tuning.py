@@ -34,9 +34,13 @@ row). Other numbers were not measured."""
 HT_MAILBOX_DEPTH = 2
 """Batches of a warp that may wait to be announced. Not measured."""
 
+HT_SUM_WARPS = 23
+"""Warps of a combine's block in expanded layouts, which sum before they send: 80 registers each are
+enough ("warps of a combine that sum")."""
+
 HT_SUM_STAGES = 4
-"""Stages of a warp's shared memory in a combine: three are being loaded, one is summed ("sums of
-`FLAT` combine"). Other numbers were not measured."""
+"""Stages of a warp's shared memory in a sum of up to four rows: three are being loaded, one is
+added up ("sums of `FLAT` combine"). Other numbers were not measured."""
 
 HT_SHARED_SLOTS = 512
 """First slots of groups that placing keeps in shared memory. Not measured."""
@@ -60,8 +64,15 @@ HT_ZERO_COPY_PLACERS = 12
 HT_COMBINE_SENDERS = 0.6
 """Share of a combine's blocks that send. SMs."""
 
+HT_COMBINE_SENDERS_SHORT_ROWS = 0.72
+"""The same where rows that go back share the memory of a warp ("blocks of a combine that send")."""
+
 HT_COMBINE_SENDERS_EXPANDED = 0.78
 """The same in expanded layouts, where senders also sum. SMs."""
+
+HT_COMBINE_SENDERS_EXPANDED_TWO_RANKS = 0.86
+"""The same where a token has at most two partial sums, so that little is added up in the end (the
+same row)."""
 
 HT_OUTPUT_SLACK = 32
 """Outputs are made a 32nd larger than recent calls needed ("memory of the output"). The part

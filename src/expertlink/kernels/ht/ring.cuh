@@ -40,33 +40,38 @@ struct Slots {
     }
 };
 
-// Static shared memory of a block.
-struct Ring {
-    unsigned long long barriers[kMaxWarps];
-    int codes[kMaxWarps][kMailboxDepth][32];  // rank * kMaxTokens + position of announced rows
-    unsigned posted[kMaxWarps];               // batches put into the mailbox
-    unsigned taken[kMaxWarps];                // batches taken out of it
-    unsigned finished;                        // warps that will post no more
+// Static shared memory of a block with at most kWarps that move rows.
+template <int kWarps>
+struct RingOf {
+    unsigned long long barriers[kWarps];
+    int codes[kWarps][kMailboxDepth][32];  // rank * kMaxTokens + position of announced rows
+    unsigned posted[kWarps];               // batches put into the mailbox
+    unsigned taken[kWarps];                // batches taken out of it
+    unsigned finished;                     // warps that will post no more
 };
+
+using Ring = RingOf<kMaxWarps>;  // of a dispatch
 
 // Every thread of the block. Each warp has `warp_bytes`. The last warp gets slots that it must not
 // use.
-__device__ __forceinline__ Slots open_slots(Ring& ring, char* shared, int slot_bytes,
+template <int kWarps>
+__device__ __forceinline__ Slots open_slots(RingOf<kWarps>& ring, char* shared, int slot_bytes,
                                             int warp_bytes) {
     const int warp = threadIdx.x / 32;
-    if (threadIdx.x < kMaxWarps) {
+    if (threadIdx.x < kWarps) {
         barrier_init(&ring.barriers[threadIdx.x]);
         ring.posted[threadIdx.x] = ring.taken[threadIdx.x] = 0;
     }
     if (threadIdx.x == 0) ring.finished = 0;
     fence_shared_to_bulk();  // the memory may have been used by ordinary stores
     __syncthreads();
-    return {shared + warp * warp_bytes, slot_bytes, &ring.barriers[min(warp, kMaxWarps - 1)], 0};
+    return {shared + warp * warp_bytes, slot_bytes, &ring.barriers[min(warp, kWarps - 1)], 0};
 }
 
-__device__ __forceinline__ void close_slots(Ring& ring) {
+template <int kWarps>
+__device__ __forceinline__ void close_slots(RingOf<kWarps>& ring) {
     __syncthreads();
-    if (threadIdx.x < kMaxWarps) barrier_inval(&ring.barriers[threadIdx.x]);
+    if (threadIdx.x < kWarps) barrier_inval(&ring.barriers[threadIdx.x]);
     __syncthreads();
 }
 
@@ -103,7 +108,8 @@ __device__ __forceinline__ void copy_bytes(char* target, const char* source, int
 // those whose bytes are written. One warp announces the rows of all of them after one fence.
 
 // Posts a batch. Every lane: `code` is a row at a destination, which has been written, or -1.
-__device__ __forceinline__ void post(Ring& ring, int code, unsigned& count) {
+template <int kWarps>
+__device__ __forceinline__ void post(RingOf<kWarps>& ring, int code, unsigned& count) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // Acquire: the announcing warp has read what is overwritten. It waits for nobody, so there will
     // be room.
@@ -116,13 +122,15 @@ __device__ __forceinline__ void post(Ring& ring, int code, unsigned& count) {
     if (lane == 0) store_release_block(&ring.posted[warp], count);
 }
 
-__device__ __forceinline__ void finish_posting(Ring& ring) {
+template <int kWarps>
+__device__ __forceinline__ void finish_posting(RingOf<kWarps>& ring) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) add_release_block(&ring.finished);
 }
 
 // The announcing warp: raises arrival flags until `num_warps` warps have finished posting.
-__device__ __forceinline__ void announce_rows(Ring& ring, char* const* bases, int rank,
+template <int kWarps>
+__device__ __forceinline__ void announce_rows(RingOf<kWarps>& ring, char* const* bases, int rank,
                                               unsigned transfer, int num_warps) {
     const int lane = threadIdx.x % 32;
     unsigned done = 0;  // batches of warp `lane` that have been announced

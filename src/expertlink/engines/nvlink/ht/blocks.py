@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink import tuning
-from expertlink.engines.nvlink.ht.plan import count_columns, most_batch, shared_table_words
+from expertlink.engines.nvlink.ht.plan import (
+    LEAST_SUM_BYTES,
+    combine_warps,
+    count_columns,
+    most_batch,
+    shared_table_words,
+)
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.layouts import align
 
@@ -17,17 +23,14 @@ class Movers(NamedTuple):
     Attributes:
         warps: how many.
         slot_bytes: of a row.
+        warp_bytes: of a warp.
         batch: rows that a warp moves at a time; short ones share its memory.
     """
 
     warps: int
     slot_bytes: int
+    warp_bytes: int
     batch: int
-
-    @property
-    def warp_bytes(self) -> int:
-        """Shared memory of a warp."""
-        return self.batch * self.slot_bytes
 
     @property
     def threads(self) -> int:
@@ -42,7 +45,10 @@ class BlockShape:
         config: the communicator's.
         num_ranks: R.
         num_local: E_loc.
-        max_warps: most warps of a block that move rows.
+        max_warps: most warps of a block that move rows; None: as many as tuned.
+
+    Attributes:
+        most_copies: ranks that a token goes to at most.
     """
 
     def __init__(
@@ -51,14 +57,17 @@ class BlockShape:
         *,
         num_ranks: int,
         num_local: int,
-        max_warps: int = tuning.HT_MAX_WARPS,
+        max_warps: int | None = None,
     ) -> None:
+        self.most_copies = min(config.topk, num_ranks)
         self._metadata = RowShape.of(config).metadata
         self._room = tuning.SHARED_BYTES - tuning.STATIC_BYTES
         self._columns = count_columns(config, num_ranks)
         table = shared_table_words(config, num_ranks)
         self._plan_bytes = 4 * (2 * num_ranks + num_local + 1 + table)
-        self._max_warps, self._most_batch = max_warps, most_batch(config)
+        self._max_warps = min(max_warps or 32, tuning.HT_MAX_WARPS)
+        self._most_combine_warps = min(max_warps or 32, combine_warps(config))
+        self._most_batch, self._expanded = most_batch(config), config.layout.expanded
 
     def slot_bytes(self, row_bytes: int) -> int:
         """Shared memory of a row with its metadata."""
@@ -72,14 +81,18 @@ class BlockShape:
         return max([shapes[0], *fitting], key=lambda shape: shape.warps * shape.batch)
 
     def combine(self, row_bytes: int) -> Movers:
-        """One row for each warp."""
-        return self._movers(row_bytes, 1)
+        """As many warps as possible. Rows that go back as they are share the memory of a warp."""
+        slot = align(max(row_bytes, 16), 128)
+        least = LEAST_SUM_BYTES if self._expanded else max(LEAST_SUM_BYTES, slot)
+        warps = max(1, min(self._most_combine_warps, self._room // least))
+        warp_bytes = self._room // warps // 128 * 128
+        return Movers(warps, slot, warp_bytes, max(1, min(self._most_batch, warp_bytes // slot)))
 
     def _movers(self, row_bytes: int, batch: int) -> Movers:
         slot = self.slot_bytes(row_bytes)
         warps = min(self._max_warps, self._room // (batch * slot))
         # A single row that does not fit is refused when the engine is built.
-        return Movers(max(1, warps) if batch == 1 else warps, slot, batch)
+        return Movers(max(1, warps) if batch == 1 else warps, slot, batch * slot, batch)
 
     def groups(self, warps: int) -> int:
         """Masks of 32 tokens that counting can hold at a time."""

@@ -53,11 +53,15 @@ class CombinePlanner:
         """The launch for rows of a size (0: gradients only) and a caller's number of SMs."""
         config, blocks = self.config, self.blocks
         total = min(self.num_sms, num_sms or config.num_sms_combine or tuning.HT_SMS)
+        movers = blocks.combine(row_bytes)
         share = tuning.HT_COMBINE_SENDERS
         if config.layout.expanded:
             share = tuning.HT_COMBINE_SENDERS_EXPANDED
+            if blocks.most_copies <= 2:
+                share = tuning.HT_COMBINE_SENDERS_EXPANDED_TWO_RANKS
+        elif movers.batch > 1:
+            share = tuning.HT_COMBINE_SENDERS_SHORT_ROWS
         senders, total = split_blocks(total, senders=share)
-        movers = blocks.combine(row_bytes)
         launch = Launch(
             grid=total,
             block=movers.threads,

@@ -18,7 +18,7 @@ from expertlink.engines.nvlink.ht.arena import HtArena
 from expertlink.engines.nvlink.ht.blocks import BlockShape
 from expertlink.engines.nvlink.ht.combine import HtCombiner
 from expertlink.engines.nvlink.ht.dispatch import HtDispatcher, Started
-from expertlink.engines.nvlink.ht.plan import HtPlan, constants_of
+from expertlink.engines.nvlink.ht.plan import HtPlan, combine_warps, constants_of
 from expertlink.engines.nvlink.launch import KernelName, KernelSource, Program, Run
 from expertlink.engines.nvlink.mode import (
     ALIGNMENT,
@@ -76,7 +76,7 @@ class HtMode:
             config,
             num_ranks=placement.num_ranks,
             num_local=self._num_local,
-            max_warps=max_warps or tuning.HT_MAX_WARPS,
+            max_warps=max_warps,
         )
         self._expert_location = expert_locations(placement)
         common = common_arguments(memory, wire=wire, expert_location=self._expert_location)
@@ -104,13 +104,13 @@ class HtMode:
     def program(config: MoECommunicatorConfig, plan: Plan, *, num_ranks: int) -> Program:
         """The kernels, for an arena of this plan."""
         assert isinstance(plan, HtPlan)
-        warps = tuning.HT_MAX_WARPS + 1
+        moving, summing = tuning.HT_MAX_WARPS + 1, combine_warps(config) + 1
         return Program(
             constants=constants_of(config, plan, num_ranks=num_ranks),
             declarations=arguments.declarations(),
             kernels=(
-                KernelSource(KernelName.DISPATCH, "ht/dispatch", "ht::dispatch", max_warps=warps),
-                KernelSource(KernelName.COMBINE, "ht/combine", "ht::combine", max_warps=warps),
+                KernelSource(KernelName.DISPATCH, "ht/dispatch", "ht::dispatch", max_warps=moving),
+                KernelSource(KernelName.COMBINE, "ht/combine", "ht::combine", max_warps=summing),
             ),
         )
 

@@ -16,6 +16,7 @@ from expertlink.types import DispatchLayout
 
 _FLAG_WORDS = 3  # of each rank: ready, credit and abort
 _ALIGNMENT = 1024
+LEAST_SUM_BYTES = 8192  # shared memory of a warp that sums
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def most_batch(config: MoECommunicatorConfig) -> int:
     return min(tuning.HT_MOST_BATCH, 32 >> (config.topk - 1).bit_length())
 
 
+def combine_warps(config: MoECommunicatorConfig) -> int:
+    """Most warps of a combine's block that move rows or add them up."""
+    return tuning.HT_SUM_WARPS if config.layout.expanded else tuning.HT_MAX_WARPS
+
+
 def constants_of(
     config: MoECommunicatorConfig, plan: HtPlan, *, num_ranks: int
 ) -> dict[str, int | bool]:
@@ -144,10 +150,11 @@ def constants_of(
         "kPlacesAt": shape.places_at,
         "kWeightsAt": shape.weights_at,
         "kScalesAt": shape.scales_at,
-        "kGradBytes": align(4 * config.topk, 16),
         "kColumns": count_columns(config, num_ranks),
         "kTableIsShared": shared_table_words(config, num_ranks) > 0,
         "kMaxWarps": tuning.HT_MAX_WARPS,
+        "kCombineWarps": combine_warps(config),
+        "kLeastSumBytes": LEAST_SUM_BYTES,
         "kMostBatch": most_batch(config),
         "kMailboxDepth": tuning.HT_MAILBOX_DEPTH,
         "kSumStages": tuning.HT_SUM_STAGES,
