@@ -52,6 +52,10 @@ LATENCY_CASES: list[tuple[int, dict[str, Any]]] = [
     (8, {"output_layout": "expert_major"}),
     (8, {"output_layout": "expert_major", "mask_lost_peers": True}),
     (8, {"output_layout": "token_major", "mask_lost_peers": True}),
+    (8, {"output_layout": "expert_major", "mask_lost_peers": True, "hidden_size": 2048}),
+    (8, {"output_layout": "expert_major", "hidden_size": 2048}),
+    (4, {"output_layout": "flat", "hidden_size": 4096}),
+    (2, {"output_layout": "flat", "hidden_size": 4096, "combine_precision": "exact"}),
     (8, {"output_layout": "flat", "expert_alignment": 128, "quantization": "e4m3_ue8m0"}),
     (8, {"output_layout": "token_major", "quantization": "e4m3_float32"}),
     (4, {"output_layout": "rank_major", "dtype": torch.float16}),
@@ -186,6 +190,34 @@ def test_blocks_of_a_combine_that_send(
 def test_short_rows_need_lanes_for_all_choices() -> None:
     shape = BlockShape(config_of({"topk": 32}), num_ranks=4, num_local=64)
     assert shape.dispatch(256).batch == 1
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layout", "place", "sum_depth"),
+    [
+        (2048, "expert_major", (4, 4), 4),
+        (4096, "expert_major", (3, 6), 4),
+        (7168, "expert_major", (3, 6), 3),
+        (2048, "rank_major", (4, 4), 4),
+        (7168, "rank_major", (3, 6), 4),
+    ],
+)
+def test_short_rows_of_low_latency_are_cut_evenly(
+    hidden: int, layout: str, place: tuple[int, int], sum_depth: int
+) -> None:
+    config = config_of({**DECODE, "hidden_size": hidden, "output_layout": layout})
+    constants = ll_plan.constants_of(config, ll_plan.LlPlan.of(config, 4), num_ranks=4)
+    assert (constants["kPlaceDepth"], constants["kPlaceMost"]) == place
+    assert constants["kSumDepth"] == sum_depth
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "sms"),
+    [(2, "expert_major", (64, 96)), (4, "expert_major", (32, 64)), (2, "rank_major", (32, 64))],
+)
+def test_sms_of_low_latency(ranks: int, layout: str, sms: tuple[int, int]) -> None:
+    config = config_of({**DECODE, "output_layout": layout})
+    assert ll_plan.default_sms(config, ranks) == sms
 
 
 @pytest.mark.parametrize(("ranks", "fields"), LATENCY_CASES)

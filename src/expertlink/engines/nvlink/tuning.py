@@ -90,6 +90,13 @@ engine" has figures of 32 and 64."""
 LL_COMBINE_SMS = 64
 """The same of a combine. SMs."""
 
+LL_DISPATCH_SMS_TWO_RANKS = 64
+"""The same of a dispatch in expanded layouts where a token goes to at most two ranks: more is
+placed than crosses the wire ("SMs of expanded layouts, 2 ranks")."""
+
+LL_COMBINE_SMS_TWO_RANKS = 96
+"""The same of a combine (the same row)."""
+
 LL_DISPATCH_WARPS = 16
 """Most warps of a dispatch's block. Not measured."""
 
@@ -126,11 +133,19 @@ LL_PLACE_DEPTH = 3
 LL_PLACE_PART = 6
 """Steps of a part of a row that is placed, at most. Not measured."""
 
+LL_PLACE_SHORT = 4
+"""Both of these where rows have at most eight steps, which they divide evenly ("parts of short rows
+that are placed")."""
+
 LL_SUM_DEPTH = 4
 """Steps of a term that a warp of a combine has in flight ("steps under way in each of these")."""
 
 LL_SUM_DEPTH_EXPANDED = 3
 """The same in expanded layouts ("steps under way in a sum")."""
+
+LL_SUM_DEPTH_EXPANDED_SHORT = 4
+"""The same where rows have at most 16 steps ("steps under way in a sum of short rows") and the
+compiler finds the registers: up to four ranks, none of which may be left out, no exact sums."""
 
 LL_TERMS_TOGETHER = 4
 """Terms that are in flight together for a part of one step ("sums of longer parts" has the other

@@ -16,6 +16,7 @@ from expertlink.engines.nvlink.launch import KernelName, Launch, Run
 from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.arguments import COMBINE, Flag, signature
 from expertlink.engines.nvlink.ll.launch import HalvesLauncher, LlLaunch
+from expertlink.engines.nvlink.ll.plan import default_sms
 from expertlink.engines.nvlink.ll.tables import LlRoute
 from expertlink.engines.nvlink.tables import TableLayout
 from expertlink.engines.ranks.header import Operation
@@ -33,11 +34,13 @@ class CombinePlanner:
 
     Attributes:
         config: the communicator's.
+        num_ranks: R.
         num_sms: multiprocessors of the GPU.
         warps: warps of a block: one hears where the other ranks are, the others work.
     """
 
     config: MoECommunicatorConfig
+    num_ranks: int
     num_sms: int
     warps: int
 
@@ -46,7 +49,8 @@ class CombinePlanner:
     ) -> LlLaunch:
         """The launch of some halves, for a caller's number of SMs."""
         config, warps = self.config, self.warps
-        blocks = min(self.num_sms, num_sms or config.num_sms_combine or tuning.LL_COMBINE_SMS)
+        _, default = default_sms(config, self.num_ranks)
+        blocks = min(self.num_sms, num_sms or config.num_sms_combine or default)
         senders = warps
         if sends and receives:
             if config.layout.expanded:
@@ -66,6 +70,7 @@ class LlCombiner:
         common: arguments that all calls share, by name.
         arena: memory shared with the other ranks.
         run: queues a kernel.
+        num_ranks: R.
         num_sms: multiprocessors of the GPU.
         max_warps: most warps of a block.
 
@@ -80,6 +85,7 @@ class LlCombiner:
         common: dict[str, int],
         arena: LlArena,
         run: Run,
+        num_ranks: int,
         num_sms: int,
         max_warps: int,
     ) -> None:
@@ -88,7 +94,8 @@ class LlCombiner:
         self._signature = signature(Operation.COMBINE, row_bytes=row_bytes)
         self._signature_grads = signature(Operation.COMBINE, row_bytes=row_bytes, weights=True)
         self._signature_only_grads = signature(Operation.WEIGHT_GRADS, row_bytes=0, weights=True)
-        plan = CombinePlanner(config, num_sms, max(2, min(max_warps, tuning.LL_COMBINE_WARPS)))
+        warps = max(2, min(max_warps, tuning.LL_COMBINE_WARPS))
+        plan = CombinePlanner(config, num_ranks, num_sms, warps)
         self._launch = HalvesLauncher(arena=arena, run=run, plan=plan)
         self.arguments = COMBINE.new(**common)
 

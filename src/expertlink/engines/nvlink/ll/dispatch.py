@@ -20,7 +20,7 @@ from expertlink.engines.nvlink.launch import KernelName, Launch, Run
 from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.arguments import DISPATCH, Flag, signature
 from expertlink.engines.nvlink.ll.launch import HalvesLauncher, LlLaunch
-from expertlink.engines.nvlink.ll.plan import REFUSED, shared_words
+from expertlink.engines.nvlink.ll.plan import REFUSED, default_sms, shared_words
 from expertlink.engines.nvlink.ll.tables import BufferTables, LlRoute, LlTableLayout
 from expertlink.engines.nvlink.shared import ScaleKind
 from expertlink.engines.nvlink.tables import ORIGINS
@@ -75,7 +75,8 @@ class DispatchPlanner:
             sends=sends,
             receives=receives,
         )
-        blocks = min(self.num_sms, num_sms or config.num_sms_dispatch or tuning.LL_DISPATCH_SMS)
+        default, _ = default_sms(config, self.num_ranks)
+        blocks = min(self.num_sms, num_sms or config.num_sms_dispatch or default)
         senders = warps - tuning.LL_PUBLISHING_WARPS
         if sends and receives:
             copies = max(1.0, self._copies_to_peers())

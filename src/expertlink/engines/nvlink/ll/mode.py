@@ -85,7 +85,13 @@ class LlMode:
             max_warps=warps,
         )
         self._combiner = LlCombiner(
-            config, common=common, arena=arena, run=run, num_sms=num_sms, max_warps=warps
+            config,
+            common=common,
+            arena=arena,
+            run=run,
+            num_ranks=placement.num_ranks,
+            num_sms=num_sms,
+            max_warps=warps,
         )
         self._statistics: CallStatistics | None = None
         # Tables of buffers: statistics have to reach their arguments.

@@ -17,6 +17,7 @@ from expertlink.quantization import num_blocks
 SETS = 3  # staging sets that transfers take in turn
 LAST_NUMBER = SETS << 30  # of a transfer; the next one is 1 again
 STEP_BYTES = 512  # of a row that a warp moves at once
+_FEW_STEPS = 8  # of rows of 4 KB
 _FLAG_WORDS = 4  # of each rank: ready, credit, abort and alive
 _ALIGNMENT = 1024
 _SENTINEL_BYTE = 0xFF  # every byte of staging memory that nobody has written
@@ -140,7 +141,15 @@ def constants_of(
     config: MoECommunicatorConfig, plan: LlPlan, *, num_ranks: int
 ) -> dict[str, int | bool]:
     """What a communicator fixes for its kernels; the same on all ranks."""
-    expanded = config.layout.expanded
+    steps = -(-RowShape.of(config).row // STEP_BYTES)
+    place_depth, place_part = tuning.LL_PLACE_DEPTH, tuning.LL_PLACE_PART
+    if steps <= _FEW_STEPS:
+        place_depth = place_part = tuning.LL_PLACE_SHORT
+    sum_depth = tuning.LL_SUM_DEPTH
+    if config.layout.expanded:
+        short = steps <= 2 * _FEW_STEPS and num_ranks <= 4
+        short &= not config.mask_lost_peers and not plan.exact
+        sum_depth = tuning.LL_SUM_DEPTH_EXPANDED_SHORT if short else tuning.LL_SUM_DEPTH_EXPANDED
     return {
         "kDispatchWarps": tuning.LL_DISPATCH_WARPS,
         "kCombineWarps": tuning.LL_COMBINE_WARPS,
@@ -148,9 +157,9 @@ def constants_of(
         "kFewSenders": tuning.LL_SENDING_WARPS_FEW_ROWS,
         "kSendDepth": tuning.LL_SEND_DEPTH,
         "kSendDepthQuantized": tuning.LL_SEND_DEPTH_QUANTIZED,
-        "kPlaceDepth": tuning.LL_PLACE_DEPTH,
-        "kPlaceMost": tuning.LL_PLACE_PART,
-        "kSumDepth": tuning.LL_SUM_DEPTH_EXPANDED if expanded else tuning.LL_SUM_DEPTH,
+        "kPlaceDepth": place_depth,
+        "kPlaceMost": place_part,
+        "kSumDepth": sum_depth,
         "kTogether": tuning.LL_TERMS_TOGETHER,
         "kDrawnFrom": tuning.LL_DRAWN_FROM,
         "kSets": SETS,
@@ -169,6 +178,13 @@ def constants_of(
         "kMaskLost": config.mask_lost_peers,
         **plan.offsets(num_ranks),
     }
+
+
+def default_sms(config: MoECommunicatorConfig, num_ranks: int) -> tuple[int, int]:
+    """SMs of a dispatch and of a combine where nobody asks for a number."""
+    if config.layout.expanded and min(config.topk, num_ranks) <= 2:
+        return tuning.LL_DISPATCH_SMS_TWO_RANKS, tuning.LL_COMBINE_SMS_TWO_RANKS
+    return tuning.LL_DISPATCH_SMS, tuning.LL_COMBINE_SMS
 
 
 def experts_at_once(config: MoECommunicatorConfig) -> int:
