@@ -18,7 +18,13 @@ from expertlink.handles import (
     check_handle,
     check_same_routing,
 )
-from expertlink.types import DispatchBuffers, DispatchHandle, QuantScales, RowKind
+from expertlink.types import (
+    DispatchBuffers,
+    DispatchHandle,
+    QuantScales,
+    RoutingScope,
+    RowKind,
+)
 from expertlink.validation import (
     check_output_buffer,
     check_routing,
@@ -43,6 +49,7 @@ class CallBuilder:
         num_local_experts: E_loc.
         engine_quantizes: `Engine.quantizes`.
         identity: marks the communicator's own handles and buffers.
+        scope: which handles of other communicators it can use.
     """
 
     def __init__(
@@ -54,11 +61,12 @@ class CallBuilder:
         num_local_experts: int,
         engine_quantizes: bool,
         identity: int,
+        scope: RoutingScope,
     ) -> None:
         self._config = config
         self._device = device
         self._num_ranks, self._num_local_experts = num_ranks, num_local_experts
-        self._identity = identity
+        self._identity, self._scope = identity, scope
         # What every call reads, without a property in between.
         self._layout, self._expanded = config.layout, config.layout.expanded
         self._dtype, self._weight_dtype = config.dtype, config.weight_dtype
@@ -151,7 +159,7 @@ class CallBuilder:
         ids_TK, weights_TK = check_routing(config, topk_ids, weights, rows.shape[0], device=device)
         kept_weights_TK = None
         if previous_handle is not None:
-            check_handle(previous_handle, self._identity).wait()
+            self.check_handle(previous_handle).wait()
             check_same_routing(previous_handle, topk_ids, ids_TK, rows.shape[0])
             kept_weights_TK = previous_handle.topk_weights
         tracked = needs_grad(rows, weights_TK) or self.is_tracked(rows, kept_weights_TK)
@@ -189,6 +197,7 @@ class CallBuilder:
                 buffers = output_buffer
                 weighted = weights is not None or kept_weights_TK is not None
                 self._check_buffers(buffers, kind, weighted=weighted)
+                self._check_room(buffers.output.tokens, previous_handle)
                 buffers.generation += 1
             else:
                 buffer = output_buffer
@@ -244,6 +253,7 @@ class CallBuilder:
         # By position: keywords take twice as long.
         handle = DispatchHandle(
             self._identity,
+            self._scope,
             started.call,
             call.x_TW.shape[0],
             self._layout,
@@ -269,6 +279,10 @@ class CallBuilder:
             num_local=self._num_local_experts,
             device=self._device,
         )
+        self._check_room(buffer, previous_handle)
+
+    def _check_room(self, buffer: Tensor, previous_handle: DispatchHandle | None) -> None:
+        """Refuses a buffer with room for fewer rows than an earlier dispatch received."""
         if previous_handle is None or self._layout.padded:
             return
         if len(buffer) < previous_handle.rows_shape[0]:
@@ -372,9 +386,8 @@ class CallBuilder:
         num_sms: int | None,
     ) -> CombineCall:
         device = self._device
-        check_handle(handle, self._identity)
-        handle.wait()
-        shape = handle.rows_shape
+        self.check_handle(handle).wait()
+        shape = (*handle.rows_shape[:-1], self._hidden)
         rows = check_tensor(
             "expert_output", expert_output, device=device, dtypes=(self._dtype,), shape=shape
         )
@@ -425,9 +438,14 @@ class CallBuilder:
             return_recv_hook=return_recv_hook,
         )
 
-    def check_handle(self, handle: object) -> None:
-        """Refuses what is not a handle of this communicator, or stale."""
-        check_handle(handle, self._identity)
+    def check_handle(self, handle: object) -> DispatchHandle:
+        """Refuses what is no handle that this communicator can use, or stale."""
+        return check_handle(
+            handle,
+            identity=self._identity,
+            scope=self._scope,
+            max_tokens=self._config.max_tokens_per_rank,
+        )
 
 
 def _check_flags(*, async_finish: bool, return_recv_hook: bool, tracked: bool) -> None:

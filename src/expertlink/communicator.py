@@ -28,6 +28,7 @@ from expertlink.engines.ranks.wire import Wire
 from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.errors import ConfigurationError, ExpertlinkError, InputError, NotPicklableError
 from expertlink.gradients import without_gradients
+from expertlink.handles import scope_of
 from expertlink.overlap import check_operation, check_settings, operation_of, queued, wait_of
 from expertlink.requests import DispatchRequest, Life, ReceiveHook, Request
 from expertlink.routing import Placement
@@ -142,12 +143,12 @@ class MoECommunicator:
             share_with=shared_engine,
         )
         engine.set_timeout(self._timeout_s)
-        self._use(engine, placement)
+        self._use(engine, placement, ranks=tuple(wire.peers))
         if self.config.enable_overlap and self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
         logger.info("rank %d: %s engine: %s", self.rank, self._choice.name, self._choice.reason)
 
-    def _use(self, engine: Engine, placement: Placement) -> None:
+    def _use(self, engine: Engine, placement: Placement, *, ranks: tuple[object, ...] = ()) -> None:
         """Makes what depends on the engine and on where the experts live."""
         self._engine, self._placement = engine, placement
         self._calls = CallBuilder(
@@ -157,6 +158,14 @@ class MoECommunicator:
             num_local_experts=len(placement.experts_of_rank[self.rank]),
             engine_quantizes=engine.quantizes,
             identity=self._identity,
+            scope=scope_of(
+                self._groupless,
+                ranks=ranks,
+                engine=engine.routing_form,
+                numbers_by_max_tokens=engine.numbers_by_max_tokens,
+                experts_of_rank=placement.experts_of_rank,
+                identity=self._identity,
+            ),
         )
 
     def abort(self, reason: str) -> None:
@@ -179,7 +188,10 @@ class MoECommunicator:
             self._aborted_engine.abort(reason)
 
     def close(self) -> None:
-        """Releases everything; handles become unusable. Not collective; safe to repeat."""
+        """Releases everything. Not collective; safe to repeat.
+
+        Handles stay good for other communicators; backward of this one's calls is over.
+        """
         engine = self._engine or self._aborted_engine
         if engine is not None:
             engine.close()
@@ -295,7 +307,8 @@ class MoECommunicator:
                 dispatch into them makes this output and handle invalid. Not possible where
                 gradients are tracked.
             previous_handle: reuse that dispatch's routing: nothing is counted or exchanged but
-                rows. `topk_ids`, where given, are compared with it.
+                rows. `topk_ids`, where given, are compared with it. It may be of another
+                communicator, as in `combine`.
             async_finish: return before the rows are there; call `handle.wait()` before reading.
             return_recv_hook: launch the sending half only; the third value returned launches the
                 receiving half, on the stream that is current then. Between them the GPU is free.
@@ -539,7 +552,9 @@ class MoECommunicator:
         Args:
             expert_output: rows in the shape of the dispatch's `tokens`, last dimension H, of the
                 configured dtype. Non-contiguous tensors are copied.
-            handle: of the dispatch; any number of combines may use it.
+            handle: of the dispatch; any number of combines may use it. It may be of another
+                communicator of the same ranks, closed or not, that agrees with this one in all
+                that a routing depends on (`DispatchHandle`); hidden size and dtype may differ.
             out: `[T, H]` contiguous tensor for the result. Not where gradients are tracked.
             weights: FLAT, EXPERT_MAJOR: float32 (float64 with float64 rows), one number per row
                 in the leading shape of the rows, instead of the routing weights. Weights of slots
@@ -557,8 +572,8 @@ class MoECommunicator:
 
         Raises:
             InputError: an argument does not fit.
-            HandleError, ClosedError: the handle is foreign or stale, or this
-                communicator cannot be used.
+            HandleError, ClosedError: the handle is stale or does not suit this communicator, or
+                that cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
         if torch.compiler.is_dynamo_compiling():

@@ -30,7 +30,7 @@ class RoutingChangedError(InputError):
 
 
 class HandleError(ExpertlinkError, RuntimeError):
-    """A dispatch handle of another or a closed communicator, or one that was combined already."""
+    """A dispatch handle that is stale, or of a communicator too different from the one called."""
 
 
 class ClosedError(ExpertlinkError, RuntimeError):

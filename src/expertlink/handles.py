@@ -1,25 +1,108 @@
-"""Checks of a handle: whose it is, whether its buffers still hold its dispatch, its routing.
+"""Checks of a handle: whom it suits, whether its buffers still hold its dispatch, its routing.
 
 They raise `HandleError` and `RoutingChangedError`, which name the caller's arguments.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import HandleError, RoutingChangedError
-from expertlink.types import DispatchHandle
+from expertlink.types import DispatchHandle, RoutingScope
 
 
-def check_handle(handle: object, identity: int) -> DispatchHandle:
-    """The handle, if it is of the communicator with that identity, and not stale."""
+def scope_of(
+    config: MoECommunicatorConfig,
+    *,
+    ranks: tuple[object, ...],
+    engine: str,
+    numbers_by_max_tokens: bool,
+    experts_of_rank: tuple[tuple[int, ...], ...],
+    identity: int,
+) -> RoutingScope:
+    """The scope of a communicator's handles.
+
+    Args:
+        config: the communicator's.
+        ranks: the processes of all ranks.
+        engine: `Engine.routing_form`.
+        numbers_by_max_tokens: rows are numbered by T_max in every layout.
+        experts_of_rank: global ids of every rank's experts.
+        identity: the communicator's own.
+    """
+    layout = config.layout
+    by_max_tokens = layout.padded or numbers_by_max_tokens
+    bound = config.zero_copy or config.mask_lost_peers
+    return RoutingScope(
+        ranks=ranks,
+        engine=engine,
+        mode=config.mode,
+        output_layout=layout.value,
+        num_experts=config.num_experts,
+        topk=config.topk,
+        expert_alignment=config.expert_alignment,
+        experts_of_rank=experts_of_rank,
+        static_shapes=config.static_shapes,
+        max_recv_tokens_per_rank=config.max_recv_tokens_per_rank,
+        max_tokens_per_rank=config.max_tokens_per_rank if by_max_tokens else None,
+        owner=identity if bound else None,
+    )
+
+
+def check_handle(
+    handle: object, *, identity: int, scope: RoutingScope, max_tokens: int
+) -> DispatchHandle:
+    """The handle, if a communicator can use it and it is not stale.
+
+    Args:
+        handle: what the caller passed.
+        identity: the communicator's own.
+        scope: its scope.
+        max_tokens: its T_max.
+    """
     if not isinstance(handle, DispatchHandle):
         raise HandleError(f"a DispatchHandle is expected, not {type(handle).__name__}")
     if handle.owner != identity:
-        raise HandleError("the handle belongs to another communicator")
+        _check_fit(handle, scope, max_tokens)
     check_current(handle)
     return handle
+
+
+def _check_fit(handle: DispatchHandle, scope: RoutingScope, max_tokens: int) -> None:
+    """Refuses a handle of another communicator that does not suit this one."""
+    if handle.leases:
+        raise HandleError(
+            "the handle of a dispatch into DispatchBuffers belongs to another communicator"
+        )
+    if handle.scope != scope:
+        raise HandleError(
+            f"the handle belongs to another communicator, whose {_difference(handle.scope, scope)}"
+        )
+    if handle.num_tokens > max_tokens:
+        raise HandleError(
+            f"the handle is of a dispatch of {handle.num_tokens} tokens in another communicator; "
+            f"max_tokens_per_rank={max_tokens} here"
+        )
+
+
+def _difference(theirs: RoutingScope, own: RoutingScope) -> str:
+    """The first property in which two scopes differ, and how."""
+    name = next(
+        field.name
+        for field in dataclasses.fields(own)
+        if getattr(theirs, field.name) != getattr(own, field.name)
+    )
+    if name == "owner":
+        return "handles are of use to itself alone (zero_copy or mask_lost_peers)"
+    if name == "ranks":
+        return "ranks are not those of this one"
+    if name == "experts_of_rank":
+        return "experts are placed in another way"
+    return f"{name} is {getattr(theirs, name)!r}, not {getattr(own, name)!r}"
 
 
 def check_current(handle: DispatchHandle) -> None:

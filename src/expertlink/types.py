@@ -191,26 +191,67 @@ class Anchor:
     tensor: Tensor | None
 
 
+@dataclass(frozen=True)
+class RoutingScope:
+    """What a routing depends on. Communicators of equal scope can use each other's handles.
+
+    Ranks agree on all of it: the processes and the configuration are exchanged in the handshake,
+    and the placement and the engine follow from that. `owner` is a rank's own number, but ranks
+    that pass corresponding handles find it equal, or not, alike.
+
+    Attributes:
+        ranks: the processes of all ranks.
+        engine: form in which the engine keeps a routing.
+        mode: as configured.
+        output_layout: as configured.
+        num_experts: E.
+        topk: K.
+        expert_alignment: as configured.
+        experts_of_rank: global ids of every rank's experts.
+        static_shapes: as configured.
+        max_recv_tokens_per_rank: as configured.
+        max_tokens_per_rank: T_max where rows are numbered by it, as in padded layouts; else None.
+        owner: identity of the communicator, where its handles are of use to no other; else None.
+    """
+
+    ranks: tuple[object, ...]
+    engine: str
+    mode: str
+    output_layout: str
+    num_experts: int
+    topk: int
+    expert_alignment: int
+    experts_of_rank: tuple[tuple[int, ...], ...]
+    static_shapes: bool
+    max_recv_tokens_per_rank: int | None
+    max_tokens_per_rank: int | None
+    owner: int | None
+
+
 @dataclass(eq=False, repr=False)
 class DispatchHandle:
-    """Ties a dispatch to its combine. Opaque to the model: pass it on and read nothing inside.
+    """The routing of a dispatch. Opaque to the model: pass it on and read nothing inside.
 
-    One combine consumes the handle. Backward and cached dispatches (`previous_handle`) may use it
-    for as long as its communicator is open; the handle of a dispatch into `DispatchBuffers`, until
-    the next dispatch into them.
+    Any number of combines, cached dispatches (`previous_handle`) and backward passes may use it:
+    of its communicator, and of any other of equal `scope`, whatever their hidden sizes and dtypes,
+    also once its own one is closed. The handle of a dispatch into `DispatchBuffers` is good for
+    its own communicator, until the next dispatch into them.
 
     Attributes:
         owner: identity of the communicator that issued it.
+        scope: which communicators can use it.
         call: sequence number of the dispatch that issued it.
         num_tokens: T of that dispatch, the number of rows combine returns.
         layout: arrangement of the rows that combine expects.
-        rows_shape: shape that combine expects of the expert output.
+        rows_shape: shape that combine expects of the expert output; the last dimension is that of
+            the communicator that combines.
         topk_ids: `[T, K]` the routing, the handle's own copy.
         topk_weights: `[T, K]` float32 as given by the caller (gradients flow to it), or None.
         state: what the engine keeps of the routing.
     """
 
     owner: int
+    scope: RoutingScope
     call: int
     num_tokens: int
     layout: DispatchLayout

@@ -142,14 +142,15 @@ def test_combine_refuses_wrong_rows(tracking: bool) -> None:
 
 
 def test_handles_are_checked() -> None:
-    with make() as comm, make() as other:
+    with make() as comm, make(topk=K + 1) as other:
         out, handle = comm.dispatch(**good())
-        with pytest.raises(HandleError, match="another communicator"):
+        with pytest.raises(HandleError, match="another communicator, whose topk is 2, not 3"):
             other.combine(out.tokens, handle)
         with pytest.raises(HandleError, match="DispatchHandle is expected, not str"):
             comm.combine(out.tokens, "handle")  # type: ignore[arg-type]
+        fields = {**good(), "topk_ids": None, "weights": None}
         with pytest.raises(HandleError, match="another communicator"):
-            other.dispatch(**good(), previous_handle=handle)
+            other.dispatch(**fields, previous_handle=handle)
     with pytest.raises(ClosedError):
         comm.combine(out.tokens, handle)
 

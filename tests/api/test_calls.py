@@ -11,6 +11,7 @@ from expertlink import BlockFormat, DispatchBuffers, InputError, MoECommunicator
 from expertlink.calls import CallBuilder
 from expertlink.engines.base import Dispatched
 from expertlink.engines.outputs import largest_output
+from expertlink.handles import scope_of
 from expertlink.types import DispatchHandle, DispatchOutput
 
 T, H, K, E, RANKS = 3, 16, 2, 4, 2
@@ -23,6 +24,14 @@ CONFIG: dict[str, Any] = {
     "mode": "ll",
     "device": "cpu",
 }
+SCOPE = scope_of(
+    MoECommunicatorConfig(**CONFIG),
+    ranks=(),
+    engine="a test",
+    numbers_by_max_tokens=False,
+    experts_of_rank=((0, 1), (2, 3)),
+    identity=1,
+)
 
 
 def builder_of(
@@ -36,6 +45,7 @@ def builder_of(
         num_local_experts=E // RANKS,
         engine_quantizes=engine_quantizes,
         identity=1,
+        scope=SCOPE,
     )
     return builder, config
 
@@ -85,6 +95,7 @@ def test_both_paths_make_the_same_combine(weighted: str, hook: bool) -> None:
     rows = torch.randn(E // RANKS, RANKS * T, H).bfloat16()
     handle = DispatchHandle(
         owner=1,
+        scope=SCOPE,
         call=1,
         num_tokens=T,
         layout=builder._layout,

@@ -216,7 +216,7 @@ def test_an_interrupted_wait_aborts(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatc
         comm.check_health()
 
 
-HEAD = [int(Operation.COMBINE), 11, 5, 0, -1, 128, 0, 2, 0, 0]
+HEAD = [int(Operation.COMBINE), 11, 5, 0, -1, 128, 0, 2, 11, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,16 @@ HEAD = [int(Operation.COMBINE), 11, 5, 0, -1, 128, 0, 2, 0, 0]
     [
         ({7: 3}, "PeerError", "rank 0 is in combine #5 of dispatch #2; rank 1 is in combine #5 of"),
         ({0: 2}, "PeerError", "rank 1 is in cached dispatch #5 of dispatch #2"),
-        ({1: 12}, "PeerError", "rank 1 is in combine #5 of dispatch #2 of another communicator"),
+        ({1: 12, 8: 12}, "PeerError", "rank 1 is in combine #5 of dispatch #2 of another comm"),
+        (
+            {8: 12},
+            "PeerError",
+            "rank 1 is in combine #5 of dispatch #2 made by communicator 00",
+        ),
         ({0: 77}, "PeerError", "rank 1 is in an unknown operation (77) #5"),
         ({3: 1}, "PeerError", "rank 1 refused combine #5 of dispatch #2"),
         ({5: 64}, "InputError", "bytes of a row: 128 on rank 0, 64 on rank 1"),
-        ({8: 1}, "InputError", "some ranks pass weights, others do not"),
+        ({9: 1}, "InputError", "some ranks pass weights, others do not"),
     ],
 )
 def test_heads_that_differ_are_one_text_on_all_ranks(

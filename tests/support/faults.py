@@ -107,7 +107,7 @@ def refused_dispatch(ctx: RankContext, culprit: int, fields: dict[str, Any]) -> 
 
 
 def refused_combine(ctx: RankContext, culprit: int, kind: str) -> Any:
-    with small(ctx) as comm, small(ctx) as other:
+    with small(ctx) as comm, small(ctx, expert_alignment=2) as other:
         out, handle = comm.dispatch(**good(comm))
         _, foreign = other.dispatch(**good(other))
         rows, used = out.tokens, handle

@@ -132,6 +132,16 @@ class Engine(Protocol):
         ...
 
     @property
+    def routing_form(self) -> str:
+        """How a dispatch's `state` keeps a routing: engines of one form can use each other's."""
+        ...
+
+    @property
+    def numbers_by_max_tokens(self) -> bool:
+        """Such a state depends on T_max in every layout, not only in the padded ones."""
+        ...
+
+    @property
     def quantizes(self) -> bool:
         """True: calls come with unquantized rows and `quantize_to` where the library quantizes."""
         ...

@@ -98,7 +98,7 @@ class Returns:
 
     def combine(self, call: CombineCall) -> Combined:
         """Waits until all ranks have agreed, and sends. Collective."""
-        route = finished(call.state)
+        route = finished(call.state, self._config.weight_dtype)
         agreement = None
         if self._agrees:
             agreement = begin_agreement(
@@ -106,6 +106,7 @@ class Returns:
                 Operation.COMBINE,
                 num_experts=self._config.num_experts,
                 subject=route.call,
+                maker=route.maker,
                 metadata_bytes=self._metadata_bytes(call),
             )
         outgoing = self._single_rows(call, route) if self._exact else self._sums(call, route)
@@ -132,6 +133,7 @@ class Returns:
                 Operation.WEIGHT_GRADS,
                 num_experts=self._config.num_experts,
                 subject=route.call,
+                maker=route.maker,
             )
         grads_TK, finish = self._send_grads(route, grads)
         finish()

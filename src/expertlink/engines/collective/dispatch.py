@@ -128,6 +128,7 @@ class Dispatcher:
         paths = sending.paths()
         route = Route(
             call=self._wire.call,
+            maker=self._wire.number,
             num_tokens=call.x_TW.shape[0],
             splits=counts.splits,
             token_of_row=packed.token_of_row,
@@ -141,8 +142,8 @@ class Dispatcher:
 
     def _send_cached(self, call: DispatchCall) -> tuple[Route, Flight]:
         """The routing of an earlier dispatch: nothing is counted, ids do not travel again."""
-        cached = finished(call.previous)
-        route = dataclasses.replace(cached, call=self._wire.call)
+        cached = finished(call.previous, self._config.weight_dtype)
+        route = dataclasses.replace(cached, call=self._wire.call, maker=self._wire.number)
         agreement = None
         if self._agrees:
             agreement = begin_agreement(
@@ -150,6 +151,7 @@ class Dispatcher:
                 Operation.CACHED_DISPATCH,
                 num_experts=self._placement.num_experts,
                 subject=cached.call,
+                maker=cached.maker,
                 row_bytes=metadata.row_bytes(call.x_TW),
                 metadata_bytes=metadata.width(call),
             )

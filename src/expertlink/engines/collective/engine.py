@@ -44,6 +44,8 @@ class CollectiveEngine:
     """See the module's docstring; the contract is `engines.base.Engine`."""
 
     name = "collective"
+    routing_form = "collective"
+    numbers_by_max_tokens = False
     quantizes = False
 
     def __init__(
@@ -141,7 +143,7 @@ class CollectiveEngine:
 
     def slot_weights(self, state: object) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
-        return finished(state).slot_weights()
+        return finished(state, self._config.weight_dtype).slot_weights()
 
     # -- memory and statistics --------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class Route:
 
     Attributes:
         call: number of the dispatch that made it, the same on all ranks.
+        maker: number of the communicator of that dispatch, likewise.
         num_tokens: T.
         splits: rows exchanged with each rank.
         token_of_row: `[n]` source token of every row sent.
@@ -35,6 +37,7 @@ class Route:
     """
 
     call: int
+    maker: int
     num_tokens: int
     splits: Splits
     token_of_row: Tensor
@@ -62,8 +65,13 @@ class Route:
         return weights[:total].view(self.plan.shape)
 
 
-def finished(state: object) -> Route:
-    """The route of a dispatch whose rows have arrived."""
+def finished(state: object, weight_dtype: torch.dtype | None = None) -> Route:
+    """The route of a dispatch whose rows have arrived, with weights of that type.
+
+    The dispatch may be of a communicator with other weights.
+    """
     assert isinstance(state, Route)
     assert state.plan is not None
-    return state
+    if weight_dtype is None or state.weights_NK is None or state.weights_NK.dtype is weight_dtype:
+        return state
+    return dataclasses.replace(state, weights_NK=state.weights_NK.to(weight_dtype))

@@ -18,7 +18,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.mode import ALIGNMENT, Memory, Mode
-from expertlink.engines.nvlink.tables import as_route
+from expertlink.engines.nvlink.tables import Route, as_route
 from expertlink.engines.ranks import metadata
 from expertlink.engines.ranks.agreement import agree
 from expertlink.engines.ranks.header import Operation
@@ -62,6 +62,8 @@ class NvlinkEngine:
         self.memory, self.arena, self.watchdog = memory, memory.arena, memory.watchdog
         self._mode, self._check = mode, check_inputs
         self.quantizes = mode.quantizes
+        self.routing_form = mode.routing_form
+        self.numbers_by_max_tokens = mode.numbers_by_max_tokens
         self.arena.join(wire.number)
         self.watchdog.attach(wire.publish_abort, wire.abort_reason)
         self.watchdog.interrupted = weakref.WeakMethod(self.abort)
@@ -91,7 +93,7 @@ class NvlinkEngine:
         capturing = (mode.counts_captures or self._check) and is_capturing()
         number = self._enter(_COMBINE, state, capturing)
         if self._check and number:
-            self._agree(_COMBINE, subject=as_route(state).number)
+            self._agree(_COMBINE, of=as_route(state))
         self.arena.follow(capturing=capturing)
         return mode.combine(call)
 
@@ -100,7 +102,7 @@ class NvlinkEngine:
         capturing = is_capturing()
         number = self._enter(_WEIGHT_GRADS, state, capturing)
         if self._check and number:
-            self._agree(_WEIGHT_GRADS, subject=as_route(state).number)
+            self._agree(_WEIGHT_GRADS, of=as_route(state))
         self.arena.follow(capturing=capturing)
         return self._mode.weight_grads(state, weight_grads)
 
@@ -149,7 +151,7 @@ class NvlinkEngine:
             refused=refused,
             row_bytes=metadata.row_bytes(call.x_TW),
             metadata_bytes=metadata.width(call),
-            subject=0 if call.previous is None else as_route(call.previous).number,
+            of=None if call.previous is None else as_route(call.previous),
         )
 
     def _agree(
@@ -159,7 +161,7 @@ class NvlinkEngine:
         refused: Exception | None = None,
         row_bytes: int = 0,
         metadata_bytes: int = 0,
-        subject: int = 0,
+        of: Route | None = None,
     ) -> None:
         agree(
             self._wire,
@@ -168,7 +170,8 @@ class NvlinkEngine:
             refused=refused,
             row_bytes=row_bytes,
             metadata_bytes=metadata_bytes,
-            subject=subject,
+            subject=0 if of is None else of.number,
+            maker=0 if of is None else of.maker,
         )
 
     # -- failures and the end ---------------------------------------------------------------------

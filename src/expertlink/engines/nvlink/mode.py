@@ -53,6 +53,8 @@ class Mode(Protocol):
         max_warps: most warps of a block, if fewer than tuned: several ranks on one GPU.
 
     Attributes:
+        routing_form: as `Engine.routing_form`.
+        numbers_by_max_tokens: as `Engine.numbers_by_max_tokens`.
         quantizes: as `Engine.quantizes`.
         counts_captures: the host always has to know whether a call is captured. Else only where
             the hosts agree before calls.
@@ -60,6 +62,8 @@ class Mode(Protocol):
             need not.
     """
 
+    routing_form: str
+    numbers_by_max_tokens: bool
     quantizes: bool
     counts_captures: bool
     agrees_on_device: bool

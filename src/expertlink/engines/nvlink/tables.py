@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.types import DispatchLayout
 
 _WORD = 4  # bytes
@@ -100,6 +101,9 @@ class Route:
             since graphs are replayed. Calls that use the routing say it to each other.
         keeps: owns the memory of `origin`, where that is not `block`.
         number: the host's number of the dispatch, 0 if it was captured.
+        maker: number of the communicator that made the dispatch, the same on all ranks.
+        other_slots: `slots` for communicators of another T_max, by that and the stream on which
+            they were made.
     """
 
     shape: tuple[int, ...]
@@ -113,6 +117,28 @@ class Route:
     origin: int
     keeps: Tensor | None = None
     number: int = 0
+    maker: int = 0
+    other_slots: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def slots_for(self, max_tokens: int) -> Tensor | None:
+        """`slots` for a communicator of another T_max; None: its own ones suit.
+
+        Made on the device, without a host wait, once for every stream: no call waits for the
+        streams of others. Those of a capture have no value before its replay, so they are not kept.
+        """
+        own = self.layout.max_tokens
+        if own == max_tokens:
+            return None
+        slots, capturing, stream = self.table("slots"), is_capturing(), 0
+        if slots.is_cuda:
+            stream = torch.cuda.current_stream(slots.device).cuda_stream
+        made = None if capturing else self.other_slots.get((max_tokens, stream))
+        if made is None:
+            ranks = slots.div(own, rounding_mode="floor")
+            made = torch.where(slots < 0, -1, slots + ranks * (max_tokens - own))
+            if not capturing:
+                self.other_slots[max_tokens, stream] = made
+        return made
 
     def weights_address(self) -> int | None:
         """Address of the weights, if there are any."""

@@ -229,7 +229,12 @@ class Watchdog:
         text = difference(fields, communicator=min(communicators))
         if text is not None:
             own = fields[self._rank]
-            same = (HeaderWord.OPERATION, HeaderWord.COMMUNICATOR, HeaderWord.SUBJECT)
+            same = (
+                HeaderWord.OPERATION,
+                HeaderWord.COMMUNICATOR,
+                HeaderWord.SUBJECT,
+                HeaderWord.MAKER,
+            )
             odd = [
                 rank
                 for rank, words in enumerate(fields)

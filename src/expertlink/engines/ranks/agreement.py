@@ -33,7 +33,9 @@ _CALL_WORDS = (
     HeaderWord.COMMUNICATOR,
     HeaderWord.CALL,
     HeaderWord.SUBJECT,
+    HeaderWord.MAKER,
 )
+_OWN_WORDS = 2  # the last of these: a rank that refuses a call may not know them
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def header_fields(
     row_bytes: int = 0,
     metadata_bytes: int = 0,
     subject: int = 0,
+    maker: int = 0,
 ) -> HeaderFields:
     """The fields of this rank's header in the call that the wire has entered."""
     return HeaderFields(
@@ -129,6 +132,7 @@ def header_fields(
         row_bytes=row_bytes,
         metadata_bytes=metadata_bytes,
         subject=subject & _LARGEST,
+        maker=maker,
     )
 
 
@@ -141,6 +145,7 @@ def begin_agreement(
     row_bytes: int = 0,
     metadata_bytes: int = 0,
     subject: int = 0,
+    maker: int = 0,
 ) -> Agreement:
     """Starts the header exchange of a call that counts nothing.
 
@@ -153,6 +158,7 @@ def begin_agreement(
         metadata_bytes: bytes of metadata per row.
         subject: number of the dispatch whose routing the call uses; ignored where this rank
             refuses the call.
+        maker: number of the communicator that made that dispatch; likewise.
     """
     fields = header_fields(
         wire,
@@ -161,6 +167,7 @@ def begin_agreement(
         row_bytes=row_bytes,
         metadata_bytes=metadata_bytes,
         subject=subject,
+        maker=maker,
     )
     header = build_header(
         fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=wire.device
@@ -177,6 +184,7 @@ def agree(
     row_bytes: int = 0,
     metadata_bytes: int = 0,
     subject: int = 0,
+    maker: int = 0,
 ) -> None:
     """Exchanges headers and waits: returns where every rank makes this call, else raises.
 
@@ -191,6 +199,7 @@ def agree(
         row_bytes=row_bytes,
         metadata_bytes=metadata_bytes,
         subject=subject,
+        maker=maker,
     ).conclude()
 
 
@@ -257,29 +266,23 @@ def difference(fields: Sequence[Sequence[int]], *, communicator: int) -> str | N
 
 
 def _call_of(words: Sequence[int]) -> tuple[int, ...]:
-    return tuple(
-        words[i]
-        for i in (
-            HeaderWord.OPERATION,
-            HeaderWord.COMMUNICATOR,
-            HeaderWord.CALL,
-            HeaderWord.SUBJECT,
-        )
-    )
+    return tuple(words[i] for i in _CALL_WORDS)
 
 
 def _in_one_call(fields: Sequence[Sequence[int]]) -> bool:
     """A rank that refuses its call may not know which dispatch the call belongs to."""
-    calls = {_call_of(words)[:-1] for words in fields}
-    subjects = {words[HeaderWord.SUBJECT] for words in fields if not words[HeaderWord.STATUS]}
+    calls = {_call_of(words)[:-_OWN_WORDS] for words in fields}
+    subjects = {_call_of(words)[-_OWN_WORDS:] for words in fields if not words[HeaderWord.STATUS]}
     return len(calls) == 1 and len(subjects) <= 1
 
 
 def _name_of(words: Sequence[int], communicator: int) -> str:
-    subject = words[HeaderWord.SUBJECT]
+    subject, maker = words[HeaderWord.SUBJECT], words[HeaderWord.MAKER]
+    foreign = maker not in (0, words[HeaderWord.COMMUNICATOR])
     return (
         f"{title_of(words[HeaderWord.OPERATION])} #{words[HeaderWord.CALL]}"
         + (f" of dispatch #{subject}" if subject else "")
+        + (f" made by communicator {maker:07x}" if subject and foreign else "")
         + ("" if words[HeaderWord.COMMUNICATOR] == communicator else " of another communicator")
     )
 

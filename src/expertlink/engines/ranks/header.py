@@ -51,6 +51,8 @@ class HeaderFields:
         metadata_bytes: bytes of metadata per row; all ranks must agree.
         subject: number of the dispatch whose routing the call uses: the call number of the
             dispatch, cached or not, that made the handle; 0 for a new routing.
+        maker: `Wire.number` of the communicator that made that dispatch: each counts its calls by
+            itself; 0 for a new routing.
     """
 
     operation: int
@@ -61,6 +63,7 @@ class HeaderFields:
     row_bytes: int = 0
     metadata_bytes: int = 0
     subject: int = 0
+    maker: int = 0
 
 
 class HeaderWord(enum.IntEnum):
@@ -74,6 +77,7 @@ class HeaderWord(enum.IntEnum):
     ROW_BYTES = 5
     METADATA_BYTES = 6
     SUBJECT = 7
+    MAKER = 8
 
 
 NUM_FIELDS = len(HeaderWord)

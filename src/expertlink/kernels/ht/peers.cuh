@@ -24,6 +24,7 @@ __device__ __forceinline__ int header_word(const Arguments& a, const Watch& watc
         case kRowBytes: return a.row_bytes;
         case kMetadataBytes: return a.header_metadata_bytes;
         case kSubject: return a.subject == nullptr ? 0 : load_fresh(a.subject);
+        case kMaker: return a.maker;
         case kForm:
             return (a.flags & kNewWeights ? kFormWeights : 0) |
                    (kWantsMail && a.flags & kCount ? kFormMail : 0);
@@ -44,7 +45,8 @@ template <typename Arguments, typename Word>
 __device__ __forceinline__ bool is_same_call(const Arguments& a, const Watch& watch,
                                              const Word& word) {
     bool same = word(kStatus) == 0;
-    for (int i : {kOperation, kCommunicator, kCall, kRowBytes, kMetadataBytes, kSubject, kForm})
+    for (int i :
+         {kOperation, kCommunicator, kCall, kRowBytes, kMetadataBytes, kSubject, kMaker, kForm})
         same &= word(i) == header_word(a, watch, i);
     return same;
 }

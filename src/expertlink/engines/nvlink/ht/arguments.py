@@ -36,6 +36,7 @@ _COMMON = (
     Field("int", "operation", "header.Operation"),
     Field("int", "communicator", "tells communicators apart"),
     Field("const int*", "subject", "transfer of the dispatch that the call refers to, or null"),
+    Field("int", "maker", "communicator of that dispatch, or 0"),
     Field("int", "pool", "zero copy: which of the two pools has this rank's view"),
     Field("int", "status", "1: this rank refuses the call"),
     Field("int", "capacity", "rows this rank has room for, or -1"),

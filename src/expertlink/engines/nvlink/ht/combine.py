@@ -96,7 +96,7 @@ class HtCombiner:
         blocks: BlockShape,
         num_sms: int,
     ) -> None:
-        self._topk, self._run = config.topk, run
+        self._topk, self._max_tokens, self._run = config.topk, config.max_tokens_per_rank, run
         self._row_bytes = config.hidden_size * config.dtype.itemsize
         self._arguments = COMBINE.new(**common)
         self._launches = Launches(CombinePlanner(config, blocks, num_sms))
@@ -146,10 +146,11 @@ class HtCombiner:
             a.header_metadata_bytes = 4 * self._topk
             flags |= _GRADS
         a.operation, a.row_bytes, a.flags = operation, row_bytes, flags
-        a.subject = route.origin
+        a.subject, a.maker = route.origin, route.maker
         a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
         a.ids = route.ids_TK.data_ptr()
-        a.slots_of_token = block + at["slots"]
+        slots = route.slots_for(self._max_tokens)  # kept until the launch
+        a.slots_of_token = block + at["slots"] if slots is None else slots.data_ptr()
         a.rows_from = block + at["rows_from"]
         a.first_row = block + at["first_row"]
         a.choices_of_row = block + at["choices"]

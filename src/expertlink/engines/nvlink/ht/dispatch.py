@@ -160,6 +160,7 @@ class HtDispatcher:
         self._launches = Launches(DispatchPlanner(config, blocks, num_sms))
         # Rows that recent calls needed.
         self._needed: collections.deque[int] = collections.deque(maxlen=tuning.HT_CALLS_REMEMBERED)
+        self._number, self._max_tokens = common["communicator"], config.max_tokens_per_rank
         self._mails, self._zero_copy = not config.static_shapes, config.zero_copy
         self._experts = torch.tensor(experts or (0,), dtype=torch.int32, device=self._device)
         columns = self._num_ranks + config.num_experts
@@ -202,8 +203,10 @@ class HtDispatcher:
             _UNCACHED,
             capturing=number == 0,
             block=base,
+            tables=tables,
             public=public,
             subject=None,
+            maker=0,
             origin=origin,
             room=self._announced(call),
         )
@@ -245,6 +248,7 @@ class HtDispatcher:
             counts=counts,
             origin=origin,
             number=number,
+            maker=self._number,
         )
         return Started(tensors.output(self._layout, public, counts), route, mail)
 
@@ -269,7 +273,10 @@ class HtDispatcher:
             origin=public.memory.data_ptr() + 4 * sum(tables.public),
             keeps=public.memory,
             number=number,
+            maker=self._number,
+            other_slots=old.other_slots,
         )
+        slots = old.slots_for(self._max_tokens)  # kept until the launch
         self._arguments.weights_of_row = route.weights_address()
         pool_at = self._write(
             call,
@@ -277,10 +284,14 @@ class HtDispatcher:
             _CACHED,
             capturing=number == 0,
             block=old.block.data_ptr(),
+            tables=old.layout,
             public=public,
             subject=old.origin,
+            maker=old.maker,
             origin=route.origin,
         )
+        if slots is not None:
+            self._arguments.slots_of_token = slots.data_ptr()
         tensors = self._make_output(call, old.shape, route.weighted, pool_at)
         self._launch(call, sends=True)
         if not self._layout.padded:
@@ -302,8 +313,10 @@ class HtDispatcher:
             _UNCACHED,
             capturing=number == 0,
             block=block.data_ptr(),
+            tables=self._tables,
             public=public,
             subject=None,
+            maker=0,
             origin=block.data_ptr() + self._tables.at["origin"],
             room=UNBOUNDED,
         )
@@ -351,8 +364,10 @@ class HtDispatcher:
         *,
         capturing: bool,
         block: int,
+        tables: TableLayout,
         public: PublicCounts,
         subject: int | None,
+        maker: int,
         origin: int,
         room: int | None = None,
     ) -> int:
@@ -361,7 +376,7 @@ class HtDispatcher:
         The struct is used again: a new one takes 8 µs. Returns where the pool of a zero-copy
         dispatch is.
         """
-        a, tables, x = self._arguments, self._tables, call.x_TW
+        a, x = self._arguments, call.x_TW
         scales, weights = call.scales, call.weights_TK
         if weights is not None:
             flags |= _NEW_WEIGHTS
@@ -375,7 +390,8 @@ class HtDispatcher:
             scale_bytes = metadata.row_bytes(scales)
             metadata_bytes = self._shape.scales_at + align(scale_bytes, 16)
             a.scales = scales.data_ptr()
-        a.operation, a.flags, a.subject, a.origin = operation, flags, subject, origin
+        a.operation, a.flags, a.origin = operation, flags, origin
+        a.subject, a.maker = subject, maker
         a.num_tokens, a.x = x.shape[0], x.data_ptr()
         a.row_bytes, a.scale_bytes = metadata.row_bytes(x), scale_bytes
         a.metadata_bytes = metadata_bytes

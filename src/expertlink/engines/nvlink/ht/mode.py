@@ -49,6 +49,8 @@ from expertlink.validation import explain_ids
 class HtMode:
     """See `mode.Mode`."""
 
+    routing_form = "nvlink ht"
+    numbers_by_max_tokens = False
     quantizes = False
     counts_captures = True
     agrees_on_device = True

@@ -19,7 +19,7 @@ class LlArena(Arena):
         counters: uint8, the struct `shared.counters`.
         masks: `[R]` int32, the part of `counters` that says who is masked.
         halves: calls whose receiving half has not been launched.
-        epoch: how often the ranks have begun anew.
+        restarts: how often the ranks have begun anew: a list of one number, which routings share.
     """
 
     def __init__(self, plan: LlPlan, *, rank: int, buffer: Buffer, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class LlArena(Arena):
         self.counters = torch.zeros(layout.size, dtype=torch.uint8, device=device)
         self.masks = layout.member(self.counters, "masked")
         self.halves = Halves()
-        self.epoch = 0
+        self.restarts = [0]
         self._current = raw_stream(device)
         self._last_raw: int | None = None
 
@@ -65,5 +65,5 @@ class LlArena(Arena):
         self.counters.zero_()
         self.state.zero_()
         self.halves = Halves()
-        self.epoch += 1
+        self.restarts[0] += 1
         torch.cuda.synchronize(self.device)

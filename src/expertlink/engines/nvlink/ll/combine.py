@@ -17,7 +17,7 @@ from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.arguments import COMBINE, Flag, signature
 from expertlink.engines.nvlink.ll.launch import HalvesLauncher, LlLaunch
 from expertlink.engines.nvlink.ll.plan import default_sms
-from expertlink.engines.nvlink.ll.tables import LlRoute
+from expertlink.engines.nvlink.ll.tables import LlRoute, said_by
 from expertlink.engines.nvlink.tables import TableLayout
 from expertlink.engines.ranks.header import Operation
 from expertlink.jit.kernel import Arguments
@@ -90,6 +90,7 @@ class LlCombiner:
         max_warps: int,
     ) -> None:
         self._topk, self._device, self._in_use = config.topk, arena.device, arena.in_use
+        self._number = common["communicator"]
         self._row_bytes = row_bytes = config.hidden_size * config.dtype.itemsize
         self._signature = signature(Operation.COMBINE, row_bytes=row_bytes)
         self._signature_grads = signature(Operation.COMBINE, row_bytes=row_bytes, weights=True)
@@ -153,6 +154,8 @@ class LlCombiner:
         if a is None:
             a = self.arguments
             name_tables(a, route.layout, route.block, max_slots=math.prod(route.shape))
+            if route.maker != self._number or a.communicator != self._number:
+                a.communicator = said_by(self._number, of=route)
         a.num_tokens, a.ids, a.subject = route.num_tokens, route.ids_TK.data_ptr(), route.origin
         return a
 

@@ -21,7 +21,7 @@ from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.arguments import DISPATCH, Flag, signature
 from expertlink.engines.nvlink.ll.launch import HalvesLauncher, LlLaunch
 from expertlink.engines.nvlink.ll.plan import REFUSED, default_sms, shared_words
-from expertlink.engines.nvlink.ll.tables import BufferTables, LlRoute, LlTableLayout
+from expertlink.engines.nvlink.ll.tables import BufferTables, LlRoute, LlTableLayout, said_by
 from expertlink.engines.nvlink.shared import ScaleKind
 from expertlink.engines.nvlink.tables import ORIGINS
 from expertlink.engines.outputs import largest_output, without_weights
@@ -127,6 +127,7 @@ class LlDispatcher:
         max_warps: int,
     ) -> None:
         self._config, self._arena, self._in_use = config, arena, arena.in_use
+        self._number, self._restarts = common["communicator"], arena.restarts
         self._layout, self._device = config.layout, arena.device
         self._num_ranks, self._num_local = num_ranks, num_local
         self.tables = LlTableLayout(config, num_ranks=num_ranks, num_local=num_local)
@@ -183,7 +184,7 @@ class LlDispatcher:
             output = self._new_output(call, weighted)
             self._name_memory(a, block, kept, output)
             route = self._new_route(output, num_tokens, kept, block, weighted, which)
-        route.number, route.epoch = number, self._arena.epoch
+        route.number, route.epoch = number, self._restarts[0]
         if call.zero_padding and self._layout.padded:
             output.tokens.zero_()
             if output.scales is not None:
@@ -196,6 +197,8 @@ class LlDispatcher:
             flags |= _NEW_WEIGHTS
             a.weights = weights.data_ptr()
         a.subject = None if previous is None else previous.origin
+        if previous is not None or a.communicator != self._number:
+            a.communicator = said_by(self._number, of=previous)
         a.origin, a.ids = route.origin, ids.data_ptr()
         if tables is not None and tables.named == named and call.scales is None:
             a.x = call.x_TW.data_ptr()  # the rest is as it was the last time
@@ -229,7 +232,7 @@ class LlDispatcher:
         output = self._new_output(call, weighted=False)
         self._name_memory(a, block, kept, output)
         self._name_rows(a, call, output, weighted=False)
-        a.signature = REFUSED
+        a.signature, a.communicator = REFUSED, self._number
         a.subject, a.origin = None, block.data_ptr() + self.tables.at["origin"]
         flags = _WIDE_IDS | (_ALONE if self._in_use[0] > 1 else 0)
         self._launch(_PLAIN, a, flags, None, halves=False)
@@ -340,6 +343,8 @@ class LlDispatcher:
             weighted=weighted,
             counts=None,
             origin=block.data_ptr() + self.tables.at["origin"] + 4 * which,
+            maker=self._number,
+            restarts=self._restarts,
         )
 
     def _new_block(self, num_tokens: int) -> Tensor:

@@ -46,6 +46,8 @@ from expertlink.types import CallStatistics, DispatchBuffers, RowKind
 class LlMode:
     """See `mode.Mode`."""
 
+    routing_form = "nvlink ll"
+    numbers_by_max_tokens = True
     quantizes = True
     counts_captures = False
     agrees_on_device = False
@@ -148,7 +150,7 @@ class LlMode:
         if previous is None:
             return None
         assert isinstance(previous, LlRoute)
-        if previous.epoch == self._arena.epoch:
+        if previous.epoch == previous.restarts[0]:
             return None
         return HandleError(
             "the handle is of a dispatch before clear_mask(), which lets all ranks begin anew: "

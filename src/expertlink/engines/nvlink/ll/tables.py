@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,12 +31,26 @@ class LlRoute(Route):
     """Tables of one `ll` routing. Those in buffers are made once for all dispatches into them.
 
     Attributes:
-        epoch: how often the ranks had begun anew when the dispatch was made.
+        restarts: how often the ranks of its arena have begun anew; see `LlArena`.
+        epoch: how often they had when the dispatch was made.
         combine: arguments of combines that name these tables already, or None.
     """
 
+    restarts: Sequence[int] = (0,)
     epoch: int = 0
     combine: Arguments | None = None
+
+
+def said_by(communicator: int, *, of: LlRoute | None) -> int:
+    """What headers say of the communicator of a call that uses a routing, or None.
+
+    Two communicators may count the same number of calls. There is no room in the headers for that
+    of the routing's maker, so it is mixed into the other one where they differ; two routings are
+    then told apart unless 31 bits collide.
+    """
+    if of is None or of.maker == communicator:
+        return communicator
+    return (communicator ^ of.maker * 0x9E3779B1) & 0x7FFFFFFF
 
 
 @dataclass(eq=False)
