@@ -66,6 +66,7 @@ def test_side_streams_see_every_tensor() -> None:
     plan = LayoutPlan(DispatchLayout.FLAT, (1,), marked(), None, marked())
     route = Route(
         call=1,
+        maker=1,
         num_tokens=1,
         splits=Splits([1], [1]),
         token_of_row=marked(),

@@ -14,6 +14,7 @@ from expertlink import ClosedError, HandleError, InputError, MoECommunicatorConf
 from expertlink.engines.nvlink import watchdog
 from expertlink.engines.nvlink.ht.mode import HtMode
 from expertlink.engines.nvlink.ll.arguments import Flag
+from expertlink.engines.nvlink.tables import Route, TableLayout
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.header import Operation
 from support.fake_gpu import E, FakeGpu, inputs
@@ -366,3 +367,81 @@ def test_the_default_device_does_not_matter(
         assert comm.combine(out.tokens, handle).device == x.device
     finally:
         torch.set_default_device("cpu")
+
+
+# -- routings of another communicator -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [5, 40])
+def test_slots_for_a_communicator_of_other_room(most: int) -> None:
+    """`rank * T_max + position` of that communicator; made once, -1 stays."""
+    config = MoECommunicatorConfig(
+        num_experts=8, hidden_size=16, topk=3, max_tokens_per_rank=9, device="cpu"
+    )
+    layout = TableLayout(config, num_ranks=4, num_local=2)
+    block = torch.full((layout.words(5),), -7, dtype=torch.int32)
+    places = [[(0, 0), (1, 4), (3, 2)], [(2, 3)], [], [(1, 0), (2, 4)], [(3, 1)]]
+
+    def slots(room: int) -> torch.Tensor:
+        codes = [[rank * room + at for rank, at in token] for token in places]
+        return torch.tensor([(code + [-1] * 3)[:3] for code in codes], dtype=torch.int32)
+
+    layout.view(block, "slots", 5).copy_(slots(9))
+    route = Route((1,), 5, torch.zeros(5, 3), layout, block, None, False, None, 0)
+    made = route.slots_for(most)
+    assert made is not None
+    assert made.dtype is torch.int32
+    assert torch.equal(made, slots(most))
+    assert route.slots_for(most) is made
+    assert route.slots_for(9) is None
+    assert torch.equal(route.table("slots"), slots(9))
+
+
+@torch.no_grad()
+def test_calls_with_a_routing_of_other_room(gpu: FakeGpu) -> None:
+    """Kernels read slots of their own room, and say whose dispatch it is."""
+    fields: dict[str, Any] = {**STATIC, "hidden_size": 64}
+    small = gpu.communicator(**fields, max_tokens_per_rank=8)
+    large = gpu.communicator(**fields)
+    for number, comm in enumerate((small, large), 1):
+        engine: Any = comm._engine
+        engine._mode._dispatcher._number = number
+    x, ids, weights = inputs()
+    _, handle = small.dispatch(x, ids, weights)
+    out, cached = large.dispatch(x, None, previous_handle=handle)
+    large.combine(out.tokens, handle)
+    large.combine(out.tokens, cached)
+    small.close()
+    large.combine(out.tokens, handle)
+    route: Any = handle.state
+    own = route.block.data_ptr() + route.layout.at["slots"]
+    (made,) = route.other_slots.values()
+    first, *others = gpu.launched
+    assert (first["maker"], first["slots_of_token"]) == (0, own)
+    assert [launch["maker"] for launch in others] == [1, 1, 2, 1]
+    assert {launch["slots_of_token"] for launch in others} == {made.data_ptr()}
+
+
+@torch.no_grad()
+def test_low_latency_calls_say_whose_dispatch_they_use(gpu: FakeGpu) -> None:
+    first, second = gpu.communicator(**LL), gpu.communicator(**LL)
+    for number, comm in enumerate((first, second), 11):
+        engine: Any = comm._engine
+        for part in (engine._mode._dispatcher, engine._mode._combiner):
+            part._number = part.arguments.communicator = number
+    x, ids, weights = inputs()
+    out, handle = first.dispatch(x, ids, weights)
+    _, own = second.dispatch(x, ids, weights)
+    first.clear_mask()
+    with pytest.raises(HandleError, match="clear_mask"):
+        second.combine(out.tokens, handle)
+    out, handle = first.dispatch(x, ids, weights)
+    second.combine(out.tokens, handle)
+    second.dispatch(x, None, previous_handle=handle)
+    second.combine(out.tokens, own)
+    second.dispatch(x, ids, weights)
+    said = [launch["communicator"] for launch in gpu.launched]
+    assert said[:3] == [11, 12, 11]
+    assert said[3] == said[4]
+    assert said[3] not in (11, 12)
+    assert said[5:] == [12, 12]

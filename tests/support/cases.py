@@ -113,6 +113,17 @@ def aligned(ranks: int) -> Shape:
     return Shape(ranks, DispatchLayout.FLAT, alignment=16)
 
 
+FEW = (5, 0, 7)
+"""T by rank where communicators of unequal room share routings."""
+
+
+def narrow(shape: Shape, *, max_tokens: int) -> Shape:
+    """Short rows for the routings of another shape."""
+    return dataclasses.replace(
+        shape, hidden=16, dtype=torch.float16, max_tokens=max_tokens, precision="wire"
+    )
+
+
 def half(layout: DispatchLayout) -> Shape:
     """float16 rows."""
     return dataclasses.replace(usual(3, layout), dtype=torch.float16)
@@ -229,6 +240,13 @@ def ht_kernels() -> list[Kernels]:
     plain = [Kernels(shape, hosted=True) for shape in (*common, *edges, *others)]
     plain += _views(views, hosted=True)
     few = [usual(ranks, layout) for ranks in (1, 3, 8) for layout in DispatchLayout]
+    short = [
+        narrow(usual(3, layout), max_tokens=most)
+        for layout in DispatchLayout
+        for most in ((40,) if layout.padded else (40, max(FEW)))
+    ]
+    plain += [Kernels(shape, hosted=True) for shape in short]
+    few += short
     fixed = [Kernels(shape, True) for shape in (*few, aligned(3), aligned(8))]
     fixed += _views(few, hosted=True)
     static = [dataclasses.replace(kernels, static_shapes=True) for kernels in fixed]
@@ -264,6 +282,7 @@ def ll_kernels() -> list[Kernels]:
         Kernels(usual(3, layout), True, mode="ll", mask_words=FEW_MASK_WORDS)
         for layout in DispatchLayout
     ]
+    shapes += [narrow(usual(3, layout), max_tokens=40) for layout in DispatchLayout]
     plain = [Kernels(shape, True, mode="ll") for shape in shapes]
     quantized = [Kernels(shape, True, mode="ll", quantized=True) for shape in quantized_shapes()]
     maskable = [usual(3, layout) for layout in DispatchLayout]

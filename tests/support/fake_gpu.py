@@ -55,7 +55,7 @@ class FakeGpu:
 
     Attributes:
         capture: number of the capture that every call is in, 0 for none.
-        launched: name, operation, subject and pool or flags of every launch, oldest first.
+        launched: name and some of the arguments of every launch, oldest first.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,8 @@ class FakeGpu:
         )
 
         def run(name: KernelName, arguments: Arguments, launch: object) -> None:
-            fields = ("operation", "subject", "flags", "origin")
+            fields = ("operation", "communicator", "subject", "maker", "flags", "origin")
+            fields += ("slots_of_token",)
             self.launched.append(
                 {"name": name, **{field: getattr(arguments, field, None) for field in fields}}
             )

@@ -44,15 +44,22 @@ class Meeting:
     Args:
         num_ranks: R.
         act: called with all values by the last thread to come, before any of them goes on.
+        first_number: of communicators; those of two meetings must differ where they meet.
     """
 
-    def __init__(self, num_ranks: int, act: Callable[[list[Any]], None] | None = None) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        act: Callable[[list[Any]], None] | None = None,
+        *,
+        first_number: int = 1,
+    ) -> None:
         self.num_ranks = num_ranks
         self._values: list[Any] = [None] * num_ranks
         self._everyone: list[Any] = []
         self._act = act
         self.reasons: dict[int, str] = {}  # of ranks that have called abort
-        self._numbers = [0] * num_ranks
+        self._numbers = [first_number - 1] * num_ranks
         self._barrier = threading.Barrier(num_ranks, self._close)
 
     def _close(self) -> None:
@@ -137,6 +144,7 @@ class Fleet:
         host: another fleet, whose memory this one uses as well.
         skip: called with the number of a launch that all ranks make together (one per dispatch or
             combine); ranks it returns do not take part in it.
+        first_number: of its communicators, where those of another fleet are used beside them.
     """
 
     def __init__(
@@ -147,7 +155,9 @@ class Fleet:
         max_warps: int | None = None,
         host: Fleet | None = None,
         skip: Callable[[int], Sequence[int]] = lambda number: (),
+        first_number: int = 1,
     ) -> None:
+        self._first_number = first_number
         self.config, self.num_ranks, self.skip = config, num_ranks, skip
         owners = (
             even_blocks(config.num_experts, num_ranks)
@@ -190,7 +200,7 @@ class Fleet:
             prepare(self.plan, buffer)
         torch.cuda.synchronize(DEVICE)
         self._number = 0
-        self.meeting = Meeting(self.num_ranks)
+        self.meeting = Meeting(self.num_ranks, first_number=self._first_number)
         self._launches = Meeting(self.num_ranks, self._start)
 
     def memory(self, rank: int) -> HostedBuffer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from expertlink import DispatchHandle, DispatchOutput, MoECommunicator
 from expertlink.launch import RankContext
 from support.faults import good, outcome, small, works
+from support.hosted import Fleet, HostedCommunicator
 from support.jobs import (
     check_output,
     combine_case,
@@ -97,6 +99,17 @@ def two_communicators(narrow: MoECommunicator, wide: MoECommunicator, case: Case
     dispatch_narrow(narrow, case, back)
     combine_case(wide, case, back, "combine of its own")
     assert wide.wire_rows(handle) == wide.wire_rows(back) == narrow.wire_rows(back)
+
+
+def on_hosted_ranks(wide: MoECommunicator, narrow: Fleet, cases: Sequence[Case]) -> None:
+    """`two_communicators` with another fleet's; `wide` is a hosted one."""
+    with torch.no_grad():
+        with HostedCommunicator(narrow, wide.rank) as comm:
+            for case in cases:
+                two_communicators(comm, wide, case)
+            kept = [dispatch_narrow(comm, case)[1] for case in cases]
+        for case, handle in zip(cases, kept, strict=True):
+            combine_case(wide, case, handle, "combine after the end")
 
 
 # -- on CPUs --------------------------------------------------------------------------------------

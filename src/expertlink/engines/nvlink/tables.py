@@ -129,8 +129,9 @@ class Route:
         own = self.layout.max_tokens
         if own == max_tokens:
             return None
-        slots, capturing, stream = self.table("slots"), is_capturing(), 0
+        slots, capturing, stream = self.table("slots"), False, 0
         if slots.is_cuda:
+            capturing = is_capturing()
             stream = torch.cuda.current_stream(slots.device).cuda_stream
         made = None if capturing else self.other_slots.get((max_tokens, stream))
         if made is None:
