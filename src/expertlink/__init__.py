@@ -20,6 +20,7 @@ from expertlink.errors import (
     PeerError,
     PeerTimeoutError,
     RoutingChangedError,
+    TooManyTokensError,
 )
 from expertlink.requests import CombineRequest, DispatchRequest
 from expertlink.types import (
@@ -58,5 +59,6 @@ __all__ = [
     "PeerTimeoutError",
     "QuantScales",
     "RoutingChangedError",
+    "TooManyTokensError",
     "__version__",
 ]

@@ -45,6 +45,7 @@ class CallBuilder:
     Args:
         config: the communicator's configuration.
         device: where its tensors live.
+        rank: this rank.
         num_ranks: R.
         num_local_experts: E_loc.
         engine_quantizes: `Engine.quantizes`.
@@ -57,6 +58,7 @@ class CallBuilder:
         config: MoECommunicatorConfig,
         *,
         device: torch.device,
+        rank: int,
         num_ranks: int,
         num_local_experts: int,
         engine_quantizes: bool,
@@ -65,7 +67,7 @@ class CallBuilder:
     ) -> None:
         self._config = config
         self._device = device
-        self._num_ranks, self._num_local_experts = num_ranks, num_local_experts
+        self._rank, self._num_ranks, self._num_local_experts = rank, num_ranks, num_local_experts
         self._identity, self._scope = identity, scope
         # What every call reads, without a property in between.
         self._layout, self._expanded = config.layout, config.layout.expanded
@@ -151,7 +153,7 @@ class CallBuilder:
         num_sms: int | None,
     ) -> DispatchCall:
         config, device = self._config, self._device
-        rows, quant = check_rows(config, input, scales, device=device)
+        rows, quant = check_rows(config, input, scales, device=device, rank=self._rank)
         if topk_ids is None and previous_handle is None:
             raise InputError(
                 "topk_ids is None; only a dispatch with previous_handle may leave it out"
@@ -301,7 +303,7 @@ class CallBuilder:
             raise InputError("create_buffers and zero_copy=True exclude each other")
         kind = self._kind
         if rows is not None or scales is not None:
-            _, quant = check_rows(self._config, rows, scales, device=self._device)
+            _, quant = check_rows(self._config, rows, scales, device=self._device, rank=self._rank)
             if quant is not None:
                 assert rows is not None
                 kind = kind_of(rows, quant)

@@ -154,6 +154,7 @@ class MoECommunicator:
         self._calls = CallBuilder(
             self._groupless,
             device=self.device,
+            rank=self.rank,
             num_ranks=self.num_ranks,
             num_local_experts=len(placement.experts_of_rank[self.rank]),
             engine_quantizes=engine.quantizes,
@@ -320,7 +321,8 @@ class MoECommunicator:
             the handle's combine or cached dispatch calls it where nobody did.
 
         Raises:
-            InputError: an argument does not fit; RoutingChangedError: differs from the handle's.
+            InputError: an argument does not fit; RoutingChangedError: differs from the handle's;
+                TooManyTokensError: T exceeds `max_tokens_per_rank` on some rank (on every rank).
             CapacityError: a rank would receive more rows than it has room for (on every rank).
             HandleError, ClosedError: `previous_handle` or this communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.

@@ -25,6 +25,36 @@ class InputError(ExpertlinkError, ValueError):
     """An argument of dispatch or combine has a wrong shape, dtype, device or value."""
 
 
+class TooManyTokensError(InputError):
+    """A rank dispatches more tokens than `max_tokens_per_rank`. Raised alike on every rank.
+
+    So the ranks can agree to make a larger communicator without asking each other. With
+    `static_shapes`, in mode "ll" without `check_inputs`, and in a capture it is raised on that rank
+    alone, with its own number.
+
+    Attributes:
+        rank: the rank with most tokens, the lowest of several.
+        num_tokens: its T.
+        capacity: `max_tokens_per_rank`.
+    """
+
+    def __init__(self, message: str, *, rank: int, num_tokens: int, capacity: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.num_tokens = num_tokens
+        self.capacity = capacity
+
+    @classmethod
+    def of(cls, *, rank: int, num_tokens: int, capacity: int) -> TooManyTokensError:
+        """The error of that rank, in the words that all ranks use."""
+        text = f"rank {rank}: input has {num_tokens} tokens; max_tokens_per_rank={capacity}"
+        return cls(text, rank=rank, num_tokens=num_tokens, capacity=capacity)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        fields = ("rank", "num_tokens", "capacity")
+        return _rebuild, (type(self), str(self), {name: getattr(self, name) for name in fields})
+
+
 class RoutingChangedError(InputError):
     """A cached dispatch was given a routing that differs from the one in its handle."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from expertlink import routing
 from expertlink.config import MoECommunicatorConfig
-from expertlink.errors import InputError
+from expertlink.errors import InputError, TooManyTokensError
 from expertlink.quantization import scale_form
 from expertlink.types import BlockFormat, QuantScales, RowKind
 
@@ -53,17 +53,17 @@ def check_tensor(
 
 
 def check_rows(
-    config: MoECommunicatorConfig, x: object, scales: object, *, device: torch.device
+    config: MoECommunicatorConfig, x: object, scales: object, *, device: torch.device, rank: int
 ) -> tuple[Tensor, QuantScales | None]:
     """Checks `input` and `scales` of a dispatch; returns them contiguous."""
     if scales is None:
         rows = check_tensor(
             "input", x, device=device, dtypes=(config.dtype,), shape=(None, config.hidden_size)
         )
-        _check_num_tokens(config, rows)
+        _check_num_tokens(config, rows, rank)
         return rows.contiguous(), None
     rows = check_tensor("input", x, device=device, dtypes=PACKED_DTYPES, shape=(None, None))
-    _check_num_tokens(config, rows)
+    _check_num_tokens(config, rows, rank)
     if rows.dtype.is_floating_point and rows.shape[1] != config.hidden_size:
         raise InputError(
             f"input has shape {tuple(rows.shape)}; {rows.dtype} rows have "
@@ -101,11 +101,10 @@ def kind_of(rows: Tensor, scales: QuantScales) -> RowKind:
     return RowKind(rows.dtype, rows.shape[1], tensor.dtype, tensor.shape[1], scales.format)
 
 
-def _check_num_tokens(config: MoECommunicatorConfig, rows: Tensor) -> None:
-    if rows.shape[0] > config.max_tokens_per_rank:
-        raise InputError(
-            f"input has {rows.shape[0]} tokens; max_tokens_per_rank={config.max_tokens_per_rank}"
-        )
+def _check_num_tokens(config: MoECommunicatorConfig, rows: Tensor, rank: int) -> None:
+    most = config.max_tokens_per_rank
+    if rows.shape[0] > most:
+        raise TooManyTokensError.of(rank=rank, num_tokens=rows.shape[0], capacity=most)
 
 
 def _check_scales(

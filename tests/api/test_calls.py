@@ -41,6 +41,7 @@ def builder_of(
     builder = CallBuilder(
         config,
         device=CPU,
+        rank=0,
         num_ranks=RANKS,
         num_local_experts=E // RANKS,
         engine_quantizes=engine_quantizes,

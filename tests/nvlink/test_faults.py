@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import DispatchLayout, InputError, MoECommunicator
+from expertlink import DispatchLayout, InputError, MoECommunicator, TooManyTokensError
 from expertlink.engines.nvlink import watchdog
 from expertlink.launch import RankPool
 from support import faults, jobs, lost_ranks
@@ -42,6 +42,28 @@ def test_a_wrong_form_on_one_rank(mode: str, check: bool, layout: DispatchLayout
     call = dispatch_with(case, input=lambda x_TH: x_TH[:, :3])
     errors = run_hosted(fleet_of(mode, case, check_inputs=check), faults.fails_once, case, call)
     judge(errors, own="InputError", text="input has shape (4, 3)")
+
+
+@pytest.mark.parametrize("layout", [DispatchLayout.TOKEN_MAJOR, DispatchLayout.EXPERT_MAJOR])
+@pytest.mark.parametrize(("mode", "check"), [("ht", False), ("ht", True), ("ll", True)])
+def test_too_many_tokens_are_one_error_on_all_ranks(
+    mode: str, check: bool, layout: DispatchLayout
+) -> None:
+    """Where ranks agree on the dispatch; also beside a rank that refuses it for another reason."""
+    case = usual_case(layout)
+    fleet = fleet_of(mode, case, check_inputs=check)
+    most = fleet.config.max_tokens_per_rank
+
+    def call(comm: MoECommunicator) -> object:
+        count = (most + 15, 3, most + 1)[comm.rank]
+        dtype = torch.float32 if comm.rank == 1 else case.dtype
+        x_TH = torch.zeros((count, case.hidden), dtype=dtype, device=DEVICE)
+        ids_TK = torch.zeros((count, case.topk), dtype=torch.int64, device=DEVICE)
+        return comm.dispatch(x_TH, ids_TK)
+
+    for error in run_hosted(fleet, faults.fails_once, case, call):
+        assert isinstance(error, TooManyTokensError), error
+        assert (error.rank, error.num_tokens, error.capacity) == (0, most + 15, most)
 
 
 @MODES

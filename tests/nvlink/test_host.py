@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import ClosedError, HandleError, InputError, MoECommunicatorConfig
+from expertlink import (
+    ClosedError,
+    HandleError,
+    InputError,
+    MoECommunicatorConfig,
+    TooManyTokensError,
+)
 from expertlink.engines.nvlink import watchdog
 from expertlink.engines.nvlink.ht.mode import HtMode
 from expertlink.engines.nvlink.ll.arguments import Flag
 from expertlink.engines.nvlink.tables import Route, TableLayout
 from expertlink.engines.nvlink.watchdog import Watchdog
-from expertlink.engines.ranks.header import Operation
+from expertlink.engines.ranks.header import Operation, Status
 from support.fake_gpu import E, FakeGpu, inputs
 
 LL: dict[str, Any] = {"mode": "ll", "output_layout": "expert_major"}
@@ -330,6 +336,22 @@ def test_a_refused_call_is_counted_where_the_peers_learn_of_it(
         comm.dispatch(x[:, :3], ids, previous_handle=handle)
     assert engine._wire.call == number + 1 + check
     assert len(gpu.launched) == launched + len(told), "hosts agree on cached dispatches, if at all"
+
+
+@torch.no_grad()
+def test_a_rank_with_too_many_tokens_says_how_many(gpu: FakeGpu) -> None:
+    comm = gpu.communicator(**STATIC)
+    x, ids, weights = inputs()
+    with pytest.raises(TooManyTokensError, match="rank 0: input has 20 tokens"):
+        comm.dispatch(x.repeat(4, 1), ids.repeat(4, 1), weights.repeat(4, 1))
+    with pytest.raises(InputError, match="input has shape"):
+        comm.dispatch(x[:, :3], ids, weights)
+    comm.dispatch(x, ids, weights)
+    told = [(launch["status"], launch["capacity"]) for launch in gpu.launched if launch["origin"]]
+    limit = comm.config.max_tokens_per_rank
+    assert told[:1] == [(Status.TOO_MANY_TOKENS, 20)]
+    assert (Status.REFUSED, -1) in told
+    assert told[-1] == (Status.FINE, limit)
 
 
 @pytest.mark.parametrize("sharer", [E, E // 2])

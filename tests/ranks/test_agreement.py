@@ -59,6 +59,12 @@ def test_call_numbers_after_a_difference(
     wire = Wire(None, device=torch.device("cpu"), timeout_s=1.0)
     wire.number, wire.call = OWN, 3
     with pytest.raises(PeerError) as info:
-        judge(wire, Operation.COMBINE, [words(), words(**other)], resynchronise=resynchronise)
+        judge(
+            wire,
+            Operation.COMBINE,
+            [words(), words(**other)],
+            max_tokens=4,
+            resynchronise=resynchronise,
+        )
     assert info.value.ranks == (1,)
     assert wire.call == call

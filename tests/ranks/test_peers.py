@@ -54,6 +54,20 @@ def test_one_rank_refuses_its_combine(rank_pools, kind: str, own: str, text: str
     judge(results, own=own, text=text)
 
 
+@pytest.mark.parametrize("kind", ["plain", "later", "mixed"])
+@pytest.mark.parametrize(
+    ("counts", "rank"), [((4, 5), 1), ((5, 9, 0), 1), ((7, 3, 7), 0), ((1, 6, 9), 2)]
+)
+def test_too_many_tokens_are_one_error_on_all_ranks(
+    rank_pools, counts: tuple[int, ...], rank: int, kind: str
+) -> None:
+    """With the largest number, so that all can make the same larger communicator."""
+    most = counts[rank]
+    results = rank_pools(len(counts)).run(faults.too_many_tokens, counts, kind, {}, timeout_s=60)
+    text = f"rank {rank}: input has {most} tokens; max_tokens_per_rank=4"
+    assert results == [((text, rank, most, 4), True, True)] * len(counts)
+
+
 def test_one_rank_changes_its_routing(rank_pools) -> None:
     results = rank_pools(RANKS).run(faults.changed_routing, CULPRIT, timeout_s=60)
     judge(results, own="RoutingChangedError", text="topk_ids[0]=[-1, -1]")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -23,9 +24,11 @@ from expertlink import (
     DispatchHandle,
     DispatchLayout,
     ExpertlinkError,
+    InputError,
     MoECommunicator,
     MoECommunicatorConfig,
     PeerError,
+    TooManyTokensError,
 )
 from expertlink.engines.ranks.handshake import handshake
 from expertlink.engines.ranks.wire import Wire
@@ -121,6 +124,33 @@ def refused_combine(ctx: RankContext, culprit: int, kind: str) -> Any:
         seen = outcome(lambda: comm.combine(rows, used))
         kept = comm.combine(out.tokens, handle)  # the refused call left the handle alone
         return seen, works(comm) and torch.isfinite(kept).all().item()
+
+
+def too_many_tokens(
+    ctx: RankContext, counts: Sequence[int], kind: str, fields: dict[str, Any]
+) -> Any:
+    """Ranks pass these numbers of tokens; then all make a communicator with room for them.
+
+    `kind`: "plain", "later" (asynchronous) or "mixed": the one with fewest has wrong rows.
+    """
+    with small(ctx, **fields) as comm:
+        comm.initialize()
+        count = counts[ctx.rank]
+        gen = torch.Generator().manual_seed(ctx.rank)
+        x_TH = torch.randn(count, H, generator=gen).to(ctx.device)
+        ids_TK = torch.rand(count, E, generator=gen).topk(K).indices.to(ctx.device)
+        given = x_TH.half() if kind == "mixed" and count == min(counts) else x_TH
+        call = comm.dispatch_async if kind == "later" else comm.dispatch
+        error = error_of(lambda: call(given, ids_TK))
+        assert isinstance(error, TooManyTokensError), error
+        assert isinstance(error, InputError)
+        copy = pickle.loads(pickle.dumps(error))
+        seen = str(copy), copy.rank, copy.num_tokens, copy.capacity
+        recovered = works(comm)
+    # Nobody asks: what the error says is enough.
+    with small(ctx, **fields, max_tokens_per_rank=error.num_tokens) as larger:
+        out, handle = larger.dispatch(x_TH, ids_TK)
+        return seen, recovered, torch.equal(larger.combine(out.tokens, handle), K * x_TH)
 
 
 def changed_routing(ctx: RankContext, culprit: int) -> Any:

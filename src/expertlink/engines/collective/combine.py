@@ -105,6 +105,7 @@ class Returns:
                 self._wire,
                 Operation.COMBINE,
                 num_experts=self._config.num_experts,
+                max_tokens=self._config.max_tokens_per_rank,
                 subject=route.call,
                 maker=route.maker,
                 metadata_bytes=self._metadata_bytes(call),
@@ -132,6 +133,7 @@ class Returns:
                 self._wire,
                 Operation.WEIGHT_GRADS,
                 num_experts=self._config.num_experts,
+                max_tokens=self._config.max_tokens_per_rank,
                 subject=route.call,
                 maker=route.maker,
             )

@@ -113,7 +113,12 @@ class Dispatcher:
         ids_TK = call.topk_ids_TK
         assert ids_TK is not None
         sending = self._count(call)
-        agreement = Agreement(self._wire, Operation.DISPATCH, sending.header)
+        agreement = Agreement(
+            self._wire,
+            Operation.DISPATCH,
+            sending.header,
+            max_tokens=self._config.max_tokens_per_rank,
+        )
         sending.order()
         packed = None
         if self._wire.device.type == "cpu":  # own counts are known: pack while headers travel
@@ -150,6 +155,7 @@ class Dispatcher:
                 self._wire,
                 Operation.CACHED_DISPATCH,
                 num_experts=self._placement.num_experts,
+                max_tokens=self._config.max_tokens_per_rank,
                 subject=cached.call,
                 maker=cached.maker,
                 row_bytes=metadata.row_bytes(call.x_TW),

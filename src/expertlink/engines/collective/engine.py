@@ -118,7 +118,13 @@ class CollectiveEngine:
         if self._agrees or operation is Operation.DISPATCH:
             self._enter(operation)
             with self._wire.abort_on_error():
-                agree(self._wire, operation, num_experts=self._config.num_experts, refused=error)
+                agree(
+                    self._wire,
+                    operation,
+                    num_experts=self._config.num_experts,
+                    max_tokens=self._config.max_tokens_per_rank,
+                    refused=error,
+                )
         raise error
 
     def _enter(self, operation: Operation) -> None:

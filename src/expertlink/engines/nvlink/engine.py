@@ -167,6 +167,7 @@ class NvlinkEngine:
             self._wire,
             operation,
             num_experts=self._placement.num_experts,
+            max_tokens=self._config.max_tokens_per_rank,
             refused=refused,
             row_bytes=row_bytes,
             metadata_bytes=metadata_bytes,

@@ -20,11 +20,12 @@ from expertlink.engines.ranks.header import (
     HeaderFields,
     HeaderWord,
     Operation,
+    Status,
     build_header,
     title_of,
 )
 from expertlink.engines.ranks.wire import Wire
-from expertlink.errors import InputError, PeerError
+from expertlink.errors import InputError, PeerError, TooManyTokensError
 
 _CHUNK = 1024  # words; headers on CPU are padded to a multiple
 _LARGEST = 0x7FFFFFFF  # of a word; call numbers wrap around
@@ -60,6 +61,7 @@ class Agreement:
         wire: the ranks' connection.
         operation: what this rank is about to do.
         header: this rank's, see header.py.
+        max_tokens: T_max.
         refused: why this rank refuses the call, if it does.
     """
 
@@ -69,10 +71,12 @@ class Agreement:
         operation: Operation,
         header: Tensor,
         *,
+        max_tokens: int,
         refused: Exception | None = None,
     ) -> None:
         self._wire = wire
         self._operation = operation
+        self._max_tokens = max_tokens
         self._refused = refused
         words = header.numel()
         if wire.device.type == "cpu":
@@ -89,13 +93,21 @@ class Agreement:
 
         Raises:
             PeerError: the ranks are in different calls, or another rank refused.
+            TooManyTokensError: a rank has more than `max_tokens_per_rank`.
             InputError: the ranks' rows differ in width.
         """
         table = self._wire.to_host(self._received, self._transfer)
         num_ranks = self._wire.num_ranks
         words_of_rank = table[:, : NUM_FIELDS + num_ranks].tolist()
         fields = [words[:NUM_FIELDS] for words in words_of_rank]
-        judge(self._wire, self._operation, fields, refused=self._refused, explain=explain)
+        judge(
+            self._wire,
+            self._operation,
+            fields,
+            max_tokens=self._max_tokens,
+            refused=self._refused,
+            explain=explain,
+        )
         return Table(
             rows=[words[NUM_FIELDS:] for words in words_of_rank],
             choices=table[:, NUM_FIELDS + num_ranks :],
@@ -115,7 +127,7 @@ def header_fields(
     wire: Wire,
     operation: Operation,
     *,
-    refused: bool = False,
+    refused: Exception | None = None,
     capacity: int = UNBOUNDED,
     row_bytes: int = 0,
     metadata_bytes: int = 0,
@@ -123,11 +135,14 @@ def header_fields(
     maker: int = 0,
 ) -> HeaderFields:
     """The fields of this rank's header in the call that the wire has entered."""
+    status = Status.FINE
+    if refused is not None:
+        status, capacity = refusal(refused)
     return HeaderFields(
         operation=operation,
         communicator=wire.number,
         call=wire.call & _LARGEST,
-        status=refused,
+        status=status,
         capacity=capacity,
         row_bytes=row_bytes,
         metadata_bytes=metadata_bytes,
@@ -136,11 +151,19 @@ def header_fields(
     )
 
 
+def refusal(error: Exception) -> tuple[Status, int]:
+    """The words `status` and `capacity` of a rank that refuses a call."""
+    if isinstance(error, TooManyTokensError):
+        return Status.TOO_MANY_TOKENS, error.num_tokens
+    return Status.REFUSED, UNBOUNDED
+
+
 def begin_agreement(
     wire: Wire,
     operation: Operation,
     *,
     num_experts: int,
+    max_tokens: int,
     refused: Exception | None = None,
     row_bytes: int = 0,
     metadata_bytes: int = 0,
@@ -153,6 +176,7 @@ def begin_agreement(
         wire: the ranks' connection, which has entered the call.
         operation: what this rank is about to do.
         num_experts: E; every header has room for E counts.
+        max_tokens: T_max.
         refused: why this rank refuses the call, or None.
         row_bytes: bytes of a row.
         metadata_bytes: bytes of metadata per row.
@@ -163,7 +187,7 @@ def begin_agreement(
     fields = header_fields(
         wire,
         operation,
-        refused=refused is not None,
+        refused=refused,
         row_bytes=row_bytes,
         metadata_bytes=metadata_bytes,
         subject=subject,
@@ -172,7 +196,7 @@ def begin_agreement(
     header = build_header(
         fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=wire.device
     )
-    return Agreement(wire, operation, header, refused=refused)
+    return Agreement(wire, operation, header, max_tokens=max_tokens, refused=refused)
 
 
 def agree(
@@ -180,6 +204,7 @@ def agree(
     operation: Operation,
     *,
     num_experts: int,
+    max_tokens: int,
     refused: Exception | None = None,
     row_bytes: int = 0,
     metadata_bytes: int = 0,
@@ -195,6 +220,7 @@ def agree(
         wire,
         operation,
         num_experts=num_experts,
+        max_tokens=max_tokens,
         refused=refused,
         row_bytes=row_bytes,
         metadata_bytes=metadata_bytes,
@@ -208,6 +234,7 @@ def judge(
     operation: Operation,
     fields: list[list[int]],
     *,
+    max_tokens: int,
     refused: Exception | None = None,
     explain: Callable[[], Exception] | None = None,
     resynchronise: bool = True,
@@ -218,12 +245,14 @@ def judge(
         wire: the ranks' connection.
         operation: what this rank is about to do.
         fields: `[R][NUM_FIELDS]` the fields of every rank's header.
+        max_tokens: T_max.
         refused: why this rank refuses the call, if its status says so.
         explain: makes that error, if the device found the fault.
         resynchronise: if the ranks are in different calls, they continue from one call number.
 
     Raises:
         PeerError: the ranks are in different calls, or another rank refused.
+        TooManyTokensError: a rank has more than T_max, whatever the others refuse.
         InputError: the ranks' rows differ in width.
     """
     if not _in_one_call(fields):
@@ -234,6 +263,7 @@ def judge(
         text = difference(fields, communicator=wire.number)
         assert text is not None
         raise PeerError(text, ranks=odd) from refused
+    _check_tokens(fields, max_tokens, refused)
     _check_status(wire, operation, [words[HeaderWord.STATUS] for words in fields], refused, explain)
     _check_widths(fields)
 
@@ -294,6 +324,20 @@ def _resynchronise(wire: Wire, fields: Sequence[Sequence[int]]) -> None:
         wire.call = max(words[HeaderWord.CALL] for words in fields)
     else:
         wire.call -= 1  # ranks in another communicator have not counted it
+
+
+def _check_tokens(
+    fields: Sequence[Sequence[int]], max_tokens: int, refused: Exception | None
+) -> None:
+    """Ranks that would make a larger communicator all have to: so this comes before refusals."""
+    counts = [
+        words[HeaderWord.CAPACITY] if words[HeaderWord.STATUS] == Status.TOO_MANY_TOKENS else 0
+        for words in fields
+    ]
+    most = max(counts)
+    if most:
+        error = TooManyTokensError.of(rank=counts.index(most), num_tokens=most, capacity=max_tokens)
+        raise error from refused
 
 
 def _check_status(

@@ -37,6 +37,15 @@ def title_of(operation: int) -> str:
         return f"an unknown operation ({operation})"
 
 
+class Status(enum.IntEnum):
+    """Whether a rank makes the call."""
+
+    FINE = 0
+    REFUSED = 1
+    TOO_MANY_TOKENS = 2
+    """Refused because it has more tokens than `max_tokens_per_rank`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeaderFields:
     """What a rank says of its call: the first words of a header, in this order.
@@ -45,8 +54,8 @@ class HeaderFields:
         operation: `Operation`.
         communicator: `Wire.number`.
         call: sequence number of the call.
-        status: 0, or 1 if the rank refuses the call.
-        capacity: rows that this rank has room for, or UNBOUNDED.
+        status: `Status`.
+        capacity: rows that this rank has room for, or UNBOUNDED. TOO_MANY_TOKENS: its T.
         row_bytes: bytes of a row; all ranks must agree.
         metadata_bytes: bytes of metadata per row; all ranks must agree.
         subject: number of the dispatch whose routing the call uses: the call number of the

@@ -27,7 +27,8 @@ from expertlink.engines.nvlink.tables import Route, TableLayout
 from expertlink.engines.nvlink.watchdog import Mail, Watchdog
 from expertlink.engines.outputs import OutputTensors, PublicCounts
 from expertlink.engines.ranks import capacity, metadata
-from expertlink.engines.ranks.header import UNBOUNDED, Operation
+from expertlink.engines.ranks.agreement import refusal
+from expertlink.engines.ranks.header import Operation
 from expertlink.layouts import align
 from expertlink.types import DispatchLayout, DispatchOutput
 
@@ -298,13 +299,14 @@ class HtDispatcher:
             tensors.cut(old.shape[0])
         return Started(tensors.output(self._layout, public, old.counts), route, None)
 
-    def refuse(self, *, number: int) -> Mail | None:
+    def refuse(self, error: Exception, *, number: int) -> Mail | None:
         """Takes part in a dispatch only to say that this rank refuses it."""
         config, a = self._config, self._arguments
         call = DispatchCall(
             x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
             topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=self._device),
         )
+        status, room = refusal(error)
         block = self._new_block(0)
         public = self._new_counts()
         self._write(
@@ -318,9 +320,9 @@ class HtDispatcher:
             subject=None,
             maker=0,
             origin=block.data_ptr() + self._tables.at["origin"],
-            room=UNBOUNDED,
+            room=room,
         )
-        a.status = 1
+        a.status = status
         before = self._watchdog.mail_number
         try:
             self._launch(call, sends=True)

@@ -186,8 +186,9 @@ class HtMode:
 
         Raises:
             PeerError: the ranks are not even in the same call.
+            TooManyTokensError: a rank has more tokens than T_max.
         """
-        mail = self._dispatcher.refuse(number=number)
+        mail = self._dispatcher.refuse(error, number=number)
         if mail is not None:
             self._judge(mail, refused=error)
 
@@ -225,6 +226,7 @@ class HtMode:
             self._wire,
             Operation.DISPATCH,
             [words[:NUM_FIELDS] for words in mail.headers],
+            max_tokens=self._config.max_tokens_per_rank,
             refused=refused,
             explain=explain,
             resynchronise=False,
