@@ -62,7 +62,7 @@ class MoECommunicator:
 
     Raises:
         ConfigurationError: device and group do not fit each other.
-        EngineUnavailableError: the requested engine cannot run here.
+        EngineUnavailableError: the requested engine cannot run here, or none can.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MoECommunicator:
         if self._group is None and dist.is_available() and dist.is_initialized():
             self._group = dist.group.WORLD
         self.device = resolve_device(config.device, self._group)
-        self._choice: EngineChoice = choose_engine(config, device=self.device)
+        self._choice: EngineChoice = choose_engine(config, device=self.device, group=self._group)
         self._check = self.device.type == "cpu"
         if config.check_inputs is not None:
             self._check = config.check_inputs

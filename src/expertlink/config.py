@@ -57,7 +57,8 @@ class MoECommunicatorConfig:
     where experts are spread over some of the ranks only."""
     device: torch.device | str | None = None
     """Where tensors live. None: CUDA's current device if the group can use it, else the CPU. Set it
-    to run on the CPU of a machine with GPUs."""
+    to run on the CPU of a machine with GPUs, or on a GPU with a gloo group, which suffices for the
+    nvlink engine."""
 
     mode: Literal["ht", "ll"] = "ht"
     """"ht" (high throughput) for training and prefill, "ll" (low latency) for decode. It sets the

@@ -322,8 +322,10 @@ def _exchange(context: RankContext, timeout_s: float) -> str | None:
     )[context.rank]
     ids_TK = routing.topk_ids_TK.to(context.device)
     weights_TK = routing.topk_weights_TK.to(context.device)
-    generator = torch.Generator().manual_seed(context.rank)
-    x_TH = torch.randn(tokens, hidden, generator=generator).to(context.device, torch.bfloat16)
+    generator = torch.Generator("cpu").manual_seed(context.rank)
+    x_TH = torch.randn((tokens, hidden), generator=generator, dtype=torch.float32, device="cpu").to(
+        context.device, torch.bfloat16
+    )
     expected_TH = expected_sum(x_TH, ids_TK, weights_TK, num_experts=experts)
     for layout in DispatchLayout:
         config = MoECommunicatorConfig(

@@ -168,12 +168,13 @@ def _shift(
     device: torch.device,
 ) -> Tensor:
     """Slots of items sorted by group: `groups` are their lengths, `starts` their first slots."""
-    position = torch.arange(count, device=device)
+    position = torch.arange(count, dtype=torch.int64, device=device)
     dense = list(itertools.accumulate(groups, initial=0))
     shifts = [start - first for start, first in zip(starts[: len(groups)], dense, strict=False)]
     if not any(shifts):
         return position
-    table = torch.tensor([shifts, list(groups)], device="cpu").to(device, non_blocking=True)
+    table = torch.tensor([shifts, list(groups)], dtype=torch.int64, device="cpu")
+    table = table.to(device, non_blocking=True)
     if group_of_item is not None:
         return position + table[0][group_of_item.to(torch.int64)]
     return position + torch.repeat_interleave(table[0], table[1], output_size=count)

@@ -84,7 +84,7 @@ def _sum_on_cpu(
     most = max(end - begin for begin, end in itertools.pairwise(cuts))
     narrow = workspace.take((most, hidden), rows_SH.dtype)
     terms = workspace.take((most, hidden), wide)
-    positions = torch.arange(most, device=out.device)
+    positions = torch.arange(most, dtype=torch.int64, device=out.device)
     for chunk, (first, last) in enumerate(itertools.pairwise(cuts)):
         results = slice(chunk * step, (chunk + 1) * step)
         if first == last:

@@ -157,7 +157,9 @@ def order_rows(members: Membership) -> SendOrder:
     # One scatter fills both tables: code = rank * T + token. Absent pairs are written to an extra
     # last entry, which is dropped. Zeros keep unused entries within bounds.
     codes = torch.zeros(bound + 1, dtype=torch.int64, device=member.device)
-    codes.scatter_(0, position, torch.arange(len(position), device=member.device))
+    codes.scatter_(
+        0, position, torch.arange(len(position), dtype=torch.int64, device=member.device)
+    )
     codes = codes[:bound]
     return SendOrder(
         position_RT=position.view(num_ranks, num_tokens),
@@ -193,7 +195,7 @@ def order_of_choices(row_of_choice_TK: Tensor) -> Tensor:
     last = row.numel()  # more than any row, so that absent choices sort last
     order = torch.where(row < 0, last, row).sort(stable=True).indices
     position = torch.empty_like(order)
-    position[order] = torch.arange(last, device=row.device)
+    position[order] = torch.arange(last, dtype=torch.int64, device=row.device)
     return torch.where(row < 0, -1, position).view(row_of_choice_TK.shape)
 
 

@@ -18,6 +18,7 @@ from expertlink import (
 from expertlink.engines.nvlink import build
 from expertlink.engines.nvlink.ll.mode import LlMode
 from expertlink.engines.ranks.handshake import resolve_device
+from expertlink.engines.ranks.wire import Wire
 from expertlink.engines.select import choose_engine
 from expertlink.routing import Placement, even_blocks
 
@@ -203,6 +204,12 @@ class Group:
     def size(self) -> int:
         return 2
 
+    def rank(self) -> int:
+        return 0
+
+    def get_group_store(self) -> object:
+        return object()
+
     def name(self) -> str:
         return "undefined"
 
@@ -220,20 +227,50 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "backends", "reason"),
+    ("backends", "reason"),
     [
-        ("cuda", {"cpu": "gloo", "cuda": "gloo"}, "backend for cuda tensors is gloo"),
-        ("cuda", {"cpu": "gloo"}, "no backend for cuda tensors"),
-        ("cpu", {"cuda": "nccl"}, "no backend for cpu tensors"),
+        ({"cpu": "gloo", "cuda": "gloo"}, "backend for cuda tensors is gloo"),
+        ({"cpu": "gloo"}, "no backend for cuda tensors"),
     ],
 )
-def test_groups_that_cannot_move_the_tensors(
-    one_gpu: None, device: str, backends: dict[str, str], reason: str
+def test_groups_that_cannot_move_rows(
+    one_gpu: None, monkeypatch: pytest.MonkeyPatch, backends: dict[str, str], reason: str
 ) -> None:
-    with pytest.raises(ConfigurationError, match=f"device='{device}' .*{reason}"):
-        resolve_device(device, Group(**backends))
+    """They carry words of the nvlink engine, which moves rows itself, and no other engine."""
+    group = Group(**backends)
+    assert resolve_device("cuda", group) == CUDA
+    with pytest.raises(ConfigurationError, match=f"device='cuda:0' .*{reason}"):
+        choose_engine(config_with(engine="collective"), device=CUDA, group=group)
+    monkeypatch.setattr(build, "unavailable_reason", lambda *_: None)
+    assert choose_engine(config_with(), device=CUDA, group=group).name == "nvlink"
+    monkeypatch.setattr(build, "unavailable_reason", lambda *_: "a test")
+    with pytest.raises(EngineUnavailableError, match=f"a test; the collective engine .*{reason}"):
+        choose_engine(config_with(), device=CUDA, group=group)
+
+
+def test_groups_without_a_backend_for_the_host(one_gpu: None) -> None:
+    with pytest.raises(ConfigurationError, match="device='cpu' .*no backend for cpu tensors"):
+        resolve_device("cpu", Group(cuda="nccl"))
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_groups_that_can(one_gpu: None, device: torch.device) -> None:
-    assert resolve_device(device, Group(cpu="gloo", cuda="nccl")) == device
+    group = Group(cpu="gloo", cuda="nccl")
+    assert resolve_device(device, group) == device
+    assert choose_engine(config_with(engine="collective"), device=device, group=group)
+
+
+@pytest.mark.parametrize(
+    ("device", "backends", "words"),
+    [
+        (CUDA, {"cpu": "gloo"}, CPU),
+        (CUDA, {"cpu": "gloo", "cuda": "nccl"}, CPU),
+        (CUDA, {"cuda": "nccl"}, CUDA),
+        (CPU, {"cpu": "gloo"}, CPU),
+    ],
+)
+def test_where_words_are_exchanged(
+    device: torch.device, backends: dict[str, str], words: torch.device
+) -> None:
+    wire = Wire(Group(**backends), device=device, timeout_s=1.0)
+    assert wire.words_device == words

@@ -467,3 +467,25 @@ def test_low_latency_calls_say_whose_dispatch_they_use(gpu: FakeGpu) -> None:
     assert said[3] == said[4]
     assert said[3] not in (11, 12)
     assert said[5:] == [12, 12]
+
+
+def test_slot_weights_under_another_default_dtype() -> None:
+    """They are float32, whatever torch makes by default."""
+    config = MoECommunicatorConfig(
+        num_experts=2, hidden_size=16, topk=1, max_tokens_per_rank=3, device="cpu"
+    )
+    layout = TableLayout(config, num_ranks=1, num_local=2)
+    block = torch.zeros(layout.words(2), dtype=torch.int32)
+    layout.view(block, "rows_from").fill_(2)
+    layout.view(block, "choices").copy_(torch.tensor([[1], [0], [9]]))
+    weights = torch.tensor([[1.1], [2.3], [9.0]])
+    layout.view(block, "weights").view(torch.float32).copy_(weights)
+    route = Route((2,), 2, torch.zeros(2, 1), layout, block, None, True, None, 0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = route.slot_weights()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made is not None
+    assert made.dtype is torch.float32
+    assert made.tolist() == weights[[1, 0], 0].tolist()

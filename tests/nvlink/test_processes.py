@@ -43,6 +43,19 @@ def test_bits_equal_the_oracle(rank_pools, mode: str, ranks: int, layout: Dispat
 
 
 @MANY
+@MODES
+@pytest.mark.parametrize("check", [False, True])
+def test_groups_of_gloo(rank_pools, mode: str, ranks: int, check: bool) -> None:
+    """Ranks meet, agree and refuse through host tensors; rows never touch the group."""
+    fields = {**fields_of(mode), "check_inputs": check}
+    drawn = routings(usual(ranks, DispatchLayout.EXPERT_MAJOR))[:3]
+    results = rank_pools(ranks, "cuda").run(processes.over_gloo, drawn, fields, timeout_s=120)
+    for done, refused in results:
+        assert done == len(drawn)
+        assert "the process group has no backend for cuda tensors" in refused
+
+
+@MANY
 @LAYOUTS
 def test_communicators_that_share_memory(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     """In mode "ht"; for mode "ll", on two streams and in halves, see test_ll_processes.py."""

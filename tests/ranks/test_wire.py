@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from expertlink import PeerTimeoutError, layouts
+from expertlink import AbortError, ClosedError, PeerTimeoutError, layouts
 from expertlink.engines.ranks import status
 from expertlink.engines.ranks.wire import Peer, Wire
+from expertlink.launch import RankPool
+from support import words
 from support.small_calls import good, make
 
 CPU = torch.device("cpu")
@@ -107,3 +110,54 @@ def test_a_call_that_failed_to_finish_can_be_finished_later(
         engine: Any = comm._engine
         free = [storage.data_ptr() for storage in engine._workspace._free]
         assert len(set(free)) == len(free)
+
+
+# -- groups of other owners -----------------------------------------------------------------------
+
+
+class Owned(LostGroup):
+    """A group that must be left alone."""
+
+    def __getattr__(self, name: str) -> object:
+        raise AssertionError(f"{name} of a group that belongs to its owner")
+
+    def _get_backend(self, device: torch.device) -> object:
+        if device.type == "cpu":
+            raise RuntimeError("no backend for the host")
+        return object()
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 0)])
+def test_a_group_is_not_aborted(device: torch.device) -> None:
+    """Neither when this rank aborts nor when an error stops it in a call."""
+    answered = dist.HashStore()
+    group = Owned(answered)  # type: ignore[arg-type]
+    wire = Wire(group, device=device, timeout_s=1.0)
+    with pytest.raises(ValueError, match="boom"), wire.abort_on_error():
+        raise ValueError("boom")
+    wire.abort("twice")
+    with pytest.raises(ClosedError, match="boom"):
+        wire.check()
+    other = Wire(group, device=device, timeout_s=0.2)
+    other.enter("dispatch", 1)
+    error = other._diagnose(TimeoutError("late"), phase="dispatch", call=1, started=0.0)
+    assert isinstance(error, AbortError)
+
+
+def test_words_of_gpu_communicators_over_gloo(rank_pools) -> None:
+    """Handshake, texts and headers never touch the communicator's device."""
+    results = rank_pools(2).run(words.over_gloo, timeout_s=60)
+    for texts, placed, _ in results:
+        assert texts == ["rank 0", "rank 1"]
+        assert placed == ("meta", (0, 0, 1, 1, 2))
+    text = "combine #2 did not happen: rank 1 refused it: ValueError: no"
+    assert [refused for *_, refused in results] == [("PeerError", text), ("ValueError", "no")]
+
+
+def test_lost_words_over_gloo_end_in_time() -> None:
+    with RankPool(num_ranks=2) as pool:  # its group is of no use afterwards
+        mine, theirs = pool.run(words.absent, timeout_s=60)
+    kind, missing, waited = mine
+    assert (kind, missing) == ("PeerTimeoutError", (1,))
+    assert waited < 20
+    assert theirs == "away"

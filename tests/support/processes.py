@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expertlink import DispatchOutput, MoECommunicator
+from expertlink import ConfigurationError, DispatchOutput, MoECommunicator
 from expertlink.launch import RankContext
 from support import decode, jobs
 from support.cases import LL
@@ -238,6 +238,19 @@ def shared_memory(ctx: RankContext, cases: list[Case]) -> int:
                     check_output(case, ctx.rank, out, static=True)
                     jobs.combine_case(comm, case, handle, "combine on its stream")
     return len(cases)
+
+
+def over_gloo(ctx: RankContext, cases: list[Case], fields: dict[str, Any]) -> tuple[int, str]:
+    """The contract over a group that cannot move tensors of GPUs, and what `collective` says."""
+    group = dist.new_group(backend="gloo")
+    with torch.no_grad():
+        done = jobs.contract(ctx, cases, group=group, **fields)
+    config = config_of(cases[0], ctx.device, group=group, engine="collective")
+    try:
+        MoECommunicator(config)
+    except ConfigurationError as error:
+        return done, str(error)
+    return done, ""
 
 
 def ht_shared_memory(ctx: RankContext, pairs: list[tuple[Case, Case]]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,8 +11,9 @@ from expertlink.config import NVLINK_ONLY, MoECommunicatorConfig
 from expertlink.engines.base import Engine
 from expertlink.engines.collective.engine import CollectiveEngine
 from expertlink.engines.nvlink import build
+from expertlink.engines.ranks.handshake import cannot_move
 from expertlink.engines.ranks.wire import Wire
-from expertlink.errors import EngineUnavailableError
+from expertlink.errors import ConfigurationError, EngineUnavailableError
 from expertlink.routing import Placement
 
 
@@ -23,13 +25,19 @@ class EngineChoice:
     reason: str
 
 
-def choose_engine(config: MoECommunicatorConfig, *, device: torch.device) -> EngineChoice:
+def choose_engine(
+    config: MoECommunicatorConfig, *, device: torch.device, group: Any | None = None
+) -> EngineChoice:
     """The engine for a configuration, as far as this rank can tell alone.
 
     Raises:
-        EngineUnavailableError: the requested engine cannot run here.
+        ConfigurationError: `engine="collective"` with a group that cannot move the rows.
+        EngineUnavailableError: the requested engine cannot run here, or none can.
     """
     if config.engine == "collective":
+        hindrance = cannot_move(group, device)
+        if hindrance is not None:
+            raise ConfigurationError(f"device={str(device)!r} is not possible: {hindrance}")
         return EngineChoice("collective", "engine='collective' was asked for")
     reason = build.unavailable_reason(config, device) or _not_in_mode(config)
     if reason is None:
@@ -41,7 +49,7 @@ def choose_engine(config: MoECommunicatorConfig, *, device: torch.device) -> Eng
         return EngineChoice("nvlink", asked)
     if _must_be_nvlink(config):
         raise _unavailable(config, reason)
-    return EngineChoice("collective", f"the nvlink engine cannot be used: {reason}")
+    return _collective(f"the nvlink engine cannot be used: {reason}", group, device)
 
 
 def build_engine(
@@ -71,7 +79,7 @@ def build_engine(
         texts = wire.gather_text("" if choice.name == "nvlink" else choice.reason)
         reasons = [text for text in texts if text]
         if reasons:
-            choice = EngineChoice("collective", reasons[0])
+            choice = _collective(reasons[0], wire.group, wire.device)
     if choice.name == "nvlink":
         try:
             engine: Engine = build.build(
@@ -85,9 +93,23 @@ def build_engine(
         except EngineUnavailableError as error:
             if _must_be_nvlink(config):
                 raise _unavailable(config, str(error)) from error
-            choice = EngineChoice("collective", f"the nvlink engine cannot be used: {error}")
+            reason = f"the nvlink engine cannot be used: {error}"
+            choice = _collective(reason, wire.group, wire.device)
     engine = CollectiveEngine(config, wire=wire, placement=placement, check_inputs=check_inputs)
     return choice, engine
+
+
+def _collective(reason: str, group: Any | None, device: torch.device) -> EngineChoice:
+    """The choice of torch.distributed in place of the other engine, if the group moves rows.
+
+    Ranks have groups of the same backends, so what they choose together is refused on all of them.
+    """
+    hindrance = cannot_move(group, device)
+    if hindrance is not None:
+        raise EngineUnavailableError(
+            f"no engine can be used: {reason}; the collective engine cannot move rows: {hindrance}"
+        )
+    return EngineChoice("collective", reason)
 
 
 def _not_in_mode(config: MoECommunicatorConfig) -> str | None:

@@ -44,7 +44,8 @@ def scaling_experts(
     else:
         rows = out.tokens.to(dtype, copy=True)
     # One more, for "no expert": a rank may hold none.
-    padded = torch.tensor([*(_factor(expert) for expert in local_experts), 1.0], device=rows.device)
+    factors = [*(_factor(expert) for expert in local_experts), 1.0]
+    padded = torch.tensor(factors, dtype=torch.float32, device=rows.device)
     factors = padded[:-1]
     counts = out.num_tokens_per_expert.to(torch.int64)
     if out.layout is DispatchLayout.FLAT:
@@ -71,7 +72,7 @@ def scaling_experts(
 
 def _received(out: DispatchOutput) -> Tensor:
     """Leading shape of the tokens (TOKEN_MAJOR, RANK_MAJOR), bool: where a rank got a row."""
-    places = torch.arange(out.tokens.shape[-2], device=out.tokens.device)
+    places = torch.arange(out.tokens.shape[-2], dtype=torch.int64, device=out.tokens.device)
     counts_R = out.num_tokens_per_rank
     if counts_R is None:
         return torch.ones(out.tokens.shape[:-1], dtype=torch.bool, device=places.device)
@@ -90,7 +91,9 @@ def expected_sum(
     if block_format is not None:
         q_TH, scales = quantize(x_TH, block_format)
         x_TH = dequantize(q_TH, scales, block_format)
-    factors = torch.tensor([_factor(expert) for expert in range(num_experts)], device=x_TH.device)
+    factors = torch.tensor(
+        [_factor(expert) for expert in range(num_experts)], dtype=torch.float32, device=x_TH.device
+    )
     weight = topk_weights_TK * factors[topk_ids_TK.clamp(min=0)]
     return x_TH.float() * torch.where(topk_ids_TK >= 0, weight, 0.0).sum(dim=1, keepdim=True)
 

@@ -115,7 +115,7 @@ def draw_routing(
     """
     if not 1 <= topk <= experts:
         raise InputError(f"topk={topk}: from 1 to experts={experts} is possible")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + index)
     total = sum(tokens_per_rank)
     if spec.name == "trace":
         ids_NK = _trace_ids(trace, tokens_per_rank, experts, topk, index)
@@ -127,7 +127,9 @@ def draw_routing(
         ids_NK = _balanced_ids(total, experts, topk, generator)
         if spec.name == "masked":
             ids_NK = _mask(ids_NK, spec.parameter or 0.0, generator)
-    weights_NK = torch.softmax(torch.randn(total, topk, generator=generator), dim=-1)
+    weights_NK = torch.softmax(
+        torch.randn((total, topk), generator=generator, dtype=torch.float32, device="cpu"), dim=-1
+    )
     return [
         RankRouting(ids_TK.contiguous(), weights_TK.contiguous())
         for ids_TK, weights_TK in zip(
@@ -148,8 +150,8 @@ def draw_token_counts(*, ranks: int, tokens: int, uneven: bool, seed: int) -> li
     """
     if not uneven or ranks == 1:
         return [tokens] * ranks
-    generator = torch.Generator().manual_seed(seed)
-    middle = torch.randint(0, tokens + 1, (ranks - 2,), generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    middle = torch.randint(0, tokens + 1, (ranks - 2,), generator=generator, device="cpu").tolist()
     order = torch.randperm(ranks, generator=generator).tolist()
     counts = [tokens, 0, *middle]
     return [int(counts[place]) for place in order]
@@ -162,11 +164,12 @@ def _balanced_ids(total: int, experts: int, topk: int, generator: torch.Generato
     a token spans two permutations, the second one is reordered so that no expert repeats.
     """
     if total == 0 or topk == 0:
-        return torch.zeros(total, topk, dtype=torch.int64)
+        return torch.zeros(total, topk, dtype=torch.int64, device="cpu")
     rounds = math.ceil(total * topk / experts)
-    order_PE = torch.rand(rounds, experts, generator=generator).argsort(dim=-1)
+    drawn_PE = torch.rand((rounds, experts), generator=generator, dtype=torch.float32, device="cpu")
+    order_PE = drawn_PE.argsort(dim=-1)
     if experts % topk:
-        order_PE = torch.tensor(_without_repeats(order_PE.tolist(), topk))
+        order_PE = torch.tensor(_without_repeats(order_PE.tolist(), topk), device="cpu")
     ids_NK = order_PE.flatten()[: total * topk].view(total, topk)
     return ids_NK[torch.randperm(total, generator=generator)]
 
@@ -193,18 +196,20 @@ def _zipf_ids(
 
     Kool et al., "Stochastic Beams and Where to Find Them", 2019.
     """
-    popularity_E = -skew * torch.arange(1, experts + 1, dtype=torch.float64).log()
-    popularity_E = popularity_E[torch.randperm(experts, generator=generator)]
-    uniform_NE = torch.rand(total, experts, generator=generator, dtype=torch.float64)
+    popularity_E = -skew * torch.arange(1, experts + 1, dtype=torch.float64, device="cpu").log()
+    popularity_E = popularity_E[torch.randperm(experts, generator=generator, device="cpu")]
+    uniform_NE = torch.rand(
+        (total, experts), generator=generator, dtype=torch.float64, device="cpu"
+    )
     gumbel_NE = -(-uniform_NE.clamp_(min=1e-300).log()).clamp_(min=1e-300).log()
     return (gumbel_NE + popularity_E).topk(topk, dim=-1).indices
 
 
 def _one_hot_ids(total: int, experts: int, topk: int, generator: torch.Generator) -> Tensor:
-    hot = int(torch.randint(0, experts, (1,), generator=generator))
+    hot = int(torch.randint(0, experts, (1,), generator=generator, device="cpu"))
     rest = _balanced_ids(total, experts - 1, topk - 1, generator)
     rest = rest + (rest >= hot).to(torch.int64)  # the numbers around the hot expert
-    return torch.cat((torch.full((total, 1), hot, dtype=torch.int64), rest), dim=1)
+    return torch.cat((torch.full((total, 1), hot, dtype=torch.int64, device="cpu"), rest), dim=1)
 
 
 def _mask(ids_NK: Tensor, fraction: float, generator: torch.Generator) -> Tensor:

@@ -106,6 +106,7 @@ class Returns:
                 Operation.COMBINE,
                 num_experts=self._config.num_experts,
                 max_tokens=self._config.max_tokens_per_rank,
+                device=self._wire.device,
                 subject=route.call,
                 maker=route.maker,
                 metadata_bytes=self._metadata_bytes(call),
@@ -134,6 +135,7 @@ class Returns:
                 Operation.WEIGHT_GRADS,
                 num_experts=self._config.num_experts,
                 max_tokens=self._config.max_tokens_per_rank,
+                device=self._wire.device,
                 subject=route.call,
                 maker=route.maker,
             )

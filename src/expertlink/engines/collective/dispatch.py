@@ -156,6 +156,7 @@ class Dispatcher:
                 Operation.CACHED_DISPATCH,
                 num_experts=self._placement.num_experts,
                 max_tokens=self._config.max_tokens_per_rank,
+                device=self._wire.device,
                 subject=cached.call,
                 maker=cached.maker,
                 row_bytes=metadata.row_bytes(call.x_TW),
@@ -205,7 +206,8 @@ class Dispatcher:
         rows = self._pack_rows(call.x_TW, route.token_of_row)
         packed = None
         if metadata.width(call):
-            row = torch.arange(len(route.token_of_row), device=rows.device)[:, None]
+            count = len(route.token_of_row)
+            row = torch.arange(count, dtype=torch.int64, device=rows.device)[:, None]
             here_nK = route.row_of_choice[route.token_of_row] == row
             packed = metadata.pack(call, route.token_of_row, here_nK.to(torch.int32) - 1)
         return Packed(route.token_of_row, rows, packed)

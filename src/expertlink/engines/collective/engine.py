@@ -123,6 +123,7 @@ class CollectiveEngine:
                     operation,
                     num_experts=self._config.num_experts,
                     max_tokens=self._config.max_tokens_per_rank,
+                    device=self._wire.device,
                     refused=error,
                 )
         raise error

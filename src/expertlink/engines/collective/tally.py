@@ -44,7 +44,7 @@ class Tally:
         totals = self._totals
         if totals is None:
             return
-        rows = torch.tensor([splits.send, splits.receive], device="cpu")
+        rows = torch.tensor([splits.send, splits.receive], dtype=torch.int64, device="cpu")
         nbytes = rows * row_bytes
         nbytes[:, self._rank] = 0
         table = torch.cat([rows, nbytes]).to(totals.rows_sent.device, non_blocking=True)

@@ -90,7 +90,7 @@ class SymmetricBuffer:
     def close(self) -> None:
         """Lets go of the memory; peers that still hold it keep it alive."""
         self._handle = None
-        self.local = torch.empty(0, dtype=torch.uint8)
+        self.local = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _leave(in_use: list[int], members: set[int]) -> None:

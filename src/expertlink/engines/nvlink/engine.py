@@ -168,6 +168,7 @@ class NvlinkEngine:
             operation,
             num_experts=self._placement.num_experts,
             max_tokens=self._config.max_tokens_per_rank,
+            device=self._wire.words_device,
             refused=refused,
             row_bytes=row_bytes,
             metadata_bytes=metadata_bytes,

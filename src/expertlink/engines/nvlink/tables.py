@@ -179,14 +179,15 @@ class Route:
         if not self.weighted:
             return None
         total = math.prod(self.shape)
-        row = torch.arange(self.layout.rows, device=self.block.device)
+        row = torch.arange(self.layout.rows, dtype=torch.int64, device=self.block.device)
         if self.layout.dense:
             filled = row < self.table("rows_from").sum()
         else:
             position = row.view(self.layout.num_ranks, -1) - row[:: self.layout.max_tokens, None]
             filled = (position < self.table("rows_from")[:, None]).view(-1)
         slots = torch.where(filled[:, None], self.table("choices"), -1).reshape(-1)
-        weights = torch.zeros(total + 1, device=self.block.device)  # the last takes what has none
+        # The last one takes what has none.
+        weights = torch.zeros(total + 1, dtype=torch.float32, device=self.block.device)
         target = torch.where(slots >= 0, slots, total).to(torch.int64)
         weights[target] = self.table("weights").reshape(-1)
         return weights[:total].view(self.shape)

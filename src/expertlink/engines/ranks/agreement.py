@@ -79,7 +79,7 @@ class Agreement:
         self._max_tokens = max_tokens
         self._refused = refused
         words = header.numel()
-        if wire.device.type == "cpu":
+        if header.device.type == "cpu":
             header = _padded(header)
         received = header.new_empty((wire.num_ranks, header.numel()))
         self._received = received[:, :words]
@@ -164,6 +164,7 @@ def begin_agreement(
     *,
     num_experts: int,
     max_tokens: int,
+    device: torch.device,
     refused: Exception | None = None,
     row_bytes: int = 0,
     metadata_bytes: int = 0,
@@ -177,6 +178,7 @@ def begin_agreement(
         operation: what this rank is about to do.
         num_experts: E; every header has room for E counts.
         max_tokens: T_max.
+        device: where the headers are exchanged, alike on all ranks.
         refused: why this rank refuses the call, or None.
         row_bytes: bytes of a row.
         metadata_bytes: bytes of metadata per row.
@@ -193,9 +195,7 @@ def begin_agreement(
         subject=subject,
         maker=maker,
     )
-    header = build_header(
-        fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=wire.device
-    )
+    header = build_header(fields, num_ranks=wire.num_ranks, num_experts=num_experts, device=device)
     return Agreement(wire, operation, header, max_tokens=max_tokens, refused=refused)
 
 
@@ -205,6 +205,7 @@ def agree(
     *,
     num_experts: int,
     max_tokens: int,
+    device: torch.device,
     refused: Exception | None = None,
     row_bytes: int = 0,
     metadata_bytes: int = 0,
@@ -221,6 +222,7 @@ def agree(
         operation,
         num_experts=num_experts,
         max_tokens=max_tokens,
+        device=device,
         refused=refused,
         row_bytes=row_bytes,
         metadata_bytes=metadata_bytes,

@@ -159,7 +159,8 @@ def resolve_device(requested: torch.device | str | None, group: Any | None) -> t
     None: CUDA's current device if there is one and the group can use it, else CPU.
 
     Raises:
-        ConfigurationError: there is no such device, or the group cannot move its tensors.
+        ConfigurationError: there is no such device, or the group has no backend for the host, where
+            that is the device. Whether it can move rows of a GPU is asked where an engine needs it.
     """
     if requested is None:
         usable = group is None or "nccl" in str(group.name()).lower()
@@ -178,14 +179,16 @@ def resolve_device(requested: torch.device | str | None, group: Any | None) -> t
                 f"device={str(requested)!r} is not possible: this process sees {found} GPUs"
             )
         device = torch.device("cuda", index)
-    reason = None if group is None or group.size() == 1 else _cannot_move(group, device)
-    if reason is not None:
+    reason = cannot_move(group, device)
+    if reason is not None and device.type == "cpu":
         raise ConfigurationError(f"device={str(requested)!r} is not possible: {reason}")
     return device
 
 
-def _cannot_move(group: Any, device: torch.device) -> str | None:
+def cannot_move(group: Any | None, device: torch.device) -> str | None:
     """Why a process group cannot exchange tensors of a device, as far as torch tells."""
+    if group is None or group.size() == 1:
+        return None
     try:
         backend = group._get_backend(device).name().lower()
     except RuntimeError:

@@ -111,7 +111,7 @@ def build_header(
         suspect: bool scalar on the device; true raises the status.
     """
     header = torch.zeros(NUM_FIELDS + num_ranks + num_experts, dtype=torch.int32, device="cpu")
-    header[:NUM_FIELDS] = torch.tensor(astuple(fields), device="cpu")
+    header[:NUM_FIELDS] = torch.tensor(astuple(fields), dtype=torch.int32, device="cpu")
     header = header.to(device, non_blocking=True)
     if rows_per_rank is not None:
         header[NUM_FIELDS : NUM_FIELDS + num_ranks] = rows_per_rank

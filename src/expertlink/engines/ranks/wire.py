@@ -89,12 +89,24 @@ class Transfer:
         self._wait()
 
 
+def _words_device(group: Any | None, device: torch.device) -> torch.device:
+    """The host, if the group can exchange what lies there; see `Wire.words_device`."""
+    host = torch.device("cpu")
+    if group is None or group.size() == 1 or device.type == "cpu":
+        return host
+    try:
+        group._get_backend(host)
+    except (AttributeError, RuntimeError):  # not one of torch's own groups; NCCL alone
+        return device
+    return host
+
+
 class Wire:
     """The ranks' connection, for one communicator. Without a group it connects one rank to itself.
 
     Args:
         group: the process group, or None for a single rank.
-        device: where the tensors live that are exchanged.
+        device: where the communicator's tensors live.
         timeout_s: bound of every wait, in seconds.
 
     Attributes:
@@ -102,6 +114,8 @@ class Wire:
         number: identifies the communicator, the same on all ranks.
         phase: what this rank is doing, for messages.
         call: sequence number of the current call, counted alike on all ranks.
+        words_device: where texts, and headers of calls that move nothing through the group, are
+            exchanged: the host, unless the group has a backend for GPUs alone.
     """
 
     def __init__(self, group: Any | None, *, device: torch.device, timeout_s: float) -> None:
@@ -109,6 +123,7 @@ class Wire:
         self.rank: int = 0 if group is None else group.rank()
         self.num_ranks: int = 1 if group is None else group.size()
         self.device = device
+        self.words_device = _words_device(group, device)
         self.timeout_s = timeout_s
         self.peers: list[Peer] = []
         self.number = 0
@@ -162,8 +177,7 @@ class Wire:
         if self._broken is None:
             self._broken = f"rank {self.rank} aborted: {reason}"
         self.publish_abort(reason)
-        if self.device.type == "cpu":
-            self._disconnect()
+        self._disconnect()
 
     def publish_abort(self, reason: str) -> None:
         """Publishes that this rank aborted. Takes a bounded time and raises nothing."""
@@ -207,8 +221,6 @@ class Wire:
             if self._broken is None:
                 name = type(error).__name__
                 self.abort(f"{name}: {error}" if str(error) else name)
-                if self.device.type == "cuda":
-                    self._disconnect()
             raise
 
     def exchange(
@@ -220,14 +232,17 @@ class Wire:
     ) -> Transfer:
         """Starts an all-to-all over the first dimension; without splits, in equal parts.
 
-        The transfer keeps `send` and `receive` alive.
+        The group's backend for the tensors' device moves them. The transfer keeps them alive.
         """
         if self.group is None or self.num_ranks == 1:
             receive.copy_(send)
             return Transfer(lambda: None)
-        group, options = self.group, self._bounded(AllToAllOptions())
+        on_host = not send.is_cuda
+        group, options = self.group, self._bounded(AllToAllOptions(), on_host=on_host)
         splits = (list(receive_splits), list(send_splits))
-        return self._start(lambda: group.alltoall_base(receive, send, *splits, options))
+        return self._start(
+            lambda: group.alltoall_base(receive, send, *splits, options), on_host=on_host
+        )
 
     def gather(self, row: Tensor, rows: Tensor) -> Transfer:
         """Starts an all-gather: `rows [R, ...]` receives the `row` of every rank."""
@@ -236,21 +251,24 @@ class Wire:
             return Transfer(lambda: None)
         if not row.is_cuda:  # gloo gathers in a ring, in R - 1 steps
             return self.exchange(row.repeat(self.num_ranks, 1), rows)
-        group, options = self.group, self._bounded(AllgatherOptions())
-        return self._start(lambda: group._allgather_base(rows, row, options))
+        group, options = self.group, self._bounded(AllgatherOptions(), on_host=False)
+        return self._start(lambda: group._allgather_base(rows, row, options), on_host=False)
 
-    def _bounded(self, options: Any) -> Any:
+    def _bounded(self, options: Any, *, on_host: bool) -> Any:
         options.asyncOp = True
-        options.timeout = datetime.timedelta(seconds=self.timeout_s)
+        # On GPUs the host bounds its own waits. When an operation of NCCL expires torch ends the
+        # process, so that bound is left to the group's owner.
+        if on_host:
+            options.timeout = datetime.timedelta(seconds=self.timeout_s)
         return options
 
-    def _start(self, issue: Callable[[], Any]) -> Transfer:
+    def _start(self, issue: Callable[[], Any], *, on_host: bool) -> Transfer:
         phase, call, started = self.phase, self.call, time.monotonic()
         try:
             work = issue()
         except RuntimeError as error:
             raise self._diagnose(error, phase=phase, call=call, started=started) from error
-        if self.device.type == "cpu":
+        if on_host:
             self._under_way = {old for old in self._under_way if not old.is_completed()}
             self._under_way.add(work)
 
@@ -258,7 +276,10 @@ class Wire:
             self.check()
             with self.abort_on_error():
                 try:
-                    self._complete(work, phase=phase, call=call, started=started)
+                    if on_host:
+                        self._complete(work, phase=phase, call=call, started=started)
+                    else:
+                        work.wait()  # orders the current stream
                 except ExpertlinkError:
                     raise
                 except (RuntimeError, TimeoutError) as error:
@@ -267,10 +288,7 @@ class Wire:
         return Transfer(wait, keep=issue)
 
     def _complete(self, work: Any, *, phase: str, call: int, started: float) -> None:
-        """Waits for an operation: the host on CPU, the current stream on CUDA."""
-        if self.device.type != "cpu":
-            work.wait()
-            return
+        """Waits for an operation on the host."""
         watch = self._watch_aborts()
         while True:
             try:
@@ -307,16 +325,14 @@ class Wire:
         )
 
     def _disconnect(self) -> None:
-        """Ends operations under way. The process group cannot be used afterwards.
+        """Ends operations under way on the host. Those of gloo cannot be continued afterwards.
 
-        Otherwise they would block the stream, or the group's destructor, until their time-out.
+        Otherwise they would block the group's destructor until their time-out. Operations of NCCL
+        are left alone: only the group's owner may abort it. So is a group that carries nothing but
+        words: its owner may have other uses for it, and words end by themselves.
         """
         group = self.group
-        if group is None or self.num_ranks == 1:
-            return
-        if self.device.type == "cuda":
-            with contextlib.suppress(RuntimeError, AttributeError):
-                group.abort()
+        if group is None or self.num_ranks == 1 or self.device.type != "cpu":
             return
         # gloo has no abort, but a receive that expires closes all connections. A receive from a
         # rank that has closed its connection fails at once and closes nothing: try every rank.
@@ -431,8 +447,9 @@ class Wire:
     def gather_text(self, text: str) -> list[str]:
         """Every rank's text, cut to 2048 bytes. Collective; waits."""
         raw = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-        row = torch.tensor(list(raw), dtype=torch.uint8, device=self.device)
-        received = torch.empty((self.num_ranks, _TEXT_BYTES), dtype=torch.uint8, device=self.device)
+        device = self.words_device
+        row = torch.tensor(list(raw), dtype=torch.uint8, device=device)
+        received = torch.empty((self.num_ranks, _TEXT_BYTES), dtype=torch.uint8, device=device)
         rows = self.to_host(received, self.gather(row, received))
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows.unbind()]
 
