@@ -32,7 +32,7 @@ def test_the_estimate_of_the_collective_engine() -> None:
     with make() as comm:
         estimate = comm.memory_estimate()
         rows = T * H * 4  # one rank: every token is sent once, to itself
-        header = 4 * (8 + 1 + E)  # int32: fields, rows for each rank, choices of each expert
+        header = 4 * (9 + 1 + E)  # int32: fields, rows for each rank, choices of each expert
         assert estimate == {
             "rows sent": rows,
             "rows received": rows,
