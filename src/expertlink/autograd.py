@@ -1,9 +1,9 @@
 """Differentiable dispatch and combine over any engine.
 
 Backward of dispatch is an unweighted combine of the rows' gradients; backward of combine is a
-cached dispatch of the tokens' gradients, scaled by the routing weights where combine applied them.
-Gradients of the weights travel back as `[T, K]` numbers. Rounding on the wire passes gradients
-unchanged.
+cached dispatch of the tokens' gradients, scaled in place by the routing weights where combine
+applied them. Gradients of the weights travel back as `[T, K]` numbers. Rounding on the wire passes
+gradients unchanged.
 
 Both are collective, so which calls autograd tracks must not depend on what a rank received: the
 expert outputs of a rank without rows have no graph. A dispatch is tracked where its own tensors
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
 from expertlink.gradients import TrackedDispatch, anchor_of, needs_grad, without_gradients
-from expertlink.reduction import accumulator_dtype
+from expertlink.reduction import weighted_backward
 from expertlink.types import Anchor, DispatchHandle
 
 
@@ -182,13 +182,13 @@ class _Combine(torch.autograd.Function):
             DispatchCall(x_TW=grad_TH.contiguous(), previous=ctx.state, zero_padding=True)
         )
         arrived.finish()
-        grad_rows = arrived.output.tokens
-        grad_weights = None
-        if rows is not None:
-            wide = accumulator_dtype(rows.dtype)
-            per_slot = (grad_rows.to(wide) * rows.to(wide)).sum(dim=-1)
-            grad_weights = ctx.engine.weight_grads(ctx.state, per_slot)
+        grad_rows, grad_weights = arrived.output.tokens, None
         slot_weights = ctx.engine.slot_weights(ctx.state) if ctx.weighted else None
         if slot_weights is not None:
-            grad_rows = (grad_rows * slot_weights.unsqueeze(-1)).to(grad_rows.dtype)
+            # What arrived belongs to nobody else: it becomes the result.
+            per_slot = weighted_backward(
+                grad_rows, slot_weights, rows, kernel=ctx.engine.backward_kernel
+            )
+            if per_slot is not None:
+                grad_weights = ctx.engine.weight_grads(ctx.state, per_slot)
         return grad_rows, grad_weights, None, None, None, None

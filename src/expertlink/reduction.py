@@ -1,4 +1,6 @@
-"""The roundings of combine, in plain torch: the definition that every engine reproduces.
+"""The roundings of combine and of its backward, in plain torch: every engine reproduces them.
+
+Combine:
 
     acc = +0.0;  for each term in order:  acc = round(acc + round(weight * row))
 
@@ -11,6 +13,15 @@ is skipped, which equals adding +0.0: the accumulator can never be -0.0.
                of the token's experts there, in top-k order, itself such a sum and rounded to the
                wire type
     "exact"    one term per choice, in top-k order: weight and row of that expert
+
+Backward of a weighted row. The row's gradient is round(grad * weight), rounded once. The weight's
+is the sum over the row of round(grad * row), in 256 parts:
+
+    part[h mod 256] = round(part[h mod 256] + round(grad[h] * row[h]))     ascending h, from +0.0
+    then neighbours are added, 256 parts to 128, to 64, ... to 1
+
+256 parts are what a warp of a GPU adds up side by side when each lane loads 16 bytes of 2-byte
+elements. Parts that a short row has no element for are +0.0, which changes no sum.
 """
 
 from __future__ import annotations
@@ -24,6 +35,10 @@ from torch import Tensor
 from expertlink.workspace import Workspace
 
 SumKernel = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
+BackwardKernel = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
+
+PARTS = 256
+"""Sums that the gradient of a weight is made of."""
 
 _CHUNK_BYTES = 384 << 10  # sums made at a time: fewer cost more calls, more miss the cache
 
@@ -127,3 +142,73 @@ def _sum_by_columns(
                 term = term * weights_MC[:, column, None].to(wide)
             acc = torch.where((slots >= 0)[:, None], acc + term, acc)
         out[:, begin : begin + step] = acc.to(out.dtype)
+
+
+def weighted_backward(
+    grads: Tensor,
+    weights: Tensor,
+    rows: Tensor | None = None,
+    *,
+    kernel: BackwardKernel | None = None,
+) -> Tensor | None:
+    """Backward of rows that combine multiplied by weights; scales the gradients in place.
+
+        result[s] = sum over h of grads[s, h] * rows[s, h];   grads[s, h] *= weights[s]
+
+    Every slot is treated alike, also those that no row fills. There the gradients are zero and stay
+    zero, and the result is whatever `rows` give, NaN included: it belongs to no choice.
+
+    Args:
+        grads: `[..., H]` contiguous gradients of the weighted rows; become those of the rows.
+        weights: `[...]` contiguous, float32 (float64 for float64 rows).
+        rows: `[..., H]` of the same dtype; None: only scale.
+        kernel: does it on a GPU in one pass. None: plain torch, some rows at a time.
+
+    Returns:
+        `[...]` gradient of every slot's weight, float32 (float64 for float64 rows); None without
+        `rows`.
+    """
+    sums = None if rows is None else torch.empty_like(weights)
+    if grads.numel() == 0:
+        return sums
+    grads_SH, weights_S = grads.flatten(0, -2), weights.flatten()
+    rows_SH = None if rows is None else rows.flatten(0, -2).contiguous()
+    sums_S = None if sums is None else sums.flatten()
+    if kernel is not None:
+        kernel(grads_SH, weights_S, rows_SH, sums_S)
+    else:
+        _backward_in_chunks(grads_SH, weights_S, rows_SH, sums_S)
+    return sums
+
+
+def _backward_in_chunks(
+    grads_SH: Tensor, weights_S: Tensor, rows_SH: Tensor | None, sums_S: Tensor | None
+) -> None:
+    """A few rows at a time: few are wide at once, and on CPU they stay in the cache."""
+    wide = accumulator_dtype(grads_SH.dtype)
+    total, hidden = grads_SH.shape
+    chunk = _CHUNK_BYTES * (256 if grads_SH.is_cuda else 1)  # a GPU wants fewer, larger operations
+    step = min(total, max(1, chunk // (hidden * wide.itemsize)))
+    wide_grads = torch.empty((step, hidden), dtype=wide, device=grads_SH.device)
+    products = None if rows_SH is None else torch.empty_like(wide_grads)
+    for begin in range(0, total, step):
+        grads = grads_SH[begin : begin + step]
+        grad_MH = wide_grads[: len(grads)].copy_(grads)
+        if rows_SH is not None and products is not None and sums_S is not None:
+            product_MH = products[: len(grads)].copy_(rows_SH[begin : begin + step])
+            sums_S[begin : begin + step] = _sum_in_parts(product_MH.mul_(grad_MH))
+        grads.copy_(grad_MH.mul_(weights_S[begin : begin + step, None]))
+
+
+def _sum_in_parts(terms_MH: Tensor) -> Tensor:
+    """`[M]` sums over the rows, in the order that is defined above."""
+    hidden = terms_MH.shape[1]
+    # Parts of a short row without an element are left out.
+    parts = min(PARTS, 1 << (hidden - 1).bit_length())
+    sums = terms_MH.new_zeros((len(terms_MH), parts))
+    for first in range(0, hidden, parts):
+        terms = terms_MH[:, first : first + parts]
+        sums[:, : terms.shape[1]] += terms
+    while sums.shape[1] > 1:
+        sums = sums[:, 0::2] + sums[:, 1::2]
+    return sums[:, 0]

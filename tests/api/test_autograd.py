@@ -67,6 +67,25 @@ def test_gradients_in_bfloat16(rank_pools, layout: DispatchLayout) -> None:
         assert max(worst.values()) < 0.05, worst
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+@LAYOUTS
+def test_bits_of_backward(rank_pools, layout: DispatchLayout, dtype: torch.dtype) -> None:
+    """One order and one rounding, for rows of any width; garbage in padding goes nowhere."""
+    tokens = (5, 0, 4)
+    narrow = Case(tokens, 8, experts=7, topk=3, layout=layout, dtype=dtype, masked=0.3, seed=1)
+    odd = Case(tokens, 41, experts=4, topk=2, layout=layout, dtype=dtype, masked=0.2, seed=2)
+    wide = Case((2, 1, 3), 1000, experts=5, topk=2, layout=layout, dtype=dtype, seed=3)
+    plain = dataclasses.replace(narrow, weighted=False)
+    cases = [narrow, odd, wide, plain, dataclasses.replace(odd, placement="bare")]
+    if layout is DispatchLayout.FLAT:
+        cases.append(dataclasses.replace(odd, alignment=4))
+    if layout.expanded:
+        cases.append(dataclasses.replace(odd, precision="exact"))
+    rank_pools(3).run(training.backward_bits, cases, timeout_s=120)
+
+
 @LAYOUTS
 def test_weight_gradients_return_to_their_choice(rank_pools, layout: DispatchLayout) -> None:
     case = Case((5, 0, 4), 4, experts=7, topk=3, layout=layout, dtype=torch.float32, masked=0.3)

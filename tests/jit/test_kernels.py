@@ -10,6 +10,7 @@ import torch
 
 from expertlink import EngineUnavailableError
 from expertlink.bench import ceilings, flag_latency
+from expertlink.engines import weighted_backward
 from expertlink.engines.collective import ordered_sum, send_order
 from expertlink.jit import compiler
 from expertlink.jit.compiler import compile_kernel
@@ -19,12 +20,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Most registers per thread and bytes of shared memory per block: 256 threads a block.
 BUDGETS = {
+    "backward/weighted_backward": (64, 0),
     "bench/ceiling": (64, 1024),
     "bench/flag_latency": (32, 0),
     "collective/ordered_sum": (64, 1024),
     "collective/send_order": (96, 24 << 10),
 }
 PRELUDES = {
+    "backward/weighted_backward": weighted_backward.PRELUDE,
     "bench/ceiling": ceilings.PRELUDE,
     "bench/flag_latency": flag_latency.ARGUMENTS.declaration,
     "collective/ordered_sum": ordered_sum.PRELUDE,
@@ -32,6 +35,11 @@ PRELUDES = {
 }
 INSTANCES = [
     ("bench/flag_latency", "flag_latency"),
+    *(
+        ("backward/weighted_backward", instance)
+        for dtype in DTYPES
+        for instance in weighted_backward.instances(dtype).values()
+    ),
     *(("bench/ceiling", f"{kind}_rows") for kind in ceilings.KINDS),
     *(
         ("collective/ordered_sum", instance)

@@ -27,6 +27,7 @@ from expertlink.engines.nvlink.launch import KernelName, Launch, compile_program
 from expertlink.engines.nvlink.ll.mode import LlMode
 from expertlink.engines.nvlink.tuning import SHARED_BYTES, STATIC_BYTES
 from expertlink.engines.ranks.wire import Transfer, Wire
+from expertlink.engines.weighted_backward import WeightedBackward
 from expertlink.jit.kernel import Arguments, Field, Struct, architecture, load_kernel
 from expertlink.routing import Placement, even_blocks
 from support.cases import LL, MANY_RANKS, SMS
@@ -183,6 +184,9 @@ class Fleet:
             name: load_kernel(DEVICE, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
             for name, code in compiled.items()
         }
+        self.backward_kernel = None
+        if config.layout.expanded:
+            self.backward_kernel = WeightedBackward(DEVICE, dtype=config.dtype)
         self.max_warps = max_warps or (tuning.LL_DISPATCH_WARPS if self.mode is LlMode else 4)
         self._buffers: list[Tensor] = []
         if host is not None:
@@ -313,6 +317,7 @@ class HostedCommunicator(MoECommunicator):
             memory=memory,
             run=run,
             check_inputs=self._check,
+            backward_kernel=fleet.backward_kernel,
             max_warps=fleet.max_warps,
         )
         self._use(engine, fleet.placement)

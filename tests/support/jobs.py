@@ -75,7 +75,7 @@ def check_output(case: Case, rank: int, out: DispatchOutput, *, static: bool = F
     """Everything a dispatch returned, against the oracle. `static`: shapes are the largest ones."""
     expected, received = expected_of(case, rank), received_of(case, rank)
     _check_shape(case, rank, out, static)
-    tokens = _counted(case, rank, out.tokens)
+    tokens = counted(case, rank, out.tokens)
     rows = received.gather([inputs_of(case, source).x_TH for source in range(case.ranks)])
     same_bits(tokens[received.filled], rows, "tokens")
     if case.layout is DispatchLayout.FLAT:
@@ -103,7 +103,7 @@ def _check_shape(case: Case, rank: int, out: DispatchOutput, static: bool) -> No
     assert given == (*shape, case.hidden), f"{given}, expected {shape}"
 
 
-def _counted(case: Case, rank: int, values: Tensor) -> Tensor:
+def counted(case: Case, rank: int, values: Tensor) -> Tensor:
     """The part of an output that counts stand for, on the host."""
     values = values.detach().cpu()
     return values if case.layout.padded else values[: expected_of(case, rank).shape[0]]
@@ -114,14 +114,14 @@ def _check_choices(case: Case, rank: int, out: DispatchOutput) -> None:
     assert received.ids is not None
     assert out.topk_ids is not None
     assert out.topk_ids.shape[:-1] == out.tokens.shape[:-1]
-    same_bits(_counted(case, rank, out.topk_ids), received.ids, "topk_ids")
+    same_bits(counted(case, rank, out.topk_ids), received.ids, "topk_ids")
     rest = slice(None, 0) if case.layout.padded else slice(len(received.ids), None)
     assert (out.topk_ids[rest] == -1).all(), "rows beyond the last have ids"
     if received.weights is None:
         assert out.topk_weights is None
         return
     assert out.topk_weights is not None
-    same_bits(_counted(case, rank, out.topk_weights), received.weights, "topk_weights")
+    same_bits(counted(case, rank, out.topk_weights), received.weights, "topk_weights")
     assert (out.topk_weights[rest] == 0).all(), "rows beyond the last have weights"
 
 

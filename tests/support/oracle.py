@@ -473,3 +473,56 @@ def returned_grads(case: Case, rank: int) -> Tensor:
                 if expert >= 0 and owner[expert] == dest:
                     result[copy.token, choice] = grads[(*copy.slot, choice)]
     return result
+
+
+@kept
+def token_grads(case: Case, rank: int) -> Tensor:
+    """Made-up gradients of what combine returned to a rank."""
+    gen = torch.Generator().manual_seed(case.seed * 1000 + 300 + rank)
+    grads = torch.randn((case.tokens[rank], case.hidden), generator=gen, dtype=torch.float64)
+    return grads.to(case.dtype)
+
+
+@kept
+def row_grads(case: Case, rank: int) -> Tensor:
+    """Gradients of `expert_rows` that follow from `token_grads` on all ranks."""
+    wide = torch.float64 if case.dtype is torch.float64 else torch.float32
+    expected = expected_of(case, rank)
+    grads = torch.zeros((*expected.shape, case.hidden), dtype=case.dtype)
+    for copy in expected.copies:
+        grad = token_grads(case, copy.source)[copy.token]
+        weights_TK = kept_inputs(case, copy.source).weights_TK
+        if case.layout.expanded and weights_TK is not None:
+            weight = weights_TK[copy.token, copy.choice]
+            grad = (grad.to(wide) * weight.to(wide)).to(case.dtype)
+        grads[copy.slot] = grad
+    return grads
+
+
+@kept
+def weight_grads(case: Case, rank: int) -> Tensor:
+    """`[T, K]` gradients of the routing weights; expanded layouts."""
+    wide = torch.float64 if case.dtype is torch.float64 else torch.float32
+    grads_TK = torch.zeros((case.tokens[rank], case.topk), dtype=wide)
+    for dest in range(case.ranks):
+        for copy in expected_of(case, dest).copies:
+            if copy.source == rank:
+                grad = token_grads(case, rank)[copy.token].to(wide)
+                row = _expert_rows(case, dest, 0)[copy.slot].to(wide)
+                grads_TK[copy.token, copy.choice] = _in_256_parts(grad * row)
+    return grads_TK
+
+
+def _in_256_parts(terms: Tensor) -> Tensor:
+    """The sum of a row in the order of the contract."""
+    parts = [torch.zeros((), dtype=terms.dtype) for _ in range(256)]
+    for index, term in enumerate(terms):
+        parts[index % 256] = parts[index % 256] + term
+
+    def total(first: int, count: int) -> Tensor:
+        if count == 1:
+            return parts[first]
+        half = count // 2
+        return total(first, half) + total(first + half, half)
+
+    return total(0, 256)

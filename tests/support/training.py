@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from expertlink import DispatchLayout, DispatchOutput, MoECommunicator
 from expertlink.launch import RankContext
-from support.jobs import config_of
+from support import oracle
+from support.jobs import config_of, counted, poison_memory, rows_for, same_bits
 from support.oracle import Case, inputs_of
 
 
@@ -164,6 +165,43 @@ def weight_grads_on(comm: MoECommunicator, case: Case) -> bool:
     alone = engine.weight_grads(handle.state, marks)
     expected = torch.where(ids_TK >= 0, given, 0.0)
     return torch.equal(back, expected) and torch.equal(alone, expected)
+
+
+def backward_bits(ctx: RankContext, cases: Sequence[Case], **fields: Any) -> None:
+    """`backward_bits_on` for each case."""
+    for case in cases:
+        with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+            backward_bits_on(comm, case)
+
+
+def backward_bits_on(comm: MoECommunicator, case: Case) -> None:
+    """Backward of combine, bit for bit: gradients of expert outputs and of routing weights.
+
+    Expert outputs are NaN where no row is, which must not reach any gradient.
+    """
+    own, rank, device = inputs_of(case, comm.rank), comm.rank, comm.device
+    given = oracle.token_grads(case, rank)
+    for tracked in (True, False) if case.weighted and case.layout.expanded else (False,):
+        weights_TK = None if own.weights_TK is None else own.weights_TK.to(device, copy=True)
+        if weights_TK is not None:
+            weights_TK.requires_grad_(tracked)
+        _, handle = comm.dispatch(own.x_TH.to(device), own.ids_TK.to(device), weights_TK)
+        rows = rows_for(case, rank, handle).requires_grad_()
+        result = comm.combine(rows, handle)
+        for _ in range(2):  # the second time over the same graph
+            rows.grad = None
+            grads = given.to(device, copy=True)
+            poison_memory(comm, case)
+            result.backward(grads, retain_graph=True)
+            same_bits(grads, given, "the gradients that backward was given")
+            assert rows.grad is not None
+            actual = counted(case, rank, rows.grad)
+            same_bits(actual, oracle.row_grads(case, rank), "gradients of rows")
+            if weights_TK is None or not tracked:
+                continue
+            assert weights_TK.grad is not None
+            same_bits(weights_TK.grad, oracle.weight_grads(case, rank), "gradients of weights")
+            weights_TK.grad = None
 
 
 def repeated_backward(ctx: RankContext, case: Case) -> Any:

@@ -16,6 +16,7 @@ from typing import NoReturn, Protocol
 from torch import Tensor
 
 from expertlink.engines.ranks.header import Operation
+from expertlink.reduction import BackwardKernel
 from expertlink.types import (
     BlockFormat,
     CallStatistics,
@@ -144,6 +145,11 @@ class Engine(Protocol):
     @property
     def quantizes(self) -> bool:
         """True: calls come with unquantized rows and `quantize_to` where the library quantizes."""
+        ...
+
+    @property
+    def backward_kernel(self) -> BackwardKernel | None:
+        """For `reduction.weighted_backward`; None: plain torch, or there is no such backward."""
         ...
 
     def dispatch(self, call: DispatchCall) -> Dispatched:

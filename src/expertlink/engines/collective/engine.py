@@ -30,9 +30,10 @@ from expertlink.engines.ranks import metadata
 from expertlink.engines.ranks.agreement import agree
 from expertlink.engines.ranks.header import NUM_FIELDS, Operation
 from expertlink.engines.ranks.wire import Wire
+from expertlink.engines.weighted_backward import WeightedBackward
 from expertlink.errors import ConfigurationError
 from expertlink.jit.compiler import unavailable_reason
-from expertlink.reduction import SumKernel
+from expertlink.reduction import BackwardKernel, SumKernel
 from expertlink.routing import Placement
 from expertlink.types import CallStatistics, DispatchBuffers, RowKind
 from expertlink.workspace import Workspace
@@ -72,7 +73,7 @@ class CollectiveEngine:
                 "num_sms_dispatch and num_sms_combine have no effect with the collective engine: "
                 "torch.distributed chooses its SMs"
             )
-        sender, sum_kernel = _kernels(config, wire=wire, placement=placement)
+        sender, sum_kernel, self.backward_kernel = _kernels(config, wire=wire, placement=placement)
         self._dispatcher = Dispatcher(
             config,
             wire=wire,
@@ -221,13 +222,14 @@ class CollectiveEngine:
 
 def _kernels(
     config: MoECommunicatorConfig, *, wire: Wire, placement: Placement
-) -> tuple[Sender | None, SumKernel | None]:
+) -> tuple[Sender | None, SumKernel | None, BackwardKernel | None]:
     """GPUs: kernels in place of long chains of small operations, where they can be compiled."""
     if wire.device.type != "cuda":
-        return None, None
+        return None, None, None
     reason = unavailable_reason()
     if reason is not None:
         logger.warning("the collective engine falls back to slower torch operations: %s", reason)
-        return None, None
+        return None, None, None
     sender = KernelSender(wire.device, placement) if wire.num_ranks <= MAX_RANKS else None
-    return sender, OrderedSum(wire.device, dtype=config.dtype)
+    backward = WeightedBackward(wire.device, dtype=config.dtype) if config.layout.expanded else None
+    return sender, OrderedSum(wire.device, dtype=config.dtype), backward

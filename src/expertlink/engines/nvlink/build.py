@@ -18,8 +18,10 @@ from expertlink.engines.nvlink.mode import Memory, Mode
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.wire import Wire
+from expertlink.engines.weighted_backward import WeightedBackward
 from expertlink.errors import ConfigurationError, EngineUnavailableError, ExpertlinkError
 from expertlink.jit import compiler
+from expertlink.reduction import BackwardKernel
 from expertlink.routing import Placement
 
 logger = logging.getLogger("expertlink")
@@ -87,6 +89,7 @@ def build(
     plan = mode.plan(config, num_ranks)
     memory: Memory | None = None
     runner: DeviceRunner | None = None
+    backward: BackwardKernel | None = None
     reason = _too_large(config, wire=wire, placement=placement) or _unreachable(wire)
     if reason is None:
         if share_with is not None:
@@ -95,6 +98,8 @@ def build(
         try:
             program = mode.program(config, plan, num_ranks=num_ranks)
             runner = DeviceRunner(config, program, num_ranks=num_ranks, device=device)
+            if config.layout.expanded:
+                backward = WeightedBackward(device, dtype=config.dtype)
         except ExpertlinkError as error:
             reason = str(error)
     _all_or_none(wire, reason)
@@ -110,6 +115,7 @@ def build(
         placement=placement,
         memory=memory,
         run=runner,
+        backward_kernel=backward,
         check_inputs=check_inputs,
     )
     torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
@@ -125,6 +131,7 @@ def assemble(
     memory: Memory,
     run: Run,
     check_inputs: bool,
+    backward_kernel: BackwardKernel | None = None,
     max_warps: int | None = None,
 ) -> NvlinkEngine:
     """The engine over memory that all ranks can reach. Local.
@@ -137,6 +144,7 @@ def assemble(
         memory: made for a plan of the mode.
         run: queues a kernel.
         check_inputs: ranks agree before calls.
+        backward_kernel: as `Engine.backward_kernel`.
         max_warps: most warps of a block, if fewer than tuned: several ranks on one GPU.
     """
     properties = torch.cuda.get_device_properties(memory.arena.device)
@@ -154,6 +162,7 @@ def assemble(
             num_sms=properties.multi_processor_count,
             max_warps=max_warps,
         ),
+        backward_kernel=backward_kernel,
         check_inputs=check_inputs,
     )
 

@@ -24,6 +24,7 @@ from expertlink.engines.ranks.agreement import agree
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError
+from expertlink.reduction import BackwardKernel
 from expertlink.routing import Placement
 from expertlink.types import CallStatistics, DispatchBuffers, RowKind
 from expertlink.validation import explain_ids
@@ -43,6 +44,7 @@ class NvlinkEngine:
         placement: where the experts live.
         memory: what communicators can share.
         mode: makes the calls over that memory.
+        backward_kernel: as `Engine.backward_kernel`.
         check_inputs: the hosts agree before calls whose kernels do not agree by themselves.
     """
 
@@ -56,12 +58,13 @@ class NvlinkEngine:
         placement: Placement,
         memory: Memory,
         mode: Mode,
+        backward_kernel: BackwardKernel | None,
         check_inputs: bool,
     ) -> None:
         self._config, self._wire, self._placement = config, wire, placement
         self.memory, self.arena, self.watchdog = memory, memory.arena, memory.watchdog
         self._mode, self._check = mode, check_inputs
-        self.quantizes = mode.quantizes
+        self.quantizes, self.backward_kernel = mode.quantizes, backward_kernel
         self.routing_form = mode.routing_form
         self.numbers_by_max_tokens = mode.numbers_by_max_tokens
         self.arena.join(wire.number)
