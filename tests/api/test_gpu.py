@@ -15,6 +15,7 @@ from support.jobs import choice_of, contract
 from support.oracle import Case
 from support.payloads import opaque_rows, quantized_dispatch
 
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 RANKS = pytest.mark.parametrize(
     "ranks",
@@ -94,10 +95,13 @@ def test_gradients_and_requests(rank_pools, ranks: int, layout: DispatchLayout) 
     for worst in pool.run(training.gradients, case, timeout_s=60):
         assert max(worst.values()) < 1e-12, worst
     assert all(pool.run(training.weight_grads, case, timeout_s=60))
+    bits = [dataclasses.replace(case, dtype=dtype) for dtype in ROW_DTYPES]
+    pool.run(training.backward_bits, bits, timeout_s=60, engine="collective")
     outcomes = pool.run(training.repeated_backward, case, timeout_s=60)
     assert all(outcome == (True, True, False, True) for outcome in outcomes)
     assert all(pool.run(jobs.gradients_through_requests, case, timeout_s=60))
     half = usual(ranks, layout).case(masked=0.2)
+    pool.run(training.backward_bits, [half], timeout_s=60)
     assert all(pool.run(training.weight_grads, half, timeout_s=60))
     assert all(pool.run(jobs.gradients_through_requests, half, timeout_s=60))
     assert all(pool.run(jobs.overlapping, half, timeout_s=60))

@@ -28,6 +28,16 @@ def test_peak_memory(layout: DispatchLayout) -> None:
             assert peaks["dispatch"] > 0.5, "the rows sent are a copy: the counter must see them"
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")
+@pytest.mark.parametrize("layout", [DispatchLayout.FLAT, DispatchLayout.EXPERT_MAJOR])
+def test_peak_memory_of_backward(layout: DispatchLayout) -> None:
+    """The gradients that arrive, and rows on the wire; nothing else is as large."""
+    case = Case((6000, 5000), 2048, experts=8, topk=3, layout=layout)
+    with RankPool(num_ranks=2) as pool:
+        for peak in pool.run(life.peak_of_backward, case, timeout_s=120):
+            assert 0.9 < peak <= 2.0
+
+
 def test_the_estimate_of_the_collective_engine() -> None:
     with make() as comm:
         estimate = comm.memory_estimate()

@@ -1,4 +1,4 @@
-"""The sequence of roundings: every implementation of `ordered_sum` gives the same bits."""
+"""The sequence of roundings, of combine and of its backward: every form gives the same bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from expertlink import reduction
 from expertlink.engines.collective.ordered_sum import OrderedSum
-from expertlink.reduction import ordered_sum
+from expertlink.engines.weighted_backward import WeightedBackward
+from expertlink.reduction import ordered_sum, weighted_backward
 from support.depth import deep
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -122,3 +123,130 @@ def test_kernel_on_many_rows() -> None:
     moved = torch.empty_like(out, device=device)
     ordered_sum(rows.to(device), slots.to(device), weights.to(device), out=moved, kernel=kernel)
     assert same(moved, out)
+
+
+# -- backward of weighted rows --------------------------------------------------------------------
+
+WIDTHS = (1, 7, 8, 40, 256, 257, 264, 1000, 2056)
+
+
+def backward_reference(grads: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Element by element, over all rows at once: scaled gradients, and the weights' gradients."""
+    wide = weights.dtype
+    parts = [torch.zeros(len(rows), dtype=wide) for _ in range(256)]
+    for h in range(rows.shape[1]):
+        parts[h % 256] = parts[h % 256] + grads[:, h].to(wide) * rows[:, h].to(wide)
+    while len(parts) > 1:
+        parts = [one + other for one, other in zip(parts[::2], parts[1::2], strict=True)]
+    scaled = (grads.to(wide) * weights[:, None]).to(grads.dtype)
+    return scaled, parts[0]
+
+
+@st.composite
+def weighted_rows(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    dtype = draw(st.sampled_from(DTYPES))
+    slots, hidden = draw(st.integers(0, 20)), draw(st.sampled_from(WIDTHS))
+    grads, rows = torch.randn((2, slots, hidden), generator=gen, dtype=torch.float64)
+    grads *= draw(st.sampled_from([1.0, 1e-5, 1e-25]))  # products that underflow
+    rows *= draw(st.sampled_from([1.0, 1e-20]))
+    rows[torch.rand(rows.shape, generator=gen) < 0.2] = -0.0
+    if slots and draw(st.booleans()):
+        rows[0], grads[-1] = -0.0, float("inf")
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    weights = torch.randn(slots, generator=gen, dtype=torch.float64).to(wide)
+    return grads.to(dtype), weights, rows.to(dtype)
+
+
+def equal(actual: Tensor, expected: Tensor) -> bool:
+    """Bitwise, but for the sign and payload of NaN."""
+    actual, expected = actual.cpu().flatten(), expected.flatten()
+    nan = expected.isnan()
+    zero = torch.zeros((), dtype=expected.dtype)
+    return torch.equal(actual.isnan(), nan) and same(
+        torch.where(nan, zero, actual), torch.where(nan, zero, expected)
+    )
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 20000, 1 << 21])
+def test_plain_torch_equals_the_definition_of_backward(chunk_bytes: int, monkeypatch) -> None:
+    monkeypatch.setattr(reduction, "_CHUNK_BYTES", chunk_bytes)
+
+    @settings(max_examples=deep(40))
+    @given(weighted_rows())
+    def check(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
+        grads, weights, rows = drawn
+        scaled, sums = backward_reference(grads, weights, rows)
+        given_rows, only_scaled = rows.clone(), grads.clone()
+        actual = weighted_backward(grads, weights, rows)
+        assert actual is not None
+        assert equal(actual, sums), (actual, sums)
+        assert equal(grads, scaled), (grads, scaled)
+        assert same(rows, given_rows)
+        assert weighted_backward(only_scaled, weights) is None
+        assert equal(only_scaled, scaled)
+
+    check()
+
+
+def test_rows_in_any_order_of_memory() -> None:
+    """Saved tensors may come back with other strides."""
+    grads, weights, rows = (
+        torch.ones(2, 3, 8),
+        torch.ones(2, 3),
+        torch.rand(8, 3, 2).transpose(0, 2),
+    )
+    expected = weighted_backward(grads.clone(), weights, rows.contiguous())
+    actual = weighted_backward(grads, weights, rows)
+    assert actual is not None
+    assert expected is not None
+    assert same(actual, expected)
+
+
+@pytest.mark.gpu
+def test_backward_kernel_equals_the_definition() -> None:
+    device = torch.device("cuda", 0)
+    kernels = {dtype: WeightedBackward(device, dtype=dtype) for dtype in DTYPES}
+
+    @settings(max_examples=deep(150))
+    @given(weighted_rows(), st.booleans(), st.booleans())
+    def check(drawn: tuple[Tensor, Tensor, Tensor], odd: bool, kernel: bool) -> None:
+        grads, weights, rows = drawn
+        scaled, sums = backward_reference(grads, weights, rows)
+        for with_rows in (True, False):
+            # An odd start address forbids 16-byte accesses; nothing outside may be written.
+            padded = torch.full((grads.numel() + 9,), 7.0, dtype=grads.dtype, device=device)
+            placed = padded[1:-8] if odd else padded[:-9]
+            placed = placed.view(grads.shape).copy_(grads)
+            moved = rows.to(device)
+            actual = weighted_backward(
+                placed,
+                weights.to(device),
+                moved if with_rows else None,
+                kernel=kernels[rows.dtype] if kernel else None,
+            )
+            assert equal(placed, scaled), (placed, scaled)
+            assert torch.all(padded[-8:] == 7.0)
+            assert not odd or padded[0] == 7.0
+            assert same(moved, rows)
+            assert (actual is None) != with_rows
+            assert actual is None or equal(actual, sums), (actual, sums)
+
+    check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [8, 2048, 7168, 16384])
+def test_backward_kernel_on_many_rows(hidden: int) -> None:
+    gen = torch.Generator().manual_seed(0)
+    grads, rows = (torch.randn((5003, hidden), generator=gen).bfloat16() for _ in range(2))
+    weights = torch.rand(5003, generator=gen)
+    device = torch.device("cuda", 0)
+    kernel = WeightedBackward(device, dtype=torch.bfloat16)
+    moved = grads.to(device)
+    actual = weighted_backward(moved, weights.to(device), rows.to(device), kernel=kernel)
+    expected = weighted_backward(grads, weights, rows)
+    assert actual is not None
+    assert expected is not None
+    assert same(actual, expected)
+    assert same(moved, grads)

@@ -204,3 +204,21 @@ def peaks(ctx: RankContext, case: Case) -> dict[str, float]:
         result = comm.combine(rows, handle)
         combine = peak_of(rows.nbytes + result.nbytes, before)
     return {"dispatch": dispatch / unit, "combine": combine / unit, "unit": unit}
+
+
+def peak_of_backward(ctx: RankContext, case: Case) -> float:
+    """Peak of a combine's backward, its results included, in units of the expert outputs."""
+    own = inputs_of(case, ctx.rank)
+    assert own.weights_TK is not None
+    with MoECommunicator(config_of(case, ctx.device)) as comm:
+        out, handle = comm.dispatch(own.x_TH, own.ids_TK, own.weights_TK.requires_grad_())
+        rows = torch.ones_like(out.tokens).requires_grad_()
+        del out
+        result = comm.combine(rows, handle)
+        grads = torch.ones_like(result)
+        begin_to_count()
+        before = resident("VmRSS")
+        result.backward(grads)
+        peak = resident("VmHWM") - before
+    assert rows.grad is not None
+    return peak / rows.nbytes
