@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from expertlink import DispatchLayout, MoECommunicator
 from support import training
-from support.cases import EXPANDED, MODES, Shape, aligned, special, usual
+from support.cases import EXPANDED, MODES, aligned, half, large_rows, special, usual
 from support.hosted import fleet_of, run_hosted
 from support.jobs import rows_for
 from support.oracle import Case, inputs_of, token_grads
@@ -36,10 +35,8 @@ def in_own_threads(job: Callable[..., Any], cases: Sequence[Case]) -> Callable[.
 def test_bits_of_backward(mode: str, name: str, layout: DispatchLayout) -> None:
     if name == "usual":
         shape = usual(3, layout)
-    elif name == "float16":
-        shape = dataclasses.replace(usual(3, layout), dtype=torch.float16)
     else:
-        shape = special(name, layout)
+        shape = half(layout) if name == "float16" else special(name, layout)
     tokens = (5, 0, 7, 3)[: shape.ranks]
     cases = [shape.case(tokens, masked=0.2, seed=1), shape.case(tokens, weighted=False, seed=2)]
     fleet = fleet_of(mode, cases[0])
@@ -58,8 +55,7 @@ def test_bits_of_backward_with_gaps(mode: str, static: bool) -> None:
 @EXPANDED
 def test_memory_of_backward(layout: DispatchLayout) -> None:
     """Only the gradients that arrive are as large as the expert outputs."""
-    shape = Shape(1, layout, hidden=4096, experts=4, topk=2, max_tokens=512)
-    case = shape.case((512,), seed=1)
+    case = large_rows(layout).case((512,), seed=1)
     spent: list[tuple[int, int]] = []
 
     def job(comm: MoECommunicator) -> None:

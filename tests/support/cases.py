@@ -145,6 +145,12 @@ def long_spans(layout: DispatchLayout) -> Shape:
 ROWS_IN_POOL = ("narrow", "wide", "all_lanes", "many_experts", "one_choice")
 """Special shapes that are also tested with zero copy: how lanes share out rows depends on K."""
 
+
+def large_rows(layout: DispatchLayout) -> Shape:
+    """One rank whose rows take far more memory than all else of a call."""
+    return Shape(1, layout, hidden=4096, experts=4, topk=2, max_tokens=512)
+
+
 # -- shapes of mode ll ----------------------------------------------------------------------------
 
 FEW_MASK_WORDS = 30
@@ -235,6 +241,8 @@ def ht_kernels() -> list[Kernels]:
     common = [usual(ranks, layout) for ranks in (*RANKS, 4) for layout in DispatchLayout]
     edges = [special(name, layout) for name in SPECIAL for layout in DispatchLayout]
     others = [aligned(3), aligned(8), *(long_spans(layout) for layout in DispatchLayout)]
+    for layout in EXPANDED_LAYOUTS:
+        others += [half(layout), large_rows(layout)]
     views = [usual(ranks, layout) for ranks in (1, 3, 4, 8) for layout in DispatchLayout]
     views += [special(name, layout) for name in ROWS_IN_POOL for layout in DispatchLayout]
     plain = [Kernels(shape, hosted=True) for shape in (*common, *edges, *others)]
