@@ -34,6 +34,7 @@ def compile_one(wanted: Kernels, arch: str) -> None:
         "zero_copy": wanted.zero_copy,
         "static_shapes": wanted.static_shapes,
         "check_inputs": wanted.check_inputs,
+        "source_tokens": wanted.source_tokens,
     }
     if wanted.mode == "ll":
         quantization = "e4m3_float32" if wanted.quantized else None

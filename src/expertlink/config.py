@@ -90,6 +90,10 @@ class MoECommunicatorConfig:
     """Memory order of received scales. Set "column_major" where your grouped GEMM reads scales
     transposed: their last two dimensions are swapped in memory, shape and values stay the same."""
 
+    source_tokens: bool = False
+    """True: `DispatchOutput.source_tokens` says which token of its rank every received row is. Set
+    it where something beside the experts asks for that; four more bytes travel with each row."""
+
     num_local_experts: int | None = None
     """Experts on this rank, a contiguous block. None: as even as possible over the ranks. Set it,
     on all ranks, where they hold different numbers of experts."""
@@ -164,7 +168,13 @@ class MoECommunicatorConfig:
                 _refuse(name, getattr(self, name), f"one of {', '.join(accepted)}")
         if self.dtype not in ROW_DTYPES:
             _refuse("dtype", self.dtype, f"one of {', '.join(map(str, ROW_DTYPES))}")
-        for name in ("enable_overlap", "zero_copy", "static_shapes", "mask_lost_peers"):
+        for name in (
+            "enable_overlap",
+            "zero_copy",
+            "static_shapes",
+            "mask_lost_peers",
+            "source_tokens",
+        ):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         _put(self, "group", _group_of(self.group))

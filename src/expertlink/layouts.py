@@ -236,6 +236,19 @@ def place(plan: LayoutPlan, rows_NW: Tensor, out: Tensor, *, zero_gaps: bool = F
             target.index_copy_(0, slots, source.index_select(0, rows))
 
 
+def place_source_tokens(plan: LayoutPlan, tokens_N: Tensor, out: Tensor) -> None:
+    """Writes to every slot which token of its rank its row is; -1 where no row is.
+
+    Args:
+        plan: where the arrivals go.
+        tokens_N: `[N]` int32 index of each arrival's token at its source rank.
+        out: `plan.shape` int32, contiguous.
+    """
+    # Gaps are filled with zeros, so that numbers from 1 on leave them apart.
+    place(plan, (tokens_N + 1)[:, None], out.unsqueeze(-1), zero_gaps=True)
+    out -= 1
+
+
 def collect(plan: LayoutPlan, values: Tensor, *, out: Tensor) -> None:
     """Deduplicated layouts: the filled slots of `plan.shape + (W,)` in arrival order.
 

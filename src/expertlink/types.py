@@ -88,6 +88,9 @@ class DispatchOutput:
             dispatch was given no weights.
         num_tokens_per_rank: `[R]` int32 on the device: rows received from each rank, each token
             counted once.
+        source_tokens: with `source_tokens=True` in the configuration, leading shape of `tokens`,
+            int32: index of the row's token in the input of the rank that it came from, -1 where
+            no row is; else None.
     """
 
     tokens: Tensor
@@ -99,6 +102,7 @@ class DispatchOutput:
     topk_ids: Tensor | None = None
     topk_weights: Tensor | None = None
     num_tokens_per_rank: Tensor | None = None
+    source_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

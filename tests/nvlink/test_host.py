@@ -20,6 +20,7 @@ from expertlink import (
 from expertlink.engines.nvlink import watchdog
 from expertlink.engines.nvlink.ht.mode import HtMode
 from expertlink.engines.nvlink.ll.arguments import Flag
+from expertlink.engines.nvlink.ll.tables import LlRoute, LlTableLayout
 from expertlink.engines.nvlink.tables import Route, TableLayout
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.header import Operation, Status
@@ -489,3 +490,33 @@ def test_slot_weights_under_another_default_dtype() -> None:
     assert made is not None
     assert made.dtype is torch.float32
     assert made.tolist() == weights[[1, 0], 0].tolist()
+
+
+@pytest.mark.parametrize("layout", ["token_major", "rank_major", "expert_major"])
+def test_source_tokens_from_the_tables_of_low_latency(layout: str) -> None:
+    """Two ranks of 3 and 1 rows; what lies in tables behind the last row is never used."""
+    config = MoECommunicatorConfig(
+        num_experts=4,
+        hidden_size=16,
+        topk=2,
+        max_tokens_per_rank=4,
+        mode="ll",
+        output_layout=layout,  # type: ignore[arg-type]
+        device="cpu",
+    )
+    tables = LlTableLayout(config, num_ranks=2, num_local=2)
+    block = torch.full((tables.words(0),), 7, dtype=torch.int32)
+    tables.view(block, "rows_from").copy_(torch.tensor([3, 1]))
+    tables.view(block, "first_row").copy_(torch.tensor([0, 3]))
+    tables.view(block, "tokens").copy_(torch.tensor([0, 2, 3, 9, 1, 9, 9, 9]))
+    choices = [[0, 8], [1, -1], [-1, -2], [5, 5], [9, 2], [5, 5], [5, 5], [5, 5]]
+    tables.view(block, "choices").copy_(torch.tensor(choices))
+    expected = {
+        "token_major": [0, 2, 3, 1, -1, -1, -1, -1],
+        "rank_major": [[0, 2, 3, -1], [1, -1, -1, -1]],
+        "expert_major": [[0, 2, 1, -1, -1, -1, -1, -1], [0, 1, -1, -1, -1, -1, -1, -1]],
+    }[layout]
+    out = torch.full_like(torch.tensor(expected, dtype=torch.int32), 5)
+    route = LlRoute((8,), 0, torch.zeros(0, 2), tables, block, None, False, None, 0)
+    route.write_source_tokens(out)
+    assert out.tolist() == expected

@@ -218,6 +218,7 @@ class Kernels:
         static_shapes: as configured; mode "ll" has it always.
         check_inputs: as configured; of no matter in mode "ll".
         mask_lost_peers: as configured.
+        source_tokens: as configured; of no matter in mode "ll".
     """
 
     shape: Shape
@@ -229,6 +230,7 @@ class Kernels:
     static_shapes: bool = False
     check_inputs: bool = False
     mask_lost_peers: bool = False
+    source_tokens: bool = False
 
 
 def _views(shapes: list[Shape], *, hosted: bool) -> list[Kernels]:
@@ -263,7 +265,15 @@ def ht_kernels() -> list[Kernels]:
         for layout in DispatchLayout
         for static in (False, True)
     ]
-    return [*plain, *static, *checked]
+    asked = [
+        Kernels(usual(3, layout), True, static_shapes=static, source_tokens=True)
+        for layout in DispatchLayout
+        for static in (False, True)
+    ]
+    asked += [Kernels(aligned(3), True, source_tokens=True)]
+    asked += [dataclasses.replace(kernels, zero_copy=True) for kernels in asked[:-1:2]]
+    asked = [one for one in asked if not (one.zero_copy and one.shape.layout.expanded)]
+    return [*plain, *static, *checked, *asked]
 
 
 def ht_process_kernels() -> list[Kernels]:

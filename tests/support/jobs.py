@@ -87,6 +87,8 @@ def check_output(case: Case, rank: int, out: DispatchOutput, *, static: bool = F
     assert out.num_tokens_per_expert_list == (None if static else expected.counts)
     assert out.num_tokens_per_rank is not None
     assert out.num_tokens_per_rank.tolist() == expected.rows_per_rank
+    if out.source_tokens is not None:
+        _check_source_tokens(case, rank, out.source_tokens)
     if case.layout.expanded:
         assert out.topk_ids is None
         assert out.topk_weights is None
@@ -107,6 +109,13 @@ def counted(case: Case, rank: int, values: Tensor) -> Tensor:
     """The part of an output that counts stand for, on the host."""
     values = values.detach().cpu()
     return values if case.layout.padded else values[: expected_of(case, rank).shape[0]]
+
+
+def _check_source_tokens(case: Case, rank: int, tokens: Tensor) -> None:
+    wanted = received_of(case, rank).source_tokens()
+    same_bits(_counted(case, rank, tokens), wanted, "source_tokens")
+    rest = slice(None, 0) if case.layout.padded else slice(len(wanted), None)
+    assert (tokens[rest] == -1).all(), "rows beyond the last have source tokens"
 
 
 def _check_choices(case: Case, rank: int, out: DispatchOutput) -> None:
@@ -157,6 +166,7 @@ def check_contract(comm: MoECommunicator, case: Case) -> None:
 
 def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:
     static = counts_stay_on_device(comm)
+    asked = comm.config.source_tokens
     own = inputs_of(case, rank)
     x_TH, ids_TK = own.x_TH.to(comm.device), own.ids_TK.to(comm.device)
     expected = combined_of(case, rank)
@@ -166,6 +176,7 @@ def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:
         poison_memory(comm, case)
         out, handle = dispatch_case(comm, case)
         check_output(case, rank, out, static=static)
+        assert (out.source_tokens is not None) == asked
         rows = rows_for(case, rank, handle)
         poison_memory(comm, case)
         same_bits(comm.combine(rows, handle), expected, "combine")
@@ -178,6 +189,7 @@ def _contract(comm: MoECommunicator, case: Case, rank: int) -> None:
     poison_memory(comm, case)
     out, cached = comm.dispatch(x_TH, ids_TK, previous_handle=handle)
     check_output(case, rank, out, static=static)
+    assert (out.source_tokens is not None) == asked
     grads = filled_up(slot_grads(case, rank), cached.rows_shape[:-1], comm.device)
     result, grads_TK = comm.combine(rows, cached, weight_grads=grads)
     same_bits(result, expected, "combine after a cached dispatch")

@@ -297,6 +297,12 @@ class Received:
     ids: Tensor | None
     weights: Tensor | None
 
+    def source_tokens(self) -> Tensor:
+        """`[*shape]` int32 index of each slot's token at its source rank, -1 where no row is."""
+        tokens = torch.full(self.filled.shape, -1, dtype=torch.int32)
+        tokens[self.filled] = self.token_of_row.to(torch.int32)
+        return tokens
+
     def gather(self, per_rank: list[Tensor]) -> Tensor:
         """`[rows, ...]`: what belongs to each row's token, of every rank's values by token."""
         starts = torch.tensor([0, *(len(values) for values in per_rank)]).cumsum(0)[:-1]

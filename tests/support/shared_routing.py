@@ -247,3 +247,18 @@ def misfits(ctx: RankContext) -> Any:
             comm.initialize()
             seen["max_tokens_per_rank"] = [outcome(lambda: comm.combine(out.tokens, handle))]
     return seen
+
+
+def asked_later(ctx: RankContext, case: Case) -> bool:
+    """Source tokens in a cached dispatch of a handle whose communicator does not have them."""
+    own = inputs_of(case, ctx.rank)
+    plain = config_of(narrow_of(case, case.dtype), ctx.device)
+    asking = config_of(case, ctx.device, source_tokens=True)
+    with torch.no_grad(), MoECommunicator(plain) as maker, MoECommunicator(asking) as comm:
+        out, handle = dispatch_narrow(maker, case)
+        assert out.source_tokens is None
+        out, _ = comm.dispatch(own.x_TH.to(ctx.device), None, previous_handle=handle)
+        assert out.source_tokens is not None
+        check_output(case, ctx.rank, out, static=counts_stay_on_device(comm))
+        combine_case(comm, case, handle, "combine")
+    return True

@@ -56,6 +56,7 @@ class OutputTensors:
         scale_format: their block format, or None.
         ids: `[..., K]` int64, deduplicated layouts.
         weights: `[..., K]`, deduplicated layouts of weighted dispatches.
+        source_tokens: `[...]` int32, -1 everywhere at first; where configured.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +65,7 @@ class OutputTensors:
     scale_format: BlockFormat | None
     ids: Tensor | None
     weights: Tensor | None
+    source_tokens: Tensor | None
 
     @staticmethod
     def around(
@@ -77,7 +79,7 @@ class OutputTensors:
         scale_format: BlockFormat | None = None,
         row_major: bool = False,
     ) -> OutputTensors:
-        """Uninitialised tensors beside the rows.
+        """Tensors beside the rows, uninitialised but for source tokens.
 
         Args:
             config: the communicator's.
@@ -89,7 +91,7 @@ class OutputTensors:
             scale_format: their block format, or None.
             row_major: scales in that memory order, whatever the configuration says.
         """
-        scales = ids = weights = None
+        scales = ids = weights = sources = None
         device = tokens.device
         if scale_dtype is not None:
             if row_major or config.scale_order == "row_major":
@@ -105,7 +107,9 @@ class OutputTensors:
             ids = torch.empty(choices, dtype=torch.int64, device=device)
             if weighted:
                 weights = torch.empty(choices, dtype=config.weight_dtype, device=device)
-        return OutputTensors(shape, tokens, scales, scale_format, ids, weights)
+        if config.source_tokens:
+            sources = torch.full(shape, -1, dtype=torch.int32, device=device)
+        return OutputTensors(shape, tokens, scales, scale_format, ids, weights, sources)
 
     def cut(self, rows: int) -> None:
         """Leaves the first rows of what was made larger."""
@@ -118,6 +122,8 @@ class OutputTensors:
             self.ids = self.ids[:rows]
         if self.weights is not None and self.weights.shape[0] != rows:
             self.weights = self.weights[:rows]
+        if self.source_tokens is not None and self.source_tokens.shape[0] != rows:
+            self.source_tokens = self.source_tokens[:rows]
 
     def zero_rows(self) -> None:
         """Clears rows and scales, for slots that nothing fills."""
@@ -143,6 +149,7 @@ class OutputTensors:
             topk_ids=self.ids,
             topk_weights=self.weights,
             num_tokens_per_rank=counts.per_rank,
+            source_tokens=self.source_tokens,
         )
 
 
@@ -216,6 +223,7 @@ def into_buffers(
         topk_ids=view(largest.topk_ids, output.topk_ids),
         topk_weights=view(largest.topk_weights, output.topk_weights),
         num_tokens_per_rank=largest.num_tokens_per_rank,
+        source_tokens=view(largest.source_tokens, output.source_tokens),
     )
 
     def fill() -> None:
@@ -236,6 +244,7 @@ def _tensors_but_tokens(output: DispatchOutput) -> Iterator[Tensor]:
         output.topk_ids,
         output.topk_weights,
         output.num_tokens_per_rank,
+        output.source_tokens,
     ):
         if tensor is not None:
             yield tensor

@@ -73,6 +73,7 @@ class Delivery:
         self._config, self._call, self._route, self._flight = config, call, route, flight
         self._workspace, self._tally = workspace, tally
         self._output = self.returned = allocate(config, call, route, flight.tokens)
+        self._source_tokens_N: Tensor | None = None
         self._fill_buffers: Callable[[], None] | None = None
         if call.buffers is not None:
             self.returned, self._fill_buffers = into_buffers(call.buffers, self._output)
@@ -114,6 +115,8 @@ class Delivery:
             route.local_ids_NK = ids_NK
         if weights_NK is not None:
             route.weights_NK = weights_NK
+        if self._config.source_tokens:
+            self._source_tokens_N = metadata.source_tokens(flight.metadata_in)
         return scales
 
     def _plan(self) -> layouts.LayoutPlan:
@@ -149,6 +152,9 @@ class Delivery:
         if output.topk_weights is not None:
             assert route.weights_NK is not None
             layouts.place(plan, route.weights_NK, output.topk_weights, zero_gaps=True)
+        if output.source_tokens is not None:
+            assert self._source_tokens_N is not None
+            layouts.place_source_tokens(plan, self._source_tokens_N, output.source_tokens)
 
 
 def allocate(

@@ -200,7 +200,10 @@ class Dispatcher:
     def _pack(self, call: DispatchCall, sending: Sending, num_rows: int) -> Packed:
         token_of_row = sending.token_of_row(num_rows)
         rows = self._pack_rows(call.x_TW, token_of_row)
-        return Packed(token_of_row, rows, sending.metadata(num_rows))
+        packed = sending.metadata(num_rows)
+        if self._config.source_tokens:
+            packed = metadata.with_source_tokens(packed, token_of_row)
+        return Packed(token_of_row, rows, packed)
 
     def _pack_cached(self, call: DispatchCall, route: Route) -> Packed:
         rows = self._pack_rows(call.x_TW, route.token_of_row)
@@ -210,6 +213,8 @@ class Dispatcher:
             row = torch.arange(count, dtype=torch.int64, device=rows.device)[:, None]
             here_nK = route.row_of_choice[route.token_of_row] == row
             packed = metadata.pack(call, route.token_of_row, here_nK.to(torch.int32) - 1)
+        if self._config.source_tokens:
+            packed = metadata.with_source_tokens(packed, route.token_of_row)
         return Packed(route.token_of_row, rows, packed)
 
     def _pack_rows(self, x_TW: Tensor, token_of_row: Tensor) -> Tensor:

@@ -18,12 +18,14 @@ _SCALE_SHARE = 8  # scales may take an eighth of a row's elements in bytes: 4 by
 class RowShape:
     """Bytes of a row and of its metadata.
 
-    Metadata are K expert locations, K places, K weights (four bytes each), then the scales.
+    Metadata are K expert locations, K places, K weights (four bytes each), the index of the row's
+    token at its source where configured, then the scales.
 
     Attributes:
         row: largest row, a multiple of 16.
         places_at: where the places start in the metadata.
         weights_at: where the weights start.
+        source_at: where the index of the token is, if it travels.
         scales_at: where the scales start, a multiple of 16.
         metadata: room for all of that, a multiple of 16.
     """
@@ -31,6 +33,7 @@ class RowShape:
     row: int
     places_at: int
     weights_at: int
+    source_at: int
     scales_at: int
     metadata: int
 
@@ -63,12 +66,13 @@ class RowShape:
     def of(config: MoECommunicatorConfig) -> RowShape:
         """The shape that a configuration needs."""
         words = 4 * config.topk  # bytes of a number for each choice
-        scales_at = align(3 * words, 16)
+        scales_at = align(3 * words + (4 if config.source_tokens else 0), 16)
         scales = align(max(16, config.hidden_size // _SCALE_SHARE), 16)
         return RowShape(
             row=config.hidden_size * config.dtype.itemsize,
             places_at=words,
             weights_at=2 * words,
+            source_at=3 * words,
             scales_at=scales_at,
             metadata=scales_at + scales,
         )

@@ -33,6 +33,7 @@ _COMMON_FIELDS = (
     "mask_lost_peers",
     "combine_precision",
     "scale_order",
+    "source_tokens",
 )
 
 

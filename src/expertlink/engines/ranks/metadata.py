@@ -1,6 +1,7 @@
 """The metadata of a row: local expert ids, routing weights and scales, packed as bytes.
 
-Column order: `[K]` int32 ids (not in cached dispatches), `[K]` weights, `[S]` scales.
+Column order: `[K]` int32 ids (not in cached dispatches), `[K]` weights, `[S]` scales, and where
+configured the int32 index of the row's token at its source rank.
 """
 
 from __future__ import annotations
@@ -63,6 +64,17 @@ def unpack(
     if call.scales is not None:
         scales = _columns(metadata_NB, begin, row_bytes(call.scales), call.scales.dtype)
     return ids, weights, scales
+
+
+def with_source_tokens(packed: Tensor | None, token_of_row: Tensor) -> Tensor:
+    """`[n, width + 4]` the metadata of the rows, with the tokens that these are."""
+    tokens = as_bytes(token_of_row.to(torch.int32)[:, None])
+    return tokens if packed is None else torch.cat([packed, tokens], dim=1)
+
+
+def source_tokens(metadata_NB: Tensor) -> Tensor:
+    """`[N]` int32, of rows whose metadata ends with them."""
+    return _columns(metadata_NB, metadata_NB.shape[1] - ID_BYTES, ID_BYTES, torch.int32)[:, 0]
 
 
 def _columns(metadata_NB: Tensor, begin: int, count: int, dtype: torch.dtype) -> Tensor:

@@ -127,6 +127,13 @@ __device__ __forceinline__ const char* scales_of(const DispatchArguments& a,
     return metadata_of(a, arrival) + kScalesAt;
 }
 
+// Writes which token of its rank a row is.
+__device__ __forceinline__ void place_source_token(const DispatchArguments& a,
+                                                   const Arrival& arrival, int slot) {
+    const int* const sent = reinterpret_cast<const int*>(metadata_of(a, arrival) + kSourceAt);
+    a.source_tokens[slot] = arrival.source == a.rank ? arrival.token : load_fresh(sent);
+}
+
 __device__ __forceinline__ void fill_zeros(char* target, int bytes) {
     const int lane = threadIdx.x % 32;
     if ((reinterpret_cast<unsigned long long>(target) | bytes) % 16 == 0)
@@ -204,6 +211,7 @@ __device__ __forceinline__ bool place_staged(const DispatchArguments& a, const W
             a.row_bytes);
         int target = exists && k < kTopk ? read_metadata(a, groups, arrival, k) : -1;
         if (!kExpanded && leads && arrival.row < a.max_slots) target = arrival.row;
+        if (kSourceTokens && target >= 0) place_source_token(a, arrival, target);
         if (a.scale_bytes) place_scales(a, arrival, exists, target);
         if (__any_sync(0xffffffffu, leads)) slots.loaded();
         if (target >= 0) {
@@ -235,6 +243,8 @@ __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, con
             arrival.token =
                 arrival.source == a.rank ? load_fresh(&a.own_tokens[arrival.position]) : 0;
             if (k < kTopk) read_metadata(a, groups, arrival, k);
+            if (kSourceTokens && k == 0 && arrival.row < a.max_slots)
+                place_source_token(a, arrival, arrival.row);
         } else if (kLayoutIsRankMajor && nth < arrivals && k < kTopk) {
             clear_choice(a, arrival, k);
         }

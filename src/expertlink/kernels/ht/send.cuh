@@ -27,6 +27,7 @@ __device__ __forceinline__ void write_metadata(const DispatchArguments& a, const
         }
         if (a.flags & kNewWeights)
             reinterpret_cast<float*>(metadata + kWeightsAt)[k] = a.weights[at];
+        if (kSourceTokens && k == 0) *reinterpret_cast<int*>(metadata + kSourceAt) = token;
     }
     if (a.scale_bytes) {
         unsigned rows = __ballot_sync(0xffffffffu, sends && k == 0);

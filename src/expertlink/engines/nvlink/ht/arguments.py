@@ -92,6 +92,7 @@ DISPATCH = Struct(
         Field("int*", "expert_offsets", "[E_loc + 1] FLAT"),
         Field("int*", "origin", "where the number of this transfer is kept with the tables"),
         *OUTPUTS,
+        Field("int*", "source_tokens", "a token for every output row, where they travel"),
     ),
 )
 

@@ -386,7 +386,7 @@ class HtDispatcher:
         if call.topk_ids_TK is not None and call.topk_ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
         scale_bytes = metadata_bytes = 0
-        if operation == _DISPATCH or weights is not None:
+        if operation == _DISPATCH or weights is not None or self._config.source_tokens:
             metadata_bytes = self._shape.scales_at
         if scales is not None:
             scale_bytes = metadata.row_bytes(scales)
@@ -467,6 +467,8 @@ class HtDispatcher:
         if tensors.ids is not None:
             a.topk_ids = tensors.ids.data_ptr()
             a.topk_weights = None if tensors.weights is None else tensors.weights.data_ptr()
+        if tensors.source_tokens is not None:
+            a.source_tokens = tensors.source_tokens.data_ptr()
         if call.zero_padding and self._layout.padded:
             tensors.zero_rows()
         return tensors

@@ -6,6 +6,7 @@ Nothing here waits for the device, so all of it can be captured in CUDA graphs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -206,6 +207,9 @@ class LlDispatcher:
             self._name_rows(a, call, output, weighted)
             if tables is not None:
                 tables.named = named if call.scales is None else None
+        after = None
+        if output.source_tokens is not None:
+            after = functools.partial(route.write_source_tokens, output.source_tokens)
         needs: tuple[object, ...] = ()
         if call.return_recv_hook:
             needs = (output, route, call.x_TW, call.scales, ids, weights)
@@ -216,6 +220,7 @@ class LlDispatcher:
             call.num_sms,
             halves=call.return_recv_hook,
             needs=needs,
+            after=after,
             tables=route.block,
         )
         return output, route, left

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
@@ -39,6 +40,30 @@ class LlRoute(Route):
     restarts: Sequence[int] = (0,)
     epoch: int = 0
     combine: Arguments | None = None
+
+    def write_source_tokens(self, out: Tensor) -> None:
+        """Writes which token of its rank every output row is, -1 where no row is.
+
+        In torch, since decode does not ask for it: the kernel is as if there were no such thing.
+
+        Args:
+            out: the leading shape of the rows, int32.
+        """
+        layout, total, device = self.layout, out.numel(), out.device
+        row = torch.arange(layout.rows, dtype=torch.int64, device=device)
+        source, position = row // layout.max_tokens, row % layout.max_tokens
+        if layout.expanded:
+            slots = self.table("choices").to(torch.int64)
+        elif out.dim() == 2:  # RANK_MAJOR
+            slots = row[:, None]
+        else:
+            slots = (self.table("first_row")[source] + position)[:, None]
+        here = (position < self.table("rows_from")[source])[:, None]
+        here = here & (slots >= 0) & (slots < total)
+        made = torch.full((total + 1,), -1, dtype=torch.int32, device=device)
+        tokens = self.table("tokens")[:, None].expand(slots.shape)
+        made[torch.where(here, slots, total)] = tokens  # the last one takes what has no slot
+        out.copy_(made[:total].view(out.shape))
 
 
 def said_by(communicator: int, *, of: LlRoute | None) -> int:
