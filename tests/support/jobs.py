@@ -113,7 +113,7 @@ def counted(case: Case, rank: int, values: Tensor) -> Tensor:
 
 def _check_source_tokens(case: Case, rank: int, tokens: Tensor) -> None:
     wanted = received_of(case, rank).source_tokens()
-    same_bits(_counted(case, rank, tokens), wanted, "source_tokens")
+    same_bits(counted(case, rank, tokens), wanted, "source_tokens")
     rest = slice(None, 0) if case.layout.padded else slice(len(wanted), None)
     assert (tokens[rest] == -1).all(), "rows beyond the last have source tokens"
 
