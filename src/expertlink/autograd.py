@@ -39,8 +39,7 @@ def tracks_combine(call: CombineCall, handle: DispatchHandle, out: Tensor | None
         out: the caller's tensor for the result. With it, as with other arguments that exclude
             gradients, a combine is tracked only if something here requires grad.
     """
-    weights_TK = handle.topk_weights if call.weighted else None
-    if anchor_of(handle) is not None or needs_grad(call.rows, weights_TK):
+    if anchor_of(handle) is not None or needs_grad(call.rows, _weights_of(call, handle)):
         return True
     return (
         call.out_TH is not out
@@ -78,7 +77,7 @@ def dispatch(engine: Engine, call: DispatchCall, weights_TK: Tensor | None) -> T
 
 def combine(engine: Engine, call: CombineCall, handle: DispatchHandle) -> Combined:
     """`engine.combine` whose result carries gradients back to the rows and the routing weights."""
-    weights_TK = handle.topk_weights if call.weighted else None
+    weights_TK = _weights_of(call, handle)
     anchor = anchor_of(handle)
     if anchor is None:
         anchor = _new_anchor(call.rows).requires_grad_()
@@ -86,6 +85,13 @@ def combine(engine: Engine, call: CombineCall, handle: DispatchHandle) -> Combin
     with _finishing_failed(started):
         out_TH: Any = _Combine.apply(call.rows, weights_TK, anchor, engine, call, started)
     return dataclasses.replace(started[0], out_TH=out_TH)
+
+
+def _weights_of(call: CombineCall, handle: DispatchHandle) -> Tensor | None:
+    """`[T, K]` weights to which gradients of a combine flow, or None."""
+    if not call.weighted:
+        return None
+    return handle.topk_weights if call.weights_TK is None else call.weights_TK
 
 
 @contextmanager
@@ -170,20 +176,26 @@ class _Combine(torch.autograd.Function):
         ctx.engine, ctx.state, ctx.weighted = engine, call.state, call.weighted
         # Only the weights' gradient reads the rows again.
         keep = weights_TK is not None and weights_TK.requires_grad
-        ctx.save_for_backward(rows if keep else None, anchor)
+        ctx.save_for_backward(rows if keep else None, call.weights_TK, anchor)
         return call.out_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_TH,) = grads
-        rows, _ = ctx.saved_tensors
+        rows, given_TK, _ = ctx.saved_tensors
         arrived = ctx.engine.dispatch(
-            DispatchCall(x_TW=grad_TH.contiguous(), previous=ctx.state, zero_padding=True)
+            DispatchCall(
+                x_TW=grad_TH.contiguous(),
+                previous=ctx.state,
+                weights_TK=given_TK,  # of the combine; those of the dispatch are there already
+                zero_padding=True,
+            )
         )
         arrived.finish()
         grad_rows, grad_weights = arrived.output.tokens, None
-        slot_weights = ctx.engine.slot_weights(ctx.state) if ctx.weighted else None
+        state = ctx.state if given_TK is None else arrived.state
+        slot_weights = ctx.engine.slot_weights(state) if ctx.weighted else None
         if slot_weights is not None:
             # What arrived belongs to nobody else: it becomes the result.
             per_slot = weighted_backward(

@@ -333,6 +333,7 @@ class CallBuilder:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: Tensor | None = None,
         async_finish: bool = False,
         return_recv_hook: bool = False,
@@ -345,12 +346,16 @@ class CallBuilder:
             and handle.owner == self._identity
             and not (async_finish and return_recv_hook)
             and not torch.is_grad_enabled()
-            and self._fast.takes_combine(expert_output, handle, out=out, weights=weights)
+            and self._fast.takes_combine(
+                expert_output, handle, out=out, weights=weights, topk_weights=topk_weights
+            )
         ):
             check_current(handle)
             if handle._finish is not None:
                 handle.wait()
-            weighted = self._expanded and (weights is not None or handle.topk_weights is not None)
+            weighted = self._expanded and (
+                weights is not None or topk_weights is not None or handle.topk_weights is not None
+            )
             if out is None:
                 out = expert_output.new_empty((handle.num_tokens, self._hidden))
             # By position: keywords take twice as long.
@@ -363,12 +368,14 @@ class CallBuilder:
                 num_sms,
                 weights,
                 return_recv_hook,
+                topk_weights,
             )
         return self._combine_checked(
             expert_output,
             handle,
             out=out,
             weights=weights,
+            topk_weights=topk_weights,
             weight_grads=weight_grads,
             async_finish=async_finish,
             return_recv_hook=return_recv_hook,
@@ -382,6 +389,7 @@ class CallBuilder:
         *,
         out: Tensor | None,
         weights: Tensor | None,
+        topk_weights: Tensor | None,
         weight_grads: Tensor | None,
         async_finish: bool,
         return_recv_hook: bool,
@@ -399,16 +407,28 @@ class CallBuilder:
             weight_grads = check_tensor(
                 "weight_grads", weight_grads, device=device, dtypes=weight_dtypes, shape=leading
             ).contiguous()
-        if weights is not None:
-            if not self._expanded:
+        for name, given in (("weights", weights), ("topk_weights", topk_weights)):
+            if given is not None and not self._expanded:
                 raise InputError(
-                    f"weights cannot be given for layout {self._layout.value}: its rows have been "
+                    f"{name} cannot be given for layout {self._layout.value}: its rows have been "
                     "weighted by the experts"
                 )
+        if weights is not None:
+            if topk_weights is not None:
+                raise InputError("weights and topk_weights exclude each other")
             weights = check_tensor(
                 "weights", weights, device=device, dtypes=weight_dtypes, shape=shape[:-1]
             ).contiguous()
-        tracked = needs_grad(rows, handle.topk_weights, weights, anchor_of(handle))
+        if topk_weights is not None:
+            topk_weights = check_tensor(
+                "topk_weights",
+                topk_weights,
+                device=device,
+                dtypes=weight_dtypes,
+                shape=(handle.num_tokens, self._topk),
+            ).contiguous()
+        weights_TK = handle.topk_weights if topk_weights is None else topk_weights
+        tracked = needs_grad(rows, weights_TK, weights, anchor_of(handle))
         if weights is not None and tracked:
             raise InputError("weights cannot be used where gradients are tracked")
         _check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook, tracked=tracked)
@@ -432,12 +452,13 @@ class CallBuilder:
         return CombineCall(
             rows=rows.contiguous(),
             state=handle.state,
-            weighted=self._expanded and (weights is not None or handle.topk_weights is not None),
+            weighted=self._expanded and (weights is not None or weights_TK is not None),
             out_TH=rows.new_empty(result_shape) if out is None else out,
             weight_grads=weight_grads,
             num_sms=num_sms,
             slot_weights=weights,
             return_recv_hook=return_recv_hook,
+            weights_TK=topk_weights,
         )
 
     def check_handle(self, handle: object) -> DispatchHandle:

@@ -491,6 +491,7 @@ class MoECommunicator:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: None = None,
         async_finish: bool = False,
         return_recv_hook: Literal[False] = False,
@@ -504,6 +505,7 @@ class MoECommunicator:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: Tensor,
         async_finish: bool = False,
         return_recv_hook: Literal[False] = False,
@@ -517,6 +519,7 @@ class MoECommunicator:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: None = None,
         async_finish: bool = False,
         return_recv_hook: Literal[True],
@@ -530,6 +533,7 @@ class MoECommunicator:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: Tensor,
         async_finish: bool = False,
         return_recv_hook: Literal[True],
@@ -542,6 +546,7 @@ class MoECommunicator:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: Tensor | None = None,
         async_finish: bool = False,
         return_recv_hook: bool = False,
@@ -562,6 +567,11 @@ class MoECommunicator:
                 in the leading shape of the rows, instead of the routing weights. Weights of slots
                 without a row are not read. All ranks pass them or none. Not where gradients are
                 tracked.
+            topk_weights: FLAT, EXPERT_MAJOR: `[T, K]` float32 (float64 with float64 rows), this
+                rank's tokens' own, instead of the routing weights: the result is that of a
+                dispatch with these. The dispatch may have had others, or none, and keeps them.
+                Those of choices without an expert are not read. All ranks pass them or none.
+                Excludes `weights`. Differentiable.
             weight_grads: gradients of the rows' weights (FLAT, EXPERT_MAJOR: one number per row,
                 the leading shape of the rows; others: that + `[K]`), to be returned per token.
             async_finish: return before the result is there; call `handle.wait()` before reading.
@@ -587,6 +597,7 @@ class MoECommunicator:
                 handle,
                 out=out,
                 weights=weights,
+                topk_weights=topk_weights,
                 weight_grads=weight_grads,
                 async_finish=async_finish,
                 return_recv_hook=return_recv_hook,
@@ -600,6 +611,7 @@ class MoECommunicator:
                 handle,
                 out=out,
                 weights=weights,
+                topk_weights=topk_weights,
                 weight_grads=weight_grads,
                 async_finish=async_finish,
                 return_recv_hook=return_recv_hook,
@@ -627,6 +639,7 @@ class MoECommunicator:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: None = None,
         overlap: CommOverlapConfig | None = None,
     ) -> Request[Tensor]: ...
@@ -639,6 +652,7 @@ class MoECommunicator:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: Tensor,
         overlap: CommOverlapConfig | None = None,
     ) -> Request[tuple[Tensor, Tensor]]: ...
@@ -650,6 +664,7 @@ class MoECommunicator:
         *,
         out: Tensor | None = None,
         weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         weight_grads: Tensor | None = None,
         overlap: CommOverlapConfig | None = None,
     ) -> Request[Tensor] | Request[tuple[Tensor, Tensor]]:
@@ -666,6 +681,7 @@ class MoECommunicator:
                 handle,
                 out=out,
                 weights=weights,
+                topk_weights=topk_weights,
                 weight_grads=weight_grads,
                 overlap=overlap,
             )
@@ -677,6 +693,7 @@ class MoECommunicator:
                 handle,
                 out=out,
                 weights=weights,
+                topk_weights=topk_weights,
                 weight_grads=weight_grads,
                 num_sms=None if overlap is None else overlap.num_sms,
             )

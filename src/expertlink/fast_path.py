@@ -61,9 +61,15 @@ class FastPath:
         )
 
     def takes_combine(
-        self, rows: Tensor, handle: DispatchHandle, *, out: Tensor | None, weights: Tensor | None
+        self,
+        rows: Tensor,
+        handle: DispatchHandle,
+        *,
+        out: Tensor | None,
+        weights: Tensor | None,
+        topk_weights: Tensor | None,
     ) -> bool:
-        """Expert outputs that fit a handle, with or without `out` and `weights`."""
+        """Expert outputs that fit a handle, with or without `out` and one kind of weights."""
         if rows.__class__ is not Tensor:
             return False
         device, dtype, shape = self._device, self._dtype, handle.rows_shape
@@ -88,6 +94,17 @@ class FastPath:
                     and weights.shape == shape[:-1]
                     and weights.dtype is self._weight_dtype
                     and _is_plain(weights, device)
+                )
+            )
+            and (
+                topk_weights is None
+                or (
+                    self._expanded
+                    and weights is None
+                    and topk_weights.__class__ is Tensor
+                    and topk_weights.shape == (handle.num_tokens, self._topk)
+                    and topk_weights.dtype is self._weight_dtype
+                    and _is_plain(topk_weights, device)
                 )
             )
         )

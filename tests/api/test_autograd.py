@@ -16,6 +16,11 @@ from support.oracle import Case
 from support.small_calls import H, T, good, make
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
+EXPANDED = pytest.mark.parametrize(
+    "layout",
+    [layout for layout in DispatchLayout if layout.expanded],
+    ids=lambda layout: layout.value,
+)
 
 
 @LAYOUTS
@@ -47,6 +52,19 @@ def test_gradients_of_three_combines_of_a_dispatch(
     case = Case((5, 0, 4), 8, experts=5, topk=2, layout=layout, dtype=torch.float64)
     drawn = dataclasses.replace(case, placement=placement, masked=0.2)
     for worst in rank_pools(3).run(training.gradients, drawn, 3, timeout_s=60):
+        assert max(worst.values()) < 1e-12, worst
+
+
+@EXPANDED
+@pytest.mark.parametrize("combines", [1, 2])
+@pytest.mark.parametrize("precision", ["wire", "exact"])
+def test_gradients_of_weights_of_the_combine(
+    rank_pools, precision: str, combines: int, layout: DispatchLayout
+) -> None:
+    """Those of the dispatch, of which there are some with two combines, get none."""
+    case = Case((5, 0, 4), 8, experts=5, topk=2, layout=layout, dtype=torch.float64, masked=0.2)
+    drawn = dataclasses.replace(case, precision=precision, placement="scattered", seed=4)
+    for worst in rank_pools(3).run(training.gradients, drawn, combines, True, timeout_s=60):
         assert max(worst.values()) < 1e-12, worst
 
 

@@ -22,6 +22,16 @@ def test_combine_refuses_wrong_weights(tracking: bool) -> None:
         ]:
             with pytest.raises(InputError, match=message):
                 comm.combine(out.tokens, handle, weights=bad)  # type: ignore[arg-type]
+        for bad, message in [
+            (torch.rand(7), r"topk_weights has shape \(7,\); expected \(4, 2\)"),
+            (torch.rand(T, K).double(), "topk_weights has dtype torch.float64; accepted: torch.fl"),
+            (torch.rand(T, K, device="meta"), "topk_weights is on meta"),
+            ([[1.0] * K] * T, "topk_weights must be a torch.Tensor, not list"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                comm.combine(out.tokens, handle, topk_weights=bad)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="weights and topk_weights exclude each other"):
+            comm.combine(out.tokens, handle, weights=torch.rand(7), topk_weights=torch.rand(T, K))
         strided = torch.arange(14.0)[::2]  # rows lie by expert: tokens 0, 3, 0, 1, 1, 2, 2
         result = comm.combine(torch.ones_like(out.tokens), handle, weights=strided)
         assert result[:, 0].tolist() == [0.0 + 4, 6.0 + 8, 10.0 + 12, 2.0]
@@ -29,6 +39,8 @@ def test_combine_refuses_wrong_weights(tracking: bool) -> None:
         out, handle = comm.dispatch(**good())
         with pytest.raises(InputError, match="weights cannot be given for layout token_major"):
             comm.combine(out.tokens, handle, weights=torch.rand(4))
+        with pytest.raises(InputError, match="topk_weights cannot be given for layout token_major"):
+            comm.combine(out.tokens, handle, topk_weights=torch.rand(T, K))
 
 
 def test_what_gradients_exclude() -> None:

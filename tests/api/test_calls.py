@@ -89,7 +89,7 @@ def test_both_paths_make_the_same_dispatch(weighted: bool, hook: bool, given: bo
 
 
 @pytest.mark.parametrize("hook", [False, True])
-@pytest.mark.parametrize("weighted", ["by the routing", "by the combine", "not"])
+@pytest.mark.parametrize("weighted", ["by the routing", "by slot", "by token", "not"])
 def test_both_paths_make_the_same_combine(weighted: str, hook: bool) -> None:
     builder, _ = builder_of()
     x, ids, weights = arguments()
@@ -105,18 +105,20 @@ def test_both_paths_make_the_same_combine(weighted: str, hook: bool) -> None:
         topk_weights=weights if weighted == "by the routing" else None,
         state=object(),
     )
-    given = torch.rand(rows.shape[:-1]) if weighted == "by the combine" else None
+    options = {
+        "weights": torch.rand(rows.shape[:-1]) if weighted == "by slot" else None,
+        "topk_weights": weights if weighted == "by token" else None,
+    }
     calls = []
     for tracking in (False, True):
         with torch.set_grad_enabled(tracking):
-            call = builder.combine(
-                rows, handle, out=x, weights=given, return_recv_hook=hook, num_sms=5
-            )
+            call = builder.combine(rows, handle, out=x, return_recv_hook=hook, num_sms=5, **options)
         calls.append(vars(call))
     fast, checked = calls
     assert fast.keys() == checked.keys()
     assert all(fast[name] is checked[name] for name in fast)
     assert fast["weighted"] == (weighted != "not")
+    assert (fast["slot_weights"], fast["weights_TK"]) == tuple(options.values())
 
 
 @pytest.mark.parametrize("tracking", [False, True])

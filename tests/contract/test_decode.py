@@ -45,6 +45,19 @@ def test_weights_of_the_combine(rank_pools, ranks: int, layout: DispatchLayout) 
     check()
 
 
+@EXPANDED
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_weights_of_the_tokens_ranks(rank_pools, ranks: int, layout: DispatchLayout) -> None:
+    run(rank_pools, decode.topk_weights, shapes(ranks, layout))
+
+    @settings(max_examples=deep(6))
+    @given(st.lists(cases(ranks, layout), min_size=1, max_size=4))
+    def check(drawn: list[Case]) -> None:
+        run(rank_pools, decode.topk_weights, drawn)
+
+    check()
+
+
 @LAYOUTS
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_halves(rank_pools, ranks: int, layout: DispatchLayout) -> None:
@@ -116,6 +129,15 @@ def test_weights_on_one_rank_only(rank_pools, layout: DispatchLayout) -> None:
 
 
 @EXPANDED
+@pytest.mark.parametrize("precision", ["wire", "exact"])
+def test_weights_of_one_tokens_rank_only(
+    rank_pools, precision: str, layout: DispatchLayout
+) -> None:
+    case = Case((3, 2), 8, experts=4, topk=2, layout=layout, precision=precision)
+    run(rank_pools, decode.topk_weights_on_one_rank, [case])
+
+
+@EXPANDED
 def test_tables_of_the_nvlink_engine(layout: DispatchLayout) -> None:
     """The same ranges and products from its tables. They are made here: kernels need a GPU."""
     case = Case((5, 3, 7), 8, experts=7, topk=3, layout=layout, masked=0.2, seed=3)
@@ -173,7 +195,7 @@ def nvlink_route(case: Case, rank: int) -> tuple[dict[str, Tensor], Route]:
 
 def shapes(ranks: int, layout: DispatchLayout) -> list[Case]:
     """An ordinary routing, a masked and scattered one, and nothing to send on any rank."""
-    tokens = (5, 0, 7)[:ranks]
+    tokens = (5, 0, 7, 2)[:ranks]
     precision = "exact" if layout.expanded else "wire"
     scattered = Case(tokens, 20, 6, 3, layout, placement="scattered", precision=precision, seed=4)
     alignment = 4 if layout is DispatchLayout.FLAT else 1

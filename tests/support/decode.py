@@ -37,7 +37,17 @@ from support.jobs import (
     same_bits,
     without_gradients,
 )
-from support.oracle import Case, combined_of, expected_of, inputs_of, ranges_of, slot_weights
+from support.oracle import (
+    Case,
+    combined_of,
+    expected_of,
+    inputs_of,
+    ranges_of,
+    returned_grads,
+    slot_grads,
+    slot_weights,
+    weights_of_combine,
+)
 
 
 def on_a_rank(ctx: RankContext, job: Job, cases: list[Case], *args: Any, **fields: Any) -> int:
@@ -76,6 +86,54 @@ def weights_on_one_rank(comm: MoECommunicator, case: Case) -> None:
     given = slot_weights_for(case, comm.rank, handle) if comm.rank == 0 else None
     with pytest.raises(InputError, match="scales and weights: 4 on rank 0, 0 on ranks? 1"):
         comm.combine(rows, handle, weights=given)
+
+
+def topk_weights(comm: MoECommunicator, case: Case) -> None:
+    """Weights that a combine is given by the tokens' ranks replace those of any dispatch."""
+    rank, device = comm.rank, comm.device
+    given = [weights_of_combine(case, rank, number).to(device) for number in range(3)]
+    expected = [combined_of(case, rank, topk_weights=number) for number in range(3)]
+    weighted = dataclasses.replace(case, weighted=True)
+    for own in (weighted, dataclasses.replace(case, weighted=False)):
+        _, handle = dispatch_case(comm, own)
+        rows = rows_for(case, rank, handle)
+        for number in range(2):
+            result = comm.combine(rows, handle, topk_weights=given[number])
+            same_bits(result, expected[number], "combine with weights of the tokens' ranks")
+        # The weights of the dispatch are as they were.
+        same_bits(comm.combine(rows, handle), combined_of(own, rank), "combine without weights")
+
+    x_TH = inputs_of(case, rank).x_TH.to(device)
+    _, cached = comm.dispatch(x_TH, None, previous_handle=handle)
+    out = torch.empty_like(x_TH)
+    strided = given[2].repeat_interleave(2, dim=1)[:, ::2]
+    assert comm.combine(rows, cached, out=out, topk_weights=strided) is out
+    same_bits(out, expected[2], "combine into out of a cached dispatch")
+
+    slots = filled_up(slot_grads(case, rank), cached.rows_shape[:-1], device)
+    result, grads_TK = comm.combine(rows, cached, topk_weights=given[0], weight_grads=slots)
+    same_bits(result, expected[0], "combine with weights and gradients of weights")
+    same_bits(grads_TK, returned_grads(case, rank), "gradients of weights")
+
+    results = [
+        comm.combine(rows, handle, topk_weights=weights, return_recv_hook=True)
+        for weights in given[1:]
+    ]
+    for number, (result, hook) in enumerate(results, start=1):
+        hook()
+        same_bits(result, expected[number], "combine in halves with weights")
+    request = comm.combine_async(rows, handle, topk_weights=given[0])
+    same_bits(request.wait(), expected[0], "asynchronous combine with weights")
+
+
+def topk_weights_on_one_rank(comm: MoECommunicator, case: Case) -> None:
+    """All ranks pass them or none, even where they do not travel."""
+    for weighted in (True, False):
+        _, handle = dispatch_case(comm, dataclasses.replace(case, weighted=weighted))
+        rows = rows_for(case, comm.rank, handle)
+        given = weights_of_combine(case, 0, 0) if comm.rank == 0 else None
+        with pytest.raises(InputError, match="bytes of a row: 8 on rank 0, 0 on ranks? 1"):
+            comm.combine(rows, handle, topk_weights=given)
 
 
 # -- halves ---------------------------------------------------------------------------------------

@@ -369,15 +369,18 @@ def combined_of(
     *,
     round_: int = 0,
     own_weights: bool = False,
+    topk_weights: int | None = None,
     missing: int | None = None,
 ) -> Tensor:
     """Result of combine on `rank`: the contract's sequence of roundings, term by term.
 
     `own_weights`: rows are multiplied by `slot_weights` instead of the routing weights.
+    `topk_weights`: by the `weights_of_combine` of this number.
     `missing`: a rank that was lost after the dispatch; its rows do not come back.
     """
+    weighting = (own_weights, topk_weights)
     if case.precision == "exact":
-        return _combined_exactly(case, rank, round_, own_weights, missing)
+        return _combined_exactly(case, rank, round_, weighting, missing)
     wide = torch.float64 if case.dtype is torch.float64 else torch.float32
     result = torch.zeros((case.tokens[rank], case.hidden), dtype=wide)
     for dest in range(case.ranks):
@@ -387,14 +390,14 @@ def combined_of(
         copies = [c for c in expected_of(case, dest).copies if c.source == rank]
         for copy in sorted(copies, key=lambda c: (c.token, c.choice)):
             start = partial.get(copy.token, torch.zeros(case.hidden, dtype=wide))
-            partial[copy.token] = start + _term(case, dest, copy, round_, own_weights)
+            partial[copy.token] = start + _term(case, dest, copy, round_, weighting)
         for token, value in partial.items():
             result[token] = result[token] + value.to(case.dtype).to(wide)
     return result.to(case.dtype)
 
 
 def _combined_exactly(
-    case: Case, rank: int, round_: int, own_weights: bool, missing: int | None
+    case: Case, rank: int, round_: int, weighting: tuple[bool, int | None], missing: int | None
 ) -> Tensor:
     """Every expert's row by itself, in top-k order, and one rounding at the end."""
     wide = torch.float64 if case.dtype is torch.float64 else torch.float32
@@ -406,17 +409,22 @@ def _combined_exactly(
         if copy.source == rank and dest != missing
     ]
     for token, _, dest, copy in sorted(rows, key=lambda row: row[:2]):
-        result[token] = result[token] + _term(case, dest, copy, round_, own_weights)
+        result[token] = result[token] + _term(case, dest, copy, round_, weighting)
     return result.to(case.dtype)
 
 
-def _term(case: Case, dest: int, copy: Copy, round_: int, own_weights: bool) -> Tensor:
+def _term(
+    case: Case, dest: int, copy: Copy, round_: int, weighting: tuple[bool, int | None]
+) -> Tensor:
     """A row that `dest` returns, multiplied by its weight if there is one."""
     wide = torch.float64 if case.dtype is torch.float64 else torch.float32
     term = _expert_rows(case, dest, round_)[copy.slot].to(wide)
+    own_weights, topk_weights = weighting
     if own_weights:
         return term * slot_weights(case, dest)[copy.slot].to(wide)
     weights_TK = kept_inputs(case, copy.source).weights_TK
+    if topk_weights is not None:
+        weights_TK = weights_of_combine(case, copy.source, topk_weights)
     if case.layout.expanded and weights_TK is not None:
         return term * weights_TK[copy.token, copy.choice].to(wide)
     return term
@@ -431,6 +439,16 @@ def slot_weights(case: Case, rank: int) -> Tensor:
     for copy in expected.copies:
         weights[copy.slot] = torch.randn((), generator=gen, dtype=torch.float64)
     return weights
+
+
+@kept
+def weights_of_combine(case: Case, rank: int, number: int) -> Tensor:
+    """Made-up `topk_weights` of a combine; NaN, never to be read, where a choice has no expert."""
+    ids_TK = kept_inputs(case, rank).ids_TK
+    gen = torch.Generator().manual_seed(case.seed * 1000 + 400 + rank + 31 * number)
+    weights_TK = torch.randn(ids_TK.shape, generator=gen, dtype=torch.float64)
+    weights_TK = torch.where(ids_TK >= 0, weights_TK, float("nan"))
+    return weights_TK.to(case.weight_dtype)
 
 
 @kept

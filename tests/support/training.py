@@ -51,13 +51,19 @@ def layer(
     weights_TK: Tensor,
     experts_EHH: Tensor,
     combines: int = 1,
+    at_combine: bool = False,
 ) -> Tensor:
-    """Combines of 1, 2, ... times the experts' rows, all of one dispatch, added up."""
-    out, handle = comm.dispatch(x_TH, ids_TK, weights_TK)
+    """Combines of 1, 2, ... times the experts' rows, all of one dispatch, added up.
+
+    `at_combine`: the weights are given to the combines, and to the dispatch others or none.
+    """
+    late: dict[str, Any] = {"topk_weights": weights_TK} if at_combine else {}
+    early = weights_TK if not at_combine else torch.ones_like(weights_TK) if combines > 1 else None
+    out, handle = comm.dispatch(x_TH, ids_TK, early)
     rows = experts_of(out, experts_EHH)
-    total = comm.combine(rows, handle)
+    total = comm.combine(rows, handle, **late)
     for times in range(2, combines + 1):
-        total = total + comm.combine(times * rows, handle)
+        total = total + comm.combine(times * rows, handle, **late)
     return total
 
 
@@ -69,13 +75,17 @@ def dense(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts_EHH: Tensor)
     return torch.einsum("te,eth->th", share_TE.to(x_TH.dtype), all_ETH)
 
 
-def gradients(ctx: RankContext, case: Case, combines: int = 1, **fields: Any) -> dict[str, float]:
+def gradients(
+    ctx: RankContext, case: Case, combines: int = 1, at_combine: bool = False, **fields: Any
+) -> dict[str, float]:
     """Largest differences to the dense layer: outputs, and gradients of rows, weights, experts."""
     with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
-        return gradients_on(comm, case, combines)
+        return gradients_on(comm, case, combines, at_combine)
 
 
-def gradients_on(comm: MoECommunicator, case: Case, combines: int = 1) -> dict[str, float]:
+def gradients_on(
+    comm: MoECommunicator, case: Case, combines: int = 1, at_combine: bool = False
+) -> dict[str, float]:
     """`gradients` with a communicator that is there already."""
     own, device = inputs_of(case, comm.rank), comm.device
     assert own.weights_TK is not None
@@ -83,7 +93,7 @@ def gradients_on(comm: MoECommunicator, case: Case, combines: int = 1) -> dict[s
     x_TH = own.x_TH.to(device, copy=True).requires_grad_()
     weights_TK = own.weights_TK.to(device).requires_grad_()
     mine = experts_EHH[comm.local_experts].clone().requires_grad_()
-    result = layer(comm, x_TH, own.ids_TK.to(device), weights_TK, mine, combines)
+    result = layer(comm, x_TH, own.ids_TK.to(device), weights_TK, mine, combines, at_combine)
     times = combines * (combines + 1) / 2
     probe = torch.cos(torch.arange(case.hidden, device=device, dtype=result.dtype))
     (result * probe).sum().backward()

@@ -68,8 +68,8 @@ class CombineCall:
     Attributes:
         rows: expert outputs in the layout's shape, contiguous.
         state: state of the dispatch.
-        weighted: multiply rows by weights: by `slot_weights` where given, else by the routing
-            weights. Only where the layout leaves that to combine.
+        weighted: multiply rows by weights: by `slot_weights` or `weights_TK` where given, else by
+            the routing weights. Only where the layout leaves that to combine.
         out_TH: `[T, H]` tensor for the result.
         weight_grads: float32, gradient of every slot's weight (expanded layouts: the leading shape
             of the rows; others: that + `[K]`), to be returned as `[T, K]`; or None.
@@ -77,6 +77,8 @@ class CombineCall:
         slot_weights: a weight for every slot, contiguous, in the leading shape of the rows; those
             of unfilled slots are never read. None: the routing weights.
         return_recv_hook: as in `DispatchCall`.
+        weights_TK: `[T, K]` contiguous weights of this rank's tokens, in place of the routing
+            weights; those of choices without an expert are never read. Excludes `slot_weights`.
     """
 
     rows: Tensor
@@ -87,6 +89,7 @@ class CombineCall:
     num_sms: int | None = None
     slot_weights: Tensor | None = None
     return_recv_hook: bool = False
+    weights_TK: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@
 
 With `combine_precision="wire"` a rank sends one partial sum per arrival, in order of arrival. With
 "exact" it sends every row as it is, ordered by (arrival, choice), and its weight as metadata.
+Weights that the tokens' ranks give to a combine travel ahead of "wire" sums; with "exact" they stay.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class Returns:
     def combine(self, call: CombineCall) -> Combined:
         """Waits until all ranks have agreed, and sends. Collective."""
         route = finished(call.state, self._config.weight_dtype)
+        weights_TK = call.weights_TK
         agreement = None
         if self._agrees:
             agreement = begin_agreement(
@@ -109,9 +111,16 @@ class Returns:
                 device=self._wire.device,
                 subject=route.call,
                 maker=route.maker,
+                row_bytes=0 if weights_TK is None else metadata.row_bytes(weights_TK),
                 metadata_bytes=self._metadata_bytes(call),
             )
-        outgoing = self._single_rows(call, route) if self._exact else self._sums(call, route)
+        if self._exact:
+            outgoing = self._single_rows(call, route)
+        else:
+            if agreement is not None and weights_TK is not None:  # they travel before the rows
+                agreement.conclude()
+                agreement = None
+            outgoing = self._sums(call, route)
         if agreement is not None:
             agreement.conclude()
         finish_rows = self._send(call, outgoing)
@@ -149,7 +158,7 @@ class Returns:
         """Bytes that travel with a row; all ranks must agree."""
         grads = call.weight_grads
         total = 0 if grads is None else grads.element_size() * self._config.topk
-        if self._exact and call.weighted:
+        if self._exact and call.weighted and call.weights_TK is None:
             total += self._config.weight_dtype.itemsize
         return total
 
@@ -168,7 +177,7 @@ class Returns:
             ordered_sum(
                 _as_slots(call.rows),
                 route.plan.slots_of_row,
-                _weights_of_choices(call, route),
+                self._weights_of_arrivals(call, route),
                 out=sums_NH,
                 workspace=self._workspace,
                 kernel=self._kernel,
@@ -185,7 +194,9 @@ class Returns:
         words = layouts.as_words(_as_slots(call.rows))
         rows = self._workspace.take((len(present), words.shape[1]), words.dtype)
         torch.index_select(words, 0, slots[present], out=rows)
-        weights_NK = _weights_of_choices(call, route)
+        weights_NK = None  # those of the tokens' ranks stay there
+        if call.weights_TK is None:
+            weights_NK = _weights_of_choices(call, route)
         weights = None if weights_NK is None else weights_NK.reshape(-1, 1)[present]
         return Outgoing(
             rows=rows.view(call.rows.dtype),
@@ -194,6 +205,21 @@ class Returns:
             splits=splits,
             terms_TC=routing.order_of_choices(route.row_of_choice),
         )
+
+    def _weights_of_arrivals(self, call: CombineCall, route: Route) -> Tensor | None:
+        """`[N, K]` what rows are multiplied with before they are added up here, or None.
+
+        Weights of the combine come from the tokens' ranks first.
+        """
+        if call.weights_TK is None:
+            return _weights_of_choices(call, route)
+        splits, token = route.splits, route.token_of_row
+        row = torch.arange(len(token), device=token.device)[:, None]
+        here_nK = route.row_of_choice[token] == row
+        weights_nK = torch.where(here_nK, call.weights_TK[token], 0.0)
+        weights_NK = weights_nK.new_empty((sum(splits.receive), self._config.topk))
+        exchange_rows(self._wire, weights_nK, weights_NK, splits).wait()
+        return weights_NK
 
     # -- send, add up -----------------------------------------------------------------------------
 
@@ -218,7 +244,7 @@ class Returns:
         return finish
 
     def _add_up(self, call: CombineCall, outgoing: Outgoing, incoming: Incoming) -> None:
-        weights_TC = None
+        weights_TC = call.weights_TK if self._exact else None
         if incoming.weights is not None and incoming.weights_move is not None:
             incoming.weights_move.wait()
             weights_TC = _by_position(incoming.weights, outgoing.terms_TC)
