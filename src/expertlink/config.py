@@ -206,8 +206,6 @@ class MoECommunicatorConfig:
                 True,
                 f"False with mode={self.mode!r}; mode='ll' has it",
             )
-        if self.mask_lost_peers and self.combine_precision == "exact":
-            _refuse("mask_lost_peers", True, "False with combine_precision='exact'")
         for name in NVLINK_ONLY:
             if getattr(self, name) and self.engine == "collective":
                 _refuse(name, True, "False with engine='collective'; only the nvlink engine has it")

@@ -105,7 +105,7 @@ def test_both_paths_make_the_same_combine(weighted: str, hook: bool) -> None:
         topk_weights=weights if weighted == "by the routing" else None,
         state=object(),
     )
-    options = {
+    options: dict[str, Any] = {
         "weights": torch.rand(rows.shape[:-1]) if weighted == "by slot" else None,
         "topk_weights": weights if weighted == "by token" else None,
     }

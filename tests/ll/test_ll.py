@@ -17,6 +17,7 @@ from support.cases import (
     FEW_MASK_WORDS,
     LAYOUTS,
     aligned,
+    blocks_of_scales,
     exact,
     half,
     many_bytes,
@@ -153,6 +154,38 @@ def test_exact_sums_do_not_depend_on_the_placement(layout: DispatchLayout) -> No
     shape = exact(usual(3, layout))
     case = shape.case((9, 4, 7), placement="scattered", seed=8)
     run_hosted(fleet_of("ll", case), jobs.contracts, [case])
+
+
+@EXPANDED
+@pytest.mark.parametrize("name", EXACT_EDGES)
+def test_exact_sums_with_weights_of_the_tokens_ranks(name: str, layout: DispatchLayout) -> None:
+    shape = exact(special(name, layout))
+    cases = [shape.case(seed=1), shape.case(masked=0.4, seed=2)]
+    run_cases(fleet_of("ll", cases[0]), decode.topk_weights, cases)
+
+
+@EXPANDED
+@pytest.mark.parametrize("precision", ["wire", "exact"])
+def test_weights_of_the_tokens_ranks_for_quantized_rows(
+    precision: str, layout: DispatchLayout
+) -> None:
+    case = blocks_of_scales(layout).case(masked=0.2, seed=1)
+    case = dataclasses.replace(case, precision=precision)
+    fleet = fleet_of("ll", case, quantization="e4m3_ue8m0")
+    run_cases(fleet, decode.topk_weights, [case])
+
+
+@EXPANDED
+@pytest.mark.parametrize("precision", ["wire", "exact"])
+def test_gradients_of_weights_of_the_combine(precision: str, layout: DispatchLayout) -> None:
+    case = dataclasses.replace(usual(3, layout).case(masked=0.2), precision=precision)
+
+    def job(comm: MoECommunicator) -> dict[str, float]:
+        with torch.autograd.set_multithreading_enabled(False):  # as in test_gradients
+            return training.gradients_on(comm, case, at_combine=True)
+
+    for worst in run_hosted(fleet_of("ll", case), job):
+        assert max(worst.values()) < 0.05, worst
 
 
 @EXPANDED

@@ -61,6 +61,36 @@ def test_every_call_names_the_dispatch_that_it_belongs_to(
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "travel"),
+    [
+        ({"output_layout": "flat", "static_shapes": True}, True),
+        (LL, True),
+        ({**LL, "combine_precision": "exact"}, False),
+    ],
+    ids=["ht", "ll", "ll-exact"],
+)
+@torch.no_grad()
+def test_weights_of_a_combine_travel_where_ranks_add_up(
+    gpu: FakeGpu, fields: dict[str, Any], travel: bool
+) -> None:
+    """A dispatch brings them, and the combine is of that one. Exact sums need nothing."""
+    comm = gpu.communicator(**fields)
+    x, ids, weights = inputs()
+    out, handle = comm.dispatch(x, ids)
+    comm.combine(out.tokens, handle, topk_weights=weights)
+    comm.combine(out.tokens, handle)
+    made, *brought, given, plain = gpu.launched
+    assert [launch["operation"] for launch in brought] == [Operation.CACHED_DISPATCH] * travel
+    assert all(launch["subject"] == made["origin"] for launch in brought)
+    assert given["subject"] == (brought[0]["origin"] if travel else made["origin"])
+    assert plain["subject"] == made["origin"]
+    if fields.get("mode") == "ll":
+        here = [bool(launch["flags"] & Flag.TOKEN_WEIGHTS) for launch in (given, plain)]
+        assert here == [not travel, False]
+        assert (given["signature"] == plain["signature"]) is travel
+
+
 @torch.no_grad()
 def test_a_cached_dispatch_into_the_same_buffers_has_a_number_of_its_own(gpu: FakeGpu) -> None:
     comm = gpu.communicator(**LL)

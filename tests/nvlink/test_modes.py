@@ -13,12 +13,14 @@ import pytest
 from expertlink import BlockFormat, DispatchLayout
 from support import decode, jobs, payloads
 from support.cases import (
+    EXPANDED,
     LAYOUTS,
     MANY_RANKS,
     MODES,
     RANKS,
     SPECIAL,
     aligned,
+    exact,
     routings,
     special,
     usual,
@@ -55,6 +57,20 @@ def test_edges_of_what_the_kernels_take(mode: str, name: str, layout: DispatchLa
     shape = special(name, layout)
     cases = [shape.case(seed=1), shape.case(masked=0.4, weighted=False, seed=2)]
     run_hosted(fleet_of(mode, cases[0]), jobs.contracts, cases)
+
+
+@FORMS
+@EXPANDED
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_weights_of_the_tokens_ranks(
+    mode: str, fields: dict[str, Any], ranks: int, layout: DispatchLayout
+) -> None:
+    shapes = [usual(ranks, layout)]
+    if mode == "ll":
+        shapes.append(exact(shapes[0]))
+    for shape in shapes:
+        cases = routings(shape)
+        run_cases(fleet_of(mode, cases[0], **fields), decode.topk_weights, cases)
 
 
 @MODES

@@ -63,6 +63,8 @@ LATENCY_CASES: list[tuple[int, dict[str, Any]]] = [
     (8, {"output_layout": "token_major", "quantization": "e4m3_float32"}),
     (4, {"output_layout": "rank_major", "dtype": torch.float16}),
     (4, {"combine_precision": "exact", "dtype": torch.float16}),
+    (8, {"combine_precision": "exact", "mask_lost_peers": True}),
+    (8, {"combine_precision": "exact", "output_layout": "flat", "mask_lost_peers": True}),
     (1, {"num_experts": 1, "topk": 1, "hidden_size": 8, "max_tokens_per_rank": 1}),
     (72, {"num_experts": 2048, "topk": 32, "hidden_size": 16384, "max_tokens_per_rank": 64}),
     (72, {"num_experts": 576, "topk": 32, "combine_precision": "exact"}),

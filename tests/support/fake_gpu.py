@@ -102,7 +102,7 @@ class FakeGpu:
 
         def run(name: KernelName, arguments: Arguments, launch: object) -> None:
             fields = ("operation", "communicator", "subject", "maker", "flags", "origin")
-            fields += ("slots_of_token", "status", "capacity")
+            fields += ("slots_of_token", "status", "capacity", "signature")
             self.launched.append(
                 {"name": name, **{field: getattr(arguments, field, None) for field in fields}}
             )

@@ -7,7 +7,7 @@
 
 With `combine_precision="wire"` a rank sends one partial sum per arrival, in order of arrival. With
 "exact" it sends every row as it is, ordered by (arrival, choice), and its weight as metadata.
-Weights that the tokens' ranks give to a combine travel ahead of "wire" sums; with "exact" they stay.
+Weights that a combine is given at the tokens' ranks travel ahead of "wire" sums; "exact" ones stay.
 """
 
 from __future__ import annotations

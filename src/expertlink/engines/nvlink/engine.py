@@ -67,6 +67,11 @@ class NvlinkEngine:
         self.quantizes, self.backward_kernel = mode.quantizes, backward_kernel
         self.routing_form = mode.routing_form
         self.numbers_by_max_tokens = mode.numbers_by_max_tokens
+        # Rows of a dispatch that only brings weights. Exact sums need none: weights stay.
+        self._short_rows = None
+        if config.layout.expanded and config.combine_precision == "wire":
+            shape = (config.max_tokens_per_rank, ALIGNMENT)
+            self._short_rows = torch.zeros(shape, dtype=torch.uint8, device=wire.device)
         self.arena.join(wire.number)
         self.watchdog.attach(wire.publish_abort, wire.abort_reason)
         self.watchdog.interrupted = weakref.WeakMethod(self.abort)
@@ -92,13 +97,38 @@ class NvlinkEngine:
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
+        weights_TK = call.weights_TK
+        if weights_TK is not None and self._short_rows is not None:
+            call = self._with_weights(call, weights_TK, self._short_rows)
         mode, state = self._mode, call.state
         capturing = (mode.counts_captures or self._check) and is_capturing()
         number = self._enter(_COMBINE, state, capturing)
         if self._check and number:
-            self._agree(_COMBINE, of=as_route(state))
+            row_bytes = 0 if weights_TK is None else metadata.row_bytes(weights_TK)
+            self._agree(_COMBINE, of=as_route(state), row_bytes=row_bytes)
         self.arena.follow(capturing=capturing)
         return mode.combine(call)
+
+    def _with_weights(self, call: CombineCall, weights_TK: Tensor, rows: Tensor) -> CombineCall:
+        """The same combine, once the ranks that add up have these weights: a dispatch brings them.
+
+        Args:
+            call: the combine.
+            weights_TK: of this rank's tokens.
+            rows: `[T_max, W]` that travel with them; nobody reads those.
+        """
+        route = as_route(call.state)
+        arrived = self.dispatch(
+            DispatchCall(
+                x_TW=rows[: route.num_tokens],
+                weights_TK=weights_TK,
+                # As much room as the rows of the combine have.
+                output_buffer=rows.new_empty((*route.shape, rows.shape[1])),
+                previous=route,
+            )
+        )
+        arrived.finish()
+        return dataclasses.replace(call, state=arrived.state, weights_TK=None)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""

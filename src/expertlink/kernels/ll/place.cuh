@@ -12,8 +12,8 @@ __device__ __forceinline__ WaitResult receive_metadata(const DispatchArguments& 
                                                        int source, int position, bool keeps,
                                                        int& target, int& token) {
     const int lane = threadIdx.x % 32;
-    const int staged = source * kMaxTokens + position;
-    const long long row = staged;
+    const int staged = staging_slot(source, position);
+    const long long row = source * kMaxTokens + position;
     WaitResult found = kArrived;
     unsigned code = 0, weight = 0;
     unsigned long long since = 0;
@@ -79,7 +79,7 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
                                            const Staging& at, const Arrivals& in, int source,
                                            int position, StepRange range, bool is_first,
                                            bool is_last) {
-    const int staged = source * kMaxTokens + position;
+    const int staged = staging_slot(source, position);
     char* const row = staged_row(at.base, at.transfer, staged);
     const unsigned* const escapes = escape_words(at.base, at.transfer, staged);
     const bool own = takes_own_rows<kQuantized>(a) && source == a.rank;

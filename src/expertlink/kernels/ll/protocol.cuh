@@ -39,6 +39,18 @@ __device__ __forceinline__ unsigned* alive_word(char* base, int rank) {
 // The set of a transfer: rows are staged in kSets sets in turn.
 __device__ __forceinline__ int set_of(unsigned transfer) { return transfer % kSets; }
 
+// Staging slots: rows that a rank sends lie in slots of its own, in the order of their tokens. Rows
+// of exact sums have the slot of their token and choice, among those of the rank that sends them if
+// ranks can be left out: one that comes back writes into no slot of others.
+__device__ __forceinline__ int staging_slot(int rank, int position) {
+    return rank * kRankSlots + position;
+}
+
+__device__ __forceinline__ int slot_of_choice(int rank, int token, int k) {
+    return (kMaskLost ? rank * kRankSlots : 0) + token * kTopk + k;
+}
+static_assert(!(kExact && kMaskLost) || kRankSlots == kMaxTokens * kTopk);
+
 constexpr int kDropped = -2;  // slot of a choice whose row found no room; reported as overflow
 
 // Tagged word: a column of the count row of `rank`.

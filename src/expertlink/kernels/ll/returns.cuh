@@ -47,8 +47,13 @@ __device__ __forceinline__ const char* row_at(const CombineArguments& a, long lo
     return static_cast<const char*>(a.rows) + slot * a.row_bytes;
 }
 
-// Sends the metadata of a row, once: weights of exact sums, gradients of weights. Lane k, for
-// choice k.
+// Whether rows are accompanied by metadata: gradients of weights, or weights of exact sums that the
+// tokens' ranks do not have.
+__device__ __forceinline__ bool has_metadata(const CombineArguments& a) {
+    return a.flags & kGrads || (kExact && !(a.flags & kTokenWeights));
+}
+
+// Sends the metadata of a row, once. Lane k, for choice k.
 __device__ __forceinline__ void return_metadata(const CombineArguments& a, const Call& call,
                                                 int peer, int slot, int token, long long at,
                                                 int choice, float weight) {
@@ -60,8 +65,9 @@ __device__ __forceinline__ void return_metadata(const CombineArguments& a, const
         grad = a.slot_grads[kExpanded ? choice : at * kTopk + lane];
     char* const base = call.bases[peer];
     if (kExact && choice != -1)
-        store_tagged_pair(metadata_words(base, call.sending, token * kTopk + lane, 0), call.sending,
-                          __float_as_uint(weight), __float_as_uint(grad));
+        store_tagged_pair(
+            metadata_words(base, call.sending, slot_of_choice(a.rank, token, lane), 0),
+            call.sending, __float_as_uint(weight), __float_as_uint(grad));
     if (!kExact && a.flags & kGrads)
         store_tagged(metadata_words(base, call.sending, slot, lane), call.sending,
                      __float_as_uint(grad));
@@ -164,10 +170,11 @@ __device__ __forceinline__ void copy_steps(uint4 (&to)[kSumDepth], const uint4 (
 // Sends the metadata of an item.
 __device__ __forceinline__ void return_row_metadata(const CombineArguments& a, const Call& call,
                                                     const RowsFrom& in, const ReturnItem& part) {
-    if (part.part != 0 || !(kExact || a.flags & kGrads)) return;
+    if (part.part != 0) return;
     if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
         add_to_statistics(a, part.source, a.rows_sent, a.bytes_sent);
-    return_metadata(a, call, part.source, a.rank * kMaxTokens + part.position, part.token,
+    if (!has_metadata(a)) return;
+    return_metadata(a, call, part.source, staging_slot(a.rank, part.position), part.token,
                     dense_row(a, in, part.source, part.position), part.choice, part.weight);
 }
 
@@ -176,7 +183,7 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
                                             const RowsFrom& in, const ReturnItem& part,
                                             ReturnItem& ahead, int items,
                                             uint4 (&piece)[kSumDepth]) {
-    const int peer = part.source, slot = a.rank * kMaxTokens + part.position;
+    const int peer = part.source, slot = staging_slot(a.rank, part.position);
     const StepRange range = part.range;
     const bool more = ahead.item < items;
     return_row_metadata(a, call, in, part);
@@ -190,7 +197,8 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
         for (unsigned left = __ballot_sync(kAll, part.choice != -1); left; left &= left - 1) {
             const int k = __ffs(left) - 1;
             part.load_row(a, __shfl_sync(kAll, part.choice, k), piece);
-            return_steps(a, call, peer, part.token * kTopk + k, piece, range.first, range.last);
+            return_steps(a, call, peer, slot_of_choice(a.rank, part.token, k), piece, range.first,
+                         range.last);
         }
         return;
     }
@@ -252,7 +260,7 @@ __device__ __forceinline__ void return_few(const CombineArguments& a, const Call
             }
         }
         const uint4 one[1] = {round_piece(sum)};
-        return_steps(a, call, part.source, a.rank * kMaxTokens + part.position, one,
+        return_steps(a, call, part.source, staging_slot(a.rank, part.position), one,
                      part.range.first, part.range.last);
     }
 }

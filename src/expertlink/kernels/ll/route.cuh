@@ -249,7 +249,7 @@ __device__ __forceinline__ void publish_item(const Arguments& a, const Call& cal
     const int position = goes ? place_in(mask, token) : 0;
     const int place = known ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
     unsigned long long* const words =
-        metadata_words(call.bases[peer], call.sending, a.rank * kMaxTokens + position, 0);
+        metadata_words(call.bases[peer], call.sending, staging_slot(a.rank, position), 0);
     // With the first chunk only: choices of other ranks, and which token it is.
     if (sent && (known || (!local && chunk == 0)))
         store_tagged_pair(

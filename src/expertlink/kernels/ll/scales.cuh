@@ -78,7 +78,7 @@ __device__ __forceinline__ WaitResult receive_scales(const DispatchArguments& a,
                                                      int target, bool gone,
                                                      const ScaleWords& words) {
     const int lane = threadIdx.x % 32;
-    const int staged = source * kMaxTokens + position;
+    const int staged = staging_slot(source, position);
     char* const row = staged_row(at.base, at.transfer, staged);
     const unsigned targets = __ballot_sync(kAll, target >= 0);
 #pragma unroll 1

@@ -163,8 +163,8 @@ struct Sender {
         }
         sentinels |= sentinel_steps(part.piece, mine);
         const int first_rank = (a.rank + token) % kNumRanks;
-        const long long offset =
-            staged_row(nullptr, call.sending, a.rank * kMaxTokens) - static_cast<char*>(nullptr);
+        const long long offset = staged_row(nullptr, call.sending, staging_slot(a.rank, 0)) -
+                                 static_cast<char*>(nullptr);
         int skip = now.share;  // ranks of the token that other warps send to
 #pragma unroll 1
         for (int pass = 0; pass < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1); ++pass) {
@@ -199,12 +199,12 @@ struct Sender {
                     store_relaxed_system(
                         reinterpret_cast<unsigned*>(row + kScalesAt) + scales.index, scales.word);
                 if (sentinels && !stays)
-                    escape_steps(escape_words(base, call.sending, a.rank * kMaxTokens + slot),
+                    escape_steps(escape_words(base, call.sending, staging_slot(a.rank, slot)),
                                  call.sending, first, sentinels);
                 if (!kQuantized && with_scales)
                     send_scales(
                         a, row,
-                        escape_words(base, call.sending, a.rank * kMaxTokens + slot) + kMaxSteps,
+                        escape_words(base, call.sending, staging_slot(a.rank, slot)) + kMaxSteps,
                         call.sending, token);
             }
         }

@@ -16,7 +16,10 @@ __device__ __forceinline__ Term term_of(const CombineArguments& a, int token) {
     if (kExact) {
         if (lane < kTopk) {
             const int expert = expert_of(a, token, lane);
-            if (expert >= 0) term = {token * kTopk + lane, rank_of(a.expert_location[expert])};
+            if (expert >= 0) {
+                const int peer = rank_of(a.expert_location[expert]);
+                term = {slot_of_choice(peer, token, lane), peer};
+            }
         }
     } else if (lane < kCopies) {
         const int code = a.slots_of_token[token * kCopies + lane];

@@ -97,15 +97,17 @@ __device__ __forceinline__ bool add_terms(const CombineArguments& a, const Call&
     return true;
 }
 
-// Receives the metadata of an item. With exact sums lane k gets the weight of its term. `gone`:
-// lanes whose terms will not come. False: a wait was ended.
+// Receives the metadata of an item, if there is any. With exact sums lane k gets the weight of its
+// term. `gone`: lanes whose terms will not come. False: a wait was ended.
 __device__ __forceinline__ bool receive_row_metadata(const CombineArguments& a, const Call& call,
                                                      const SumItem& part, unsigned& gone,
                                                      float& weight) {
     const int lane = threadIdx.x % 32;
     Term term = part.term;
     float grad = 0.0f;
-    if (kExact && !receive_metadata(a, call, term, weight, grad)) return false;
+    if (kExact && has_metadata(a) && !receive_metadata(a, call, term, weight, grad)) return false;
+    if (kExact && a.flags & kTokenWeights && term.slot >= 0)
+        weight = a.weights[static_cast<long long>(part.token) * kTopk + lane];
     gone = __ballot_sync(kAll, part.term.slot >= 0 && term.slot < 0);
     if (part.part != 0) return true;
     if (kExact && term.slot >= 0 && a.rows_sent != nullptr && a.row_bytes != 0)

@@ -25,12 +25,15 @@ class Flag(enum.IntFlag):
     """Gradients of the slots' weights travel."""
     ALONE = 32
     """The next launch takes no SM before this one leaves it."""
+    TOKEN_WEIGHTS = 64
+    """Exact sums: each rank has the weights of its tokens. (Without any they have no address.)"""
 
 
 # A signature has in one word what must be the same on all ranks: the operation, then from these
 # bits on the form, the bytes of a row in units of 16, and the bytes of a row's scales.
 _FORM_BIT, _ROW_BIT, _SCALES_BIT = 3, 6, 19
 _WEIGHTS = int(Form.WEIGHTS)  # the operators of flags take microseconds
+_TOKEN_WEIGHTS = 1 << 1  # of combines, whose rows have no ScaleKind
 
 
 def signature(
@@ -38,6 +41,7 @@ def signature(
     *,
     row_bytes: int,
     weights: bool = False,
+    token_weights: bool = False,
     scale_kind: ScaleKind = ScaleKind.NOT_QUANTIZED,
     scale_bytes: int = 0,
 ) -> int:
@@ -47,10 +51,11 @@ def signature(
         operation: what kind of call.
         row_bytes: bytes of a row on the wire.
         weights: new weights travel, or gradients of weights.
+        token_weights: `Flag.TOKEN_WEIGHTS`.
         scale_kind: what the kernel quantizes to.
         scale_bytes: bytes of a row's scales.
     """
-    form = (_WEIGHTS if weights else 0) | scale_kind << 1
+    form = (_WEIGHTS if weights else 0) | scale_kind << 1 | (_TOKEN_WEIGHTS if token_weights else 0)
     word = operation | form << _FORM_BIT | row_bytes // 16 << _ROW_BIT | scale_bytes << _SCALES_BIT
     return word & 0x7FFFFFFF
 
@@ -117,6 +122,7 @@ COMBINE = Struct(
         Field("const void*", "rows", "expert outputs in the layout's shape"),
         Field("void*", "out", "[T] rows"),
         Field("const float*", "slot_weights", "a weight for every slot, or null"),
+        Field("const float*", "weights", "[T, K] with kTokenWeights"),
         Field("const float*", "slot_grads", "gradients of the slots' weights"),
         Field("float*", "grads_out", "[T, K]"),
     ),

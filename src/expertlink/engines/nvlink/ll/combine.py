@@ -24,6 +24,7 @@ from expertlink.jit.kernel import Arguments
 
 # Plain numbers: the operators of enumerations take microseconds.
 _WIDE_IDS, _GRADS, _ALONE = int(Flag.WIDE_IDS), int(Flag.GRADS), int(Flag.ALONE)
+_TOKEN_WEIGHTS = int(Flag.TOKEN_WEIGHTS)
 _COMBINE, _WEIGHT_GRADS = int(Operation.COMBINE), int(Operation.WEIGHT_GRADS)
 _KERNEL = KernelName.COMBINE
 
@@ -92,8 +93,14 @@ class LlCombiner:
         self._topk, self._device, self._in_use = config.topk, arena.device, arena.in_use
         self._number = common["communicator"]
         self._row_bytes = row_bytes = config.hidden_size * config.dtype.itemsize
-        self._signature = signature(Operation.COMBINE, row_bytes=row_bytes)
-        self._signature_grads = signature(Operation.COMBINE, row_bytes=row_bytes, weights=True)
+        # By what accompanies the rows: gradients of weights, weights of the tokens' ranks.
+        self._signatures = {
+            (grads, given): signature(
+                Operation.COMBINE, row_bytes=row_bytes, weights=grads, token_weights=given
+            )
+            for grads in (False, True)
+            for given in (False, True)
+        }
         self._signature_only_grads = signature(Operation.WEIGHT_GRADS, row_bytes=0, weights=True)
         warps = max(2, min(max_warps, tuning.LL_COMBINE_WARPS))
         plan = CombinePlanner(config, num_ranks, num_sms, warps)
@@ -108,19 +115,22 @@ class LlCombiner:
         `after` queues what follows the receiving half.
         """
         route, grads, weights = call.state, call.weight_grads, call.slot_weights
+        weights_TK = call.weights_TK
         assert isinstance(route, LlRoute)
         a = self._arguments_for(route)
         a.operation, a.row_bytes = _COMBINE, self._row_bytes
         a.rows, a.out = call.rows.data_ptr(), call.out_TH.data_ptr()
         a.slot_weights = None if weights is None else weights.data_ptr()
         a.weights_of_row = route.weights_address() if call.weighted else None
-        a.signature, grads_TK = self._signature, None
+        a.signature, grads_TK = self._signatures[grads is not None, weights_TK is not None], None
         # Calls of several arenas must not hold SMs for their followers.
         flags = _ALONE if self._in_use[0] > 1 else 0
         if grads is not None:
             flags |= _GRADS
-            a.signature = self._signature_grads
             grads_TK = self._name_grads(a, route, grads)
+        if weights_TK is not None:
+            flags |= _TOKEN_WEIGHTS
+            a.weights, a.weights_of_row = weights_TK.data_ptr(), None
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
         left = self._launch(

@@ -232,10 +232,11 @@ class LlMode:
             raise InputError(
                 f"rank {rank} cannot be masked; accepted: another rank below {self._wire.num_ranks}"
             )
-        if self._config.combine_precision == "exact":
+        if self._config.combine_precision == "exact" and not self._config.mask_lost_peers:
             raise InputError(
-                f"rank {rank} cannot be masked with combine_precision='exact': memory of its rows "
-                "would be that of others, should it come back"
+                f"rank {rank} cannot be masked with combine_precision='exact' and "
+                "mask_lost_peers=False: memory of its rows would be that of others, should it come "
+                "back"
             )
         self._arena.follow()
         self._arena.masks[rank] = 1

@@ -36,12 +36,14 @@ class LlPlan:
         escapes: a word for every step of every staged row, in every set.
         rows: staged rows with their scales, in every set.
         slots: staged rows of a set.
+        rank_slots: of these, those that one rank writes: of rank s from s * rank_slots on.
         max_tokens: T_max.
         stride: bytes from one staged row to the next.
         max_steps: steps of the largest row.
         num_experts: E.
         topk: K.
-        exact: of combines; those without owners of their slots cannot leave out a rank.
+        exact: of combines. A row has the slot of its token and choice: among those of the rank that
+            writes it if ranks can be left out, else among all.
     """
 
     flags: int
@@ -50,6 +52,7 @@ class LlPlan:
     escapes: int
     rows: int
     slots: int
+    rank_slots: int
     max_tokens: int
     stride: int
     max_steps: int
@@ -62,9 +65,11 @@ class LlPlan:
         """What a communicator needs."""
         shape = RowShape.of(config)
         stride = align(shape.row + shape.scales, 128)
-        slots = num_ranks * config.max_tokens_per_rank
-        if config.combine_precision == "exact":
-            slots = max(slots, config.topk * config.max_tokens_per_rank)
+        exact, rank_slots = config.combine_precision == "exact", config.max_tokens_per_rank
+        choices = config.topk * config.max_tokens_per_rank
+        if exact and config.mask_lost_peers:
+            rank_slots = choices
+        slots = max(num_ranks * rank_slots, choices if exact else 0)
         max_steps = -(-shape.row // STEP_BYTES)
         columns = count_columns(config)
         sizes = {
@@ -78,12 +83,13 @@ class LlPlan:
         return LlPlan(
             **rounded,
             slots=slots,
+            rank_slots=rank_slots,
             max_tokens=config.max_tokens_per_rank,
             stride=stride,
             max_steps=max_steps,
             num_experts=config.num_experts,
             topk=config.topk,
-            exact=config.combine_precision == "exact",
+            exact=exact,
         )
 
     def holds(self, other: object) -> bool:
@@ -165,6 +171,7 @@ def constants_of(
         "kSets": SETS,
         "kLastNumber": LAST_NUMBER,
         "kSlots": plan.slots,
+        "kRankSlots": plan.rank_slots,
         "kRowStride": plan.stride,
         "kScalesAt": RowShape.of(config).row,
         "kMaxSteps": plan.max_steps,
