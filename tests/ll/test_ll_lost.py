@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from expertlink import (
-    ConfigurationError,
     DispatchLayout,
     ExpertlinkError,
     InputError,
@@ -18,10 +17,10 @@ from expertlink import (
 from expertlink.launch import RankPool
 from support import faults, jobs, lost_ranks
 from support.cases import LAYOUTS, Shape, exact, routings, usual
-from support.faults import CULPRIT, MASKABLE, RANKS, usual_case
+from support.faults import CULPRIT, RANKS, SHAPES, usual_case
 from support.hosted import DEVICE, Fleet, HostedCommunicator, fleet_of, run_hosted
 from support.jobs import dispatch_case
-from support.oracle import expected_of, without_rank
+from support.oracle import combined_of, expected_of, without_rank
 
 pytestmark = pytest.mark.gpu(1)
 FLAT = DispatchLayout.FLAT
@@ -82,7 +81,7 @@ def test_a_missing_rank_is_named_beside_rows_of_set_bits() -> None:
 # -- going on without a rank ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", MASKABLE)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("phase", ["dispatch", "combine", "halves"])
 @pytest.mark.parametrize("gone", [CULPRIT, 2])
 def test_lost_ranks_are_masked(gone: int, phase: str, shape: Shape) -> None:
@@ -108,11 +107,50 @@ def test_lost_ranks_are_masked(gone: int, phase: str, shape: Shape) -> None:
     run_hosted(fleet, job)
 
 
-@pytest.mark.parametrize("shape", MASKABLE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rank_that_comes_back_disturbs_nobody(shape: Shape) -> None:
+    """It is calls behind: its rows for one of them come where the others have long gone on."""
+    cases = [shape.case((9, 4, 7), seed=1), shape.case((5, 40, 0), masked=0.3, seed=2)]
+    fleet = fleet_of("ll", cases[0], timeout_s=TIMEOUT_S, mask_lost_peers=True)
+    stay_away = absences(fleet)
+
+    def job(comm: MoECommunicator) -> None:
+        with torch.no_grad():
+            for case in cases:
+                jobs.calls_with_all(comm, case)
+            _, handle = dispatch_case(comm, cases[0])
+            rows = jobs.rows_for(cases[0], comm.rank, handle)
+            expected = combined_of(cases[0], comm.rank, missing=CULPRIT)
+            stay_away(comm, [CULPRIT])
+            result = comm.combine(rows, handle)
+            if comm.rank != CULPRIT:
+                jobs.same_bits(result, expected, "the combine that it misses")
+            for case in cases:
+                lost_ranks.calls_without(comm, case, CULPRIT, "while it is away")
+            stay_away(comm, [])
+            # The late one goes on with the combine that it missed.
+            result = comm.combine(rows, handle)
+            if comm.rank != CULPRIT:
+                jobs.same_bits(result, expected, "the same combine beside the late one")
+            for _ in range(jobs.ROUNDS):
+                for case in cases[::-1]:
+                    lost_ranks.calls_without(comm, case, CULPRIT, "beside the late one")
+            torch.cuda.synchronize(DEVICE)
+            if comm.rank != CULPRIT:
+                comm.check_health()
+            comm.clear_mask()
+        jobs.contracts(comm, cases)
+
+    run_hosted(fleet, job)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_masks_on_request(shape: Shape) -> None:
     """Nobody waits for a rank that was named beforehand: a wait would fail the call."""
     cases = [shape.case((9, 4, 7), seed=1), shape.case((5, 40, 0), masked=0.3, seed=2)]
-    fleet = fleet_of("ll", cases[0], timeout_s=TIMEOUT_S)
+    # Exact sums can do without a rank only where they are laid out for it.
+    fields = {"mask_lost_peers": True} if shape.precision == "exact" else {}
+    fleet = fleet_of("ll", cases[0], timeout_s=TIMEOUT_S, **fields)
     stay_away = absences(fleet)
 
     def job(comm: MoECommunicator) -> None:
@@ -208,14 +246,12 @@ def test_masks_of_a_shared_arena() -> None:
     run_hosted(fleet, job)
 
 
-def test_exact_sums_cannot_do_without_a_rank() -> None:
-    """Their slots have no owner: a rank that came back would write into those of others."""
+def test_exact_sums_need_slots_of_their_ranks_for_masks() -> None:
+    """Without these a rank that came back would write into the slots of others."""
     case = exact(usual(RANKS, FLAT)).case((9, 4, 7), seed=1)
-    with pytest.raises(ConfigurationError, match="mask_lost_peers=True"):
-        fleet_of("ll", case, mask_lost_peers=True)
 
     def job(comm: MoECommunicator) -> None:
-        with pytest.raises(InputError, match="exact"):
+        with pytest.raises(InputError, match="'exact' and mask_lost_peers=False"):
             comm.mask_peer((comm.rank + 1) % RANKS)
 
     run_hosted(fleet_of("ll", case), job)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from expertlink import BlockFormat, DispatchLayout, PeerError
 from expertlink.launch import RankPool
 from support import decode, jobs, lost_ranks, payloads, processes, training
-from support.cases import LL, routings, usual
+from support.cases import EXPANDED, LL, exact, routings, usual
 from support.oracle import Case
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
@@ -58,7 +60,7 @@ def test_what_decode_asks_for(rank_pools, ranks: int, layout: DispatchLayout) ->
         )
         assert all(done)
     if layout.expanded:
-        for job in (decode.own_weights, decode.ranges):
+        for job in (decode.own_weights, decode.topk_weights, decode.ranges):
             assert all(pool.run(processes.on_a_rank, job, some, timeout_s=100))
     assert all(pool.run(processes.on_a_rank, decode.statistics, drawn[:1], timeout_s=100))
 
@@ -87,6 +89,18 @@ def test_graphs(rank_pools, ranks: int, layout: DispatchLayout) -> None:
     drawn = steady(ranks, layout)
     assert all(pool.run(processes.graphs, drawn, timeout_s=120))
     assert all(pool.run(processes.graphs_of_halves, drawn, timeout_s=120))
+
+
+@RANKS
+@EXPANDED
+@pytest.mark.parametrize("precision", ["wire", "exact"])
+def test_graphs_with_weights_of_the_tokens_ranks(
+    rank_pools, precision: str, ranks: int, layout: DispatchLayout
+) -> None:
+    """Replays with other weights, of a dispatch that has none."""
+    drawn = [dataclasses.replace(case, precision=precision) for case in steady(ranks, layout)]
+    pool = rank_pools(ranks, "cuda")
+    assert all(pool.run(processes.graphs_with_weights, drawn, timeout_s=120))
 
 
 # -- several communicators and streams ------------------------------------------------------------
@@ -142,12 +156,14 @@ def test_survivors_of_a_killed_rank_go_on(layout: DispatchLayout, phase: str) ->
 def test_a_rank_killed_at_any_moment(layout: DispatchLayout) -> None:
     shape = usual(4, layout)
     cases = [shape.case((9, 4, 7, 5), seed=1), shape.case((5, 40, 0, 2), masked=0.3, seed=2)]
-    with RankPool(num_ranks=4, device="cuda") as pool:
-        results = pool.run(
-            lost_ranks.killed_in_the_middle, cases, 2, timeout_s=120, return_exceptions=True
-        )
-    for rank in (0, 1, 3):
-        assert results[rank] == 400, results[rank]
+    precise = [dataclasses.replace(case, precision="exact") for case in cases]
+    for drawn in (cases, precise) if layout.expanded else (cases,):
+        with RankPool(num_ranks=4, device="cuda") as pool:
+            results = pool.run(
+                lost_ranks.killed_in_the_middle, drawn, 2, timeout_s=120, return_exceptions=True
+            )
+        for rank in (0, 1, 3):
+            assert results[rank] == 400, results[rank]
 
 
 @pytest.mark.gpu(2)
@@ -168,7 +184,9 @@ def test_ranks_in_different_calls_end(rank_pools, layout: DispatchLayout) -> Non
 def test_a_rank_that_was_given_up_comes_back(
     rank_pools, ranks: int, layout: DispatchLayout
 ) -> None:
-    shape = usual(ranks, layout)
-    cases = [shape.case((9, 4, 7, 5)[:ranks], seed=1), shape.case((40,) * ranks, seed=2)]
-    done = rank_pools(ranks, "cuda").run(lost_ranks.late_beyond_the_timeout, cases, 1, timeout_s=60)
-    assert done == [True] * ranks
+    plain = usual(ranks, layout)
+    for shape in (plain, exact(plain)) if layout.expanded else (plain,):
+        cases = [shape.case((9, 4, 7, 5)[:ranks], seed=1), shape.case((40,) * ranks, seed=2)]
+        pool = rank_pools(ranks, "cuda")
+        done = pool.run(lost_ranks.late_beyond_the_timeout, cases, 1, timeout_s=60)
+        assert done == [True] * ranks

@@ -181,6 +181,7 @@ def quantized_shapes() -> list[Shape]:
         shapes += [blocks_of_scales(layout), half(layout), special("model", layout)]
         shapes.append(many_bytes(layout))
         shapes += [usual(ranks, layout) for ranks in (3, 4)]
+    shapes += [exact(blocks_of_scales(layout)) for layout in EXPANDED_LAYOUTS]
     return shapes
 
 
@@ -304,6 +305,7 @@ def ll_kernels() -> list[Kernels]:
     plain = [Kernels(shape, True, mode="ll") for shape in shapes]
     quantized = [Kernels(shape, True, mode="ll", quantized=True) for shape in quantized_shapes()]
     maskable = [usual(3, layout) for layout in DispatchLayout]
+    maskable += [exact(usual(3, layout)) for layout in EXPANDED_LAYOUTS]
     masks = [Kernels(shape, True, mode="ll", mask_lost_peers=True) for shape in maskable]
     return [*plain, *quantized, *chunks, *masks]
 
@@ -311,9 +313,10 @@ def ll_kernels() -> list[Kernels]:
 def ll_process_kernels() -> list[Kernels]:
     """Of every test with a process per rank in mode "ll"."""
     shapes = [usual(ranks, layout) for ranks in (1, 2, 4, 8) for layout in DispatchLayout]
-    shapes += [exact(usual(ranks, layout)) for ranks in (2, 4) for layout in EXPANDED_LAYOUTS]
+    shapes += [exact(usual(ranks, layout)) for ranks in (1, 2, 4) for layout in EXPANDED_LAYOUTS]
     plain = [Kernels(shape, False, mode="ll") for shape in shapes]
     packed = [usual(ranks, layout) for ranks in (2, 4) for layout in DispatchLayout]
     quantized = [Kernels(shape, False, mode="ll", quantized=True) for shape in packed]
-    masks = [Kernels(shape, False, mode="ll", mask_lost_peers=True) for shape in packed]
+    maskable = [*packed, *(exact(shape) for shape in packed if shape.layout.expanded)]
+    masks = [Kernels(shape, False, mode="ll", mask_lost_peers=True) for shape in maskable]
     return [*plain, *quantized, *masks]

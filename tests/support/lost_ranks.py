@@ -50,6 +50,7 @@ from support.oracle import (
     inputs_of,
     returned_grads,
     slot_grads,
+    weights_of_combine,
     without_rank,
 )
 from support.processes import ll_communicator
@@ -205,6 +206,13 @@ def calls_without(comm: MoECommunicator, case: Case, gone: int, what: str) -> Di
     if rank != gone:
         same_bits(result, combined_of(after, rank), f"combine {what}")
         same_bits(grads_TK, returned_grads(after, rank), f"weight gradients {what}")
+    if case.layout.expanded:
+        # Weights of choices that are lost are not read: they are none.
+        given = weights_of_combine(case if rank == gone else after, rank, 0).to(comm.device)
+        result = comm.combine(rows, handle, topk_weights=given)
+        if rank != gone:
+            expected = combined_of(after, rank, topk_weights=0)
+            same_bits(result, expected, f"combine with weights of the tokens' ranks {what}")
     return handle
 
 

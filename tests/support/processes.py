@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expertlink import ConfigurationError, DispatchOutput, MoECommunicator
+from expertlink import ConfigurationError, DispatchHandle, DispatchOutput, MoECommunicator
 from expertlink.launch import RankContext
 from support import decode, jobs
 from support.cases import LL
@@ -23,7 +23,7 @@ from support.jobs import (
     rows_for,
     same_bits,
 )
-from support.oracle import Case, combined_of
+from support.oracle import Case, combined_of, weights_of_combine
 from support.soak import Item
 
 
@@ -130,6 +130,44 @@ def graphs(ctx: RankContext, cases: list[Case], **fields: Any) -> int:
             same_bits(cached_result, expected, "cached combine of a graph")
             if round_ % 4 == 1:
                 check_contract(comm, case)
+        comm.check_health()
+    return len(cases)
+
+
+def graphs_with_weights(ctx: RankContext, cases: list[Case], **fields: Any) -> int:
+    """A dispatch without weights and a combine that is given them; then another combine of it."""
+    stream, rank = torch.cuda.Stream(ctx.device), ctx.rank
+    with (
+        torch.no_grad(),
+        torch.cuda.stream(stream),
+        ll_communicator(ctx, cases[0], **fields) as comm,
+    ):
+        items = [Item.of(i, case, rank, ctx.device) for i, case in enumerate(cases)]
+        inputs = Inputs(items[0])
+        given = weights_of_combine(cases[0], rank, 0).to(ctx.device)
+        _, handle = comm.dispatch(inputs.x_TH, inputs.ids_TK)
+        rows = items[0].rows(handle.rows_shape).clone()
+        comm.combine(rows, handle, topk_weights=given)
+        torch.cuda.synchronize(ctx.device)
+
+        def pair() -> tuple[DispatchHandle, Tensor]:
+            _, handle = comm.dispatch(inputs.x_TH, inputs.ids_TK)
+            return handle, comm.combine(rows, handle, topk_weights=given)
+
+        both, (handle, first) = captured(stream, pair)
+        again, second = captured(stream, lambda: comm.combine(rows, handle, topk_weights=given))
+        for round_ in range(3 * jobs.ROUNDS):
+            item = items[round_ % len(items)]
+            inputs.load(item)
+            rows.copy_(item.rows(tuple(rows.shape)))
+            poison(first, second)
+            for number, (graph, result) in enumerate(((both, first), (again, second))):
+                given.copy_(weights_of_combine(item.case, rank, number))
+                graph.replay()
+                expected = combined_of(item.case, rank, topk_weights=number)
+                same_bits(result, expected, f"combine of graph {number} with weights")
+                if round_ % 3 == 0:
+                    jobs.calls_with_all(comm, items[(round_ + 1) % len(items)].case)
         comm.check_health()
     return len(cases)
 

@@ -93,7 +93,8 @@ class LlCombiner:
         self._topk, self._device, self._in_use = config.topk, arena.device, arena.in_use
         self._number = common["communicator"]
         self._row_bytes = row_bytes = config.hidden_size * config.dtype.itemsize
-        # By what accompanies the rows: gradients of weights, weights of the tokens' ranks.
+        self._signature = signature(Operation.COMBINE, row_bytes=row_bytes)
+        # Of rarer calls, by whether there are gradients of weights, and weights of tokens' ranks.
         self._signatures = {
             (grads, given): signature(
                 Operation.COMBINE, row_bytes=row_bytes, weights=grads, token_weights=given
@@ -122,7 +123,9 @@ class LlCombiner:
         a.rows, a.out = call.rows.data_ptr(), call.out_TH.data_ptr()
         a.slot_weights = None if weights is None else weights.data_ptr()
         a.weights_of_row = route.weights_address() if call.weighted else None
-        a.signature, grads_TK = self._signatures[grads is not None, weights_TK is not None], None
+        a.signature, grads_TK = self._signature, None
+        if grads is not None or weights_TK is not None:
+            a.signature = self._signatures[grads is not None, weights_TK is not None]
         # Calls of several arenas must not hold SMs for their followers.
         flags = _ALONE if self._in_use[0] > 1 else 0
         if grads is not None:
