@@ -864,7 +864,8 @@ class MoECommunicator:
         From then on its experts add nothing to this rank's results: their rows count as zero.
 
         Raises:
-            InputError: no such rank, or this one.
+            InputError: no such rank, or this one; or combine_precision="exact" without
+                `mask_lost_peers`.
             ConfigurationError: the engine needs all ranks. Only mode="ll" of nvlink does not.
         """
         engine = self._ready()

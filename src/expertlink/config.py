@@ -122,8 +122,9 @@ class MoECommunicatorConfig:
     no call waits on the host. Set it to capture calls in CUDA graphs."""
     mask_lost_peers: bool = False
     """mode="ll" on the nvlink engine: a peer that does not arrive in time is masked, and the call
-    does not fail. Later calls neither wait for it nor send to it; see `query_mask`. Set it where
-    serving must outlive a lost rank."""
+    does not fail. Later calls neither wait for it nor send to it; see `query_mask`. With
+    combine_precision="exact" there is memory for R * K * `max_tokens_per_rank` rows then, in three
+    sets. Set it where serving must outlive a lost rank."""
 
     num_sms_dispatch: int | None = None
     """SMs that a dispatch may occupy. None: the engine's choice. Set it to leave SMs to kernels

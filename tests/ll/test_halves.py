@@ -275,6 +275,16 @@ def test_high_throughput_memory_is_shared_by_what_fits(fields: dict[str, Any], f
     assert not fits or strides[0] >= strides[1]
 
 
+def test_exact_sums_that_can_do_without_a_rank_have_slots_for_every_rank() -> None:
+    exact = latency_plan(combine_precision="exact")
+    masks = latency_plan(combine_precision="exact", mask_lost_peers=True)
+    assert (exact.slots, exact.rank_slots) == (4 * 8, 8)
+    assert (masks.slots, masks.rank_slots) == (4 * 8 * 2, 8 * 2)
+    assert not exact.holds(masks)
+    assert not masks.holds(exact)
+    assert latency_plan().holds(latency_plan(mask_lost_peers=True))
+
+
 @pytest.mark.parametrize(
     "fields", [{"num_experts": 294}, {"combine_precision": "exact"}, {"topk": 3}]
 )

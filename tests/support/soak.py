@@ -334,7 +334,7 @@ class LlLine(Line):
     def without(self, item: Item, gone: int, what: str) -> None:
         """Some calls that leave a rank out, which goes on alone meanwhile; then all are back."""
         comm, rank = self.comm, self.comm.rank
-        if comm.config.combine_precision == "exact":
+        if comm.config.combine_precision == "exact" and not comm.config.mask_lost_peers:
             return  # cannot do without a rank
         for other in range(comm.num_ranks):
             if other != rank and gone in (rank, other):

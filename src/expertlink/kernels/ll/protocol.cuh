@@ -49,7 +49,7 @@ __device__ __forceinline__ int staging_slot(int rank, int position) {
 __device__ __forceinline__ int slot_of_choice(int rank, int token, int k) {
     return (kMaskLost ? rank * kRankSlots : 0) + token * kTopk + k;
 }
-static_assert(!(kExact && kMaskLost) || kRankSlots == kMaxTokens * kTopk);
+static_assert(kRankSlots == (kExact && kMaskLost ? kMaxTokens * kTopk : kMaxTokens));
 
 constexpr int kDropped = -2;  // slot of a choice whose row found no room; reported as overflow
 
