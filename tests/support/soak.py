@@ -225,13 +225,21 @@ class Line:
         return again
 
     def combine(
-        self, item: Item, handle: DispatchHandle, what: str, *, other: bool = False
+        self,
+        item: Item,
+        handle: DispatchHandle,
+        what: str,
+        *,
+        other: bool = False,
+        late: bool = False,
     ) -> None:
-        """A combine, half of the time into a tensor of ours."""
+        """A combine, half of the time into a tensor of ours; `late`: it is given other weights."""
         out = torch.full_like(item.x_TH, float("nan")) if item.number % 2 else None
         self.poison(item)
-        result = self.comm.combine(item.rows(handle.rows_shape), handle, out=out)
-        self.check_combine(item, result, what, other=other)
+        weights_TK = item.other_weights_TK if late else None
+        rows = item.rows(handle.rows_shape)
+        result = self.comm.combine(rows, handle, out=out, topk_weights=weights_TK)
+        self.check_combine(item, result, what, other=other or late)
 
     def several(self, items: list[Item], what: str, drawn: random.Random) -> None:
         """Dispatches, then their combines in another order, the same on all ranks."""
@@ -604,6 +612,8 @@ def _kinds_of(line: Line, graphs: dict[Line, Graphs], *, processes: bool) -> lis
     # Threads of hosted ranks would wait for each other in autograd's one thread of their GPU.
     if processes and not config.zero_copy and config.quantization is None:
         kinds.append("gradients")
+    if config.layout.expanded:
+        kinds.append("late weights")
     if line in graphs:
         kinds += ["graph dispatch", "graph pair", "graph cached", "stray capture"]
         if isinstance(line, LlLine):
@@ -662,6 +672,10 @@ def _make(
             return 3
         line.combine(item, handle, f"{what}, after the cached one")
         return 4
+    if kind == "late weights":
+        line.combine(item, handle, f"{what}, given", late=True)
+        line.combine(item, handle, f"{what}, those of the dispatch")
+        return 3
     if kind == "two":
         second = common.choice(line.items)
         later = line.dispatch(second, f"{what}, second")
