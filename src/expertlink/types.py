@@ -163,8 +163,7 @@ class CallStatistics:
     or after it; `zero_()` them between calls. r is the other rank; the own one counts as well.
 
     Attributes:
-        tokens_per_expert: `[E_loc]` rows received for each local expert in dispatches. On nvlink a
-            combine with `topk_weights` counts as one, of short rows, unless its sums are exact.
+        tokens_per_expert: `[E_loc]` rows received for each local expert in dispatches.
         rows_sent: `[R]` rows sent to rank r: a dispatch sends a row per (token, rank), a combine
             one per (token, rank) or, with `combine_precision="exact"`, per (token, choice).
         rows_received: `[R]` rows received from rank r, counted in the same way.

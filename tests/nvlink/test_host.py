@@ -19,6 +19,7 @@ from expertlink import (
 )
 from expertlink.engines.nvlink import watchdog
 from expertlink.engines.nvlink.ht.mode import HtMode
+from expertlink.engines.nvlink.launch import KernelName
 from expertlink.engines.nvlink.ll.arguments import Flag
 from expertlink.engines.nvlink.ll.tables import LlRoute, LlTableLayout
 from expertlink.engines.nvlink.tables import Route, TableLayout
@@ -65,16 +66,16 @@ def test_every_call_names_the_dispatch_that_it_belongs_to(
     ("fields", "travel"),
     [
         ({"output_layout": "flat", "static_shapes": True}, True),
-        (LL, True),
+        (LL, False),
         ({**LL, "combine_precision": "exact"}, False),
     ],
     ids=["ht", "ll", "ll-exact"],
 )
 @torch.no_grad()
-def test_weights_of_a_combine_travel_where_ranks_add_up(
+def test_a_dispatch_brings_weights_where_kernels_of_combines_cannot(
     gpu: FakeGpu, fields: dict[str, Any], travel: bool
 ) -> None:
-    """A dispatch brings them, and the combine is of that one. Exact sums need nothing."""
+    """Then the combine is of that dispatch."""
     comm = gpu.communicator(**fields)
     x, ids, weights = inputs()
     out, handle = comm.dispatch(x, ids)
@@ -85,10 +86,13 @@ def test_weights_of_a_combine_travel_where_ranks_add_up(
     assert all(launch["subject"] == made["origin"] for launch in brought)
     assert given["subject"] == (brought[0]["origin"] if travel else made["origin"])
     assert plain["subject"] == made["origin"]
-    if fields.get("mode") == "ll":
+    if not travel:
         here = [bool(launch["flags"] & Flag.TOKEN_WEIGHTS) for launch in (given, plain)]
-        assert here == [not travel, False]
-        assert (given["signature"] == plain["signature"]) is travel
+        assert here == [True, False]
+        assert given["signature"] != plain["signature"]
+        exact = "combine_precision" in fields
+        kernel = KernelName.COMBINE if exact else KernelName.COMBINE_WEIGHTS
+        assert [given["name"], plain["name"]] == [kernel, KernelName.COMBINE]
 
 
 @torch.no_grad()

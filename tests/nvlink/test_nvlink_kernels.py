@@ -98,6 +98,8 @@ def test_resources_of_low_latency(
     names = {KernelName.DISPATCH, KernelName.COMBINE}
     if config.quantization is not None:
         names.add(KernelName.DISPATCH_QUANTIZED)
+    if config.layout.expanded and config.combine_precision == "wire":
+        names.add(KernelName.COMBINE_WEIGHTS)
     assert compiled == names
 
 

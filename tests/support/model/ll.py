@@ -10,7 +10,8 @@ what docs/protocol/ll.md says:
     stream     ends the launch
 
 Transfers are numbered by the launches that sent and received before; a transfer uses the set
-t mod 3. `clear_mask()` makes all memory new while nobody is in a call: from then on the processes
+t mod 3. Combines may bring weights: `tell` publishes them, and `send` waits for those of a row's
+tokens. `clear_mask()` makes all memory new while nobody is in a call: from then on the processes
 use new words.
 """
 
@@ -23,7 +24,15 @@ from typing import Any, NamedTuple
 from .calls import Fate, Identity, Kind, Program, Routing, Row
 from .ends import Blame, let_stop, waiting
 from .explorer import END, End, Flaw, Machine, Memory, Step
-from .ll_host import AS_IT_IS, SETS, Clear, Launch, Protocol, Transfer, foresee
+from .ll_host import (
+    AS_IT_IS,
+    SETS,
+    Clear,
+    Launch,
+    Protocol,
+    Transfer,
+    foresee,
+)
 
 
 class Head(NamedTuple):
@@ -62,11 +71,13 @@ class _Epoch:
     Attributes:
         head: tagged, in every set.
         row: in every set; None: nothing.
+        weights: tagged, in every set.
         credit, ready: counters.
     """
 
     head: list[list[list[int]]]
     row: list[list[list[int]]]
+    weights: list[list[list[int]]]
     credit: list[list[int]]
     ready: list[list[int]]
 
@@ -122,7 +133,7 @@ class _Builder:
                 for d in ranks
             ]
 
-        return _Epoch(sets("head"), sets("row"), table("credit"), table("ready"))
+        return _Epoch(sets("head"), sets("row"), sets("weights"), table("credit"), table("ready"))
 
     # -- one rank ---------------------------------------------------------------------------------
 
@@ -191,8 +202,52 @@ class _Builder:
         yield Step(
             f"writes the head of transfer {t} ({transfer.call}) to all",
             writes=tuple(words),
-            raises=done,
             act=write,
+            transfer=t,
+        )
+        if self.brings(transfer) and self.protocol.weights_come_first:
+            yield self.publish_weights(rank, transfer, t)
+        yield Step("has told", raises=done, quiet=True)
+
+    def brings(self, transfer: Transfer) -> bool:
+        """Whether a call brings weights to the ranks that send rows back."""
+        return self.protocol.brings_weights and transfer.call.kind is Kind.COMBINE
+
+    def publish_weights(self, rank: int, transfer: Transfer, t: int) -> Step:
+        """Weights of a rank's tokens, to the ranks that these chose."""
+        row, routing = Row(rank, t, transfer.identity), self.routings[transfer.call.comm]
+        chosen = [peer for peer in self.peers(rank, transfer) if routing[rank][peer]]
+        weights = self.epochs[transfer.epoch].weights
+        words = [weights[peer][rank][t % self.protocol.sets] for peer in chosen]
+
+        def write(memory: Memory) -> None:
+            for word in words:
+                memory[word] = row
+
+        return Step(
+            f"publishes weights of transfer {t}", writes=tuple(words), act=write, transfer=t
+        )
+
+    def await_weights(
+        self, rank: int, d: int, transfer: Transfer, t: int, begins: tuple[tuple[int, int], ...]
+    ) -> Step:
+        """Waits for the weights of a row that goes back to rank d."""
+        spoiled = self.spoiled[rank]
+        word = self.epochs[transfer.epoch].weights[rank][d][t % self.protocol.sets]
+        expected = Row(d, t, transfer.identity)
+
+        def read(memory: Memory) -> None:
+            if memory[word] != expected:
+                memory[spoiled] = f"weights of rank {d} are those of {memory[word]}"
+
+        return Step(
+            f"reads the weights of rank {d} in transfer {t}",
+            waits=begins,
+            when=lambda memory: memory[word] is not None and memory[word].transfer == t,
+            reads=(word,),
+            writes=(spoiled,),
+            act=read,
+            peer=d,
             transfer=t,
         )
 
@@ -242,6 +297,8 @@ class _Builder:
                     raise Flaw("overwritten", f"rank {d} has not put back {memory[word]}")
                 memory[word] = row
 
+            if self.brings(transfer):
+                yield self.await_weights(rank, d, transfer, t, begins)
             yield Step(
                 f"writes the row of transfer {t} to rank {d}",
                 waits=begins,
@@ -250,6 +307,8 @@ class _Builder:
                 act=write,
                 transfer=t,
             )
+        if t and self.brings(transfer) and not self.protocol.weights_come_first:
+            yield self.publish_weights(rank, transfer, t)
         yield Step("has sent", waits=begins, raises=((self.sent[rank], number),), quiet=True)
 
     def check(
@@ -259,6 +318,8 @@ class _Builder:
         t, transfer = launch.receives, launch.transfer
         done = ((self.checked[rank], number),)
         combines = transfer.call.kind is Kind.COMBINE
+        if self.brings(transfer) and self.protocol.senders_compare_heads:
+            t = launch.sends or launch.receives
         if not t or (combines and not self.protocol.combines_compare_heads):
             yield Step("checks nothing", waits=begins, raises=done, quiet=True)
             return

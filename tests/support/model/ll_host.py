@@ -28,6 +28,9 @@ class Protocol:
         whole_calls_check: a whole call refuses to run while a half of another is under way.
         handles_have_epochs: the host refuses handles from before `clear_mask()`.
         hears_own_head: a rank waits for its own head too, hence until its peers have theirs.
+        weights_come_first: weights are published before anything waits for those of peers.
+        senders_compare_heads: a sending half that waits for weights compares the heads beside.
+        brings_weights: combines bring weights to the ranks that send rows back. Both is right.
     """
 
     sets: int = SETS
@@ -38,9 +41,13 @@ class Protocol:
     whole_calls_check: bool = True
     handles_have_epochs: bool = True
     hears_own_head: bool = True
+    weights_come_first: bool = True
+    senders_compare_heads: bool = True
+    brings_weights: bool = False
 
 
 AS_IT_IS = Protocol()
+WITH_WEIGHTS = Protocol(brings_weights=True)
 
 
 @dataclass(frozen=True)

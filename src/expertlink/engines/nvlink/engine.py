@@ -67,9 +67,8 @@ class NvlinkEngine:
         self.quantizes, self.backward_kernel = mode.quantizes, backward_kernel
         self.routing_form = mode.routing_form
         self.numbers_by_max_tokens = mode.numbers_by_max_tokens
-        # Rows of a dispatch that only brings weights. Exact sums need none: weights stay.
-        self._short_rows = None
-        if config.layout.expanded and config.combine_precision == "wire":
+        self._short_rows = None  # of a dispatch that only brings weights
+        if config.layout.expanded and not mode.takes_weights:
             shape = (config.max_tokens_per_rank, ALIGNMENT)
             self._short_rows = torch.zeros(shape, dtype=torch.uint8, device=wire.device)
         self.arena.join(wire.number)

@@ -26,6 +26,8 @@ class KernelName(enum.IntEnum):
     DISPATCH_QUANTIZED = 1
     """Dispatch that quantizes the rows."""
     COMBINE = 2
+    COMBINE_WEIGHTS = 3
+    """Combine that brings weights of the tokens' ranks to the ranks that sum their rows."""
 
 
 @dataclass(frozen=True)

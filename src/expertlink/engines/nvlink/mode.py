@@ -60,6 +60,7 @@ class Mode(Protocol):
             the hosts agree before calls.
         agrees_on_device: the kernels of a new routing agree before anything is placed, so the hosts
             need not.
+        takes_weights: combines take `weights_TK`. Else a dispatch brings them before.
     """
 
     routing_form: str
@@ -67,6 +68,7 @@ class Mode(Protocol):
     quantizes: bool
     counts_captures: bool
     agrees_on_device: bool
+    takes_weights: bool
 
     def __init__(
         self,

@@ -3,6 +3,10 @@
 // First the warps send rows back: one partial sum per arrival, or with kExact every expert row.
 // Then they sum what comes in, token by token. Rows are cut into parts where there are more warps
 // than rows. The roundings are those of reduction.py.
+//
+// With kBrings the ranks of the tokens have the weights of partial sums, and publish them before
+// anything else. Block 0 does that alone: no other block of a launch is waited for before it sends.
+// Sending waits for peers then, so headers are read beside it, also in a launch that only sends.
 
 #include "ll/totals.cuh"
 
@@ -22,6 +26,7 @@ __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const
     }
 }
 
+template <bool kBrings>
 __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     __shared__ Call shared_call;
     __shared__ RowsFrom shared_rows;
@@ -30,8 +35,9 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     __shared__ int next_send, next_add;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool sends = a.flags & kSend, receives = a.flags & kReceive;
+    const bool reads_headers = receives || kBrings;
     // The other warps sum from the start.
-    const int senders = min(a.send_warps, receives ? warps - 1 : warps);
+    const int senders = min(a.send_warps, reads_headers ? warps - 1 : warps);
     if (threadIdx.x == 0) {
         next_send = senders;
         next_add = 0;
@@ -44,36 +50,41 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
             in.fill([&](int rank) { return rank < kNumRanks ? a.rows_from[rank] : 0; });
     };
     if (!begin_call(a, call, [] {}, loads)) return;
-    // One warp of the grid publishes this rank's progress. If the launch receives, that warp does
-    // not send: it reads the headers while its block sums.
+    // All warps but the one below, whose fence would wait for these stores.
+    if (kBrings && sends && blockIdx.x == 0 && !publishes)
+        publish_weights(a, call, warp - (warp > senders ? 1 : 0), warps - 1);
+    // One warp of the grid publishes this rank's progress. Where it reads headers, that warp does
+    // not send: it reads them while its block sums.
     if (publishes) {
         if (sends) publish_headers(a, call, subject);
         publish_progress(a, call);
-        if (receives) {
+        if (reads_headers) {
             read_headers(a, call, subject);
             return;
         }
     }
     if (sends) {
         keep_statistics(a, in);
-        if (warp < senders) return_rows(a, call, in, senders, &next_send);
+        if (warp < senders) return_rows<kBrings>(a, call, in, senders, &next_send);
     }
     if (receives) add_up(a, call, in, &next_add);
 }
 
+template <bool kBrings>
 __global__ void __launch_bounds__(kCombineWarps * 32, 1)
     combine(const __grid_constant__ CombineArguments arguments) {
-    combine_rank(arguments);
+    combine_rank<kBrings>(arguments);
 }
 
 // Several ranks on one GPU, each a row of the grid. A rank's arguments are copied to shared memory,
 // whose address takes no register.
+template <bool kBrings>
 __global__ void __launch_bounds__(kCombineWarps * 32, 1)
     combine_hosted(const CombineArguments* arguments) {
     __shared__ CombineArguments own;
     if (threadIdx.x == 0) own = arguments[blockIdx.y];
     __syncthreads();
-    combine_rank(own);
+    combine_rank<kBrings>(own);
 }
 
 }  // namespace ll

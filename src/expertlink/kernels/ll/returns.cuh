@@ -94,6 +94,55 @@ __device__ __forceinline__ long long dense_row(const CombineArguments& a, const 
     return kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
 }
 
+// -- weights of the tokens' ranks -----------------------------------------------------------------
+
+// They lie where the metadata of a dispatch lies: a tagged word for each choice of a row, in the
+// slots of the rank whose token it is. Gradients of weights take the word before.
+__device__ __forceinline__ unsigned long long* weight_word(const Call& call, int holder, int source,
+                                                           int position, int k) {
+    return metadata_words(call.bases[holder], call.sending, staging_slot(source, position), k) + 1;
+}
+
+// Publishes the weights of this rank's tokens to the ranks that sum their rows. Warp `nth` of
+// `warps`, before anything that waits for peers.
+__device__ __forceinline__ void publish_weights(const CombineArguments& a, const Call& call,
+                                                int nth, int warps) {
+    constexpr int kOfToken = kCopies * kTopk;
+    const int total = a.num_tokens * kOfToken;
+#pragma unroll 4
+    for (int i = nth * 32 + threadIdx.x % 32; i < total; i += warps * 32) {
+        const int token = i / kOfToken, copy = i % kOfToken / kTopk, k = i % kTopk;
+        const int code = a.slots_of_token[token * kCopies + copy];
+        const float weight = a.weights[static_cast<long long>(token) * kTopk + k];
+        if (code < 0 || is_masked(call, code / kMaxTokens)) continue;
+        store_tagged(weight_word(call, code / kMaxTokens, a.rank, code % kMaxTokens, k),
+                     call.sending, __float_as_uint(weight));
+    }
+}
+
+// Waits for the weights of a row. Lane k gets that of choice k. Where the wait is ended, or the
+// source is lost, nobody reads the sum.
+__device__ __forceinline__ float receive_weights(const Call& call, int source, int position) {
+    const int lane = threadIdx.x % 32;
+    const unsigned long long* const word =
+        weight_word(call, call.watch.rank, source, position, min(lane, kTopk - 1));
+    unsigned long long value = load_tagged(word), since = 0;
+    if (__all_sync(kAll, is_of(call, value))) return __uint_as_float(static_cast<unsigned>(value));
+    long long* const longest = call.policy.longest_wait_ns;
+    const unsigned long long began = longest != nullptr ? nanoseconds() : 0;
+    for (unsigned spins = 1; !__all_sync(kAll, is_of(call, value)); ++spins) {
+        value = load_tagged(word);
+        if (spins % kSpinsBetweenPolls != 0) continue;
+        WaitResult found = kArrived;
+        if (lane == 0)
+            found = poll(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
+        if (__shfl_sync(kAll, static_cast<int>(found), 0) != kArrived) break;
+    }
+    if (began && lane == 0)
+        atomicMax(&longest[source], static_cast<long long>(nanoseconds() - began));
+    return __uint_as_float(static_cast<unsigned>(value));
+}
+
 // One item: a part of an arrival, with what is known of it. Without bytes, part 0 has the metadata
 // only.
 struct ReturnItem {
@@ -104,7 +153,7 @@ struct ReturnItem {
 
     // Opens the next item that exists, from `first` on. What is known of its choices is being
     // loaded.
-    template <typename Next>
+    template <bool kBrings, typename Next>
     __device__ __forceinline__ void open(const CombineArguments& a, const Call& call,
                                          const RowsFrom& in, int first, int items, const Cut& cut,
                                          const Next& next) {
@@ -122,6 +171,7 @@ struct ReturnItem {
         choice = -1;
         weight = 1.0f;  // a product with one is exact
         token = kExact ? a.tokens_of_row[arrival()] : 0;
+        if constexpr (kBrings) weight = receive_weights(call, source, position);
         if (lane >= kTopk || !(kExpanded || a.flags & kGrads)) return;
         const long long at = static_cast<long long>(arrival()) * kTopk + lane;
         choice = a.choices_of_row[at];
@@ -229,14 +279,15 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
 }
 
 // Partial sums of parts of one step. The rows of some choices are loaded together.
+template <bool kBrings>
 __device__ __forceinline__ void return_few(const CombineArguments& a, const Call& call,
                                            const RowsFrom& in, const Cut& cut, int items,
                                            int* counter) {
     const auto next = [&] { return next_item(counter); };
     ReturnItem part;
 #pragma unroll 1
-    for (part.open(a, call, in, first_item(), items, cut, next); part.item < items;
-         part.open(a, call, in, next(), items, cut, next)) {
+    for (part.open<kBrings>(a, call, in, first_item(), items, cut, next); part.item < items;
+         part.open<kBrings>(a, call, in, next(), items, cut, next)) {
         if (a.slot_weights != nullptr && part.choice >= 0)
             part.weight = a.slot_weights[part.choice];
         return_row_metadata(a, call, in, part);
@@ -266,7 +317,8 @@ __device__ __forceinline__ void return_few(const CombineArguments& a, const Call
 }
 
 // Sends back all items. While one part is sent the next is in flight, where there are more parts
-// than warps.
+// than warps. With kBrings rows are multiplied by weights that their tokens' ranks publish.
+template <bool kBrings>
 __device__ __forceinline__ void return_rows(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, int warps, int* counter) {
     const int all = warps * gridDim.x;
@@ -275,7 +327,7 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
     const int parts = in.total * cut.parts;
     const bool plenty = parts > all, drawn = parts >= kDrawnFrom * all;
     if (kExpanded && !kExact && cut.length == 1) {
-        return_few(a, call, in, cut, items, counter);
+        return_few<kBrings>(a, call, in, cut, items, counter);
         return;
     }
     Draws draws;
@@ -283,16 +335,16 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
     const auto next = [&] { return drawn ? draws.next() : next_item(counter); };
     ReturnItem part, ahead;
     uint4 piece[kSumDepth];
-    part.open(a, call, in, first_item(), items, cut, next);
+    part.open<kBrings>(a, call, in, first_item(), items, cut, next);
     if (part.item < items) part.begin(a, in, piece);
 #pragma unroll 1
     while (part.item < items) {
         ahead.item = items;
-        if (plenty) ahead.open(a, call, in, next(), items, cut, next);
+        if (plenty) ahead.open<kBrings>(a, call, in, next(), items, cut, next);
         return_part(a, call, in, part, ahead, items, piece);
         part = ahead;
         if (plenty) continue;
-        part.open(a, call, in, next(), items, cut, next);
+        part.open<kBrings>(a, call, in, next(), items, cut, next);
         if (part.item < items) part.begin(a, in, piece);
     }
 }

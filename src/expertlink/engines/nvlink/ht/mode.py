@@ -54,6 +54,7 @@ class HtMode:
     quantizes = False
     counts_captures = True
     agrees_on_device = True
+    takes_weights = False
 
     def __init__(
         self,

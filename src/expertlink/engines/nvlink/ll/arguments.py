@@ -26,7 +26,7 @@ class Flag(enum.IntFlag):
     ALONE = 32
     """The next launch takes no SM before this one leaves it."""
     TOKEN_WEIGHTS = 64
-    """Exact sums: each rank has the weights of its tokens. (Without any they have no address.)"""
+    """Each rank has the weights of its tokens. (Without tokens they have no address.)"""
 
 
 # A signature has in one word what must be the same on all ranks: the operation, then from these

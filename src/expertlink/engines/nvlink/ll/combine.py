@@ -26,7 +26,7 @@ from expertlink.jit.kernel import Arguments
 _WIDE_IDS, _GRADS, _ALONE = int(Flag.WIDE_IDS), int(Flag.GRADS), int(Flag.ALONE)
 _TOKEN_WEIGHTS = int(Flag.TOKEN_WEIGHTS)
 _COMBINE, _WEIGHT_GRADS = int(Operation.COMBINE), int(Operation.WEIGHT_GRADS)
-_KERNEL = KernelName.COMBINE
+_PLAIN, _WEIGHTS = KernelName.COMBINE, KernelName.COMBINE_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class LlCombiner:
     ) -> None:
         self._topk, self._device, self._in_use = config.topk, arena.device, arena.in_use
         self._number = common["communicator"]
+        self._exact = config.combine_precision == "exact"
         self._row_bytes = row_bytes = config.hidden_size * config.dtype.itemsize
         self._signature = signature(Operation.COMBINE, row_bytes=row_bytes)
         # Of rarer calls, by whether there are gradients of weights, and weights of tokens' ranks.
@@ -127,17 +128,19 @@ class LlCombiner:
         if grads is not None or weights_TK is not None:
             a.signature = self._signatures[grads is not None, weights_TK is not None]
         # Calls of several arenas must not hold SMs for their followers.
-        flags = _ALONE if self._in_use[0] > 1 else 0
+        flags, kernel = _ALONE if self._in_use[0] > 1 else 0, _PLAIN
         if grads is not None:
             flags |= _GRADS
             grads_TK = self._name_grads(a, route, grads)
         if weights_TK is not None:
             flags |= _TOKEN_WEIGHTS
             a.weights, a.weights_of_row = weights_TK.data_ptr(), None
+            if not self._exact:
+                kernel = _WEIGHTS
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
         left = self._launch(
-            _KERNEL,
+            kernel,
             a,
             flags,
             call.num_sms,
@@ -158,7 +161,7 @@ class LlCombiner:
         flags = _GRADS | (_ALONE if self._in_use[0] > 1 else 0)
         if route.ids_TK.dtype is torch.int64:
             flags |= _WIDE_IDS
-        self._launch(_KERNEL, a, flags, None, halves=False)
+        self._launch(_PLAIN, a, flags, None, halves=False)
         return grads_TK
 
     def _arguments_for(self, route: LlRoute) -> Arguments:

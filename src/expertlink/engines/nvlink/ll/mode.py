@@ -51,6 +51,7 @@ class LlMode:
     quantizes = True
     counts_captures = False
     agrees_on_device = False
+    takes_weights = True
 
     def __init__(
         self,
@@ -115,10 +116,11 @@ class LlMode:
         if config.quantization is not None:
             name = KernelName.DISPATCH_QUANTIZED
             kernels.append(KernelSource(name, source, function, "<true>", warps))
-        warps = tuning.LL_COMBINE_WARPS
-        kernels.append(
-            KernelSource(KernelName.COMBINE, "ll/combine", "ll::combine", max_warps=warps)
-        )
+        source, function, warps = "ll/combine", "ll::combine", tuning.LL_COMBINE_WARPS
+        kernels.append(KernelSource(KernelName.COMBINE, source, function, "<false>", warps))
+        if config.layout.expanded and config.combine_precision == "wire":
+            name = KernelName.COMBINE_WEIGHTS
+            kernels.append(KernelSource(name, source, function, "<true>", warps))
         return Program(
             constants=constants_of(config, plan, num_ranks=num_ranks),
             declarations=arguments.declarations(num_ranks),
