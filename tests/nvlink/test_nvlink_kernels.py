@@ -174,6 +174,8 @@ def test_warps_of_a_combine(layout: str, row_bytes: int, warps: int, batch: int)
     movers = BlockShape(config, num_ranks=4, num_local=64).combine(row_bytes)
     assert movers.warps == warps
     assert layout == "flat" or movers.batch == batch
+    few = BlockShape(config, num_ranks=4, num_local=64, max_warps=4).combine(row_bytes)
+    assert few == movers._replace(warps=4), "where ranks share a GPU, blocks are small"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def test_groups_of_gloo(rank_pools, mode: str, ranks: int, check: bool) -> None:
     results = rank_pools(ranks, "cuda").run(processes.over_gloo, drawn, fields, timeout_s=120)
     for done, refused in results:
         assert done == len(drawn)
-        assert "the process group has no backend for cuda tensors" in refused
+        # Which of the two torch tells depends on its version.
+        assert re.search("no backend for cuda tensors|backend for cuda tensors is gloo", refused)
 
 
 @MANY

@@ -65,8 +65,9 @@ class BlockShape:
         self._columns = count_columns(config, num_ranks)
         table = shared_table_words(config, num_ranks)
         self._plan_bytes = 4 * (2 * num_ranks + num_local + 1 + table)
-        self._max_warps = min(max_warps or 32, tuning.HT_MAX_WARPS)
-        self._most_combine_warps = min(max_warps or 32, combine_warps(config))
+        self._most_warps = max_warps or 32
+        self._max_warps = min(self._most_warps, tuning.HT_MAX_WARPS)
+        self._combine_warps = combine_warps(config)
         self._most_batch, self._expanded = most_batch(config), config.layout.expanded
 
     def slot_bytes(self, row_bytes: int) -> int:
@@ -84,9 +85,14 @@ class BlockShape:
         """As many warps as possible. Rows that go back as they are share the memory of a warp."""
         slot = align(max(row_bytes, 16), 128)
         least = LEAST_SUM_BYTES if self._expanded else max(LEAST_SUM_BYTES, slot)
-        warps = max(1, min(self._most_combine_warps, self._room // least))
-        warp_bytes = self._room // warps // 128 * 128
-        return Movers(warps, slot, warp_bytes, max(1, min(self._most_batch, warp_bytes // slot)))
+        tuned = max(1, min(self._combine_warps, self._room // least))
+        warp_bytes = self._room // tuned // 128 * 128  # not more where there are fewer warps
+        return Movers(
+            warps=min(self._most_warps, tuned),
+            slot_bytes=slot,
+            warp_bytes=warp_bytes,
+            batch=max(1, min(self._most_batch, warp_bytes // slot)),
+        )
 
     def _movers(self, row_bytes: int, batch: int) -> Movers:
         slot = self.slot_bytes(row_bytes)
