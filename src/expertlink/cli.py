@@ -180,6 +180,25 @@ def bench(
         str | None,
         typer.Option(metavar="M,N,K", help="That product. CPU: 256,512,512; GPU: 8192,4096,7168."),
     ] = None,
+    layer: Annotated[
+        bool,
+        typer.Option(
+            "--layer", help="Measure whole MoE layers of models instead; variants: eager, graph."
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Those models: qwen3-30b-a3b (GPU), deepseek-v3, mixtral-8x7b, gpt-oss-120b, "
+            "kimi-k2, tiny (CPU).",
+        ),
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers one after the other.")] = 1,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a Chrome trace of each layer, by torch's profiler."),
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="auto, cpu or cuda.")
     ] = "auto",
@@ -236,6 +255,10 @@ def bench(
         grid=grid,
         overlap=overlap,
         gemm=gemm,
+        layer=layer,
+        model=model,
+        layers=layers,
+        profile=profile,
         device=device,
         threads=threads,
         iters=iters,

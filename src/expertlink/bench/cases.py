@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -85,6 +85,7 @@ class Plan:
     ceiling_sms: int = 24  # that the bulk copies of the ceilings occupy
     gemm: tuple[int, int, int] | None = None  # m, n, k of the product beside a dispatch
     calls_per_graph: int = 20  # in the variant `graph` of mode "ll"
+    profile: Path | None = None  # folder of torch's traces of a layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ class Case:
     trace: str | None = None  # file that the routing `trace` replays
 
     def __post_init__(self) -> None:
-        named = {"dtype": _DTYPES, "mode": VARIANTS, "variant": VARIANTS.get(self.mode, ())}
+        named = {"dtype": _DTYPES, "mode": VARIANTS, "variant": self.variants}
         for name, accepted in named.items():
             if getattr(self, name) not in accepted:
                 self._refuse(name, f"one of {', '.join(accepted)}")
@@ -155,9 +156,19 @@ class Case:
         )
 
     @property
+    def variants(self) -> Mapping[str, Variant]:
+        """Those that the case can have, by name."""
+        return VARIANTS.get(self.mode, {})
+
+    @property
     def calls(self) -> Variant:
         """What `variant` stands for."""
-        return VARIANTS[self.mode][self.variant]
+        return self.variants[self.variant]
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether it is compared with the wire's bandwidth, not with copies of its rows."""
+        return self.calls.prepared
 
     @property
     def block_format(self) -> BlockFormat | None:

@@ -181,7 +181,7 @@ class Ceilings:
             tokens = (case.max_tokens_per_rank or 0) if case.calls.prepared else 0
             rows = (case.ranks - 1) * max(tokens, case.tokens)
             most_bytes = rows * max(copies.row_bytes for copies in self._copies.values())
-            least_bytes = LARGE_BYTES if case.calls.prepared else 0
+            least_bytes = LARGE_BYTES if case.has_floor else 0
             self._memory = WireMemory(max(most_bytes, least_bytes), clock.device)
 
         self.note = "one rank sends nothing to others" if case.ranks == 1 else None
@@ -189,7 +189,7 @@ class Ceilings:
             self.note = self.note or _try_everywhere(step, clock)
         if self.note is not None:
             self.close()
-        elif case.calls.prepared:
+        elif case.has_floor:
             assert self._memory is not None
             self.floor = measure_floor(self._copies["combine"], self._memory, clock)
 

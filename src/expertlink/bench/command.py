@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from expertlink.bench.layer import LayerRecord, measure_layers
+from expertlink.bench.layer_cases import build_layer_cases
 from expertlink.bench.measure import measure_batch
 from expertlink.bench.options import (
     BenchOptions,
@@ -23,8 +25,8 @@ from expertlink.bench.options import (
 )
 from expertlink.bench.overlap import OverlapRecord, measure_overlaps
 from expertlink.bench.records import Record, latest, read_records, write_records
-from expertlink.bench.runner import CaseResult, Job, run_on_own_ranks, run_under_torchrun
-from expertlink.bench.terminal import print_overlaps, print_records
+from expertlink.bench.runner import CaseResult, Job, Measure, run_on_own_ranks, run_under_torchrun
+from expertlink.bench.terminal import print_layers, print_overlaps, print_records
 from expertlink.errors import ConfigurationError, ExpertlinkError
 from expertlink.files import reason, try_folder
 from expertlink.launch import RankContext, torchrun_context
@@ -53,10 +55,13 @@ def run_bench(options: BenchOptions, console: Console) -> int:
 
 def _run_bench(options: BenchOptions, context: RankContext | None, console: Console) -> int:
     device, ranks = device_and_ranks(options, context)
-    cases = build_cases(options, device=device, ranks=ranks)
+    measure: Measure = measure_overlaps if options.overlap else measure_batch
+    if options.layer:
+        measure, cases = measure_layers, build_layer_cases(options, device=device, ranks=ranks)
+    else:
+        cases = build_cases(options, device=device, ranks=ranks)
     plan = make_plan(options, device)
-    _check_out(options.out, options.append, context)
-    measure = measure_batch if plan.gemm is None else measure_overlaps
+    _check_out(options, context)
     job = Job(cases=cases, plan=plan, measure=measure)
     try:
         _measure(job, options, device, context, console)
@@ -64,6 +69,7 @@ def _run_bench(options: BenchOptions, context: RankContext | None, console: Cons
         records = [record for result in job.results for record in result.records]
         print_records([one for one in records if isinstance(one, Record)], console)
         print_overlaps([one for one in records if isinstance(one, OverlapRecord)], console)
+        print_layers([one for one in records if isinstance(one, LayerRecord)], console)
     if records and options.out is not None:
         console.print(f"{len(records)} records in {escape(str(options.out))}", soft_wrap=True)
     failed = [result for result in job.results if result.error is not None]
@@ -79,11 +85,13 @@ def run_plot(results: Sequence[Path], out: Path, console: Console) -> int:
     """`expertlink plot`: pictures of files of records. Returns the exit code."""
     try:
         records = latest(record for path in results for record in read_records(path))
-        if not records:
+        layers = latest(record for path in results for record in read_records(path, LayerRecord))
+        if not records and not layers:
             raise ConfigurationError("there are no records in the given files")
+        from expertlink.bench.layer_plots import draw_layers
         from expertlink.bench.plots import draw_plots
 
-        return _say_paths(draw_plots(records, out), console)
+        return _say_paths([*draw_plots(records, out), *draw_layers(layers, out)], console)
     except (ExpertlinkError, OSError) as error:
         return _say_error(error, console)
 
@@ -155,27 +163,37 @@ def _measure(
         run_under_torchrun(job, context)
 
 
-def _check_out(out: Path | None, append: bool, context: RankContext | None) -> None:
-    """Finds out before measuring whether rank 0, which alone writes, will be able to. Collective.
+def _check_out(options: BenchOptions, context: RankContext | None) -> None:
+    """Finds out before measuring whether rank 0, which writes records, will be able to; and for
+    the folder of traces, to which all ranks write. Collective.
 
     Raises:
         ConfigurationError: it will not; on every rank.
     """
-    if out is None:
+    if options.out is None and options.profile is None:
         return
-    problem = [None if context is not None and context.rank else _out_problem(out, append)]
+    problem = [None if context is not None and context.rank else _out_problem(options)]
     if context is not None:
         dist.broadcast_object_list(problem)
     if problem[0] is not None:
         raise ConfigurationError(problem[0])
 
 
-def _out_problem(out: Path, append: bool) -> str | None:
+def _out_problem(options: BenchOptions) -> str | None:
+    if options.profile is not None:
+        try:
+            options.profile.mkdir(parents=True, exist_ok=True)
+            try_folder(options.profile)
+        except OSError as error:
+            return f"--profile {options.profile}: cannot be written to: {reason(error)}"
+    out = options.out
+    if out is None:
+        return None
     if out.exists() and not out.is_file():
         return f"out={str(out)!r} is no ordinary file"
     try:
         try_folder(out.parent)
-        if append:
+        if options.append:
             out.open("ab").close()
     except OSError as error:
         return _unwritable(out, error)

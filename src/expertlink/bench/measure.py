@@ -18,7 +18,7 @@ from itertools import groupby
 import torch
 import torch.distributed as dist
 
-from expertlink.bench.cases import VARIANTS, Case, Plan
+from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import Ceilings, Moves
 from expertlink.bench.clock import Clock, Times, capture
 from expertlink.bench.inputs import Input, agree_on_results, prepare_inputs
@@ -78,7 +78,7 @@ def _check_engine(comm: MoECommunicator, case: Case) -> None:
     """Refuses a variant that the communicator's engine does not have."""
     if not case.calls.needs_nvlink or comm.engine_name == "nvlink":
         return
-    others = [name for name, calls in VARIANTS[case.mode].items() if not calls.needs_nvlink]
+    others = [name for name, calls in case.variants.items() if not calls.needs_nvlink]
     raise ConfigurationError(
         f"variant={case.variant!r} cannot be measured with the {comm.engine_name} engine "
         f"({comm.engine_reason}); accepted: {', '.join(others)}"

@@ -31,7 +31,7 @@ _SHAPE = {
     "cuda": {"hidden": "7168", "topk": "8", "experts": "256"},
     "cpu": {"hidden": "1024", "topk": "4", "experts": "16"},
 }
-_TOKENS = {
+TOKENS = {
     ("ht", "cuda"): "4096",
     ("ht", "cpu"): "128,1024",
     ("ll", "cuda"): "1,8,16,32,64,128,256,512",
@@ -88,6 +88,10 @@ class BenchOptions:
     grid: bool = False
     overlap: bool = False
     gemm: str | None = None
+    layer: bool = False
+    model: str | None = None
+    layers: int = 1
+    profile: Path | None = None
     device: str = "auto"
     threads: int | None = None
     iters: int = 50
@@ -109,9 +113,9 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     """
     engines = parse_names(options.engine, name="engine")
     modes = parse_names(options.mode, name="mode")
-    recorded = {} if options.trace is None else _recorded(options.trace)
+    recorded = {} if options.trace is None else recorded_shape(options.trace)
     found: list[Case] = []
-    for (dispatch, combine), engine, mode in product(_budgets(options), engines, modes):
+    for (dispatch, combine), engine, mode in product(parse_budgets(options), engines, modes):
         lists = _lists(options, device, engine, mode, recorded)
         most_tokens = options.max_tokens_per_rank
         if most_tokens is None and mode == "ll":
@@ -131,24 +135,39 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
             )
             found.append(case)
     cases = list(dict.fromkeys(found))
+    for name in ("model", "profile"):
+        if getattr(options, name) is not None:
+            raise ConfigurationError(f"{name}={str(getattr(options, name))!r} needs --layer")
+    if options.layers != 1:
+        raise ConfigurationError(f"layers={options.layers} needs --layer")
     for case in cases:
         if options.overlap and (case.calls.graph or case.calls.prepared):
             raise ConfigurationError(
                 f"variant={case.variant!r} cannot be measured with --overlap; accepted: variants "
                 "that call dispatch_async themselves"
             )
-        if device == "cpu" and case.calls.needs_nvlink:
-            raise ConfigurationError(
-                f"variant={case.variant!r} cannot be measured on CPU ranks: it needs the nvlink "
-                "engine, which moves rows between GPUs"
-            )
-        shape = {"topk": str(case.topk), "experts": str(case.experts), "routing": case.routing}
-        if case.routing == "trace" and shape != recorded:
-            raise ConfigurationError(
-                f"topk={case.topk}, experts={case.experts} cannot be replayed from the trace, "
-                f"which has topk={recorded['topk']}, experts={recorded['experts']}"
-            )
+        check_device(case, device)
+        check_trace(case, recorded)
     return cases
+
+
+def check_device(case: Case, device: str) -> None:
+    """Refuses a variant that only GPUs have elsewhere."""
+    if device == "cpu" and case.calls.needs_nvlink:
+        raise ConfigurationError(
+            f"variant={case.variant!r} cannot be measured on CPU ranks: it needs the nvlink "
+            "engine, which moves rows between GPUs"
+        )
+
+
+def check_trace(case: Case, recorded: dict[str, str]) -> None:
+    """Refuses a case of another shape than the trace that it replays."""
+    shape = {"topk": str(case.topk), "experts": str(case.experts), "routing": case.routing}
+    if case.routing == "trace" and shape != recorded:
+        raise ConfigurationError(
+            f"topk={case.topk}, experts={case.experts} cannot be replayed from the trace, "
+            f"which has topk={recorded['topk']}, experts={recorded['experts']}"
+        )
 
 
 def _lists(
@@ -159,7 +178,7 @@ def _lists(
     names = (*_ORDER[mode], "variant")
     # NCCL stands beside the others for comparison: one line is enough.
     ll_variants = "eager" if engine == "collective" and device == "cuda" else _LL_VARIANTS[device]
-    texts = {"tokens": _TOKENS[mode, device], "routing": "balanced", "variant": ll_variants}
+    texts = {"tokens": TOKENS[mode, device], "routing": "balanced", "variant": ll_variants}
     texts |= {**_SHAPE[device], **_FORMATS[mode], **(_GRID[device] if options.grid else {})}
     texts |= recorded
     texts |= {name: text for name in names if (text := getattr(options, name)) is not None}
@@ -171,7 +190,7 @@ def _lists(
     return lists
 
 
-def _budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
+def parse_budgets(options: BenchOptions) -> list[tuple[int | None, int | None]]:
     """SMs of dispatch and combine, in pairs; a single value stands beside each of the others."""
     both = options.num_sms
     if both is not None and (options.num_sms_dispatch or options.num_sms_combine):
@@ -277,6 +296,7 @@ def make_plan(options: BenchOptions, device: str) -> Plan:
         command=_command_line(),
         ceiling_sms=options.ceiling_sms,
         calls_per_graph=options.calls_per_graph,
+        profile=options.profile,
         gemm=_gemm(options.gemm or _GEMM[device]) if options.overlap else None,
     )
 
@@ -304,7 +324,8 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
 
 
-def _recorded(path: Path) -> dict[str, str]:
+def recorded_shape(path: Path) -> dict[str, str]:
+    """Choices and experts of a trace, and the routing that replays it, as they are typed."""
     from expertlink.workloads.trace import RoutingTrace
 
     trace = RoutingTrace.load(path)

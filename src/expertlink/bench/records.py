@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -35,7 +35,11 @@ _KEY = (
     *("num_sms_dispatch", "num_sms_combine", "max_tokens_per_rank"),
 )
 _MAX_LINE_BYTES = 1 << 20
+RECORD_KIND = "call"
+KINDS = (RECORD_KIND, "overlap", "layer")
+"""Of the lines of a file; a `Record` does not name its own."""
 Loaded = TypeVar("Loaded", bound="Checked")
+OneKeyed = TypeVar("OneKeyed", bound="Keyed")
 
 
 class RecordError(InputError):
@@ -117,6 +121,11 @@ class Environment(Checked):
     cpu: str
     cores: int
     backend: str  # of torch.distributed, which moved the rows of the raw baseline
+
+    @property
+    def hardware(self) -> str:
+        """GPU, or CPU with its core count, that the record was made on."""
+        return self.gpu or f"{self.cpu}, {self.cores} cores"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +233,7 @@ class Record(Checked):
     @property
     def hardware(self) -> str:
         """GPU, or CPU with its core count, that the record was made on."""
-        return self.environment.gpu or f"{self.environment.cpu}, {self.environment.cores} cores"
+        return self.environment.hardware
 
     @property
     def sms_label(self) -> str:
@@ -264,12 +273,15 @@ def write_records(path: str | Path, records: Iterable[Checked], *, append: bool 
 
 
 def read_records(path: str | Path, kind: type[Loaded] = Record) -> list[Loaded]:
-    """All records of a file in their order; empty lines do not count.
+    """The records of one kind of a file in their order; empty lines do not count.
+
+    A file may have several kinds: lines name theirs in the field `kind`, but for a `Record`.
 
     Raises:
         RecordError: a line is no valid record, or the file cannot be read.
     """
     records: list[Loaded] = []
+    wanted = getattr(kind, "kind", RECORD_KIND)
     number = 0
     try:
         with Path(path).open("rb") as file:
@@ -277,8 +289,8 @@ def read_records(path: str | Path, kind: type[Loaded] = Record) -> list[Loaded]:
                 number += 1
                 if len(line) > _MAX_LINE_BYTES:
                     raise RecordError(f"longer than {_MAX_LINE_BYTES} bytes")
-                if line.strip():
-                    records.append(kind.from_json(line.decode()))
+                if line.strip() and _kind_in(text := line.decode()) in (None, wanted):
+                    records.append(kind.from_json(text))
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (RecordError, UnicodeDecodeError) as error:
@@ -286,9 +298,32 @@ def read_records(path: str | Path, kind: type[Loaded] = Record) -> list[Loaded]:
     return records
 
 
-def latest(records: Iterable[Record]) -> list[Record]:
+def _kind_in(line: str) -> str | None:
+    """The kind of a line; None where it is none of ours: reading the line says what is wrong."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    name = values.get("kind", RECORD_KIND) if isinstance(values, dict) else None
+    return name if name in KINDS else None
+
+
+class Keyed(Protocol):
+    """A record of which later ones of the same case replace earlier ones."""
+
+    @property
+    def environment(self) -> Environment:
+        """Where and when it was made."""
+        ...
+
+    def key(self) -> tuple[object, ...]:
+        """What was measured."""
+        ...
+
+
+def latest(records: Iterable[OneKeyed]) -> list[OneKeyed]:
     """The last made record of every key, in the order in which keys first appear."""
-    newest: dict[tuple[object, ...], Record] = {}
+    newest: dict[tuple[object, ...], OneKeyed] = {}
     for record in records:
         kept = newest.get(record.key())
         if kept is None or record.environment.date >= kept.environment.date:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from expertlink.bench.cases import Case
+from expertlink.bench.layer import LayerRecord
 from expertlink.bench.overlap import TIMES, OverlapRecord
 from expertlink.bench.records import WORDS, Record, Summary, names_of
 
@@ -101,13 +102,53 @@ def overlap_row(record: OverlapRecord) -> list[str]:
 
 def print_overlaps(records: Sequence[OverlapRecord], console: Console) -> None:
     """Prints one row per record."""
-    if not records:
+    note = "µs, median of the slowest rank; hidden: part of the shorter one that costs no time"
+    _print_rows(OVERLAP_HEADER, [overlap_row(record) for record in records], note, console)
+
+
+LAYER_HEADER = (
+    *("case", "engine", "phase", "layer", "compute", "exposed", "floor", "x floor", "MiB"),
+)
+LAYER_NOTE = (
+    "µs, median of the slowest rank; compute: the same products without dispatch and combine; "
+    "exposed: layer - compute; floor: bytes at full bandwidth, two flags a call; MiB: most memory "
+    "beyond weights and inputs"
+)
+
+
+def layer_row(record: LayerRecord) -> list[str]:
+    """Cells under `LAYER_HEADER`."""
+    words = [record.model, *([f"{record.layers} layers"] if record.layers > 1 else [])]
+    words += [record.variant, f"T={record.tokens}", f"R={record.ranks}", record.dtype]
+    words += [record.routing + (" uneven" if record.uneven else "")]
+    sms = dict.fromkeys((record.num_sms_dispatch, record.num_sms_combine))
+    if sms != {None: None}:
+        words.append("SMs=" + "+".join("auto" if one is None else str(one) for one in sms))
+    values = (record.time_us, record.compute_us, record.exposed_us, record.floor_us)
+    ratio = "" if record.exposed_ratio is None else f"{record.exposed_ratio:.2f}"
+    peak = record.memory_peak_bytes
+    memory = "" if peak is None else f"{peak / (1 << 20):.0f}"
+    phase = record.phase.removeprefix("layer_")
+    return [" · ".join(words), record.engine, phase, *map(text_of, values), ratio, memory]
+
+
+def print_layers(records: Sequence[LayerRecord], console: Console) -> None:
+    """Prints one row per record."""
+    _print_rows(LAYER_HEADER, [layer_row(record) for record in records], LAYER_NOTE, console)
+
+
+def _print_rows(
+    header: Sequence[str], rows: Sequence[Sequence[str]], note: str, console: Console
+) -> None:
+    """A table of texts, if there are any; columns without a value are left out."""
+    if not rows:
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in OVERLAP_HEADER:
-        table.add_column(name, justify="left" if name == "case" else "right", overflow="fold")
-    for record in records:
-        table.add_row(*overlap_row(record))
+    places = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    for place in places:
+        left = header[place] in ("case", "engine", "phase")
+        table.add_column(header[place], justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[place] for place in places))
     console.print(table)
-    note = "µs, median of the slowest rank; hidden: part of the shorter one that costs no time"
     console.print(note, style="dim")

@@ -1,0 +1,422 @@
+"""Whole MoE layers: what a model's layer takes, what its products take, and what is left of the
+communication (`expertlink bench --layer`).
+
+The layer and its stand-in without communication (`layer_model.StandIn`) take turns. Exposed is
+the difference of their medians.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expertlink.bench.cases import Case, Plan
+from expertlink.bench.ceilings import Ceilings, Floor
+from expertlink.bench.clock import Clock, capture
+from expertlink.bench.environment import describe_environment
+from expertlink.bench.inputs import WireRows, agree_on_results
+from expertlink.bench.layer_cases import LAYER_VARIANTS, LayerCase
+from expertlink.bench.layer_model import (
+    MODELS,
+    Calls,
+    LayerStack,
+    LayerWeights,
+    Mark,
+    MoELayer,
+    Recorder,
+    dense_layer,
+    find_grouped_product,
+)
+from expertlink.bench.measure import no_garbage_collection, open_communicator, time_steps
+from expertlink.bench.records import (
+    Checked,
+    Environment,
+    RecordError,
+    Summary,
+    slowest_rank,
+    summarize,
+)
+from expertlink.bench.steps import Step
+from expertlink.communicator import MoECommunicator
+from expertlink.errors import ConfigurationError
+from expertlink.launch import RankContext
+
+FORWARD, STEP = "layer_forward", "layer_step"
+LAYER_PHASES = (FORWARD, STEP)
+"""The forward pass without gradients, and forward and backward with those of everything."""
+_CHECKED_TOKENS = 4
+_TIMELINES = 10
+_END = ""
+_TOLERANCE = {torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.05  # of a token's norm; a row that is lost or wrong changes it by a tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord(Checked):
+    """One phase of one case. Times in microseconds, of the slowest rank of each iteration."""
+
+    signed = ("exposed_us", "exposed_ratio")
+
+    kind: str = "layer"
+    engine: str
+    phase: str  # one of `LAYER_PHASES`
+    variant: str  # one of `LAYER_VARIANTS`
+    model: str
+    layers: int  # one after the other; all figures are those of all layers together
+    dtype: str
+    routing: str
+    uneven: bool = False
+    ranks: int
+    tokens: int  # of the rank that has most
+    hidden: int
+    topk: int
+    experts: int
+    intermediate: int
+    shared: int  # intermediate size of the shared expert; 0: none
+    products: str  # "grouped": one for all experts of a rank; "loop": one after the other
+    num_sms_dispatch: int | None = None
+    num_sms_combine: int | None = None
+    time_us: Summary  # the whole
+    host_us: Summary  # until the host was free
+    compute_us: Summary  # the same products on the same rows; dispatch and combine do nothing
+    exposed_us: float  # medians: `time_us` - `compute_us`
+    exposed_ratio: float | None = None  # `exposed_us` over `floor_us`
+    # For every call, bytes of the rank that sends or receives most over `floor_gbps`, and two
+    # flags. None: rows do not cross NVLink, see `floor_note`.
+    floor_us: float | None = None
+    floor_gbps: float | None = None
+    flag_us: float | None = None
+    floor_note: str | None = None
+    wire_bytes: int  # of rows that leave the average rank
+    # Medians of the average rank's phases, in the order in which they come first; from runs of
+    # their own, in which all calls are launched one by one.
+    phases_us: dict[str, float]
+    # CUDA: most that a run added to weights and inputs; `graph`: that its graph keeps.
+    memory_peak_bytes: int | None = None
+    environment: Environment
+    aligned: str  # as in `Record`
+    iterations: int
+    threads: int
+    seed: int
+    command: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, accepted in (("phase", LAYER_PHASES), ("variant", tuple(LAYER_VARIANTS))):
+            if getattr(self, name) not in accepted:
+                raise RecordError(f"{name} is {getattr(self, name)!r}, not one of {accepted}")
+        for name, value in self.phases_us.items():
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise RecordError(f"phases_us is {value!r} for {name!r}, expected microseconds")
+
+    def key(self) -> tuple[object, ...]:
+        """What was measured, without when and how fast."""
+        names = ("engine", "phase", "variant", "model", "layers", "dtype", "routing", "uneven")
+        names += ("ranks", "tokens", "num_sms_dispatch", "num_sms_combine")
+        return (*(getattr(self, name) for name in names), self.environment.hardware)
+
+
+def measure_layers(
+    context: RankContext,
+    cases: Sequence[Case],
+    plan: Plan,
+    *,
+    on_progress: Callable[[int], None],
+    control: dist.ProcessGroup | None = None,
+) -> Iterator[list[LayerRecord]]:
+    """Checks, then times layers. See `measure.measure_batch`."""
+    clock = Clock(context.device, control)
+    for case in cases:
+        assert isinstance(case, LayerCase)
+        # Before the weights are there, and gone before them: it needs memory of its own.
+        with Ceilings(case, plan, clock) as ceilings:
+            floor, note = ceilings.floor, ceilings.note
+        with open_communicator(context, case, plan) as comm:
+            bench = _LayerBench(case, plan, clock, comm)
+            records = bench.records(floor, note, on_progress)
+        yield records if context.rank == 0 else []
+
+
+class Timeline:
+    """Times of a run's phases. `mark` begins the next one; on CUDA by events of the stream."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        """The phase of that name begins."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def phases_us(self) -> dict[str, float]:
+        """Microseconds by phase, summed over the layers. CUDA: the work has to be done."""
+        found: dict[str, float] = {}
+        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            took = begin.elapsed_time(end) * 1e3 if self._on_gpu else (end - begin) * 1e6
+            found[name] = found.get(name, 0.0) + took
+        return found
+
+
+class _LayerBench:
+    """The layers of a case on this rank, with all that is timed. Every method is collective."""
+
+    def __init__(self, case: LayerCase, plan: Plan, clock: Clock, comm: MoECommunicator) -> None:
+        self._case, self._plan, self._clock, self._comm = case, plan, clock, comm
+        device, dtype = clock.device, case.torch_dtype
+        grouped = find_grouped_product(device, dtype)
+        if grouped is None and case.calls.graph:
+            raise ConfigurationError(
+                f"variant={case.variant!r} cannot be measured: this torch has no grouped product "
+                f"for {case.dtype} on {device.type}, and a loop over experts waits for the host; "
+                "accepted: eager"
+            )
+        self._products = "loop" if grouped is None else "grouped"
+        shape = MODELS[case.model]
+        self._weights = [
+            LayerWeights(shape=shape, layer=layer, seed=case.seed, dtype=dtype, device=device)
+            for layer in range(case.layers)
+        ]
+        layers = [MoELayer(weights, comm.local_experts, grouped) for weights in self._weights]
+        ids_LTK = [case.choices(layer)[comm.rank].to(device) for layer in range(case.layers)]
+        self._stack = LayerStack(layers, ids_LTK)
+        generator = torch.Generator().manual_seed(case.seed * 1_000_003 + comm.rank)
+        size = (2, case.token_counts()[comm.rank], case.hidden)
+        drawn = torch.randn(size, generator=generator, dtype=torch.float32)
+        self._x_TH, self._grad_TH = drawn.to(dtype).to(device)
+
+    def records(
+        self, floor: Floor | None, note: str | None, on_progress: Callable[[int], None]
+    ) -> list[LayerRecord]:
+        """Checks, times and describes the layers."""
+        case, plan, clock = self._case, self._plan, self._clock
+        kept = self._check()
+        traffic = self._traffic(kept)
+        real: list[Calls] = [self._comm] * case.layers
+        alone = kept.stand_ins()
+        runs = {phase: self._run(phase, real) for phase in LAYER_PHASES}
+        expected = {phase: run()[0].clone() for phase, run in runs.items()}
+        computes = {phase: self._run(phase, alone) for phase in LAYER_PHASES}
+        memory: dict[str, int] = dict.fromkeys(LAYER_PHASES, 0)
+        if case.calls.graph:
+            for phase in LAYER_PHASES:
+                computes[phase]()
+                computes[phase], _ = self._captured(computes[phase])
+                runs[phase], memory[phase] = self._captured(runs[phase])
+            self._check_runs(runs, expected)
+        steps: list[list[Step]] = []
+        for phase in LAYER_PHASES:
+            layer = Step(variant=case.variant, phase=phase, run=runs[phase])
+            compute = Step(variant="", phase=phase, kind="compute", run=computes[phase])
+            steps.append([layer, compute])
+        with no_garbage_collection():
+            times = time_steps([steps], plan, clock, on_progress).gather(clock)
+        self._comm.check_health()
+        phases_us = {phase: self._timeline(phase, real) for phase in LAYER_PHASES}
+        if plan.profile is not None:
+            for phase in LAYER_PHASES:
+                self._profile(plan.profile, phase, runs[phase])
+
+        def record(phase: str) -> LayerRecord:
+            time_us, host_us = (
+                summarize(slowest_rank(times[case.variant, phase, kind]))
+                for kind in ("time", "host")
+            )
+            compute_us = summarize(slowest_rank(times["", phase, "compute"]))
+            exposed_us = round(time_us.median - compute_us.median, 2)
+            added = int(times[case.variant, phase, "memory"].max())
+            rounds = 2 if phase == STEP else 1  # backward moves the same rows once more
+            return LayerRecord(
+                engine=self._comm.engine_name,
+                phase=phase,
+                variant=case.variant,
+                model=case.model,
+                layers=case.layers,
+                dtype=case.dtype,
+                routing=case.routing_label,
+                uneven=case.uneven,
+                ranks=case.ranks,
+                tokens=case.tokens,
+                hidden=case.hidden,
+                topk=case.topk,
+                experts=case.experts,
+                intermediate=MODELS[case.model].intermediate,
+                shared=MODELS[case.model].shared,
+                products=self._products,
+                num_sms_dispatch=case.num_sms_dispatch,
+                num_sms_combine=case.num_sms_combine,
+                time_us=time_us,
+                host_us=host_us,
+                compute_us=compute_us,
+                exposed_us=exposed_us,
+                **_floor(floor, note, rounds, traffic, exposed_us),
+                wire_bytes=round(float(traffic[:, :, :, 0].sum(dim=(1, 2)).mean()) * rounds),
+                phases_us=phases_us[phase],
+                memory_peak_bytes=max(added, memory[phase]) if clock.on_gpu else None,
+                environment=describe_environment(clock.device),
+                aligned="device" if clock.on_gpu else "host",
+                iterations=plan.iters,
+                threads=torch.get_num_threads(),
+                seed=plan.seed,
+                command=plan.command,
+            )
+
+        return [record(phase) for phase in LAYER_PHASES]
+
+    # -- what is run ------------------------------------------------------------------------------
+
+    def _run(
+        self, phase: str, calls: Sequence[Calls], mark: Mark | None = None
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """A run of all layers: the result, or the gradients of the tokens and all weights."""
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                y_TH = self._stack(self._x_TH, calls, mark)
+            if mark is not None:
+                mark(_END)
+            return (y_TH,)
+
+        def step() -> tuple[Tensor, ...]:
+            x_TH = self._x_TH.detach().requires_grad_()
+            with torch.enable_grad():
+                y_TH = self._stack(x_TH, calls, mark)
+            # Not backward(), whose accumulation would tie a captured run to earlier ones.
+            gradients = torch.autograd.grad(y_TH, (x_TH, *self._stack.parameters()), self._grad_TH)
+            if mark is not None:
+                mark(_END)
+            return gradients
+
+        return forward if phase == FORWARD else step
+
+    def _captured(
+        self, run: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Callable[[], tuple[Tensor, ...]], int]:
+        """A replay of a run, and the device memory that its graph keeps."""
+        results: list[tuple[Tensor, ...]] = []
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        graph = capture(lambda: results.append(run()))
+        memory = torch.cuda.max_memory_allocated() - before
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return results[0]
+
+        return replay, memory
+
+    def _timeline(self, phase: str, calls: Sequence[Calls]) -> dict[str, float]:
+        """Microseconds by phase: mean over ranks, median over runs."""
+        found: list[dict[str, float]] = []
+        with no_garbage_collection():
+            for _ in range(min(_TIMELINES, self._plan.iters)):
+                timeline = Timeline(self._clock.on_gpu)
+                self._clock.sample(self._run(phase, calls, timeline.mark))
+                found.append(timeline.phases_us())
+        names = list(found[0])
+        mine = torch.tensor([[one[name] for name in names] for one in found], dtype=torch.float64)
+        medians = self._clock.gather(mine).mean(dim=0).median(dim=0).values.tolist()
+        return {name: round(value, 2) for name, value in zip(names, medians, strict=True)}
+
+    def _profile(self, folder: Path, phase: str, run: Callable[[], object]) -> None:
+        """A Chrome trace of one run, written by every rank."""
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU]
+        activities += [ProfilerActivity.CUDA] if self._clock.on_gpu else []
+        case, comm = self._case, self._comm
+        words = [case.model, comm.engine_name, case.variant, case.dtype, f"T{case.tokens}"]
+        words += [case.routing_label.replace(":", "-"), phase, f"rank{comm.rank}"]
+        with profile(activities=activities) as profiled:
+            self._clock.sample(run)
+        profiled.export_chrome_trace(str(folder / f"{'-'.join(words)}.json"))
+
+    # -- what is checked --------------------------------------------------------------------------
+
+    def _check(self) -> Recorder:
+        """Runs every layer once and compares some tokens with a dense layer; and the gradient of
+        the first layer's tokens. Returns what dispatch and combine returned."""
+        kept = Recorder(self._comm)
+        problem: str | None = None
+        x_TH, some = self._x_TH, slice(_CHECKED_TOKENS)
+        for weights, layer, ids_TK in zip(
+            self._weights, self._stack.layers, self._stack.ids_LTK, strict=True
+        ):
+            with torch.no_grad():
+                y_TH = layer(x_TH, ids_TK, kept)
+                expected = dense_layer(weights, x_TH[some], ids_TK[some])
+                problem = problem or self._problem(y_TH[some], expected, f"layer {weights.layer}")
+                x_TH = x_TH + y_TH
+        leaf_TH = self._x_TH.detach().requires_grad_()
+        with torch.enable_grad():
+            y_TH = self._stack.layers[0](leaf_TH, self._stack.ids_LTK[0], self._comm)
+            [grad_TH] = torch.autograd.grad(y_TH, leaf_TH, self._grad_TH)
+            few_TH = self._x_TH[some].detach().requires_grad_()
+            expected = dense_layer(self._weights[0], few_TH, self._stack.ids_LTK[0][some])
+            [expected] = torch.autograd.grad(expected, few_TH, self._grad_TH[some].float())
+        problem = problem or self._problem(grad_TH[some], expected, "the gradient of layer 0")
+        agree_on_results(problem, self._clock)
+        return kept
+
+    def _check_runs(
+        self,
+        runs: dict[str, Callable[[], tuple[Tensor, ...]]],
+        expected: dict[str, Tensor],
+    ) -> None:
+        """Compares the results of replays with those of the same calls launched one by one."""
+        problem: str | None = None
+        for phase, run in runs.items():
+            run()[0].fill_(float("nan"))  # so that a result of before is noticed
+            problem = problem or self._problem(run()[0], expected[phase], f"a replayed {phase}")
+        agree_on_results(problem, self._clock)
+
+    def _problem(self, found_TH: Tensor, expected_TH: Tensor, what: str) -> str | None:
+        tolerance = _TOLERANCE.get(self._case.torch_dtype, _HALF_TOLERANCE)
+        error_T = (found_TH.float() - expected_TH.float()).norm(dim=1)
+        wrong_T = ~(error_T <= tolerance * expected_TH.float().norm(dim=1) + 1e-6)
+        if not bool(wrong_T.any()):
+            return None
+        token = int(wrong_T.nonzero()[0])
+        return (
+            f"{what}: {int(wrong_T.sum())} of {len(wrong_T)} checked tokens are wrong; token "
+            f"{token} is off by {float(error_T[token]):.3g}, its norm is "
+            f"{float(expected_TH[token].float().norm()):.3g}"
+        )
+
+    def _traffic(self, kept: Recorder) -> Tensor:
+        """`[R, layers, 2, 2]` float64 bytes of rows that a rank sends and receives, in the
+        dispatch and in the combine of each layer."""
+        mine = []
+        for handle in kept.handles:
+            rows_to, rows_from = self._comm.wire_rows(handle)
+            wire = WireRows(self._comm.rank, list(rows_to), list(rows_from))
+            mine.append([part[:2] for part in wire.traffic(self._case)[:2]])
+        return self._clock.gather(torch.tensor(mine, dtype=torch.float64))
+
+
+def _floor(
+    floor: Floor | None, note: str | None, rounds: int, traffic: Tensor, exposed_us: float
+) -> dict[str, Any]:
+    """The fields of a record that compare exposed communication with the wire."""
+    if floor is None:
+        return {"floor_note": note}
+    busiest = traffic.amax(dim=(0, 3)).flatten().tolist()  # of every call
+    floor_us = round(rounds * sum(map(floor.of, busiest)), 2)
+    return {
+        "floor_us": floor_us,
+        "exposed_ratio": round(exposed_us / floor_us, 4),
+        "floor_gbps": round(floor.gbps, 4),
+        "flag_us": round(floor.flag_us, 3),
+    }
