@@ -29,10 +29,11 @@ from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.errors import ConfigurationError, ExpertlinkError, InputError, NotPicklableError
 from expertlink.gradients import without_gradients
 from expertlink.handles import scope_of
+from expertlink.nvtx import add_ranges
 from expertlink.overlap import check_operation, check_settings, operation_of, queued, wait_of
 from expertlink.requests import DispatchRequest, Life, ReceiveHook, Request
 from expertlink.routing import Placement
-from expertlink.settings import LONGEST_S, positive_seconds
+from expertlink.settings import LONGEST_S, NVTX, positive_seconds
 from expertlink.types import (
     CallStatistics,
     CommOverlapConfig,
@@ -96,6 +97,7 @@ class MoECommunicator:
         self._groupless = dataclasses.replace(config, group=None)
         self._calls: CallBuilder  # made together with the engine
         self._life = Life()
+        self._has_ranges = NVTX.read()
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -150,6 +152,8 @@ class MoECommunicator:
 
     def _use(self, engine: Engine, placement: Placement, *, ranks: tuple[object, ...] = ()) -> None:
         """Makes what depends on the engine and on where the experts live."""
+        if self._has_ranges:
+            add_ranges(engine)
         self._engine, self._placement = engine, placement
         self._calls = CallBuilder(
             self._groupless,

@@ -83,6 +83,12 @@ def _absolute_path(text: str) -> Path | None:
     return path
 
 
+def _switch(text: str) -> bool:
+    if text.strip() not in ("0", "1"):
+        raise ValueError("0 or 1")
+    return text.strip() == "1"
+
+
 TIMEOUT = Variable(
     "EXPERTLINK_TIMEOUT",
     100.0,
@@ -102,5 +108,13 @@ CACHE_DIR: Variable[Path | None] = Variable(
     "else ~/.cache/expertlink",
     _absolute_path,
 )
+NVTX = Variable(
+    "EXPERTLINK_NVTX",
+    False,
+    "1: NVTX ranges, and ranges of torch's profiler, around dispatch and combine, backward passes "
+    "included; what makes their results readable, such as the receiving half of a call, has "
+    "ranges of its own, which end in .finish",
+    _switch,
+)
 
-VARIABLES: tuple[Variable[Any], ...] = (TIMEOUT, STARTUP_TIMEOUT, CACHE_DIR)
+VARIABLES: tuple[Variable[Any], ...] = (TIMEOUT, STARTUP_TIMEOUT, CACHE_DIR, NVTX)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from expertlink.bench.layer import LAYER_PHASES, LayerRecord
-from expertlink.bench.terminal import number
+from expertlink.bench.terminal import layer_name, number
 
 _DPI = 150
 _BLUE, _ORANGE, _GRID = "#56B4E9", "#E69F00", "#DDDDDD"
@@ -93,11 +93,11 @@ def draw_timeline(records: Sequence[LayerRecord]) -> Figure:
 
 def _panels(records: Sequence[LayerRecord]) -> tuple[Figure, dict[str, Axes]]:
     """A panel per phase, one above the other, a place for each of its records."""
-    names = {
-        phase: [_name(record) for record in records if record.phase == phase]
-        for phase in LAYER_PHASES
-    }
-    names = {phase: own for phase, own in names.items() if own}
+    names: dict[str, list[str]] = {}
+    for phase in LAYER_PHASES:
+        for record in records:
+            if record.phase == phase:
+                names.setdefault(phase, []).append(f"{record.engine} · {layer_name(record)}")
     rows = [0.7 + 0.32 * len(own) for own in names.values()]
     figure = Figure(figsize=(9.0, 0.9 + sum(rows)))
     figure.set_layout_engine("constrained")
@@ -110,11 +110,6 @@ def _panels(records: Sequence[LayerRecord]) -> tuple[Figure, dict[str, Axes]]:
         panel.set_ylim(len(names[phase]) - 0.4, -0.6)
         panel.grid(visible=True, axis="x", color=_GRID, linewidth=0.6)
     return figure, panels
-
-
-def _name(record: LayerRecord) -> str:
-    layers = f" x {record.layers}" if record.layers > 1 else ""
-    return f"{record.model}{layers}, {record.engine}, {record.variant}, T={record.tokens}"
 
 
 def _finish(figure: Figure, panels: dict[str, Axes], unit: str) -> None:

@@ -299,13 +299,17 @@ def read_records(path: str | Path, kind: type[Loaded] = Record) -> list[Loaded]:
 
 
 def _kind_in(line: str) -> str | None:
-    """The kind of a line; None where it is none of ours: reading the line says what is wrong."""
+    """The kind of a line; None where it is no JSON object: reading it says what is wrong."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    name = values.get("kind", RECORD_KIND) if isinstance(values, dict) else None
-    return name if name in KINDS else None
+    if not isinstance(values, dict):
+        return None
+    name = values.get("kind", RECORD_KIND)
+    if name not in KINDS:
+        _refuse("kind", f"is {name!r}, not one of {KINDS}")
+    return name
 
 
 class Keyed(Protocol):

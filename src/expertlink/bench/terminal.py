@@ -116,20 +116,24 @@ LAYER_NOTE = (
 )
 
 
-def layer_row(record: LayerRecord) -> list[str]:
-    """Cells under `LAYER_HEADER`."""
+def layer_name(record: LayerRecord) -> str:
+    """The case in a few words."""
     words = [record.model, *([f"{record.layers} layers"] if record.layers > 1 else [])]
     words += [record.variant, f"T={record.tokens}", f"R={record.ranks}", record.dtype]
     words += [record.routing + (" uneven" if record.uneven else "")]
-    sms = dict.fromkeys((record.num_sms_dispatch, record.num_sms_combine))
-    if sms != {None: None}:
-        words.append("SMs=" + "+".join("auto" if one is None else str(one) for one in sms))
+    budgets = dict.fromkeys((record.num_sms_dispatch, record.num_sms_combine))
+    sms = "+".join("auto" if budget is None else str(budget) for budget in budgets)
+    return " · ".join([*words, *([] if sms == "auto" else [f"SMs={sms}"])])
+
+
+def layer_row(record: LayerRecord) -> list[str]:
+    """Cells under `LAYER_HEADER`."""
     values = (record.time_us, record.compute_us, record.exposed_us, record.floor_us)
     ratio = "" if record.exposed_ratio is None else f"{record.exposed_ratio:.2f}"
     peak = record.memory_peak_bytes
     memory = "" if peak is None else f"{peak / (1 << 20):.0f}"
     phase = record.phase.removeprefix("layer_")
-    return [" · ".join(words), record.engine, phase, *map(text_of, values), ratio, memory]
+    return [layer_name(record), record.engine, phase, *map(text_of, values), ratio, memory]
 
 
 def print_layers(records: Sequence[LayerRecord], console: Console) -> None:
