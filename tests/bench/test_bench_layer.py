@@ -203,6 +203,21 @@ def test_compute_alone_makes_the_same_products_and_no_calls(comm: MoECommunicato
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.gpu
+def test_a_step_is_captured_on_one_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    options = ("--ranks", "1", "--device", "cuda", "--engine", "nvlink", "--variant", "eager,graph")
+    result = CliRunner().invoke(app, [*QUICK, *options, "--uneven", "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    records = read_records(path, LayerRecord)
+    assert [(record.variant, record.phase) for record in records] == [
+        (variant, phase) for variant in ("eager", "graph") for phase in LAYER_PHASES
+    ]
+    for record in records:
+        assert record.floor_note == "one rank sends nothing to others"
+        assert record.memory_peak_bytes
+
+
 @pytest.mark.gpu(2)
 def test_two_gpus_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"

@@ -21,7 +21,8 @@ AT = "../../benchmarks/results"
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_committed_pages_are_what_the_records_say(page: Page) -> None:
     text = page_text(page, RESULTS, pictures_at=AT)
-    committed = (ROOT / "docs" / "results" / f"{page.name}.md").read_text()
+    path = ROOT / "docs" / "results" / f"{page.name}.md"
+    committed = path.read_text() if path.exists() else None  # where there are no records
     assert text == committed, "run: expertlink report"
 
 
