@@ -825,6 +825,44 @@ class MoECommunicator:
         handle.wait()
         return engine.expert_ranges(handle.state)
 
+    def slot_weights(self, handle: DispatchHandle) -> Tensor | None:
+        """Routing weight of every row, 0 for rows that nothing fills. Local.
+
+        FLAT and EXPERT_MAJOR; the other layouts have the weights in their output.
+
+        Returns:
+            float32 in the leading shape of `tokens`; None where dispatch was given no weights.
+
+        Raises:
+            InputError: the layout is another one.
+            HandleError, ClosedError: the handle or this communicator cannot be used.
+        """
+        engine = self._ready()
+        self._calls.check_handle(handle).wait()
+        if not self.config.layout.expanded:
+            raise InputError(
+                f"slot_weights needs a layout with a row per expert (flat, expert_major), not "
+                f"{self.config.layout.value}"
+            )
+        return engine.slot_weights(handle.state)
+
+    def arrivals(self, handle: DispatchHandle) -> Tensor:
+        """Where the choices of every arrival are: one per (source rank, token), in that order.
+
+        Local; waits for the device. For tests and tools: experts need none of it.
+
+        Returns:
+            `[N, K]` int64, owned by the caller: the row in the flattened `tokens` (FLAT,
+            EXPERT_MAJOR), or the local expert (TOKEN_MAJOR, RANK_MAJOR); -1 for choices of other
+            ranks.
+
+        Raises:
+            HandleError, ClosedError: the handle or this communicator cannot be used.
+        """
+        engine = self._ready()
+        self._calls.check_handle(handle).wait()
+        return engine.arrivals(handle.state)
+
     # -- health -----------------------------------------------------------------------------------
 
     def check_health(self) -> None:

@@ -171,6 +171,10 @@ class Engine(Protocol):
         """Expanded layouts: routing weight of every slot; None for an unweighted dispatch."""
         ...
 
+    def arrivals(self, state: object) -> Tensor:
+        """`[N, K]` int64: slot (expanded layouts), else local expert, of each choice, or -1."""
+        ...
+
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape for such rows, and tables of one routing. Local."""
         ...

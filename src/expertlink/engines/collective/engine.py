@@ -153,6 +153,15 @@ class CollectiveEngine:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
         return finished(state, self._config.weight_dtype).slot_weights()
 
+    def arrivals(self, state: object) -> Tensor:
+        """`[N, K]`: slot (expanded layouts), else local expert, of each choice, or -1."""
+        route = finished(state, self._config.weight_dtype)
+        assert route.plan is not None
+        if self._config.layout.expanded:
+            return route.plan.slots_of_row.clone()
+        assert route.local_ids_NK is not None
+        return route.local_ids_NK.to(torch.int64)
+
     # -- memory and statistics --------------------------------------------------------------------
 
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:

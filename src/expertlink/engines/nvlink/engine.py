@@ -255,6 +255,10 @@ class NvlinkEngine:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
         return as_route(state).slot_weights()
 
+    def arrivals(self, state: object) -> Tensor:
+        """`[N, K]`: slot (expanded layouts), else local expert, of each choice, or -1."""
+        return as_route(state).arrivals()
+
     # -- memory, statistics, masks ----------------------------------------------------------------
 
     def memory_estimate(self) -> dict[str, int]:

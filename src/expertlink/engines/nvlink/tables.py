@@ -174,18 +174,24 @@ class Route:
             groups_E *= self.layout.rows
         return first_ER - groups_E[:, None], counts_ER
 
+    def arrivals(self) -> Tensor:
+        """See `Engine.arrivals`. Waits for the device."""
+        return self.table("choices")[self._arrived()].to(torch.int64)
+
+    def _arrived(self) -> Tensor:
+        """`[rows of the tables]` bool: rows that arrived."""
+        row = torch.arange(self.layout.rows, dtype=torch.int64, device=self.block.device)
+        if self.layout.dense:
+            return row < self.table("rows_from").sum()
+        position = row.view(self.layout.num_ranks, -1) - row[:: self.layout.max_tokens, None]
+        return (position < self.table("rows_from")[:, None]).view(-1)
+
     def slot_weights(self) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
         if not self.weighted:
             return None
         total = math.prod(self.shape)
-        row = torch.arange(self.layout.rows, dtype=torch.int64, device=self.block.device)
-        if self.layout.dense:
-            filled = row < self.table("rows_from").sum()
-        else:
-            position = row.view(self.layout.num_ranks, -1) - row[:: self.layout.max_tokens, None]
-            filled = (position < self.table("rows_from")[:, None]).view(-1)
-        slots = torch.where(filled[:, None], self.table("choices"), -1).reshape(-1)
+        slots = torch.where(self._arrived()[:, None], self.table("choices"), -1).reshape(-1)
         # The last one takes what has none.
         weights = torch.zeros(total + 1, dtype=torch.float32, device=self.block.device)
         target = torch.where(slots >= 0, slots, total).to(torch.int64)

@@ -66,10 +66,7 @@ def handshake(
             wrong with the placement.
         PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
     """
-    wire.enter("initialize", 0)
-    name = getattr(wire.group, "group_name", "")
-    wire.wait_for_all(_handshakes[name])
-    _handshakes[name] += 1
+    _meet(wire)
     here = Peer.here()
     common: dict[str, object] = {name: getattr(config, name) for name in _COMMON_FIELDS}
     common |= {
@@ -112,6 +109,24 @@ def handshake(
         num_ranks=wire.num_ranks,
         device=wire.device,
     )
+
+
+def largest_of(wire: Wire, number: int) -> int:
+    """The largest of all ranks' numbers. Collective; in the order of the group's handshakes.
+
+    Raises:
+        PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
+    """
+    _meet(wire)
+    return max(int(text) for text in wire.gather_text(str(number)))
+
+
+def _meet(wire: Wire) -> None:
+    """Waits for all ranks to come to the same handshake of their group."""
+    wire.enter("initialize", 0)
+    name = getattr(wire.group, "group_name", "")
+    wire.wait_for_all(_handshakes[name])
+    _handshakes[name] += 1
 
 
 def _fingerprint(expert_map: object) -> str | None:
