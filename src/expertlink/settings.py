@@ -116,5 +116,11 @@ NVTX = Variable(
     "ranges of its own, which end in .finish",
     _switch,
 )
+DEEP_EP = Variable(
+    "EXPERTLINK_DEEP_EP",
+    False,
+    "1: in every process of vLLM and SGLang, `import deep_ep` imports this library's drop-in",
+    _switch,
+)
 
-VARIABLES: tuple[Variable[Any], ...] = (TIMEOUT, STARTUP_TIMEOUT, CACHE_DIR, NVTX)
+VARIABLES: tuple[Variable[Any], ...] = (TIMEOUT, STARTUP_TIMEOUT, CACHE_DIR, NVTX, DEEP_EP)

@@ -1,0 +1,1 @@
+"""Drop-ins for other libraries' modules, on top of the public API."""

@@ -1,0 +1,278 @@
+"""Dispatches and combines of `ElasticBuffer`, once their arguments have been checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertlink.communicator import MoECommunicator
+from expertlink.compat.deep_ep import apart
+from expertlink.compat.deep_ep.elastic_handle import EPHandle, Geometry, worst_rows
+from expertlink.compat.deep_ep.errors import expect
+from expertlink.compat.deep_ep.handles import Dispatched
+from expertlink.compat.deep_ep.normal import ROW_BYTES, bounded, combined_by, with_rows
+from expertlink.compat.deep_ep.pool import Pool, Routing
+from expertlink.errors import EngineUnavailableError
+from expertlink.layouts import align
+from expertlink.types import DispatchHandle, DispatchOutput
+
+
+@dataclass(frozen=True, eq=False)
+class Brought:
+    """What a dispatch brought.
+
+    Attributes:
+        tokens: rows, of the dtype in which they travelled.
+        scales: `[rows, S]`, or None.
+        ids: `[rows, K]` int64 local experts or -1; None where rows are expanded.
+        weights: `[rows, K]`, expanded `[rows]`; None where the call had none.
+        handle: for later calls.
+    """
+
+    tokens: Tensor
+    scales: Tensor | None
+    ids: Tensor | None
+    weights: Tensor | None
+    handle: EPHandle
+
+
+class ElasticCalls:
+    """Dispatches and combines of one buffer. Every call queues its work on the current stream.
+
+    Args:
+        pool: the buffer's communicators.
+        rank: this rank.
+        num_ranks: R.
+        num_max_tokens: communicators are made for that many tokens at least.
+        exact: sums of expanded rows are rounded once, where the engine can do that.
+    """
+
+    def __init__(
+        self, pool: Pool, *, rank: int, num_ranks: int, num_max_tokens: int, exact: bool
+    ) -> None:
+        self._pool, self._rank, self._num_ranks = pool, rank, num_ranks
+        self._num_max_tokens = num_max_tokens
+        self._on_gpu = pool.device.type == "cuda"
+        self._static = self._on_gpu  # until a communicator of static shapes could not be had
+        # The nvlink engine has exact sums in its low-latency mode only.
+        self._exact = exact and not self._on_gpu
+
+    # -- dispatch ---------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        rows: Tensor,
+        scales: Tensor | None,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        geometry: Geometry,
+        *,
+        copies_ids: bool,
+    ) -> Brought:
+        """A dispatch of a new routing; its handle has a copy of the ids if asked for."""
+        expanded = geometry.do_expand
+        routing = Routing(
+            num_experts=geometry.num_experts,
+            topk=topk_ids.shape[1],
+            output_layout="flat" if expanded else "token_major",
+            expert_alignment=geometry.expert_alignment if expanded else 1,
+            exact=expanded and self._exact,
+        )
+        comm, routing = self._communicator(routing, rows.shape[1], geometry)
+        output, handle = comm.dispatch_async(
+            rows, topk_ids, topk_weights, scales, overlap=bounded("dispatch", geometry.num_sms)
+        ).wait()
+        received = padded = output.tokens.shape[0]
+        if not geometry.synced:
+            padded = worst_rows(geometry, topk_ids.shape[1], do_expand=expanded)
+        # Combine must not multiply: the weights stay aside.
+        unweighted = dataclasses.replace(handle, topk_weights=None)
+        known = Dispatched(unweighted, routing, comm.config.max_tokens_per_rank, received, padded)
+        kept_ids = topk_ids.clone() if copies_ids else topk_ids
+        made = EPHandle.of(known, geometry, kept_ids, output, comm)
+        return _brought(comm, output, handle, made, weighted=topk_weights is not None)
+
+    def _communicator(
+        self, routing: Routing, hidden: int, geometry: Geometry
+    ) -> tuple[MoECommunicator, Routing]:
+        """The communicator of a new routing, and the routing as that has it."""
+        most = geometry.num_max_tokens_per_rank
+        if not geometry.synced and self._static:
+            static = routing._replace(static_tokens=most)
+            try:
+                return self._pool.member(static, hidden, most), static
+            except EngineUnavailableError:  # raised on every rank
+                self._static = False
+        return self._pool.member(routing, hidden, max(most, self._num_max_tokens)), routing
+
+    def dispatch_cached(
+        self,
+        rows: Tensor,
+        scales: Tensor | None,
+        topk_weights: Tensor | None,
+        handle: EPHandle,
+        *,
+        do_expand: bool,
+        num_sms: int,
+    ) -> Brought:
+        """A dispatch of an earlier routing, in either layout; it returns that very handle."""
+        if do_expand != handle.do_expand:
+            return self._in_other_layout(rows, scales, topk_weights, handle, num_sms)
+        known = handle.known
+        comm = self._pool.member(known.routing, rows.shape[1], known.capacity)
+        output, again = comm.dispatch_async(
+            rows,
+            None,
+            topk_weights,
+            scales,
+            previous_handle=known.handle,
+            overlap=bounded("dispatch", num_sms),
+        ).wait()
+        return _brought(comm, output, again, handle, weighted=topk_weights is not None)
+
+    def _in_other_layout(
+        self,
+        rows: Tensor,
+        scales: Tensor | None,
+        topk_weights: Tensor | None,
+        handle: EPHandle,
+        num_sms: int,
+    ) -> Brought:
+        """The same choices as rows of the other layout: a routing of its own, made once."""
+        do_expand = not handle.do_expand
+        if handle.twin is not None:
+            brought = self.dispatch_cached(
+                rows, scales, topk_weights, handle.twin, do_expand=do_expand, num_sms=num_sms
+            )
+        else:
+            geometry = dataclasses.replace(handle.geometry, do_expand=do_expand)
+            brought = self.dispatch(
+                rows, scales, handle.topk_idx, topk_weights, geometry, copies_ids=False
+            )
+            handle.twin = brought.handle
+        return dataclasses.replace(brought, handle=handle)
+
+    # -- combine ----------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: EPHandle,
+        topk_weights: Tensor | None,
+        bias: Tensor | tuple[Tensor, ...] | None,
+        num_sms: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(combined_x, combined_topk_weights)`."""
+        known = handle.known
+        rows, hidden = cut(x, known.rows), x.shape[1]
+        comm = self._pool.member(known.routing, hidden, known.capacity)
+        combined = combined_weights = None
+        if topk_weights is not None:
+            combined, combined_weights = comm.combine_async(
+                rows,
+                known.handle,
+                weight_grads=cut(topk_weights, known.rows),
+                overlap=bounded("combine", num_sms),
+            ).wait()
+        if bias is not None:
+            return self._from_bias(rows, handle, bias, num_sms), combined_weights
+        if combined is None:
+            combined = combined_by(comm, rows, known.handle, num_sms)
+        return combined, combined_weights
+
+    def _from_bias(
+        self, rows: Tensor, handle: EPHandle, bias: Tensor | tuple[Tensor, ...], num_sms: int
+    ) -> Tensor:
+        """Sums that begin with the biases, over ranks in the order of their highest choices."""
+        known, ranks = handle.known, self._num_ranks
+        width = align(-(-rows.shape[1] // ranks), ROW_BYTES // 2) * ranks
+        comm = self._pool.member(known.routing, width, known.capacity)
+        terms_TRH = apart.rows_apart(
+            rows,
+            lambda wide: combined_by(comm, wide, known.handle, num_sms),
+            rank=self._rank,
+            num_ranks=ranks,
+            width=width,
+        )
+        ids_TK = handle.topk_idx.to(torch.int64)
+        rank_TK = ids_TK // (handle.num_experts // ranks)  # -1 stays -1: it rounds down
+        lane = torch.arange(ids_TK.shape[1], dtype=torch.int64, device=ids_TK.device)
+        here_TKR = rank_TK[:, :, None] == torch.arange(ranks, device=ids_TK.device)
+        highest_TR = torch.where(here_TKR, lane[:, None], -1).max(dim=1).values
+        order_TR = highest_TR.sort(dim=1, stable=True).indices
+        ordered = terms_TRH.gather(1, order_TR[:, :, None].expand_as(terms_TRH))
+        return apart.sum_in_order(ordered, apart.sum_of_biases(bias)).to(rows.dtype)
+
+
+def _brought(
+    comm: MoECommunicator,
+    output: DispatchOutput,
+    handle: DispatchHandle,
+    made: EPHandle,
+    *,
+    weighted: bool,
+) -> Brought:
+    """The tensors of a dispatch, with the rows that its caller expects.
+
+    Args:
+        comm: that made it.
+        output: of the dispatch.
+        handle: the library's own, for its weights.
+        made: the handle to return.
+        weighted: the call was given weights.
+    """
+    rows = made.known.padded_rows
+    ids = weights = None
+    if made.do_expand:
+        if weighted:
+            weights = comm.slot_weights(handle)
+    else:
+        assert output.topk_ids is not None
+        ids = with_rows(output.topk_ids, rows, -1)
+        weights = output.topk_weights if weighted else None
+    return Brought(
+        tokens=with_rows(output.tokens, rows),
+        scales=None if output.scales is None else with_rows(output.scales.tensor, rows),
+        ids=ids,
+        weights=None if weights is None else with_rows(weights, rows, 0),
+        handle=made,
+    )
+
+
+def column_major(scales: Tensor) -> Tensor:
+    """The same scales with strides `(1, rows rounded up to a multiple of 4)`."""
+    rows, columns = scales.shape
+    memory = scales.new_empty((columns, align(rows, 4)))
+    turned = memory.t()[:rows]
+    return turned.copy_(scales)
+
+
+def cut(tensor: Tensor, num_rows: int) -> Tensor:
+    """The first rows; where there are too few, the missing ones belong to no token."""
+    if tensor.shape[0] < num_rows:
+        return with_rows(tensor, num_rows, 0)
+    return tensor[:num_rows]
+
+
+def check_returned(x: Tensor, topk_weights: Tensor | None, handle: EPHandle) -> None:
+    """Refuses rows, or weights beside them, that do not fit the handle."""
+    rows, topk = handle.known.padded_rows, handle.known.routing.topk
+    expect(
+        x.dim() == 2 and x.dtype is torch.bfloat16 and x.is_contiguous(),
+        f"x must be [rows, H], bfloat16 and contiguous, not {x.dtype} {list(x.shape)}",
+    )
+    expect(
+        handle.do_expand or x.shape[0] == rows, f"x has {x.shape[0]} rows; the dispatch had {rows}"
+    )
+    expect(x.shape[1] > 0 and 2 * x.shape[1] % ROW_BYTES == 0, f"H={x.shape[1]}: a multiple of 8")
+    if topk_weights is None:
+        return
+    shape = (x.shape[0],) if handle.do_expand else (x.shape[0], topk)
+    expect(
+        topk_weights.shape == shape and topk_weights.dtype is torch.float32,
+        f"topk_weights must be float32 {list(shape)}, not {topk_weights.dtype} "
+        f"{list(topk_weights.shape)}",
+    )

@@ -1,0 +1,339 @@
+"""Low-latency calls of `Buffer`: decode.
+
+Rows are moved by EXPERT_MAJOR communicators of mode "ll", one for every (M, H, E, K, format of
+rows). The routing weights come with combine, so every row travels back and is weighted where the
+token lives. What depends on shapes alone is made once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink.communicator import MoECommunicator
+from expertlink.compat.deep_ep.errors import CallError, UnsupportedError, expect
+from expertlink.compat.deep_ep.events import EventOverlap
+from expertlink.compat.deep_ep.handles import TensorTuple, known_of
+from expertlink.compat.deep_ep.pool import Pool
+from expertlink.compat.deep_ep.streams import Streams, on
+from expertlink.types import DispatchHandle, DispatchOutput
+
+Rows = Tensor | tuple[Tensor, Tensor]
+"""Rows, or quantized rows and their scales."""
+
+Hook = Callable[[], None]
+
+_BLOCK = 128
+_IDS = (torch.int64, torch.int32)
+
+
+@dataclass(eq=False)
+class Form:
+    """What calls of the same shapes share.
+
+    Attributes:
+        comm: their communicator.
+        rows_shape: `[E_loc, R * M, H]` what combine takes.
+        scratch: memory that experts write to for `zero_copy`, once it was asked for.
+    """
+
+    comm: MoECommunicator
+    rows_shape: tuple[int, int, int]
+    scratch: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """What a low-latency dispatch leaves for its combines.
+
+    Attributes:
+        form: its shapes.
+        handle: the library's own.
+    """
+
+    form: Form
+    handle: DispatchHandle
+
+
+class LowLatencyHandle(TensorTuple):
+    """`(src_info, layout_range, M, H, E)` of a low-latency dispatch.
+
+    0. `[E_loc, R * M]` int32: source token of every row, -1 where there is none.
+    1. `[E_loc, R]` int64: where the rows of each source rank begin (high 32 bits), and how many
+       there are (low 32 bits).
+    """
+
+    KEY = 0
+    LENGTH = 5
+
+    known: Received
+
+    @staticmethod
+    def of(received: Received, output: DispatchOutput) -> LowLatencyHandle:
+        """The handle of a dispatch; of its output only the source tokens are kept."""
+        handle = LowLatencyHandle((None,) * LowLatencyHandle.LENGTH)
+        handle.known = received
+        comm, sources = received.form.comm, output.source_tokens
+
+        def layout_range() -> Tensor:
+            starts, counts = comm.expert_ranges(received.handle)
+            return counts.long() | (starts.long() << 32)
+
+        config = comm.config
+        numbers = config.max_tokens_per_rank, config.hidden_size, config.num_experts
+        handle._made = dict(enumerate(numbers, start=2))
+        handle._makers = (lambda: sources, layout_range)
+        return handle
+
+
+class ReceivingHalf:
+    """Launches the receiving half of a call, on the stream on which the call was made.
+
+    Args:
+        hook: launches it on the current stream.
+        stream: that of the call; None where there are no streams.
+        afterwards: called once it has been launched.
+    """
+
+    __slots__ = ("_afterwards", "_hook", "_stream")
+
+    def __init__(
+        self, hook: Hook, stream: torch.cuda.Stream | None, afterwards: Hook | None
+    ) -> None:
+        self._hook, self._stream, self._afterwards = hook, stream, afterwards
+
+    def __call__(self) -> None:
+        """Safe to repeat."""
+        if self._stream is None or self._stream == torch.cuda.current_stream(self._stream.device):
+            self._launch()
+        else:
+            with on(self._stream):
+                self._launch()
+
+    def _launch(self) -> None:
+        self._hook()
+        if self._afterwards is not None:
+            afterwards, self._afterwards = self._afterwards, None
+            afterwards()
+
+
+class LowLatencyCalls:
+    """Low-latency calls of one buffer.
+
+    Args:
+        pool: the buffer's communicators.
+        streams: the buffer's.
+        num_ranks: R.
+        masks: ranks that do not come in time are left out, where the engine can do that.
+    """
+
+    def __init__(self, pool: Pool, streams: Streams, *, num_ranks: int, masks: bool) -> None:
+        self._pool, self._streams, self._num_ranks = pool, streams, num_ranks
+        self._masks = masks and pool.device.type == "cuda"
+        self._on_gpu = pool.device.type == "cuda"
+        self._forms: dict[tuple[object, ...], Form] = {}
+        self._masked: set[int] = set()  # what new communicators are told
+
+    # -- dispatch ---------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        num_max_tokens: int,
+        num_experts: int,
+        *,
+        received_stats: Tensor | None,
+        quantization: str | None,
+        async_finish: bool,
+        return_recv_hook: bool,
+    ) -> tuple[Rows, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
+        """See `Buffer.low_latency_dispatch`."""
+        key = (num_max_tokens, x.shape[-1], num_experts, topk_ids.shape[-1], quantization)
+        form = self._forms.get(key)
+        if form is None:
+            form = self._make_form(key, x, topk_ids)
+        comm = form.comm
+
+        if return_recv_hook:
+            expect(not async_finish, "async_finish and return_recv_hook exclude each other")
+            stream = torch.cuda.current_stream(self._pool.device) if self._on_gpu else None
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    output, handle, launch = comm.dispatch(x, topk_ids, return_recv_hook=True)
+            else:
+                output, handle, launch = comm.dispatch(x, topk_ids, return_recv_hook=True)
+            count = None
+            if received_stats is not None:
+                per_expert = output.num_tokens_per_expert
+                count = lambda: _add(received_stats, per_expert)  # noqa: E731
+            hook = ReceivingHalf(launch, stream, count)
+            event = EventOverlap()
+        else:
+            hook = None
+
+            def call() -> tuple[DispatchOutput, DispatchHandle]:
+                made = comm.dispatch(x, topk_ids)
+                if received_stats is not None:
+                    _add(received_stats, made[0].num_tokens_per_expert)
+                return made
+
+            (output, handle), event = self._streams.run(
+                call, (x, topk_ids), device=self._pool.device, async_finish=async_finish
+            )
+            if async_finish:
+                event.extra_tensors = (x, topk_ids)
+        rows: Rows = output.tokens
+        if output.scales is not None:
+            rows = (output.tokens, output.scales.tensor)
+        known = LowLatencyHandle.of(Received(form, handle), output)
+        return rows, output.num_tokens_per_expert, known, event, hook
+
+    def _make_form(self, key: tuple[Any, ...], x: Tensor, topk_ids: Tensor) -> Form:
+        """The communicator of shapes that have not been seen before. Collective."""
+        tokens, hidden, num_experts, topk, quantization = key
+        expect(x.dim() == 2 and x.dtype is torch.bfloat16, "x must be [T, H] bfloat16")
+        expect(
+            topk_ids.dim() == 2 and topk_ids.dtype in _IDS,
+            "topk_idx must be [T, K], int64 or int32",
+        )
+        expect(hidden % _BLOCK == 0, f"H={hidden} is not a multiple of {_BLOCK}")
+        expect(
+            quantization is None or hidden % (4 * _BLOCK) == 0,
+            f"H={hidden} is not a multiple of {4 * _BLOCK}, which use_fp8 needs",
+        )
+        expect(
+            num_experts > 0 and num_experts % self._num_ranks == 0,
+            f"num_experts={num_experts} is not a multiple of {self._num_ranks} ranks",
+        )
+        expect(
+            self._num_ranks * tokens % 4 == 0,
+            f"{self._num_ranks} ranks of {tokens} tokens: a multiple of 4 in all is needed",
+        )
+        fields: dict[str, Any] = {
+            "num_experts": num_experts,
+            "hidden_size": hidden,
+            "topk": topk,
+            "max_tokens_per_rank": tokens,
+            "mode": "ll",
+            "output_layout": "expert_major",
+            "quantization": quantization,
+            "scale_order": "column_major",
+            "combine_precision": "exact",
+            "mask_lost_peers": self._masks,
+            "source_tokens": True,
+        }
+        # Formats of the same shapes take turns in the memory of the first one.
+        first = next((f for k, f in self._forms.items() if k[:-1] == key[:-1]), None)
+        share = first.comm if first is not None and first.comm.engine_name == "nvlink" else None
+        comm = self._pool.fixed(key, fields, share)
+        num_local = num_experts // self._num_ranks
+        form = Form(comm, (num_local, self._num_ranks * tokens, hidden))
+        self._forms[key] = form
+        for rank in sorted(self._masked):
+            comm.mask_peer(rank)
+        return form
+
+    # -- combine ----------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        handle: object,
+        *,
+        zero_copy: bool,
+        async_finish: bool,
+        return_recv_hook: bool,
+        out: Tensor | None,
+    ) -> tuple[Tensor, EventOverlap, Hook | None]:
+        """See `Buffer.low_latency_combine`."""
+        known = known_low_latency(handle)
+        form, comm = known.form, known.form.comm
+        if zero_copy:
+            expect(x.shape == form.rows_shape, f"x must be {list(form.rows_shape)}")
+            expect(form.scratch is not None, "zero_copy: ask for the combine buffer first")
+            assert form.scratch is not None
+            x = form.scratch
+        if return_recv_hook:
+            expect(not async_finish, "async_finish and return_recv_hook exclude each other")
+            stream = torch.cuda.current_stream(self._pool.device) if self._on_gpu else None
+            with torch.no_grad():
+                combined, launch = comm.combine(
+                    x, known.handle, out=out, topk_weights=topk_weights, return_recv_hook=True
+                )
+            assert isinstance(combined, Tensor)
+            return combined, EventOverlap(), ReceivingHalf(launch, stream, None)
+        combined, event = self._streams.run(
+            lambda: comm.combine(x, known.handle, out=out, topk_weights=topk_weights),
+            (x, topk_weights, out, known.handle),
+            device=self._pool.device,
+            async_finish=async_finish,
+        )
+        if async_finish:
+            event.extra_tensors = (x, topk_weights)
+        return combined, event, None
+
+    def combine_buffer(self, handle: object) -> Tensor:
+        """`[E_loc, R * M, H]` bfloat16 that `zero_copy` combines read."""
+        form = known_low_latency(handle).form
+        if form.scratch is None:
+            form.scratch = torch.empty(
+                form.rows_shape, dtype=torch.bfloat16, device=self._pool.device
+            )
+        return form.scratch
+
+    # -- masks ------------------------------------------------------------------------------------
+
+    def query_mask(self) -> Tensor:
+        """`[R]` bool: ranks that some communicator leaves out."""
+        masked = torch.zeros(self._num_ranks, dtype=torch.bool, device=self._pool.device)
+        if self._masks:
+            for form in self._forms.values():
+                masked |= form.comm.query_mask()
+        return masked
+
+    def mask(self, rank: int) -> None:
+        """Leaves out a rank from now on."""
+        if not self._masks:
+            raise UnsupportedError(
+                f"rank {rank} cannot be masked: peers can be masked on GPUs of one NVLink domain"
+            )
+        self._masked.add(rank)
+        for form in self._forms.values():
+            form.comm.mask_peer(rank)
+
+    def clear_mask(self) -> None:
+        """All ranks take part again. Collective where there are masks to clear."""
+        self._masked.clear()
+        if self._masks:
+            for form in self._forms.values():
+                form.comm.clear_mask()
+
+
+def known_low_latency(handle: object) -> Received:
+    """What the library knows of a low-latency dispatch's handle."""
+    return known_of(Received, handle, key=LowLatencyHandle.KEY, length=LowLatencyHandle.LENGTH)
+
+
+def quantization_of(*, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str | None:
+    """The format of rows that a caller asks for.
+
+    Raises:
+        CallError: the switches exclude each other.
+    """
+    if use_ue8m0 and not round_scale:
+        raise CallError("use_ue8m0 needs round_scale=True")
+    if not use_fp8:
+        return None
+    if use_ue8m0:
+        return "e4m3_ue8m0"
+    return "e4m3_pow2" if round_scale else "e4m3_float32"
+
+
+def _add(totals: Tensor, counts: Tensor) -> None:
+    totals += counts

@@ -1,0 +1,342 @@
+"""Normal (high-throughput) calls of `Buffer`: training and prefill.
+
+Rows are moved by TOKEN_MAJOR communicators, as bytes: those of unquantized rows are bfloat16 of the
+same length, so that one communicator serves every dtype, and the combine as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlink.communicator import MoECommunicator
+from expertlink.compat.deep_ep import apart
+from expertlink.compat.deep_ep.errors import CallError, expect
+from expertlink.compat.deep_ep.handles import Dispatched, NormalHandle, known_of
+from expertlink.compat.deep_ep.layout import ranks_as_experts
+from expertlink.compat.deep_ep.pool import Pool, Routing
+from expertlink.errors import EngineUnavailableError
+from expertlink.layouts import align
+from expertlink.types import CommOverlapConfig, DispatchHandle, DispatchOutput
+
+ROW_BYTES = 16  # rows are multiples of this
+_IDS = (torch.int64, torch.int32)
+
+
+class NormalCalls:
+    """Dispatches and combines of one buffer. Every call queues its work on the current stream.
+
+    Args:
+        pool: the buffer's communicators.
+        rank: this rank.
+        num_ranks: R.
+    """
+
+    def __init__(self, pool: Pool, *, rank: int, num_ranks: int) -> None:
+        self._pool, self._rank, self._num_ranks = pool, rank, num_ranks
+        self._static = True  # until a communicator of static shapes could not be had
+
+    # -- dispatch ---------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        *,
+        is_token_in_rank: Tensor,
+        num_tokens_per_expert: Tensor,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+        expert_alignment: int,
+        num_worst_tokens: int,
+        num_sms: int,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[int], NormalHandle]:
+        """`(recv_x, recv_scales, recv_topk_ids, recv_topk_weights, counts, handle)`."""
+        num_experts = num_tokens_per_expert.shape[0]
+        ids = ranks_as_experts(is_token_in_rank) if topk_ids is None else topk_ids
+        rows = rows_of(x, scales)
+        routing = Routing(
+            num_experts=self._num_ranks if topk_ids is None else num_experts,
+            topk=ids.shape[1],
+        )
+        if num_worst_tokens:
+            routing = self._routing_of_worst(routing, num_worst_tokens)
+
+        def call(comm: MoECommunicator) -> tuple[DispatchOutput, DispatchHandle]:
+            return comm.dispatch_async(
+                rows, ids, topk_weights, scales, overlap=bounded("dispatch", num_sms)
+            ).wait()
+
+        try:
+            (output, handle), capacity = self._pool.dispatch(
+                routing, rows.shape[1], rows.shape[0], call
+            )
+        except EngineUnavailableError:
+            if not routing.static_tokens:
+                raise
+            self._static = False  # raised on every rank, so all of them go on without
+            routing = Routing(routing.num_experts, routing.topk)
+            (output, handle), capacity = self._pool.dispatch(
+                routing, rows.shape[1], rows.shape[0], call
+            )
+        sources = output.source_tokens
+        assert sources is not None
+        received = output.tokens.shape[0]
+        padded = num_worst_tokens or received
+        expect(
+            padded >= received,
+            f"num_worst_tokens={num_worst_tokens}, but rank {self._rank} receives {received} rows",
+        )
+        known = Dispatched(handle, routing, capacity, received, padded)
+        recv_ids = recv_weights = None
+        counts: list[int] = []
+        if topk_ids is not None:
+            recv_ids = output.topk_ids
+            assert recv_ids is not None
+            recv_ids = with_rows(recv_ids.to(topk_ids.dtype), padded, -1)
+            if output.topk_weights is not None:
+                recv_weights = with_rows(output.topk_weights, padded, 0)
+            if not num_worst_tokens:
+                per_expert = output.num_tokens_per_expert_list
+                assert per_expert is not None
+                counts = [align(count, expert_alignment) for count in per_expert]
+        elif not num_worst_tokens:
+            counts = self._own_counts(num_tokens_per_expert, expert_alignment)
+        recv_x, recv_scales = self._received(output, x, padded)
+        return (
+            recv_x,
+            recv_scales,
+            recv_ids,
+            recv_weights,
+            counts,
+            NormalHandle.of(
+                known, output, with_rows(sources, padded, -1), is_token_in_rank, self._rank
+            ),
+        )
+
+    def dispatch_cached(
+        self, x: Tensor, scales: Tensor | None, known: Dispatched, num_sms: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(recv_x, recv_scales)` for the routing of an earlier dispatch."""
+        rows = rows_of(x, scales)
+        comm = self._pool.member(known.routing, rows.shape[1], known.capacity)
+        output, _ = comm.dispatch_async(
+            rows,
+            None,
+            None,
+            scales,
+            previous_handle=known.handle,
+            overlap=bounded("dispatch", num_sms),
+        ).wait()
+        return self._received(output, x, known.padded_rows)
+
+    def _routing_of_worst(self, routing: Routing, num_worst_tokens: int) -> Routing:
+        """Static shapes, where they can be had; elsewhere rows are padded afterwards."""
+        if self._pool.device.type != "cuda" or not self._static:
+            return routing
+        tokens = -(-num_worst_tokens // self._num_ranks)
+        return routing._replace(static_tokens=tokens, max_rows=num_worst_tokens)
+
+    def _received(
+        self, output: DispatchOutput, x: Tensor, num_rows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows in the caller's dtype and scales, both with that many rows."""
+        tokens = output.tokens if output.tokens.dtype is x.dtype else output.tokens.view(x.dtype)
+        scales = None if output.scales is None else with_rows(output.scales.tensor, num_rows)
+        return with_rows(tokens, num_rows), scales
+
+    def _own_counts(self, num_tokens_per_expert: Tensor, alignment: int) -> list[int]:
+        """Rows of this rank's experts where ids do not travel: every rank sends its counts."""
+        num_local = num_tokens_per_expert.shape[0] // self._num_ranks
+        width = align(num_local, ROW_BYTES // 4)
+        rows = torch.zeros(
+            (self._num_ranks, width), dtype=torch.int32, device=num_tokens_per_expert.device
+        )
+        rows[:, :num_local] = num_tokens_per_expert.view(self._num_ranks, num_local)
+        ids = torch.arange(self._num_ranks, dtype=torch.int64, device=rows.device)[:, None]
+
+        def call(comm: MoECommunicator) -> DispatchOutput:
+            return comm.dispatch(rows.view(torch.bfloat16), ids)[0]
+
+        routing = Routing(num_experts=self._num_ranks, topk=1)
+        output, _ = self._pool.dispatch(routing, 2 * width, self._num_ranks, call)
+        received = output.tokens.view(torch.int32)[:, :num_local].sum(dim=0).tolist()
+        return [align(count, alignment) for count in received]
+
+    # -- combine ----------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        x: Tensor,
+        known: Dispatched,
+        topk_weights: Tensor | None,
+        bias: Tensor | tuple[Tensor, ...] | None,
+        num_sms: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(combined_x, combined_topk_weights)`."""
+        x, hidden = x[: known.rows], x.shape[1]
+        combined_weights = None
+        if topk_weights is not None:
+            combined_weights = self._sum_of_weights(topk_weights[: known.rows], known, num_sms)
+        if bias is None:
+            comm = self._pool.member(known.routing, hidden, known.capacity)
+            return combined_by(comm, x, known.handle, num_sms), combined_weights
+        rows_TRH = self.rows_apart(x, known, num_sms)
+        total = apart.sum_in_order(rows_TRH, apart.sum_of_biases(bias))
+        return total.to(x.dtype), combined_weights
+
+    def _sum_of_weights(self, topk_weights: Tensor, known: Dispatched, num_sms: int) -> Tensor:
+        """`[T, K]` sums over all ranks that a token went to, also of lanes that are -1 there."""
+        rows = apart.floats_as_rows(topk_weights)
+        rows_TRW = self.rows_apart(rows, known, num_sms, at_once=True)
+        return apart.sum_in_order(apart.rows_as_floats(rows_TRW))
+
+    def rows_apart(
+        self, rows: Tensor, known: Dispatched, num_sms: int, *, at_once: bool = False
+    ) -> Tensor:
+        """Every rank's row of every token, `[T, R, H]`.
+
+        Args:
+            rows: this rank's.
+            known: their dispatch.
+            num_sms: SMs of a combine.
+            at_once: in one combine of R * H columns, not in R of H each.
+        """
+        part = rows.shape[1] if at_once else -(-rows.shape[1] // self._num_ranks)
+        width = align(part, ROW_BYTES // 2) * self._num_ranks
+        comm = self._pool.member(known.routing, width, known.capacity)
+        return apart.rows_apart(
+            rows,
+            lambda wide: combined_by(comm, wide, known.handle, num_sms),
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+            width=width,
+        )
+
+
+@functools.cache
+def bounded(operation: str, num_sms: int) -> CommOverlapConfig:
+    """Settings of a call on the current stream with that many SMs; 0: as many as it likes."""
+    return CommOverlapConfig(operation, None, (), num_sms or None)
+
+
+def combined_by(comm: MoECommunicator, x: Tensor, handle: DispatchHandle, num_sms: int) -> Tensor:
+    """One unweighted combine on the current stream."""
+    return comm.combine_async(x, handle, overlap=bounded("combine", num_sms)).wait()
+
+
+def known_normal(handle: object) -> Dispatched:
+    """What the library knows of a normal dispatch's handle."""
+    return known_of(Dispatched, handle, key=NormalHandle.KEY, length=NormalHandle.LENGTH)
+
+
+def rows_of(x: Tensor, scales: Tensor | None) -> Tensor:
+    """The rows as communicators take them.
+
+    Raises:
+        CallError: rows that cannot be moved.
+    """
+    expect(x.dim() == 2 and x.is_contiguous(), f"x must be [T, H] and contiguous, not {_form(x)}")
+    row_bytes = x.shape[1] * x.element_size()
+    expect(
+        row_bytes > 0 and row_bytes % ROW_BYTES == 0,
+        f"rows of x have {row_bytes} bytes; a multiple of {ROW_BYTES} is needed",
+    )
+    if scales is None:
+        return x if x.dtype is torch.bfloat16 else x.view(torch.bfloat16)
+    expect(x.element_size() == 1, f"x has scales, so its elements must be bytes, not {x.dtype}")
+    expect(
+        scales.dim() == 2 and scales.shape[0] == x.shape[0] and scales.element_size() == 4,
+        f"scales must be [{x.shape[0]}, S] of 4 bytes each, not {_form(scales)}",
+    )
+    return x
+
+
+def check_routing(
+    x: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, num_experts: int
+) -> None:
+    """Refuses ids and weights that do not fit the rows.
+
+    Raises:
+        CallError: one of them does not.
+    """
+    if topk_ids is None:
+        expect(topk_weights is None, "topk_weights are given, but no topk_idx")
+        return
+    expect(
+        topk_ids.dim() == 2 and topk_ids.shape[0] == x.shape[0] and topk_ids.is_contiguous(),
+        f"topk_idx must be [{x.shape[0]}, K] and contiguous, not {_form(topk_ids)}",
+    )
+    expect(topk_ids.dtype in _IDS, f"topk_idx is {topk_ids.dtype}, not int64 or int32")
+    expect(
+        0 < topk_ids.shape[1] <= num_experts,
+        f"topk_idx has {topk_ids.shape[1]} choices of {num_experts} experts",
+    )
+    if topk_weights is not None:
+        expect(
+            topk_weights.shape == topk_ids.shape and topk_weights.dtype is torch.float32,
+            f"topk_weights must be float32 {list(topk_ids.shape)}, not {_form(topk_weights)}",
+        )
+
+
+def check_combine(
+    x: Tensor,
+    topk_weights: Tensor | None,
+    *,
+    num_rows: int,
+    weights_shape: tuple[int, ...],
+) -> None:
+    """Refuses rows, or weights beside them, that do not fit a handle.
+
+    Raises:
+        CallError: one of them does not.
+    """
+    expect(
+        x.dim() == 2 and x.shape[0] == num_rows and x.is_contiguous(),
+        f"x must be [{num_rows}, H] and contiguous, not {_form(x)}",
+    )
+    expect(x.dtype is torch.bfloat16, f"x is {x.dtype}; combine takes bfloat16")
+    row_bytes = 2 * x.shape[1]
+    expect(row_bytes > 0 and row_bytes % ROW_BYTES == 0, f"rows of x have {row_bytes} bytes")
+    if topk_weights is not None:
+        expect(
+            topk_weights.shape == weights_shape and topk_weights.dtype is torch.float32,
+            f"topk_weights must be float32 {list(weights_shape)}, not {_form(topk_weights)}",
+        )
+
+
+def check_bias(bias: Any, shape: tuple[int, int]) -> None:
+    """Refuses what is not None, a bias, or two of them.
+
+    Raises:
+        CallError: it is something else.
+    """
+    if bias is None:
+        return
+    biases = bias if isinstance(bias, tuple) else (bias,)
+    expect(1 <= len(biases) <= 2, f"{len(biases)} biases; at most two can be added")
+    for one in biases:
+        fits = isinstance(one, Tensor) and one.shape == shape and one.dtype is torch.bfloat16
+        if not fits:
+            raise CallError(f"a bias must be bfloat16 {list(shape)}, not {_form(one)}")
+
+
+def with_rows(tensor: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
+    """The tensor with that many rows; those behind its own hold `fill`, or anything."""
+    missing = num_rows - tensor.shape[0]
+    if missing == 0:
+        return tensor
+    padded = tensor.new_empty((num_rows, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    if fill is not None:
+        padded[tensor.shape[0] :] = fill
+    return padded
+
+
+def _form(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {list(value.shape)} of strides {list(value.stride())}"

@@ -1,0 +1,220 @@
+"""The communicators of one buffer: made when first needed, replaced by larger ones.
+
+`deep_ep` learns of H, E and K with every call, and of T without any announced bound. A communicator
+fixes all four. So a buffer keeps one for every (routing form, H), and the one of a dispatch grows
+where some rank has more tokens than it has room for. All ranks learn of that together, so all of
+them grow in the same call. Handles outlive the communicator that made them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from expertlink.communicator import MoECommunicator
+from expertlink.compat.deep_ep.errors import CallError
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.ranks.handshake import largest_of
+from expertlink.engines.ranks.wire import Wire
+from expertlink.errors import TooManyTokensError
+from expertlink.settings import STARTUP_TIMEOUT
+
+Result = TypeVar("Result")
+
+_FEWEST_TOKENS = 64
+
+
+class Ranks(Protocol):
+    """What a pool asks of the other ranks. Both calls are collective."""
+
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of all ranks' numbers."""
+        ...
+
+    def communicator(
+        self, fields: dict[str, Any], share_with: MoECommunicator | None
+    ) -> MoECommunicator:
+        """A communicator with these fields of its configuration, initialized."""
+        ...
+
+
+class GroupRanks:
+    """The ranks of a process group.
+
+    Args:
+        group: the process group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of all ranks' numbers. Collective; bounded by EXPERTLINK_STARTUP_TIMEOUT."""
+        wire = Wire(self._group, device=device, timeout_s=STARTUP_TIMEOUT.read())
+        return largest_of(wire, number)
+
+    def communicator(
+        self, fields: dict[str, Any], share_with: MoECommunicator | None
+    ) -> MoECommunicator:
+        """A communicator of the group."""
+        config = MoECommunicatorConfig(**fields, group=self._group)
+        made = MoECommunicator(config, share_with=share_with)
+        made.initialize()
+        return made
+
+
+class _Nobody:
+    """The ranks of a pool that is closed, which must not hold on to their group."""
+
+    def largest(self, number: int, device: torch.device) -> int:
+        raise CallError("this buffer has been destroyed")
+
+    def communicator(
+        self, fields: dict[str, Any], share_with: MoECommunicator | None
+    ) -> MoECommunicator:
+        raise CallError("this buffer has been destroyed")
+
+
+class Routing(NamedTuple):
+    """What a routing depends on, beside the ranks: handles are good for communicators alike in it.
+
+    Attributes:
+        num_experts: E.
+        topk: K.
+        output_layout: "token_major" or "flat".
+        expert_alignment: of FLAT.
+        static_tokens: largest T of any rank where shapes are static; 0: shapes follow the routing.
+        max_rows: rows of static shapes, where they are fewer than can arrive.
+        exact: sums are rounded once ("exact"), not once per rank ("wire").
+    """
+
+    num_experts: int
+    topk: int
+    output_layout: str = "token_major"
+    expert_alignment: int = 1
+    static_tokens: int = 0
+    max_rows: int | None = None
+    exact: bool = False
+
+
+class Pool:
+    """See the module's docstring.
+
+    Args:
+        ranks: the other ranks.
+        device: where tensors live.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self._ranks: Ranks = ranks
+        self.device = device
+        self._members: dict[tuple[Routing, int], MoECommunicator] = {}
+        self._fixed: dict[object, MoECommunicator] = {}
+
+    def dispatch(
+        self,
+        routing: Routing,
+        hidden: int,
+        num_tokens: int,
+        call: Callable[[MoECommunicator], Result],
+    ) -> tuple[Result, int]:
+        """Makes an uncached dispatch with a communicator that has room for it.
+
+        Args:
+            routing: of the dispatch.
+            hidden: H, in elements of bfloat16 or of quantized rows.
+            num_tokens: T.
+            call: the dispatch; called again where the communicator had to grow.
+
+        Returns:
+            The call's result, and the communicator's `max_tokens_per_rank`.
+        """
+        comm = self._members.get((routing, hidden))
+        if comm is None:
+            tokens = routing.static_tokens
+            if not tokens:
+                tokens = self._ranks.largest(num_tokens, self.device)
+            comm = self._make(routing, hidden, tokens)
+        while True:
+            try:
+                return call(comm), comm.config.max_tokens_per_rank
+            except TooManyTokensError as error:
+                if routing.static_tokens:
+                    raise
+                needed = error.num_tokens
+            comm = self._make(routing, hidden, needed)
+
+    def member(self, routing: Routing, hidden: int, capacity: int) -> MoECommunicator:
+        """The communicator for calls with a handle.
+
+        Args:
+            routing: of the handle.
+            hidden: H of the call.
+            capacity: `max_tokens_per_rank` of the communicator that made the handle.
+        """
+        comm = self._members.get((routing, hidden))
+        if comm is None or comm.config.max_tokens_per_rank < capacity:
+            comm = self._make(routing, hidden, capacity)
+        return comm
+
+    def fixed(
+        self, key: object, fields: dict[str, Any], share_with: MoECommunicator | None = None
+    ) -> MoECommunicator:
+        """The communicator of a key that says all of its fields. It never grows."""
+        comm = self._fixed.get(key)
+        if comm is None:
+            comm = self._fixed[key] = self._communicator(fields, share_with)
+        return comm
+
+    def close(self) -> None:
+        """Closes all communicators. Local; safe to repeat."""
+        self._ranks = _Nobody()
+        for comm in itertools.chain(self._members.values(), self._fixed.values()):
+            comm.close()
+        self._members.clear()
+        self._fixed.clear()
+
+    def _make(self, routing: Routing, hidden: int, tokens: int) -> MoECommunicator:
+        """A communicator for that many tokens, in place of a smaller one."""
+        key = (routing, hidden)
+        small = self._members.get(key)
+        if small is not None and self.device.type == "cuda":
+            # Every rank does this before it comes to the handshake below. So nobody uses the
+            # smaller one's memory any more once that has ended.
+            torch.cuda.synchronize(self.device)
+        if not routing.static_tokens:
+            tokens = max(_FEWEST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
+        fields: dict[str, Any] = {
+            "num_experts": routing.num_experts,
+            "hidden_size": hidden,
+            "topk": routing.topk,
+            "max_tokens_per_rank": tokens,
+            "mode": "ht",
+            "output_layout": routing.output_layout,
+            "expert_alignment": routing.expert_alignment,
+            "static_shapes": routing.static_tokens > 0,
+            "max_recv_tokens_per_rank": routing.max_rows,
+            "combine_precision": "exact" if routing.exact else "wire",
+            "source_tokens": True,
+        }
+        comm = self._members[key] = self._communicator(fields, None)
+        if small is not None:
+            small.close()
+        return comm
+
+    def _communicator(
+        self, fields: dict[str, Any], share_with: MoECommunicator | None
+    ) -> MoECommunicator:
+        usual = {"dtype": torch.bfloat16, "device": self.device, "check_inputs": False}
+        return self._ranks.communicator({**usual, **fields}, share_with)
+
+
+def connect(group: Any) -> Pool:
+    """The pool of a new buffer: on CUDA's current device, or on the CPU where there is no GPU."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Pool(GroupRanks(group), device)

@@ -1,0 +1,129 @@
+"""On which stream a call runs, and after what.
+
+Calls of communicators with memory of their own must not overlap on the GPU: each may wait for SMs
+that the other holds. So every call comes after the one before, whatever streams they run on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from expertlink.compat.deep_ep.events import EventHandle, EventOverlap, handle_of
+from expertlink.overlap import tensors_in
+
+Result = TypeVar("Result")
+
+
+@functools.cache
+def comm_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of asynchronous calls, one for a device: all buffers take turns on it."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+class Streams:
+    """The streams of one buffer's calls."""
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.Stream | None = None  # where the last call ran
+
+    def run(
+        self,
+        call: Callable[[], Result],
+        inputs: tuple[object, ...],
+        *,
+        device: torch.device,
+        previous_event: Any = None,
+        async_finish: bool = False,
+    ) -> tuple[Result, EventOverlap]:
+        """Makes a call; its event is None unless it is asynchronous.
+
+        A call that is asynchronous, or that waits for an event, runs on the communication stream:
+        after that event where one is given, else after the current stream. All others run on the
+        current stream.
+
+        Args:
+            call: queues the call's work on the current stream and returns its results.
+            inputs: what it reads, tensors or records that hold some.
+            device: where they live.
+            previous_event: of either kind, or None.
+            async_finish: return an event, in place of ordering the current stream after the call.
+        """
+        previous = handle_of(previous_event)
+        if device.type != "cuda":
+            return without_tracking(call), EventOverlap(EventHandle() if async_finish else None)
+        if previous is None and not async_finish:
+            if not torch.cuda.is_current_stream_capturing():
+                self._take_turn(torch.cuda.current_stream(device))
+            return without_tracking(call), EventOverlap()
+        return self._beside(call, inputs, device, previous, async_finish)
+
+    def _beside(
+        self,
+        call: Callable[[], Result],
+        inputs: tuple[object, ...],
+        device: torch.device,
+        previous: EventHandle | None,
+        async_finish: bool,
+    ) -> tuple[Result, EventOverlap]:
+        current, stream = torch.cuda.current_stream(device), comm_stream(device)
+        if not torch.cuda.is_current_stream_capturing():
+            self._take_turn(stream)
+        if previous is None or previous.event is None:
+            stream.wait_stream(current)
+        else:
+            stream.wait_event(previous.event)
+        with torch.cuda.stream(stream):
+            try:
+                result = without_tracking(call)
+                done = EventHandle()
+            finally:  # a call that fails may have queued work before
+                record_on(stream, inputs)
+        record_on(current, result)
+        if async_finish:
+            return result, EventOverlap(done)
+        done.current_stream_wait()
+        return result, EventOverlap()
+
+    def _take_turn(self, stream: torch.cuda.Stream) -> None:
+        """Orders a stream after the last call, if that ran on another one."""
+        last, self._last = self._last, stream
+        if last is not None and last != stream:
+            stream.wait_stream(last)
+
+
+def without_tracking(call: Callable[[], Result]) -> Result:
+    """Makes a call outside of autograd: callers wrap these calls in functions of their own."""
+    if not torch.is_grad_enabled():
+        return call()
+    with torch.no_grad():
+        return call()
+
+
+def record_on(stream: torch.cuda.Stream, values: object) -> None:
+    """Keeps the memory of all tensors in `values` until the stream is done with it."""
+    for tensor in _tensors_of(values):
+        tensor.record_stream(stream)
+
+
+def _tensors_of(values: object) -> Iterator[Tensor]:
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors_of(value)
+    else:
+        yield from tensors_in(values)
+
+
+@contextlib.contextmanager
+def on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """With that stream as the current one; None leaves it as it is."""
+    if stream is None:
+        yield
+        return
+    with torch.cuda.stream(stream):
+        yield
