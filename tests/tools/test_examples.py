@@ -34,6 +34,13 @@ def test_moe_layer(num_ranks: int) -> None:
         assert f"rank {rank} of {num_ranks}" in output
 
 
+def test_megatron_calls_over_deep_ep_on_one_rank_and_on_two() -> None:
+    for num_ranks in (1, 2):
+        output = run_example("deep_ep_megatron.py", num_ranks=num_ranks)
+        for rank in range(num_ranks):
+            assert f"rank {rank} of {num_ranks}: output (64, 256)" in output
+
+
 def test_language_model_learns_alike_on_one_rank_and_on_two(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"to be, or not to be, that is the question; " * 200)

@@ -1,0 +1,173 @@
+"""Ranks for tests of the drop-in: processes on CPUs or GPUs, or threads that share one GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from expertlink import MoECommunicator, MoECommunicatorConfig
+from expertlink.compat.deep_ep import Buffer
+from expertlink.compat.deep_ep import pool as pools
+from expertlink.compat.deep_ep.pool import GroupRanks, Pool
+from expertlink.launch import RankContext
+from support import hosted
+from support.cases import MANY_RANKS, SMS
+
+EVERYWHERE = [
+    "cpu",
+    pytest.param("hosted", marks=pytest.mark.gpu),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+"""Where ranks run; "cuda" needs a GPU for each of them."""
+
+HOSTED_SMS = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank as jobs see it."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    group: Any
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.device)
+
+
+Job = Callable[..., Any]
+
+
+def run(rank_pools: Any, where: str, num_ranks: int, job: Job, *args: Any) -> list[Any]:
+    """`job(place, *args)` on every rank; results by rank."""
+    if where == "hosted":
+        return _run_hosted(num_ranks, job, args)
+    pool = rank_pools(num_ranks, where)
+    try:
+        return pool.run(_in_process, job, args, timeout_s=100)
+    except BaseException:
+        pool.kill()  # its ranks are no longer in step
+        raise
+
+
+def _in_process(ctx: RankContext, job: Job, args: tuple[Any, ...]) -> Any:
+    # CPU ranks stay on CPUs where there are GPUs as well.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools, "connect", lambda group: Pool(GroupRanks(group), ctx.device))
+        patch.setenv("EXPERTLINK_TIMEOUT", "20")  # a rank that fails does not keep the others
+        patch.setenv("EXPERTLINK_STARTUP_TIMEOUT", "20")
+        return job(Place(ctx.rank, ctx.num_ranks, ctx.device, dist.group.WORLD), *args)
+
+
+# -- ranks as threads on one GPU ------------------------------------------------------------------
+
+
+class HostedGroup:
+    """Stands for the process group of a thread."""
+
+    def __init__(self, rank: int, fleets: Fleets) -> None:
+        self._rank, self.fleets = rank, fleets
+        self.made = 0
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self.fleets.num_ranks
+
+
+class Fleets:
+    """The common launches of all communicators that the threads make, in the same order."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.meeting = hosted.Meeting(num_ranks)
+        self._made: list[hosted.Fleet] = []
+        self._lock = threading.Lock()
+
+    def get(self, number: int, fields: dict[str, Any], host: hosted.Fleet | None) -> hosted.Fleet:
+        with self._lock:
+            if number == len(self._made):
+                config = MoECommunicatorConfig(**{**SMS, **fields, "engine": "nvlink"})
+                warps = None if self.num_ranks <= MANY_RANKS else 4
+                if config.mode == "ht":
+                    warps = 4
+                self._made.append(
+                    hosted.Fleet(
+                        config,
+                        self.num_ranks,
+                        max_warps=warps,
+                        host=host,
+                        first_number=1 + 1000 * number,
+                    )
+                )
+            return self._made[number]
+
+    def break_up(self) -> None:
+        self.meeting.break_up()
+        for fleet in self._made:
+            fleet.break_up()
+
+
+@dataclass
+class HostedRanks:
+    """What a pool asks of ranks that are threads."""
+
+    group: HostedGroup
+
+    def largest(self, number: int, device: torch.device) -> int:
+        return max(self.group.fleets.meeting.swap(self.group.rank(), number))
+
+    def communicator(
+        self, fields: dict[str, Any], share_with: MoECommunicator | None
+    ) -> MoECommunicator:
+        group = self.group
+        host = None
+        if share_with is not None:
+            assert isinstance(share_with, hosted.HostedCommunicator)
+            host = share_with._fleet
+        fleet = group.fleets.get(group.made, fields, host)
+        group.made += 1
+        comm = hosted.HostedCommunicator(
+            fleet,
+            group.rank(),
+            share_with=share_with,  # type: ignore[arg-type]
+        )
+        comm.initialize()
+        return comm
+
+
+def _run_hosted(num_ranks: int, job: Job, args: tuple[Any, ...]) -> list[Any]:
+    fleets = Fleets(num_ranks)
+    stream = torch.cuda.current_stream(hosted.DEVICE)
+
+    def one(rank: int) -> Any:
+        place = Place(rank, num_ranks, hosted.DEVICE, HostedGroup(rank, fleets))
+        try:
+            with torch.cuda.device(hosted.DEVICE), torch.cuda.stream(stream):
+                result = job(place, *args)
+                torch.cuda.synchronize(hosted.DEVICE)
+                return result
+        except BaseException:
+            fleets.break_up()
+            raise
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(num_ranks) as threads:
+        patch.setattr(pools, "connect", lambda group: Pool(HostedRanks(group), hosted.DEVICE))
+        patch.setattr(Buffer, "num_sms", HOSTED_SMS)
+        futures = [threads.submit(one, rank) for rank in range(num_ranks)]
+        return hosted.results_of(futures)
+
+
+def replaced(place: Place, **fields: Any) -> Place:
+    """The same rank with other fields."""
+    return dataclasses.replace(place, **fields)
