@@ -328,7 +328,7 @@ class ElasticBuffer:
 
         result, event = self._streams.run(
             run,
-            (rows, scales, ids, topk_weights),
+            (rows, scales, ids, topk_weights, handle),
             device=self._device,
             previous_event=previous_event,
             async_finish=async_with_compute_stream,

@@ -77,6 +77,9 @@ class EPHandle:
     recv_src_metadata: Tensor
     dst_buffer_slot_idx: Tensor
 
+    kept: tuple[Tensor, ...] = ()
+    """Tensors that others are made of."""
+
     _known: tuple[Dispatched, Geometry] | None = None
     twin: EPHandle | None = None
     """The same routing in the other layout, once a cached dispatch asked for it."""
@@ -153,6 +156,7 @@ class EPHandle:
         vars(handle).update(
             _known=(known, geometry),
             _makers=views.makers(),
+            kept=views.kept(),
             do_expand=geometry.do_expand,
             num_experts=geometry.num_experts,
             expert_alignment=geometry.expert_alignment,
@@ -183,6 +187,10 @@ class _Views:
         self._per_expert_list = output.num_tokens_per_expert_list
         assert output.num_tokens_per_rank is not None
         self._per_rank = output.num_tokens_per_rank
+
+    def kept(self) -> tuple[Tensor, ...]:
+        tensors = self._sources, self._per_expert, self._offsets, self._per_rank, self._topk_idx
+        return tuple(tensor for tensor in tensors if tensor is not None)
 
     def makers(self) -> dict[str, Callable[[], Any]]:
         return {

@@ -21,7 +21,7 @@ class EventHandle:
 
     def __init__(self) -> None:
         self.event: torch.cuda.Event | None = None
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # else no stream has any work
             self.event = torch.cuda.Event()
             self.event.record()
 

@@ -27,11 +27,13 @@ class TensorTuple(tuple):
     Attributes:
         KEY: position of the tensor by which plain copies are recognized.
         known: what the library knows of the call. It does not hold that tensor.
+        kept: tensors that the others are made of.
     """
 
     KEY = 0
 
     known: Any
+    kept: tuple[Tensor, ...]
     _makers: tuple[Callable[[], Any], ...]
     _made: dict[int, Any]
 
@@ -155,6 +157,7 @@ class NormalHandle(TensorTuple):
             matrix[:, rank] = per_rank.cumsum(0)
             return matrix
 
+        handle.kept = (per_rank, source_tokens)
         handle._made = {4: is_token_in_rank}
         handle._makers = (
             prefixes,

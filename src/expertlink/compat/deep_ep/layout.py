@@ -28,17 +28,16 @@ class DispatchCounts(NamedTuple):
 def dispatch_counts(topk_ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> DispatchCounts:
     """Counts the choices of this rank's tokens; ids outside of 0..E-1 choose nobody."""
     num_tokens, device = topk_ids_TK.shape[0], topk_ids_TK.device
-    known = (topk_ids_TK >= 0) & (topk_ids_TK < num_experts)
-    expert_TK = torch.where(known, topk_ids_TK, num_experts).to(torch.int64)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
-    chosen = expert_TK.view(-1)
-    ones = torch.ones(chosen.shape, dtype=torch.int32, device=device)
-    counts.scatter_add_(0, chosen, ones)
-    member_TR = torch.zeros((num_tokens, num_ranks + 1), dtype=torch.bool, device=device)
-    member_TR.scatter_(1, expert_TK // (num_experts // num_ranks), True)
-    is_token_in_rank = member_TR[:, :num_ranks].contiguous()
+    # 1..E stand for the experts, 0 and E + 1 for nobody; likewise 1..R for their ranks.
+    expert_TK = topk_ids_TK.to(torch.int64).clamp(-1, num_experts) + 1
+    counts = torch.zeros(num_experts + 2, dtype=torch.int32, device=device)
+    counts.scatter_(0, expert_TK.view(-1), 1, reduce="add")
+    num_local = num_experts // num_ranks
+    member_TR = torch.zeros((num_tokens, num_ranks + 2), dtype=torch.bool, device=device)
+    member_TR.scatter_(1, (expert_TK + (num_local - 1)) // num_local, True)
+    is_token_in_rank = member_TR[:, 1 : num_ranks + 1].contiguous()
     per_rank = is_token_in_rank.sum(dim=0, dtype=torch.int32)
-    return DispatchCounts(per_rank, counts[:num_experts], is_token_in_rank)
+    return DispatchCounts(per_rank, counts[1 : num_experts + 1], is_token_in_rank)
 
 
 def ranks_as_experts(is_token_in_rank: Tensor) -> Tensor:

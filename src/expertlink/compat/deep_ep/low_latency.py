@@ -78,6 +78,8 @@ class LowLatencyHandle(TensorTuple):
         handle = LowLatencyHandle((None,) * LowLatencyHandle.LENGTH)
         handle.known = received
         comm, sources = received.form.comm, output.source_tokens
+        assert sources is not None
+        handle.kept = (sources,)
 
         def layout_range() -> Tensor:
             starts, counts = comm.expert_ranges(received.handle)

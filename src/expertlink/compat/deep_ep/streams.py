@@ -7,6 +7,7 @@ that the other holds. So every call comes after the one before, whatever streams
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from expertlink.compat.deep_ep.events import EventHandle, EventOverlap, handle_of
 from expertlink.overlap import tensors_in
+from expertlink.types import DispatchHandle
 
 Result = TypeVar("Result")
 
@@ -111,12 +113,18 @@ def record_on(stream: torch.cuda.Stream, values: object) -> None:
         tensor.record_stream(stream)
 
 
-def _tensors_of(values: object) -> Iterator[Tensor]:
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors_of(value)
+def _tensors_of(value: object) -> Iterator[Tensor]:
+    kept = getattr(value, "kept", None)
+    if kept is not None:  # a handle: its other tensors are made of these when somebody looks
+        yield from _tensors_of((value.known, *kept))  # type: ignore[attr-defined]
+    elif isinstance(value, (tuple, list)):
+        for member in value:
+            yield from _tensors_of(member)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, DispatchHandle):
+        for member in vars(value).values():
+            yield from _tensors_of(member)
     else:
-        yield from tensors_in(values)
+        yield from tensors_in(value)
 
 
 @contextlib.contextmanager
