@@ -10,6 +10,7 @@ from support.deep_ep.place import EVERYWHERE, Job, run
 
 WHERE = pytest.mark.parametrize("where", EVERYWHERE)
 SHAPES = Shapes(tokens=12, hidden=512, experts=8, topk=3, fewer=1, masked=0.1)
+PROCESS_WIDE = (training.megatron, training.slime)
 
 
 @WHERE
@@ -31,6 +32,8 @@ SHAPES = Shapes(tokens=12, hidden=512, experts=8, topk=3, fewer=1, masked=0.1)
     ids=lambda job: job.__name__,
 )
 def test_calls_of(rank_pools, where: str, job: Job) -> None:
+    if where == "hosted" and job in PROCESS_WIDE:
+        pytest.skip("these callers keep a buffer for the whole process, which is all ranks here")
     assert all(run(rank_pools, where, 2, job, SHAPES))
 
 

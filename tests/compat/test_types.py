@@ -9,6 +9,7 @@ import torch
 
 from expertlink.compat.deep_ep import Buffer, Config, EventHandle, EventOverlap
 from expertlink.compat.deep_ep.handles import TensorTuple, known_of
+from expertlink.compat.deep_ep.streams import record_on
 
 
 def test_hints_are_those_of_deep_ep() -> None:
@@ -97,6 +98,7 @@ def handle_with(known: object, count: int) -> tuple[_Handle, list[int]]:
 
     handle = _Handle((None,) * count)
     handle.known = known
+    handle.kept = ()
     handle._made = {}
     handle._makers = tuple(maker(i) for i in range(count))
     return handle, made
@@ -135,3 +137,21 @@ def test_plain_copies_of_handles_are_known_as_long_as_they_live() -> None:
             known_of(Known, wrong, key=1, length=3)
     with pytest.raises(AssertionError):
         known_of(int, copy, key=1, length=3)
+
+
+def test_streams_are_told_of_the_tensors_that_exist() -> None:
+    """Handles make the others when somebody looks, and no sooner."""
+    handle, made = handle_with(object(), 3)
+    held, weights = torch.zeros(3), torch.zeros(2)
+    recorded: list[torch.Tensor] = []
+
+    class Noted(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+        def record_stream(self, s: Any) -> None:  # type: ignore[override]
+            recorded.append(self)
+
+    handle.kept = (held.as_subclass(Noted),)
+    record_on(None, [(handle, None), weights.as_subclass(Noted)])  # type: ignore[arg-type]
+    assert [tensor.shape for tensor in recorded] == [(3,), (2,)]
+    assert made == []

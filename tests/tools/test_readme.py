@@ -42,7 +42,7 @@ def all_scripts(folder: Path, *, gpu: bool) -> str:
     assert end, "the example closes its communicator; the blocks of guides come before that"
     loop = []
     for page in (README, *GUIDES):
-        path = folder / f"{page.stem}.py"
+        path = folder / f"{page.stem}_page.py"  # not the name of a module that it imports
         path.write_text(script(page, gpu=gpu), encoding="utf-8")
         loop.append(f"path = {str(path)!r}")
         loop.append("exec(compile(open(path).read(), path, 'exec'), dict(globals()))")
@@ -107,7 +107,7 @@ def test_all_blocks_pass_the_type_checker(tmp_path: Path) -> None:
     begin, _, _ = EXAMPLE.partition("comm.close()")
     for page in (README, *GUIDES):
         code = "\n".join([begin, script(page, gpu=True)])
-        (tmp_path / f"{page.stem.lower()}.py").write_text(code, encoding="utf-8")
+        (tmp_path / f"{page.stem.lower()}_page.py").write_text(code, encoding="utf-8")
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(dict.fromkeys(RELAXED, False)))
     done = subprocess.run(
         [*pyright, "--pythonpath", sys.executable, "--project", str(tmp_path)],

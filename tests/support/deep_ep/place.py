@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
-from expertlink.compat.deep_ep import Buffer
+from expertlink.compat.deep_ep import Buffer, install
 from expertlink.compat.deep_ep import pool as pools
 from expertlink.compat.deep_ep.pool import GroupRanks, Pool
 from expertlink.launch import RankContext
@@ -148,6 +148,7 @@ class HostedRanks:
 
 def _run_hosted(num_ranks: int, job: Job, args: tuple[Any, ...]) -> list[Any]:
     fleets = Fleets(num_ranks)
+    install()  # here, since threads would do it at once
     stream = torch.cuda.current_stream(hosted.DEVICE)
 
     def one(rank: int) -> Any:
