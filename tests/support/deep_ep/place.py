@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -167,8 +166,3 @@ def _run_hosted(num_ranks: int, job: Job, args: tuple[Any, ...]) -> list[Any]:
         patch.setattr(Buffer, "num_sms", HOSTED_SMS)
         futures = [threads.submit(one, rank) for rank in range(num_ranks)]
         return hosted.results_of(futures)
-
-
-def replaced(place: Place, **fields: Any) -> Place:
-    """The same rank with other fields."""
-    return dataclasses.replace(place, **fields)
