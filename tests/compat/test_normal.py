@@ -47,6 +47,12 @@ def test_long_lived_handles(rank_pools, where: str) -> None:
 
 
 @WHERE
+def test_narrow_rows_of_a_large_dispatch(rank_pools, where: str) -> None:
+    large = Shapes(tokens=150, hidden=128, experts=8, topk=3, fewer=140)
+    assert all(run(rank_pools, where, 2, normal.narrow_rows_of_a_large_dispatch, SMALL, large))
+
+
+@WHERE
 def test_kinds_of_rows(rank_pools, where: str) -> None:
     assert all(run(rank_pools, where, 2, normal.kinds_of_rows, SMALL))
 

@@ -64,10 +64,10 @@ def end_device(expected: Arrivals) -> torch.device:
     return expected.x.device
 
 
-def made_by(x: Tensor, expert: Tensor | int) -> Tensor:
-    """What an expert makes of rows."""
-    scale = torch.as_tensor(expert, device=x.device, dtype=torch.float32)
-    return (x.float() * (0.3 + 0.1 * scale.reshape(-1, 1))).to(torch.bfloat16)
+def made_by(x: Tensor, expert: int) -> Tensor:
+    """What an expert makes of rows: some cancel out, so that the order of sums can be seen."""
+    factor = (0.3 + 0.1 * expert, 2.0**20, -(2.0**20))[expert % 3]
+    return (x.float() * factor).to(torch.bfloat16)
 
 
 class Reference:

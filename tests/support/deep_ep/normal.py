@@ -166,6 +166,18 @@ def long_lived_handles(place: Place, shapes: Shapes) -> bool:
     return True
 
 
+def narrow_rows_of_a_large_dispatch(place: Place, small: Shapes, large: Shapes) -> bool:
+    """A handle of many tokens, where rows of another width have been few so far."""
+    buffer: Any = Buffer(place.group)
+    for shapes in (small, large):
+        everyone = all_tokens(shapes, place)
+        own, expected = everyone[place.rank], arrivals(everyone, shapes, place.rank)
+        handle = dispatched(buffer, own, shapes.experts)[4]
+        received = buffer.dispatch(own.x[:, :16].contiguous(), handle=handle)[0]
+        assert torch.equal(received, expected.x[:, :16])
+    return True
+
+
 def kinds_of_rows(place: Place, shapes: Shapes) -> bool:
     """Any dtype; scales of float32 and int32, in either order of memory."""
     buffer: Any = Buffer(place.group)
