@@ -117,4 +117,6 @@ def _pack(exponent: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, blocks: int) -> Tensor:
-    return packed.contiguous().view(torch.uint8)[..., :blocks].to(torch.int32)
+    # A copy: one column in column-major order counts as contiguous, but cannot be viewed as bytes.
+    packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(torch.uint8)[..., :blocks].to(torch.int32)

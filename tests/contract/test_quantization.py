@@ -87,6 +87,16 @@ def test_non_finite_values_are_not_hidden(block_format: BlockFormat, value: floa
     assert back[0, 128:].isfinite().all()
 
 
+@pytest.mark.parametrize("block_format", list(BlockFormat), ids=lambda form: form.value)
+@pytest.mark.parametrize("hidden", [128, 512, 1024])
+def test_scales_in_either_memory_order(block_format: BlockFormat, hidden: int) -> None:
+    rows, scales = quantize(torch.randn(3, 5, hidden), block_format)
+    memory = torch.empty((3, scales.shape[-1], 5), dtype=scales.dtype)
+    column_major = memory.transpose(-1, -2).copy_(scales)
+    expected = dequantize(rows, scales, block_format, torch.bfloat16)
+    assert torch.equal(dequantize(rows, column_major, block_format, torch.bfloat16), expected)
+
+
 def test_quantization_refuses() -> None:
     with pytest.raises(InputError, match="dtype torch.float64; accepted: bfloat16"):
         quantize(torch.randn(2, 8).double(), BlockFormat.E4M3_POW2)
