@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from support.deep_ep import serving, training
-from support.deep_ep.inputs import Shapes
-from support.deep_ep.place import EVERYWHERE, Job, run
+from support.drop_in import serving, training
+from support.drop_in.inputs import Shapes
+from support.drop_in.place import EVERYWHERE, Job, run
 
 WHERE = pytest.mark.parametrize("where", EVERYWHERE)
 SHAPES = Shapes(tokens=12, hidden=512, experts=8, topk=3, fewer=1, masked=0.1)

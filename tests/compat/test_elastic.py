@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from support.deep_ep import elastic
-from support.deep_ep.inputs import Shapes
-from support.deep_ep.place import EVERYWHERE, run
+from support.drop_in import elastic
+from support.drop_in.inputs import Shapes
+from support.drop_in.place import EVERYWHERE, run
 
 WHERE = pytest.mark.parametrize("where", EVERYWHERE)
 SMALL = Shapes(tokens=10, hidden=256, experts=8, topk=3, fewer=1, masked=0.3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from support.deep_ep import decode
-from support.deep_ep.inputs import Shapes
-from support.deep_ep.place import EVERYWHERE, run
+from support.drop_in import decode
+from support.drop_in.inputs import Shapes
+from support.drop_in.place import EVERYWHERE, run
 
 WHERE = pytest.mark.parametrize("where", EVERYWHERE)
 ON_GPUS = pytest.mark.parametrize("where", EVERYWHERE[1:])

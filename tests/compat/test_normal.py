@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from support.deep_ep import intranode, normal
-from support.deep_ep.inputs import Shapes
-from support.deep_ep.place import EVERYWHERE, run
+from support.drop_in import intranode, normal
+from support.drop_in.inputs import Shapes
+from support.drop_in.place import EVERYWHERE, run
 
 WHERE = pytest.mark.parametrize("where", EVERYWHERE)
 SMALL = Shapes(tokens=9, hidden=128, experts=8, topk=3, fewer=2, masked=0.2)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep import install
-from support.deep_ep.inputs import Shapes, Tokens, all_tokens, arrivals
-from support.deep_ep.place import Place
-from support.deep_ep.reference import by_expert, by_token, close, dense
+from support.drop_in.inputs import Shapes, Tokens, all_tokens, arrivals
+from support.drop_in.place import Place
+from support.drop_in.reference import by_expert, by_token, close, dense
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "deep_ep_megatron.py"
 

@@ -18,7 +18,7 @@ from expertlink.compat.deep_ep import pool as pools
 from expertlink.compat.deep_ep.pool import GroupRanks, Pool
 from expertlink.launch import RankContext
 from support import hosted
-from support.cases import MANY_RANKS, SMS
+from support.cases import MANY_RANKS
 
 EVERYWHERE = [
     "cpu",
@@ -28,6 +28,8 @@ EVERYWHERE = [
 """Where ranks run; "cuda" needs a GPU for each of them."""
 
 HOSTED_SMS = 8
+# A rank that refuses a call launches what its configuration says: as many blocks as the others.
+HOSTED_BUDGETS = {"num_sms_dispatch": HOSTED_SMS, "num_sms_combine": HOSTED_SMS}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Fleets:
     def get(self, number: int, fields: dict[str, Any], host: hosted.Fleet | None) -> hosted.Fleet:
         with self._lock:
             if number == len(self._made):
-                config = MoECommunicatorConfig(**{**SMS, **fields, "engine": "nvlink"})
+                config = MoECommunicatorConfig(**{**HOSTED_BUDGETS, **fields, "engine": "nvlink"})
                 warps = None if self.num_ranks <= MANY_RANKS else 4
                 if config.mode == "ht":
                     warps = 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from support.deep_ep.inputs import Shapes, Tokens
-from support.deep_ep.place import Place
+from support.drop_in.inputs import Shapes, Tokens
+from support.drop_in.place import Place
 
 
 def factor(expert: Tensor | int, device: torch.device) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep import Buffer
-from support.deep_ep.inputs import Shapes, all_tokens, calc_diff, from_fp8
-from support.deep_ep.place import Place
+from support.drop_in.inputs import Shapes, all_tokens, calc_diff, from_fp8
+from support.drop_in.place import Place
 
 OFFSET = 128  # ranks are told apart by rows of rank - 128
 LOW_WORD = 2**32 - 1

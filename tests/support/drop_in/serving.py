@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep import install
-from support.deep_ep.inputs import Shapes, Tokens, all_tokens, column_major, from_fp8, to_fp8
-from support.deep_ep.place import Place
-from support.deep_ep.reference import by_expert, by_slab, by_token, close, close_fp8
+from support.drop_in.inputs import Shapes, Tokens, all_tokens, column_major, from_fp8, to_fp8
+from support.drop_in.place import Place
+from support.drop_in.reference import by_expert, by_slab, by_token, close, close_fp8
 
 LOW_WORD = 2**32 - 1
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep import ElasticBuffer, EPHandle, topk_idx_t
-from support.deep_ep.decode import refusal
-from support.deep_ep.inputs import (
+from support.drop_in.decode import refusal
+from support.drop_in.inputs import (
     Arrivals,
     Shapes,
     Tokens,
@@ -20,7 +20,7 @@ from support.deep_ep.inputs import (
     column_major,
     to_fp8,
 )
-from support.deep_ep.place import Place
+from support.drop_in.place import Place
 
 
 def aligned(count: int, alignment: int) -> int:

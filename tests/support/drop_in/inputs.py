@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from support.deep_ep.place import Place
+from support.drop_in.place import Place
 
 FP8_MAX = 448.0
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep import Buffer, Config
-from support.deep_ep.inputs import (
+from support.drop_in.inputs import (
     Shapes,
     all_tokens,
     calc_diff,
@@ -18,7 +18,7 @@ from support.deep_ep.inputs import (
     members,
     to_fp8,
 )
-from support.deep_ep.place import Place
+from support.drop_in.place import Place
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
