@@ -863,6 +863,30 @@ class MoECommunicator:
         self._calls.check_handle(handle).wait()
         return engine.arrivals(handle.state)
 
+    def source_tokens(self, handle: DispatchHandle) -> Tensor:
+        """What `DispatchOutput.source_tokens` would be, made now instead of by every dispatch.
+
+        Local. In mode "ll" of the nvlink engine, whose tables have it; elsewhere it comes with the
+        rows, if the configuration says `source_tokens=True`.
+
+        Returns:
+            Leading shape of the rows, int32, owned by the caller: the token of its rank that every
+            row is, -1 in padding.
+
+        Raises:
+            ConfigurationError: this engine, or mode, cannot tell afterwards.
+            HandleError, ClosedError: the handle or this communicator cannot be used.
+        """
+        engine = self._ready()
+        self._calls.check_handle(handle).wait()
+        tokens = engine.source_tokens(handle.state, handle.rows_shape[:-1])
+        if tokens is None:
+            raise ConfigurationError(
+                f"source tokens come with the rows in mode={self.config.mode!r} of the "
+                f"{engine.name} engine: configure source_tokens=True"
+            )
+        return tokens
+
     # -- health -----------------------------------------------------------------------------------
 
     def check_health(self) -> None:

@@ -11,7 +11,7 @@ from expertlink import BlockFormat, ConfigurationError, DispatchLayout, MoECommu
 from support import decode, shared_routing, source_tokens
 from support.jobs import contract
 from support.oracle import Case
-from support.small_calls import E, H, make
+from support.small_calls import E, H, good, make
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
 
@@ -70,3 +70,10 @@ def test_the_field_is_checked() -> None:
         ids = torch.zeros(2, 2, dtype=torch.int64) - 1
         out, _ = comm.dispatch(torch.zeros(2, H), ids)
         assert out.source_tokens is None
+
+
+def test_they_cannot_be_told_afterwards_on_cpus() -> None:
+    with make() as comm, torch.no_grad():
+        _, handle = comm.dispatch(**good())
+        with pytest.raises(ConfigurationError, match="configure source_tokens=True"):
+            comm.source_tokens(handle)

@@ -45,6 +45,7 @@ def test_mode_ll(layout: DispatchLayout) -> None:
     cases = routings(shape)[:3]
     fleet = fleet_of("ll", cases[0], source_tokens=True)
     run_cases(fleet, decode.halves, cases)
+    run_cases(fleet_of("ll", cases[0]), source_tokens.afterwards, cases)
 
 
 @pytest.mark.parametrize("mode", ["ht", "ll"])

@@ -9,7 +9,14 @@ import torch
 from expertlink import BlockFormat, ConfigurationError, MoECommunicator, quantization
 from expertlink.launch import RankContext
 from support.faults import small
-from support.jobs import check_output, config_of, counts_stay_on_device, dispatch_case, same_bits
+from support.jobs import (
+    check_output,
+    config_of,
+    counted,
+    counts_stay_on_device,
+    dispatch_case,
+    same_bits,
+)
 from support.oracle import Case, inputs_of, received_of
 
 
@@ -31,6 +38,16 @@ def buffers(comm: MoECommunicator, case: Case, *_: Any) -> None:
     assert memory.output.source_tokens is not None
     assert out.source_tokens.data_ptr() == memory.output.source_tokens.data_ptr()
     check_output(case, comm.rank, out, static=counts_stay_on_device(comm))
+
+
+def afterwards(comm: MoECommunicator, case: Case, *_: Any) -> None:
+    """They are made when somebody asks, of a dispatch that did not bring them."""
+    out, handle = dispatch_case(comm, case)
+    assert out.source_tokens is None
+    tokens = comm.source_tokens(handle)
+    assert tokens.shape == out.tokens.shape[:-1]
+    wanted = received_of(case, comm.rank).source_tokens()
+    same_bits(counted(case, comm.rank, tokens), wanted, "source tokens")
 
 
 def beside_scales(ctx: RankContext, case: Case, block_format: BlockFormat | None) -> bool:

@@ -175,6 +175,13 @@ class Engine(Protocol):
         """`[N, K]` int64: slot (expanded layouts), else local expert, of each choice, or -1."""
         ...
 
+    def source_tokens(self, state: object, shape: tuple[int, ...]) -> Tensor | None:
+        """What `DispatchOutput.source_tokens` would be, where the tables of a routing say so.
+
+        `shape`: the leading shape of the rows. None: only the dispatch can bring them.
+        """
+        ...
+
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape for such rows, and tables of one routing. Local."""
         ...

@@ -74,12 +74,14 @@ class LowLatencyHandle(TensorTuple):
 
     @staticmethod
     def of(received: Received, output: DispatchOutput) -> LowLatencyHandle:
-        """The handle of a dispatch; of its output only the source tokens are kept."""
+        """The handle of a dispatch; of its output at most the source tokens are kept."""
         handle = LowLatencyHandle((None,) * LowLatencyHandle.LENGTH)
         handle.known = received
         comm, sources = received.form.comm, output.source_tokens
-        assert sources is not None
-        handle.kept = (sources,)
+        handle.kept = () if sources is None else (sources,)
+
+        def src_info() -> Tensor:
+            return comm.source_tokens(received.handle) if sources is None else sources
 
         def layout_range() -> Tensor:
             starts, counts = comm.expert_ranges(received.handle)
@@ -88,7 +90,7 @@ class LowLatencyHandle(TensorTuple):
         config = comm.config
         numbers = config.max_tokens_per_rank, config.hidden_size, config.num_experts
         handle._made = dict(enumerate(numbers, start=2))
-        handle._makers = (lambda: sources, layout_range)
+        handle._makers = (src_info, layout_range)
         return handle
 
 
@@ -227,12 +229,14 @@ class LowLatencyCalls:
             "scale_order": "column_major",
             "combine_precision": "exact",
             "mask_lost_peers": self._masks,
-            "source_tokens": True,
+            "source_tokens": not self._on_gpu,
         }
         # Formats of the same shapes take turns in the memory of the first one.
         first = next((f for k, f in self._forms.items() if k[:-1] == key[:-1]), None)
         share = first.comm if first is not None and first.comm.engine_name == "nvlink" else None
         comm = self._pool.fixed(key, fields, share)
+        if self._on_gpu and comm.engine_name != "nvlink":  # nvlink tells source tokens afterwards
+            comm = self._pool.fixed((*key, "source tokens"), {**fields, "source_tokens": True})
         num_local = num_experts // self._num_ranks
         form = Form(comm, (num_local, self._num_ranks * tokens, hidden))
         self._forms[key] = form

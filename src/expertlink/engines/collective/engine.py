@@ -162,6 +162,9 @@ class CollectiveEngine:
         assert route.local_ids_NK is not None
         return route.local_ids_NK.to(torch.int64)
 
+    def source_tokens(self, state: object, shape: tuple[int, ...]) -> None:
+        """They come with the rows or not at all."""
+
     # -- memory and statistics --------------------------------------------------------------------
 
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:

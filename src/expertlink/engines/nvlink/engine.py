@@ -259,6 +259,10 @@ class NvlinkEngine:
         """`[N, K]`: slot (expanded layouts), else local expert, of each choice, or -1."""
         return as_route(state).arrivals()
 
+    def source_tokens(self, state: object, shape: tuple[int, ...]) -> Tensor | None:
+        """Source token of every row, where the mode's tables have them; see `Engine`."""
+        return self._mode.source_tokens(state, shape)
+
     # -- memory, statistics, masks ----------------------------------------------------------------
 
     def memory_estimate(self) -> dict[str, int]:

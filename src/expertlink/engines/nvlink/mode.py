@@ -127,6 +127,10 @@ class Mode(Protocol):
 
     # -- the rest, as `Engine` has it -------------------------------------------------------------
 
+    def source_tokens(self, state: object, shape: tuple[int, ...]) -> Tensor | None:
+        """As `Engine.source_tokens`."""
+        ...
+
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape for such rows, and tables of one routing."""
         ...

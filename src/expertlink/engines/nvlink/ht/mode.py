@@ -234,6 +234,9 @@ class HtMode:
         )
         raise error
 
+    def source_tokens(self, state: object, shape: tuple[int, ...]) -> None:
+        """The tables of this mode do not say."""
+
     # -- memory, statistics, masks ----------------------------------------------------------------
 
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
