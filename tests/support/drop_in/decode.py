@@ -25,6 +25,8 @@ FORMATS = (
     {"use_fp8": True, "round_scale": True, "use_ue8m0": True},
 )
 
+SUMS_DIFFER = 1e-5  # what DeepEP's own test allows: ranks' sums are rounded before the last one
+
 
 def buffer_for(place: Place, shapes: Shapes, **fields: Any) -> Buffer:
     """A buffer as callers make it for low-latency calls."""
@@ -227,7 +229,7 @@ def micro_batches(place: Place, batches: list[Shapes]) -> bool:
                 hand_over()
                 assert hook is not None
                 hook()
-                assert torch.equal(result, weighted(own.x, weights, own.ids))
+                assert calc_diff(result, weighted(own.x, weights, own.ids)) < SUMS_DIFFER
         except BaseException as error:
             failures.append(error)
         turns[1 - index].release()
@@ -314,18 +316,18 @@ def masks(place: Place, shapes: Shapes) -> bool:
         return buffer.low_latency_combine(made, own.ids, own.weights, handle)[0]
 
     with torch.inference_mode():
-        assert torch.equal(layer(), weighted(own.x, own.weights, own.ids))
+        assert calc_diff(layer(), weighted(own.x, own.weights, own.ids)) < SUMS_DIFFER
         for other in range(place.num_ranks):
             if other != place.rank:
                 buffer.low_latency_update_mask_buffer(other, True)
         buffer.low_latency_query_mask_buffer(status)
         assert status.tolist() == [int(r != place.rank) for r in range(place.num_ranks)]
         alone = torch.where(own.ids // local == place.rank, own.ids, -1)
-        assert torch.equal(layer(), weighted(own.x, own.weights, alone))
+        assert calc_diff(layer(), weighted(own.x, own.weights, alone)) < SUMS_DIFFER
         buffer.low_latency_clean_mask_buffer()
         buffer.low_latency_query_mask_buffer(status)
         assert status.sum() == 0
-        assert torch.equal(layer(), weighted(own.x, own.weights, own.ids))
+        assert calc_diff(layer(), weighted(own.x, own.weights, own.ids)) < SUMS_DIFFER
     return True
 
 
@@ -420,5 +422,5 @@ def in_graphs(place: Place, shapes: Shapes) -> bool:
                 for target, value in zip((x, ids, weights), vars(own).values(), strict=True):
                     target.copy_(value)
                 graph.replay()
-                assert torch.equal(result, weighted(own.x, own.weights, own.ids))
+                assert calc_diff(result, weighted(own.x, own.weights, own.ids)) < SUMS_DIFFER
     return True

@@ -460,8 +460,8 @@ class Buffer:
     ) -> tuple[Tensor, EventOverlap, Hook | None]:
         """Brings every row back and returns the weighted sums of this rank's tokens. Collective.
 
-        In float32, `sum_k topk_weights[t, k] * row[t, k]` in top-k order, products and sums rounded
-        one by one; one rounding to bfloat16.
+        `sum_k topk_weights[t, k] * row[t, k]`: in top-k order on the rank of the experts, then over
+        ranks in ascending order, both in float32 and rounded to bfloat16.
 
         Args:
             x: `[E_loc, R * M, H]` contiguous bfloat16, in the order of the dispatch.

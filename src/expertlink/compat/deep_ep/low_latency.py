@@ -227,7 +227,7 @@ class LowLatencyCalls:
             "output_layout": "expert_major",
             "quantization": quantization,
             "scale_order": "column_major",
-            "combine_precision": "exact",
+            "combine_precision": "wire",
             "mask_lost_peers": self._masks,
             "source_tokens": not self._on_gpu,
         }
