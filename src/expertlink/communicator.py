@@ -30,7 +30,14 @@ from expertlink.errors import ConfigurationError, ExpertlinkError, InputError, N
 from expertlink.gradients import without_gradients
 from expertlink.handles import scope_of
 from expertlink.nvtx import add_ranges
-from expertlink.overlap import check_operation, check_settings, operation_of, queued, wait_of
+from expertlink.overlap import (
+    check_operation,
+    check_settings,
+    make_stream,
+    operation_of,
+    queued,
+    wait_of,
+)
 from expertlink.requests import DispatchRequest, Life, ReceiveHook, Request
 from expertlink.routing import Placement
 from expertlink.settings import LONGEST_S, NVTX, positive_seconds
@@ -146,8 +153,7 @@ class MoECommunicator:
         )
         engine.set_timeout(self._timeout_s)
         self._use(engine, placement, ranks=tuple(wire.peers))
-        if self.config.enable_overlap and self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
+        self._stream = make_stream(self.config, self.device)
         logger.info("rank %d: %s engine: %s", self.rank, self._choice.name, self._choice.reason)
 
     def _use(self, engine: Engine, placement: Placement, *, ranks: tuple[object, ...] = ()) -> None:
@@ -746,7 +752,7 @@ class MoECommunicator:
 
         Args:
             op: the operation.
-            stream: CUDA stream to run on; None: the communicator's own.
+            stream: CUDA stream to run on; None: the communicator's own, of high priority.
             wait_events: CUDA events to wait for, besides the caller's current stream.
             num_sms: SMs the operation may use; None: `num_sms_dispatch` / `num_sms_combine`.
         """
@@ -757,6 +763,32 @@ class MoECommunicator:
             on_dispatch = operation is Operation.DISPATCH
             num_sms = config.num_sms_dispatch if on_dispatch else config.num_sms_combine
         return CommOverlapConfig(op, stream or self._stream, tuple(wait_events), num_sms)
+
+    def compute_sms(self, op: str, *, num_sms: int | None = None) -> int:
+        """SMs of this GPU that one dispatch or combine leaves to kernels beside it. Local.
+
+        Give it to kernels that can be told how many blocks to launch, as the size of a persistent
+        grid. Initializes (collective) if needed.
+
+        Args:
+            op: "dispatch" or "combine".
+            num_sms: SMs of the call, such as `CommOverlapConfig.num_sms`; None:
+                `num_sms_dispatch` / `num_sms_combine`, else the engine's choice.
+
+        Returns:
+            All SMs less those of the call; 0 where that takes all. With the collective engine all
+            SMs: NCCL decides how many its kernels take, and does not say. The SMs are those of the
+            GPU, also in a green context. An uncached dispatch of mode "ht" whose output turns out
+            too small, as the first one does, takes more for a moment (docs/tuning.md).
+
+        Raises:
+            InputError: no such operation, or `num_sms` is less than 1.
+            ConfigurationError: tensors live on the CPU, which has no SMs.
+            ClosedError: the communicator is closed or aborted.
+        """
+        operation = operation_of(op)
+        check_settings(device=self.device, on_stream=False, num_sms=num_sms)
+        return self._ready().compute_sms(operation, num_sms)
 
     def _place_of(
         self, overlap: CommOverlapConfig | None

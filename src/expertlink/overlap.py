@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.ranks.header import Operation
 from expertlink.errors import InputError
@@ -17,6 +18,17 @@ from expertlink.requests import Life
 from expertlink.types import CommOverlapConfig
 
 _OPERATIONS = {"dispatch": Operation.DISPATCH, "combine": Operation.COMBINE}
+
+
+def make_stream(config: MoECommunicatorConfig, device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that a communicator's asynchronous calls run on, or None for in line.
+
+    Its priority is high: where blocks of a call and of the caller's kernels wait for SMs, those of
+    the call go first. Blocks that run already are not interrupted.
+    """
+    if not config.enable_overlap or device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @contextmanager

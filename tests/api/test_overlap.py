@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from expertlink import ClosedError, CommOverlapConfig, InputError
+from expertlink import (
+    ClosedError,
+    CommOverlapConfig,
+    ConfigurationError,
+    InputError,
+    MoECommunicatorConfig,
+)
 from expertlink.engines.base import CombineCall, Combined
-from expertlink.overlap import queued, wait_of
+from expertlink.overlap import make_stream, queued, wait_of
 from expertlink.requests import Life
 from support.small_calls import good, make
 
@@ -158,6 +166,38 @@ def test_nothing_is_waited_for_after_the_end(steps: Steps, on_stream: bool) -> N
     assert steps == []
 
 
+# -- the communicator's own stream ----------------------------------------------------------------
+
+CONFIG = MoECommunicatorConfig(num_experts=2, hidden_size=8, topk=1, max_tokens_per_rank=4)
+
+
+def test_the_stream_of_a_communicator_has_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[torch.device, int]] = []
+    monkeypatch.setattr(
+        torch.cuda, "Stream", lambda device, priority=0: made.append((device, priority))
+    )
+    gpu = torch.device("cuda", 1)
+    make_stream(CONFIG, gpu)
+    assert made == [(gpu, -1)]
+    make_stream(CONFIG, torch.device("cpu"))
+    make_stream(dataclasses.replace(CONFIG, enable_overlap=False), gpu)
+    assert len(made) == 1
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("engine", ["collective", "nvlink"])
+def test_asynchronous_calls_run_at_high_priority(engine: str) -> None:
+    fields: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "engine": engine}
+    with make(**fields) as comm:
+        stream = comm.create_overlap_config("dispatch").stream
+        assert stream is not None
+        assert stream.priority < torch.cuda.Stream(comm.device).priority
+        sms = torch.cuda.get_device_properties(comm.device).multi_processor_count
+        taken = 0 if engine == "collective" else 5
+        for op in ("dispatch", "combine"):
+            assert comm.compute_sms(op, num_sms=5) == sms - taken
+
+
 # -- settings -------------------------------------------------------------------------------------
 
 
@@ -170,6 +210,31 @@ def test_settings_come_from_the_configuration() -> None:
         for wrong in ({"stream": object()}, {"wait_events": [event]}):
             with pytest.raises(InputError, match="need a CUDA device, not cpu"):
                 comm.create_overlap_config("dispatch", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_cpu_has_no_sms_to_leave() -> None:
+    with make() as comm:
+        with pytest.raises(ConfigurationError, match="SMs of a GPU; tensors live on cpu"):
+            comm.compute_sms("dispatch")
+        for call, message in ((("send",), "op='send'"), (("combine", 0), "num_sms=0")):
+            op, *given = call
+            with pytest.raises(InputError, match=message):
+                comm.compute_sms(op, num_sms=given[0] if given else None)
+    with pytest.raises(ClosedError, match="closed"):
+        comm.compute_sms("dispatch")
+
+
+def test_collective_leaves_all_sms_since_nccl_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _: types.SimpleNamespace(multi_processor_count=132),
+    )
+    with make(num_sms_dispatch=7) as comm:
+        comm.initialize()
+        engine: Any = comm._engine
+        monkeypatch.setattr(engine._wire, "device", torch.device("cuda", 0))
+        assert comm.compute_sms("dispatch") == comm.compute_sms("combine", num_sms=9) == 132
 
 
 def test_settings_of_the_other_operation_are_refused() -> None:

@@ -17,7 +17,7 @@ from expertlink import (
     MoECommunicatorConfig,
     TooManyTokensError,
 )
-from expertlink.engines.nvlink import watchdog
+from expertlink.engines.nvlink import tuning, watchdog
 from expertlink.engines.nvlink.ht.mode import HtMode
 from expertlink.engines.nvlink.launch import KernelName
 from expertlink.engines.nvlink.ll.arguments import Flag
@@ -25,7 +25,7 @@ from expertlink.engines.nvlink.ll.tables import LlRoute, LlTableLayout
 from expertlink.engines.nvlink.tables import Route, TableLayout
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.header import Operation, Status
-from support.fake_gpu import E, FakeGpu, inputs
+from support.fake_gpu import SMS, E, FakeGpu, inputs
 
 LL: dict[str, Any] = {"mode": "ll", "output_layout": "expert_major"}
 STATIC: dict[str, Any] = {"output_layout": "token_major", "static_shapes": True}
@@ -554,3 +554,44 @@ def test_source_tokens_from_the_tables_of_low_latency(layout: str) -> None:
     route = LlRoute((8,), 0, torch.zeros(0, 2), tables, block, None, False, None, 0)
     route.write_source_tokens(out)
     assert out.tolist() == expected
+
+
+# -- SMs that calls leave to other kernels ---------------------------------------------------------
+
+RANK_MAJOR: dict[str, Any] = {"mode": "ll", "output_layout": "rank_major"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        (STATIC, (SMS - tuning.HT_SMS, SMS - tuning.HT_SMS)),
+        (RANK_MAJOR, (SMS - tuning.LL_DISPATCH_SMS, SMS - tuning.LL_COMBINE_SMS)),
+        (LL, (SMS - tuning.LL_DISPATCH_SMS_TWO_RANKS, SMS - tuning.LL_COMBINE_SMS_TWO_RANKS)),
+        ({**STATIC, "num_sms_dispatch": 7, "num_sms_combine": 1}, (SMS - 7, SMS - 1)),
+        ({**RANK_MAJOR, "num_sms_dispatch": 7, "num_sms_combine": 1}, (SMS - 7, SMS - 1)),
+        ({**LL, "num_sms_dispatch": 200, "num_sms_combine": 131}, (0, 1)),
+    ],
+)
+@pytest.mark.parametrize("given", [None, 1, 5, SMS, SMS + 1])
+def test_launches_take_the_sms_that_they_do_not_leave(
+    gpu: FakeGpu, fields: dict[str, Any], left: tuple[int, int], given: int | None
+) -> None:
+    comm = gpu.communicator(**fields)
+    received, handle = comm.dispatch_async(
+        *inputs(), overlap=comm.create_overlap_config("dispatch", num_sms=given)
+    ).wait()
+    overlap = comm.create_overlap_config("combine", num_sms=given)
+    comm.combine_async(received.tokens, handle, overlap=overlap).wait()
+    taken = [launch["grid"] for launch in gpu.launched]
+    expected = left if given is None else (max(0, SMS - given),) * 2
+    for op, grid, others in zip(("dispatch", "combine"), taken, expected, strict=True):
+        assert comm.compute_sms(op, num_sms=given) == others
+        assert grid + others == SMS
+
+
+def test_halves_leave_as_many_sms_as_whole_calls(gpu: FakeGpu) -> None:
+    comm = gpu.communicator(**LL, num_sms_dispatch=9)
+    with torch.no_grad():
+        *_, hook = comm.dispatch(*inputs(), return_recv_hook=True)
+        hook()
+    assert [SMS - launch["grid"] for launch in gpu.launched] == [comm.compute_sms("dispatch")] * 2

@@ -14,7 +14,7 @@ from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink import communicator as communicator_module
 from expertlink.engines.nvlink import arena, engine
 from expertlink.engines.nvlink.build import assemble, make_memory, mode_of
-from expertlink.engines.nvlink.launch import KernelName
+from expertlink.engines.nvlink.launch import KernelName, Launch
 from expertlink.engines.nvlink.ll import arena as ll_arena
 from expertlink.engines.nvlink.ll import mode as ll_mode
 from expertlink.engines.ranks.wire import Wire
@@ -24,6 +24,7 @@ from expertlink.routing import Placement, even_blocks
 
 CPU = torch.device("cpu")
 E, H, K, T_MAX = 8, 64, 2, 16
+SMS = 132  # of the GPU
 
 
 class _Stream:
@@ -68,7 +69,7 @@ class FakeGpu:
         patch(torch.cuda, "stream", lambda _: contextlib.nullcontext())
         patch(torch.cuda, "current_stream", lambda *_: stream)
         patch(torch.cuda, "synchronize", lambda *_: None)
-        properties = types.SimpleNamespace(multi_processor_count=132)
+        properties = types.SimpleNamespace(multi_processor_count=SMS)
         patch(torch.cuda, "get_device_properties", lambda _: properties)
         for name in ("zeros", "ones"):
             patch(torch, name, _unpinned(getattr(torch, name)))
@@ -100,12 +101,11 @@ class FakeGpu:
             config, mode, plan, rank=0, buffer=_Memory(local), device=CPU, timeout_s=5.0
         )
 
-        def run(name: KernelName, arguments: Arguments, launch: object) -> None:
+        def run(name: KernelName, arguments: Arguments, launch: Launch) -> None:
             fields = ("operation", "communicator", "subject", "maker", "flags", "origin")
             fields += ("slots_of_token", "status", "capacity", "signature")
-            self.launched.append(
-                {"name": name, **{field: getattr(arguments, field, None) for field in fields}}
-            )
+            noted = {field: getattr(arguments, field, None) for field in fields}
+            self.launched.append({"name": name, "grid": launch.grid, **noted})
             if self.mails and config.mode == "ht" and not config.static_shapes:
                 memory.watchdog._words.mail_number += 1
 

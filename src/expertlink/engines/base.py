@@ -238,6 +238,10 @@ class Engine(Protocol):
         """Bytes by region that the largest possible call holds beyond inputs and outputs."""
         ...
 
+    def compute_sms(self, operation: Operation, num_sms: int | None) -> int:
+        """SMs that a dispatch or combine of so many leaves to other kernels. Local."""
+        ...
+
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds."""
         ...

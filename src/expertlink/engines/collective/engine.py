@@ -165,7 +165,15 @@ class CollectiveEngine:
     def source_tokens(self, state: object, shape: tuple[int, ...]) -> None:
         """They come with the rows or not at all."""
 
-    # -- memory and statistics --------------------------------------------------------------------
+    # -- SMs, memory and statistics ---------------------------------------------------------------
+
+    def compute_sms(self, operation: Operation, num_sms: int | None) -> int:
+        """All SMs of the GPU: NCCL decides how many its kernels take."""
+        del operation, num_sms
+        device = self._wire.device
+        if device.type != "cuda":
+            raise ConfigurationError(f"compute_sms counts SMs of a GPU; tensors live on {device}")
+        return torch.cuda.get_device_properties(device).multi_processor_count
 
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape; every call makes its own tables."""

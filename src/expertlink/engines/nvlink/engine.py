@@ -273,6 +273,12 @@ class NvlinkEngine:
         """Outputs of the largest shape for such rows, and tables of one routing."""
         return self._mode.make_buffers(rows)
 
+    def compute_sms(self, operation: Operation, num_sms: int | None) -> int:
+        """SMs of the GPU that one dispatch or combine leaves free."""
+        device = self.arena.device
+        total = torch.cuda.get_device_properties(device).multi_processor_count
+        return total - self._mode.occupied_sms(operation, num_sms)
+
     def enable_statistics(self) -> CallStatistics:
         """Counts calls from now on; returns the same tensors every time."""
         return self._mode.enable_statistics()

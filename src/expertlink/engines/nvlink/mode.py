@@ -19,6 +19,7 @@ from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatc
 from expertlink.engines.nvlink.arena import Arena, Buffer, Plan
 from expertlink.engines.nvlink.launch import Program, Run
 from expertlink.engines.nvlink.watchdog import Watchdog
+from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import ExpertlinkError, InputError
 from expertlink.routing import Placement
@@ -123,6 +124,10 @@ class Mode(Protocol):
 
     def refuse(self, number: int, error: Exception) -> None:
         """Takes part in a dispatch only to refuse it; may raise what the ranks agree on."""
+        ...
+
+    def occupied_sms(self, operation: Operation, num_sms: int | None) -> int:
+        """Most SMs that one launch of a dispatch or combine takes; `num_sms`: as in the calls."""
         ...
 
     # -- the rest, as `Engine` has it -------------------------------------------------------------

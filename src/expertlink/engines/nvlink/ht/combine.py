@@ -49,10 +49,14 @@ class CombinePlanner:
     blocks: BlockShape
     num_sms: int
 
+    def most_blocks(self, num_sms: int | None) -> int:
+        """Blocks of a launch for a caller's number of SMs."""
+        return min(self.num_sms, num_sms or self.config.num_sms_combine or tuning.HT_SMS)
+
     def __call__(self, row_bytes: int, num_sms: int | None) -> CombineLaunch:
         """The launch for rows of a size (0: gradients only) and a caller's number of SMs."""
         config, blocks = self.config, self.blocks
-        total = min(self.num_sms, num_sms or config.num_sms_combine or tuning.HT_SMS)
+        total = self.most_blocks(num_sms)
         movers = blocks.combine(row_bytes)
         share = tuning.HT_COMBINE_SENDERS
         if config.layout.expanded:
@@ -85,6 +89,9 @@ class HtCombiner:
         run: queues a kernel.
         blocks: shape of the blocks.
         num_sms: multiprocessors of the GPU.
+
+    Attributes:
+        most_blocks: of the planner.
     """
 
     def __init__(
@@ -99,7 +106,8 @@ class HtCombiner:
         self._topk, self._max_tokens, self._run = config.topk, config.max_tokens_per_rank, run
         self._row_bytes = config.hidden_size * config.dtype.itemsize
         self._arguments = COMBINE.new(**common)
-        self._launches = Launches(CombinePlanner(config, blocks, num_sms))
+        planner = CombinePlanner(config, blocks, num_sms)
+        self.most_blocks, self._launches = planner.most_blocks, Launches(planner)
 
     def combine(self, call: CombineCall) -> Tensor | None:
         """Queues a combine; returns the weight gradients if the call asks for them."""

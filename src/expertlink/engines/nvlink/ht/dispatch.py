@@ -85,6 +85,10 @@ class DispatchPlanner:
     blocks: BlockShape
     num_sms: int
 
+    def most_blocks(self, num_sms: int | None) -> int:
+        """Blocks of a launch that sends, at most, for a caller's number of SMs."""
+        return min(self.num_sms, num_sms or self.config.num_sms_dispatch or tuning.HT_SMS)
+
     def __call__(
         self, row_bytes: int, num_sms: int | None, sends: bool, counts: int
     ) -> DispatchLaunch:
@@ -94,7 +98,7 @@ class DispatchPlanner:
         it has sent.
         """
         config, blocks = self.config, self.blocks
-        total = min(self.num_sms, num_sms or config.num_sms_dispatch or tuning.HT_SMS)
+        total = self.most_blocks(num_sms)
         share = tuning.HT_DISPATCH_SENDERS
         if config.layout.expanded:
             share = tuning.HT_DISPATCH_SENDERS_EXPANDED
@@ -134,6 +138,9 @@ class HtDispatcher:
         run: queues a kernel.
         blocks: shape of the blocks.
         num_sms: multiprocessors of the GPU.
+
+    Attributes:
+        most_blocks: of the planner.
     """
 
     def __init__(
@@ -158,7 +165,8 @@ class HtDispatcher:
             capacity.largest_shape(config, num_ranks=self._num_ranks, num_local=self._num_local)
         )
         self._tables = TableLayout(config, num_ranks=self._num_ranks, num_local=self._num_local)
-        self._launches = Launches(DispatchPlanner(config, blocks, num_sms))
+        planner = DispatchPlanner(config, blocks, num_sms)
+        self.most_blocks, self._launches = planner.most_blocks, Launches(planner)
         # Rows that recent calls needed.
         self._needed: collections.deque[int] = collections.deque(maxlen=tuning.HT_CALLS_REMEMBERED)
         self._number, self._max_tokens = common["communicator"], config.max_tokens_per_rank

@@ -239,6 +239,11 @@ class HtMode:
 
     # -- memory, statistics, masks ----------------------------------------------------------------
 
+    def occupied_sms(self, operation: Operation, num_sms: int | None) -> int:
+        """Most SMs that one launch takes: a block on each."""
+        caller = self._dispatcher if operation is Operation.DISPATCH else self._combiner
+        return caller.most_blocks(num_sms)
+
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape; tables and copies of the rest are made by every call."""
         output = largest_output(

@@ -45,13 +45,17 @@ class CombinePlanner:
     num_sms: int
     warps: int
 
+    def most_blocks(self, num_sms: int | None) -> int:
+        """Blocks of a launch for a caller's number of SMs."""
+        _, default = default_sms(self.config, self.num_ranks)
+        return min(self.num_sms, num_sms or self.config.num_sms_combine or default)
+
     def __call__(
         self, name: KernelName, num_sms: int | None, sends: bool, receives: bool
     ) -> LlLaunch:
         """The launch of some halves, for a caller's number of SMs."""
         config, warps = self.config, self.warps
-        _, default = default_sms(config, self.num_ranks)
-        blocks = min(self.num_sms, num_sms or config.num_sms_combine or default)
+        blocks = self.most_blocks(num_sms)
         senders = warps
         if sends and receives:
             if config.layout.expanded:
@@ -77,6 +81,7 @@ class LlCombiner:
 
     Attributes:
         arguments: those of combines of dispatches that made tensors of their own.
+        most_blocks: of the planner.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class LlCombiner:
         self._signature_only_grads = signature(Operation.WEIGHT_GRADS, row_bytes=0, weights=True)
         warps = max(2, min(max_warps, tuning.LL_COMBINE_WARPS))
         plan = CombinePlanner(config, num_ranks, num_sms, warps)
+        self.most_blocks = plan.most_blocks
         self._launch = HalvesLauncher(arena=arena, run=run, plan=plan)
         self.arguments = COMBINE.new(**common)
 

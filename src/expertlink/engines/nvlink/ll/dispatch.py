@@ -64,6 +64,11 @@ class DispatchPlanner:
     num_sms: int
     warps: int
 
+    def most_blocks(self, num_sms: int | None) -> int:
+        """Blocks of a launch for a caller's number of SMs."""
+        default, _ = default_sms(self.config, self.num_ranks)
+        return min(self.num_sms, num_sms or self.config.num_sms_dispatch or default)
+
     def __call__(
         self, name: KernelName, num_sms: int | None, sends: bool, receives: bool
     ) -> LlLaunch:
@@ -76,8 +81,7 @@ class DispatchPlanner:
             sends=sends,
             receives=receives,
         )
-        default, _ = default_sms(config, self.num_ranks)
-        blocks = min(self.num_sms, num_sms or config.num_sms_dispatch or default)
+        blocks = self.most_blocks(num_sms)
         senders = warps - tuning.LL_PUBLISHING_WARPS
         if sends and receives:
             copies = max(1.0, self._copies_to_peers())
@@ -113,6 +117,7 @@ class LlDispatcher:
     Attributes:
         arguments: those of dispatches that make tensors of their own.
         tables: where the tables of a routing lie.
+        most_blocks: of the planner.
     """
 
     def __init__(
@@ -135,6 +140,7 @@ class LlDispatcher:
         self._kinds: dict[tuple[object, ...], RowKind] = {}
         warps = max(1, min(max_warps, tuning.LL_DISPATCH_WARPS))
         plan = DispatchPlanner(config, num_ranks, num_local, num_sms, warps)
+        self.most_blocks = plan.most_blocks
         self._launch = HalvesLauncher(arena=arena, run=run, plan=plan)
         self.arguments = DISPATCH.new(**common, num_local=num_local)
 

@@ -36,6 +36,7 @@ from expertlink.engines.nvlink.mode import (
 )
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.shared import expert_locations
+from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import HandleError, InputError
 from expertlink.jit.kernel import Arguments
@@ -205,6 +206,11 @@ class LlMode:
         return tokens
 
     # -- memory, statistics, masks ----------------------------------------------------------------
+
+    def occupied_sms(self, operation: Operation, num_sms: int | None) -> int:
+        """Most SMs that one launch takes: a block on each."""
+        caller = self._dispatcher if operation is Operation.DISPATCH else self._combiner
+        return caller.most_blocks(num_sms)
 
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape and tables: dispatches into them allocate nothing."""
