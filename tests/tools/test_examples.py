@@ -34,6 +34,16 @@ def test_moe_layer(num_ranks: int) -> None:
         assert f"rank {rank} of {num_ranks}" in output
 
 
+@pytest.mark.parametrize(("mode", "results"), [("ht", 4), ("ll", 2)])
+def test_two_micro_batches_in_turn_give_the_bits_of_one_after_the_other(
+    mode: str, results: int
+) -> None:
+    for num_ranks in (1, 3):
+        output = run_example("two_micro_batches.py", "--mode", mode, num_ranks=num_ranks)
+        for rank in range(num_ranks):
+            assert re.search(f"rank {rank} of {num_ranks} .*: {results} results", output)
+
+
 def test_megatron_calls_over_deep_ep_on_one_rank_and_on_two() -> None:
     for num_ranks in (1, 2):
         output = run_example("deep_ep_megatron.py", num_ranks=num_ranks)
