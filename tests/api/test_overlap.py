@@ -166,6 +166,46 @@ def test_nothing_is_waited_for_after_the_end(steps: Steps, on_stream: bool) -> N
     assert steps == []
 
 
+@pytest.mark.parametrize(
+    ("beside", "order"),
+    [
+        ("dispatch", ["cached dispatch", "experts", "shared", "combine"]),
+        ("combine", ["shared", "cached dispatch", "experts", "combine"]),
+    ],
+)
+def test_other_work_is_beside_the_same_call_in_backward(
+    monkeypatch: pytest.MonkeyPatch, beside: str, order: list[str]
+) -> None:
+    """It is queued before the call that it is beside, or before what waits for that call."""
+    happened: list[str] = []
+
+    def noted(value: torch.Tensor, name: str) -> torch.Tensor:
+        value.register_hook(lambda _: happened.append(name))
+        return value
+
+    with make() as comm:
+        fields = good()
+        x = fields.pop("input").requires_grad_()
+        dispatching = comm.dispatch_async(x, **fields)
+        shared = noted(x.sin(), "shared") if beside == "dispatch" else x
+        received, handle = dispatching.wait()
+        combining = comm.combine_async(noted(received.tokens.cos(), "experts"), handle)
+        if beside == "combine":
+            shared = noted(x.sin(), "shared")
+        y = shared + combining.wait()
+        engine: Any = comm._engine
+        for name, title in (("dispatch", "cached dispatch"), ("combine", "combine")):
+            start = getattr(engine, name)
+
+            def started(call: Any, start: Any = start, title: str = title) -> Any:
+                happened.append(title)
+                return start(call)
+
+            monkeypatch.setattr(engine, name, started)
+        y.sum().backward()
+    assert happened == order
+
+
 # -- the communicator's own stream ----------------------------------------------------------------
 
 CONFIG = MoECommunicatorConfig(num_experts=2, hidden_size=8, topk=1, max_tokens_per_rank=4)
