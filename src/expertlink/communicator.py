@@ -738,6 +738,28 @@ class MoECommunicator:
             return autograd.combine(engine, call, handle)
         return engine.combine(call)
 
+    def refuse(self, op: str, error: ExpertlinkError, *, cached: bool = False) -> NoReturn:
+        """Raises `error` in place of a call that the other ranks make. Collective with that call.
+
+        For checks of a caller's own. The other ranks learn of it as they do where an argument is
+        refused here: on CPUs in every call, on GPUs in new dispatches, with `check_inputs` in all;
+        they raise PeerError, and the communicator stays usable. In a capture nobody is told.
+
+        Args:
+            op: the call, "dispatch" or "combine".
+            error: what to raise.
+            cached: the dispatch is one of `previous_handle`.
+
+        Raises:
+            ExpertlinkError: `error`; or what the ranks agree on instead: TooManyTokensError where
+                another rank has too many, PeerError where the ranks are not in the same call.
+            PeerTimeoutError: a rank did not come.
+        """
+        operation = operation_of(op)
+        if cached and operation is Operation.DISPATCH:
+            operation = Operation.CACHED_DISPATCH
+        raise _refused(self._ready(), operation, error) from None
+
     # -- overlap ----------------------------------------------------------------------------------
 
     def create_overlap_config(

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink.compat.deep_ep import Buffer, install
 from expertlink.compat.deep_ep import pool as pools
 from expertlink.compat.deep_ep.pool import GroupRanks, Pool
+from expertlink.errors import ExpertlinkError, PeerError
 from expertlink.launch import RankContext
 from support import hosted
 from support.cases import MANY_RANKS
@@ -126,12 +127,13 @@ class HostedRanks:
     group: HostedGroup
 
     def largest(self, number: int, device: torch.device) -> int:
-        return max(self.group.fleets.meeting.swap(self.group.rank(), number))
+        return max(self._meet(number))
 
     def communicator(
         self, fields: dict[str, Any], share_with: MoECommunicator | None
     ) -> MoECommunicator:
         group = self.group
+        self._meet(0)
         host = None
         if share_with is not None:
             assert isinstance(share_with, hosted.HostedCommunicator)
@@ -145,6 +147,18 @@ class HostedRanks:
         )
         comm.initialize()
         return comm
+
+    def refuse(self, error: ExpertlinkError, device: torch.device) -> NoReturn:
+        self.group.fleets.meeting.swap(self.group.rank(), str(error))
+        raise error
+
+    def _meet(self, number: int) -> list[int]:
+        """All ranks' numbers."""
+        said = self.group.fleets.meeting.swap(self.group.rank(), number)
+        refused = [rank for rank, one in enumerate(said) if isinstance(one, str)]
+        if refused:
+            raise PeerError(f"refused: {said}", ranks=refused)
+        return said
 
 
 def _run_hosted(num_ranks: int, job: Job, args: tuple[Any, ...]) -> list[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,20 +13,31 @@ from torch import Tensor
 from expertlink.compat.deep_ep import config as configs
 from expertlink.compat.deep_ep import pool as pools
 from expertlink.compat.deep_ep.config import Config
-from expertlink.compat.deep_ep.errors import CallError, UnsupportedError, expect
+from expertlink.compat.deep_ep.errors import REFUSALS, CallError, UnsupportedError, expect
 from expertlink.compat.deep_ep.events import AnyEvent, EventHandle, EventOverlap
+from expertlink.compat.deep_ep.handles import Dispatched
 from expertlink.compat.deep_ep.layout import dispatch_counts
 from expertlink.compat.deep_ep.life import until_exit
-from expertlink.compat.deep_ep.low_latency import Hook, LowLatencyCalls, Rows, quantization_of
+from expertlink.compat.deep_ep.low_latency import (
+    Hook,
+    LowLatencyCalls,
+    Rows,
+    check_halves,
+    known_low_latency,
+    quantization_of,
+    zero_copy_rows,
+)
 from expertlink.compat.deep_ep.normal import (
     NormalCalls,
     check_bias,
     check_combine,
     check_routing,
     known_normal,
+    rows_of,
 )
 from expertlink.compat.deep_ep.pool import Pool
 from expertlink.compat.deep_ep.streams import Streams, comm_stream
+from expertlink.errors import ExpertlinkError
 
 MAX_RANKS = 8
 _SEVERAL_HOSTS = (
@@ -260,13 +273,22 @@ class Buffer:
         """
         self._check_alive()
         rows, scales = x if isinstance(x, tuple) else (x, None)
-        self._check_tensor("x", rows)
         num_sms = Buffer.num_sms if config is None else config.num_sms
         if handle is not None:
-            expect(topk_idx is None and topk_weights is None, "topk and handle exclude each other")
-            known = known_normal(handle)
+            known = None
+            try:
+                known = known_normal(handle)
+                expect(
+                    topk_idx is None and topk_weights is None, "topk and handle exclude each other"
+                )
+                self._check_tensor("x", rows)
+                sent = rows_of(rows, scales)
+            except REFUSALS as error:
+                raise self._refused(
+                    partial(self._normal.refuse_cached, error, rows, scales, known)
+                ) from None
             (recv_x, recv_scales), event = self._streams.run(
-                lambda: self._normal.dispatch_cached(rows, scales, known, num_sms),
+                lambda: self._normal.dispatch_cached(rows, sent, scales, known, num_sms),
                 (rows, scales, known.handle),
                 device=rows.device,
                 previous_event=previous_event,
@@ -274,26 +296,46 @@ class Buffer:
             )
             received = recv_x if recv_scales is None else (recv_x, recv_scales)
             return received, None, None, None, None, event
-        if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
-            raise CallError(
-                "without a handle, num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert "
-                "are needed, as get_dispatch_layout returns them"
+        try:
+            if (
+                num_tokens_per_rank is None
+                or is_token_in_rank is None
+                or num_tokens_per_expert is None
+            ):
+                raise CallError(
+                    "without a handle, num_tokens_per_rank, is_token_in_rank and "
+                    "num_tokens_per_expert are needed, as get_dispatch_layout returns them"
+                )
+            self._check_tensor("x", rows)
+            sent = rows_of(rows, scales)
+            num_experts = num_tokens_per_expert.shape[0]
+            self._check_experts(num_experts)
+            expect(
+                is_token_in_rank.shape == (rows.shape[0], self.group_size),
+                f"is_token_in_rank has shape {list(is_token_in_rank.shape)}; "
+                f"[{rows.shape[0]}, {self.group_size}] is expected",
             )
-        num_experts = num_tokens_per_expert.shape[0]
-        self._check_experts(num_experts)
-        expect(
-            is_token_in_rank.shape == (rows.shape[0], self.group_size),
-            f"is_token_in_rank has shape {list(is_token_in_rank.shape)}; "
-            f"[{rows.shape[0]}, {self.group_size}] is expected",
-        )
-        check_routing(rows, topk_idx, topk_weights, num_experts)
-        expect(
-            not num_worst_tokens or topk_idx is not None,
-            "num_worst_tokens needs topk_idx",
-        )
+            check_routing(rows, topk_idx, topk_weights, num_experts)
+            expect(
+                not num_worst_tokens or topk_idx is not None,
+                "num_worst_tokens needs topk_idx",
+            )
+        except REFUSALS as error:
+            raise self._refused(
+                partial(
+                    self._normal.refuse_dispatch,
+                    error,
+                    rows,
+                    scales,
+                    num_tokens_per_expert=num_tokens_per_expert,
+                    topk_ids=topk_idx,
+                    num_worst_tokens=num_worst_tokens,
+                )
+            ) from None
         (recv_x, recv_scales, ids, weights, counts, new_handle), event = self._streams.run(
             lambda: self._normal.dispatch(
                 rows,
+                sent,
                 scales,
                 is_token_in_rank=is_token_in_rank,
                 num_tokens_per_expert=num_tokens_per_expert,
@@ -346,12 +388,18 @@ class Buffer:
             ExpertlinkError: see `MoECommunicator.combine`.
         """
         self._check_alive()
-        known = known_normal(handle)
-        self._check_tensor("x", x)
-        rows = known.padded_rows
         num_sms = Buffer.num_sms if config is None else config.num_sms
-        check_combine(x, topk_weights, num_rows=rows, weights_shape=(rows, known.routing.topk))
-        check_bias(bias, (known.handle.num_tokens, x.shape[1]))
+        known: Dispatched | None = None
+        try:
+            known = known_normal(handle)
+            self._check_tensor("x", x)
+            rows = known.padded_rows
+            check_combine(x, topk_weights, num_rows=rows, weights_shape=(rows, known.routing.topk))
+            check_bias(bias, (known.handle.num_tokens, x.shape[1]))
+        except REFUSALS as error:
+            raise self._refused(
+                partial(self._normal.refuse_combine, error, x, known, topk_weights, bias)
+            ) from None
         (combined_x, combined_weights), event = self._streams.run(
             lambda: self._normal.combine(x, known, topk_weights, bias, num_sms),
             (x, topk_weights, bias, known.handle),
@@ -419,19 +467,38 @@ class Buffer:
             CallError, UnsupportedError: an argument does not fit, or is not supported.
             ExpertlinkError: see `MoECommunicator.dispatch`.
         """
-        if x_global_scale is not None or use_nvfp4:
-            raise UnsupportedError("use_nvfp4 and x_global_scale are not supported: use e4m3 rows")
-        if dispatch_wait_recv_cost_stats is not None:
-            raise UnsupportedError(f"dispatch_wait_recv_cost_stats: {_NO_WAIT_COSTS}")
-        return self._low_latency_calls().dispatch(
+        calls = self._low_latency_calls()
+        try:
+            if x_global_scale is not None or use_nvfp4:
+                raise UnsupportedError(
+                    "use_nvfp4 and x_global_scale are not supported: use e4m3 rows"
+                )
+            if dispatch_wait_recv_cost_stats is not None:
+                raise UnsupportedError(f"dispatch_wait_recv_cost_stats: {_NO_WAIT_COSTS}")
+            check_halves(async_finish=async_finish, return_recv_hook=return_recv_hook)
+            form = calls.form(
+                x,
+                topk_idx,
+                num_max_dispatch_tokens_per_rank,
+                num_experts,
+                quantization_of(use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0),
+            )
+        except REFUSALS as error:
+            raise self._refused(
+                partial(
+                    calls.refuse_dispatch,
+                    error,
+                    x,
+                    topk_idx,
+                    num_max_dispatch_tokens_per_rank,
+                    num_experts,
+                )
+            ) from None
+        return calls.dispatch(
+            form,
             x,
             topk_idx,
-            num_max_dispatch_tokens_per_rank,
-            num_experts,
             received_stats=cumulative_local_expert_recv_stats,
-            quantization=quantization_of(
-                use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0
-            ),
             async_finish=async_finish,
             return_recv_hook=return_recv_hook,
         )
@@ -491,20 +558,26 @@ class Buffer:
             CallError, UnsupportedError: an argument does not fit, or is not supported.
             ExpertlinkError: see `MoECommunicator.combine`.
         """
-        if use_logfmt:
-            raise UnsupportedError("use_logfmt is not supported: rows travel as bfloat16")
-        if combine_wait_recv_cost_stats is not None:
-            raise UnsupportedError(f"combine_wait_recv_cost_stats: {_NO_WAIT_COSTS}")
-        if overlap or src_signals is not None or comp_signal is not None:
-            raise UnsupportedError(
-                "overlap, src_signals and comp_signal are not supported: switch off single-batch "
-                "overlap"
-            )
-        return self._low_latency_calls().combine(
-            x,
+        calls = self._low_latency_calls()
+        try:
+            if use_logfmt:
+                raise UnsupportedError("use_logfmt is not supported: rows travel as bfloat16")
+            if combine_wait_recv_cost_stats is not None:
+                raise UnsupportedError(f"combine_wait_recv_cost_stats: {_NO_WAIT_COSTS}")
+            if overlap or src_signals is not None or comp_signal is not None:
+                raise UnsupportedError(
+                    "overlap, src_signals and comp_signal are not supported: switch off "
+                    "single-batch overlap"
+                )
+            check_halves(async_finish=async_finish, return_recv_hook=return_recv_hook)
+            known = known_low_latency(handle)
+            rows = zero_copy_rows(x, known) if zero_copy else x
+        except REFUSALS as error:
+            raise self._refused(partial(calls.refuse_combine, error, handle)) from None
+        return calls.combine(
+            rows,
             topk_weights,
-            handle,
-            zero_copy=zero_copy,
+            known,
             async_finish=async_finish,
             return_recv_hook=return_recv_hook,
             out=out,
@@ -562,6 +635,9 @@ class Buffer:
         return self._low_latency_calls()
 
     # -- checks -----------------------------------------------------------------------------------
+
+    def _refused(self, refuse: Callable[[], NoReturn]) -> ExpertlinkError:
+        return self._streams.refused(refuse, device=self._device)
 
     def _check_alive(self) -> None:
         expect(self.runtime is not None, _DESTROYED)

@@ -7,7 +7,9 @@ with the rows but are never multiplied with them: that is the caller's business.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from expertlink.compat.deep_ep.elastic_calls import (
     column_major,
 )
 from expertlink.compat.deep_ep.elastic_handle import EPHandle, Geometry
-from expertlink.compat.deep_ep.errors import CallError, UnsupportedError, expect
+from expertlink.compat.deep_ep.errors import REFUSALS, CallError, UnsupportedError, expect
 from expertlink.compat.deep_ep.events import EventHandle, EventOverlap, handle_of
 from expertlink.compat.deep_ep.life import until_exit
 from expertlink.compat.deep_ep.low_latency import Rows
@@ -33,6 +35,7 @@ from expertlink.compat.deep_ep.normal import (
 )
 from expertlink.compat.deep_ep.pool import Pool, Routing
 from expertlink.compat.deep_ep.streams import Streams, comm_stream
+from expertlink.errors import ExpertlinkError
 from expertlink.layouts import align
 
 AnyEvent = EventOverlap | EventHandle
@@ -278,34 +281,57 @@ class ElasticBuffer:
         """
         calls = self._alive()
         rows, scales = x if isinstance(x, tuple) else (x, None)
-        sent = rows_of(rows, scales)
-        expect(not do_zero_padding or do_expand, "do_zero_padding needs do_expand")
-        if handle is not None:
-            geometry = _handle_of(handle).geometry
-            expect(topk_idx is None, "topk_idx and handle exclude each other")
-            expect(not do_cpu_sync, "do_cpu_sync and handle exclude each other")
-            for name, value in (
-                ("num_experts", num_experts),
-                ("num_max_tokens_per_rank", num_max_tokens_per_rank),
-                ("expert_alignment", expert_alignment),
-            ):
-                own = getattr(handle, name)
-                expect(value is None or value == own, f"{name}={value}; the handle's is {own}")
-            ids = handle.topk_idx
-        else:
-            if num_experts is None or topk_idx is None:
-                raise CallError("topk_idx and num_experts are needed without a handle")
-            ids = topk_idx
-            geometry = self._geometry(
-                rows,
-                num_experts=num_experts,
-                most=num_max_tokens_per_rank or self.num_max_tokens_per_rank,
-                alignment=expert_alignment or 1,
-                num_sms=num_sms,
-                do_expand=do_expand,
-                synced=do_cpu_sync is None or do_cpu_sync,
-            )
-        check_routing(rows, ids, topk_weights, geometry.num_experts)
+        most = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+        synced = do_cpu_sync is None or do_cpu_sync
+        known: EPHandle | None = None
+        try:
+            if handle is not None:
+                geometry, known = _handle_of(handle).geometry, handle
+                expect(topk_idx is None, "topk_idx and handle exclude each other")
+                expect(not do_cpu_sync, "do_cpu_sync and handle exclude each other")
+                for name, value in (
+                    ("num_experts", num_experts),
+                    ("num_max_tokens_per_rank", num_max_tokens_per_rank),
+                    ("expert_alignment", expert_alignment),
+                ):
+                    own = getattr(handle, name)
+                    expect(value is None or value == own, f"{name}={value}; the handle's is {own}")
+                ids = handle.topk_idx
+            else:
+                if num_experts is None or topk_idx is None:
+                    raise CallError("topk_idx and num_experts are needed without a handle")
+                ids = topk_idx
+                geometry = self._geometry(
+                    rows,
+                    num_experts=num_experts,
+                    most=most,
+                    alignment=expert_alignment or 1,
+                    num_sms=num_sms,
+                    do_expand=do_expand,
+                    synced=synced,
+                )
+            sent = rows_of(rows, scales)
+            expect(not do_zero_padding or do_expand, "do_zero_padding needs do_expand")
+            check_routing(rows, ids, topk_weights, geometry.num_experts)
+        except REFUSALS as error:
+            if handle is None:
+                raise self._refused(
+                    partial(
+                        calls.refuse_dispatch,
+                        error,
+                        rows,
+                        scales,
+                        topk_ids=topk_idx,
+                        num_experts=num_experts,
+                        most=most,
+                        alignment=expert_alignment or 1,
+                        do_expand=do_expand,
+                        synced=synced,
+                    )
+                ) from None
+            raise self._refused(
+                partial(calls.refuse_cached, error, rows, scales, known, do_expand=do_expand)
+            ) from None
         before_epilogue = handle_of(previous_event_before_epilogue)
 
         def run() -> Brought:
@@ -381,13 +407,19 @@ class ElasticBuffer:
             ExpertlinkError: see `MoECommunicator.combine`.
         """
         calls = self._alive()
-        known = _handle_of(handle).known
-        check_returned(x, topk_weights, handle)
-        expect(
-            topk_weights is None or not known.routing.exact,
-            "topk_weights need allow_multiple_reduction=True where rows are expanded",
-        )
-        check_bias(bias, (known.handle.num_tokens, x.shape[1]))
+        made: EPHandle | None = None
+        try:
+            known, made = _handle_of(handle).known, handle
+            check_returned(x, topk_weights, handle)
+            expect(
+                topk_weights is None or not known.routing.exact,
+                "topk_weights need allow_multiple_reduction=True where rows are expanded",
+            )
+            check_bias(bias, (known.handle.num_tokens, x.shape[1]))
+        except REFUSALS as error:
+            raise self._refused(
+                partial(calls.refuse_combine, error, x, made, topk_weights, bias)
+            ) from None
         before_epilogue = handle_of(previous_event_before_epilogue)
 
         def run() -> tuple[Tensor, Tensor | None]:
@@ -433,6 +465,9 @@ class ElasticBuffer:
             num_ranks=self.num_ranks,
             synced=synced,
         )
+
+    def _refused(self, refuse: Callable[[], NoReturn]) -> ExpertlinkError:
+        return self._streams.refused(refuse, device=self._device)
 
     def _alive(self) -> ElasticCalls:
         if self._calls is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -13,9 +14,17 @@ from expertlink.compat.deep_ep import apart
 from expertlink.compat.deep_ep.elastic_handle import EPHandle, Geometry, worst_rows
 from expertlink.compat.deep_ep.errors import expect
 from expertlink.compat.deep_ep.handles import Dispatched
-from expertlink.compat.deep_ep.normal import ROW_BYTES, bounded, combined_by, with_rows
+from expertlink.compat.deep_ep.normal import (
+    ROW_BYTES,
+    bounded,
+    combined_by,
+    hidden_of,
+    refuse_with_handle,
+    topk_of,
+    with_rows,
+)
 from expertlink.compat.deep_ep.pool import Pool, Routing
-from expertlink.errors import EngineUnavailableError
+from expertlink.errors import EngineUnavailableError, ExpertlinkError
 from expertlink.layouts import align
 from expertlink.types import DispatchHandle, DispatchOutput
 
@@ -74,12 +83,8 @@ class ElasticCalls:
     ) -> Brought:
         """A dispatch of a new routing; its handle has a copy of the ids if asked for."""
         expanded = geometry.do_expand
-        routing = Routing(
-            num_experts=geometry.num_experts,
-            topk=topk_ids.shape[1],
-            output_layout="flat" if expanded else "token_major",
-            expert_alignment=geometry.expert_alignment if expanded else 1,
-            exact=expanded and self._exact,
+        routing = self._routing(
+            geometry.num_experts, topk_ids.shape[1], geometry.expert_alignment, expanded=expanded
         )
         comm, routing = self._communicator(routing, rows.shape[1], geometry)
         output, handle = comm.dispatch_async(
@@ -95,6 +100,15 @@ class ElasticCalls:
         made = EPHandle.of(known, geometry, kept_ids, output, comm)
         return _brought(comm, output, handle, made, weighted=topk_weights is not None)
 
+    def _routing(self, num_experts: int, topk: int, alignment: int, *, expanded: bool) -> Routing:
+        return Routing(
+            num_experts=num_experts,
+            topk=topk,
+            output_layout="flat" if expanded else "token_major",
+            expert_alignment=alignment if expanded else 1,
+            exact=expanded and self._exact,
+        )
+
     def _communicator(
         self, routing: Routing, hidden: int, geometry: Geometry
     ) -> tuple[MoECommunicator, Routing]:
@@ -107,6 +121,63 @@ class ElasticCalls:
             except EngineUnavailableError:  # raised on every rank
                 self._static = False
         return self._pool.member(routing, hidden, max(most, self._num_max_tokens)), routing
+
+    def refuse_dispatch(
+        self,
+        error: ExpertlinkError,
+        x: object,
+        scales: object,
+        *,
+        topk_ids: object,
+        num_experts: int | None,
+        most: int,
+        alignment: int,
+        do_expand: bool,
+        synced: bool,
+    ) -> NoReturn:
+        """Raises `error` in place of a new dispatch with these arguments; tells the other ranks."""
+        experts = num_experts if num_experts and num_experts % self._num_ranks == 0 else None
+        topk = topk_of(topk_ids)
+        routing = self._routing(experts or 0, topk or 0, alignment, expanded=do_expand)
+        capacity = max(most, self._num_max_tokens)
+        if not synced and self._static:
+            routing, capacity = routing._replace(static_tokens=most), most
+        known = routing._asdict()
+        if experts is None:
+            del known["num_experts"]
+        if topk is None:
+            del known["topk"]
+        hidden = hidden_of(x, scales)
+        self._pool.refuse("dispatch", error, routing=known, hidden=hidden, capacity=capacity)
+
+    def refuse_cached(
+        self,
+        error: ExpertlinkError,
+        x: object,
+        scales: object,
+        handle: EPHandle | None,
+        *,
+        do_expand: bool,
+    ) -> NoReturn:
+        """Raises `error` in place of a cached dispatch; None stands for an unknown handle."""
+        if handle is not None and do_expand != handle.do_expand:
+            if handle.twin is None:
+                geometry = handle.geometry
+                self.refuse_dispatch(
+                    error,
+                    x,
+                    scales,
+                    topk_ids=handle.topk_idx,
+                    num_experts=geometry.num_experts,
+                    most=geometry.num_max_tokens_per_rank,
+                    alignment=geometry.expert_alignment,
+                    do_expand=do_expand,
+                    synced=geometry.synced,
+                )
+            handle = handle.twin
+        known = None if handle is None else handle.known
+        hidden = hidden_of(x, scales)
+        refuse_with_handle(self._pool, "dispatch", error, known, hidden=hidden, cached=True)
 
     def dispatch_cached(
         self,
@@ -183,12 +254,36 @@ class ElasticCalls:
             combined = combined_by(comm, rows, known.handle, num_sms)
         return combined, combined_weights
 
+    def refuse_combine(
+        self,
+        error: ExpertlinkError,
+        x: object,
+        handle: EPHandle | None,
+        topk_weights: object,
+        bias: object,
+    ) -> NoReturn:
+        """Raises `error` in place of a combine; `handle` is None for an unknown one."""
+        known, hidden = None if handle is None else handle.known, hidden_of(x)
+        alone = bias is not None and topk_weights is None
+        if (
+            alone
+            and known is not None
+            and hidden is not None
+            and self._pool.has(known.routing, hidden, known.capacity)
+        ):
+            hidden = self._width(hidden)  # rows begin with their parts
+        refuse_with_handle(self._pool, "combine", error, known, hidden=hidden)
+
+    def _width(self, hidden: int) -> int:
+        """Columns of a combine in which every rank has a share of its rows."""
+        return align(-(-hidden // self._num_ranks), ROW_BYTES // 2) * self._num_ranks
+
     def _from_bias(
         self, rows: Tensor, handle: EPHandle, bias: Tensor | tuple[Tensor, ...], num_sms: int
     ) -> Tensor:
         """Sums that begin with the biases, over ranks in the order of their highest choices."""
         known, ranks = handle.known, self._num_ranks
-        width = align(-(-rows.shape[1] // ranks), ROW_BYTES // 2) * ranks
+        width = self._width(rows.shape[1])
         comm = self._pool.member(known.routing, width, known.capacity)
         terms_TRH = apart.rows_apart(
             rows,

@@ -16,6 +16,10 @@ class UnsupportedError(InputError, NotImplementedError):
     """Something that this drop-in leaves out; the message says what, and what to do instead."""
 
 
+REFUSALS = (CallError, UnsupportedError)
+"""What checks that come before a communicator's call raise: the other ranks are to be told."""
+
+
 def expect(condition: bool, message: str) -> None:
     """Raises CallError with the message unless the condition holds."""
     if not condition:

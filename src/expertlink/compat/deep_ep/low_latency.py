@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from expertlink.compat.deep_ep.events import EventOverlap
 from expertlink.compat.deep_ep.handles import TensorTuple, known_of
 from expertlink.compat.deep_ep.pool import Pool
 from expertlink.compat.deep_ep.streams import Streams, on
+from expertlink.errors import ExpertlinkError
 from expertlink.types import DispatchHandle, DispatchOutput
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -144,27 +145,36 @@ class LowLatencyCalls:
 
     # -- dispatch ---------------------------------------------------------------------------------
 
-    def dispatch(
+    def form(
         self,
         x: Tensor,
         topk_ids: Tensor,
         num_max_tokens: int,
         num_experts: int,
+        quantization: str | None,
+    ) -> Form:
+        """What a dispatch needs. Collective where its shapes have not been seen before.
+
+        Raises:
+            CallError: there is nothing for such shapes.
+        """
+        key = (num_max_tokens, x.shape[-1], num_experts, topk_ids.shape[-1], quantization)
+        form = self._forms.get(key)
+        return self._make_form(key, x, topk_ids) if form is None else form
+
+    def dispatch(
+        self,
+        form: Form,
+        x: Tensor,
+        topk_ids: Tensor,
         *,
         received_stats: Tensor | None,
-        quantization: str | None,
         async_finish: bool,
         return_recv_hook: bool,
     ) -> tuple[Rows, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
         """See `Buffer.low_latency_dispatch`."""
-        key = (num_max_tokens, x.shape[-1], num_experts, topk_ids.shape[-1], quantization)
-        form = self._forms.get(key)
-        if form is None:
-            form = self._make_form(key, x, topk_ids)
         comm = form.comm
-
         if return_recv_hook:
-            expect(not async_finish, "async_finish and return_recv_hook exclude each other")
             stream = torch.cuda.current_stream(self._pool.device) if self._on_gpu else None
             if torch.is_grad_enabled():
                 with torch.no_grad():
@@ -196,6 +206,27 @@ class LowLatencyCalls:
             rows = (output.tokens, output.scales.tensor)
         known = LowLatencyHandle.of(Received(form, handle), output)
         return rows, output.num_tokens_per_expert, known, event, hook
+
+    def refuse_dispatch(
+        self,
+        error: ExpertlinkError,
+        x: object,
+        topk_ids: object,
+        num_max_tokens: int,
+        num_experts: int,
+    ) -> NoReturn:
+        """Raises `error` in place of a dispatch with these arguments; tells the other ranks."""
+        hidden = topk = None
+        if isinstance(x, Tensor) and x.dim() == 2 and x.is_contiguous():
+            hidden = x.shape[1] if x.shape[1] % _BLOCK == 0 else None
+        if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2 and topk_ids.is_contiguous():
+            topk = topk_ids.shape[1]
+        experts = num_experts if num_experts % self._num_ranks == 0 else None
+        known = (num_max_tokens, hidden, experts, topk)
+        for key, form in reversed(self._forms.items()):
+            if all(value in (None, own) for value, own in zip(known, key, strict=False)):
+                form.comm.refuse("dispatch", error)
+        self._pool.refuse_new(error)
 
     def _make_form(self, key: tuple[Any, ...], x: Tensor, topk_ids: Tensor) -> Form:
         """The communicator of shapes that have not been seen before. Collective."""
@@ -250,23 +281,15 @@ class LowLatencyCalls:
         self,
         x: Tensor,
         topk_weights: Tensor,
-        handle: object,
+        known: Received,
         *,
-        zero_copy: bool,
         async_finish: bool,
         return_recv_hook: bool,
         out: Tensor | None,
     ) -> tuple[Tensor, EventOverlap, Hook | None]:
         """See `Buffer.low_latency_combine`."""
-        known = known_low_latency(handle)
-        form, comm = known.form, known.form.comm
-        if zero_copy:
-            expect(x.shape == form.rows_shape, f"x must be {list(form.rows_shape)}")
-            expect(form.scratch is not None, "zero_copy: ask for the combine buffer first")
-            assert form.scratch is not None
-            x = form.scratch
+        comm = known.form.comm
         if return_recv_hook:
-            expect(not async_finish, "async_finish and return_recv_hook exclude each other")
             stream = torch.cuda.current_stream(self._pool.device) if self._on_gpu else None
             with torch.no_grad():
                 combined, launch = comm.combine(
@@ -283,6 +306,16 @@ class LowLatencyCalls:
         if async_finish:
             event.extra_tensors = (x, topk_weights)
         return combined, event, None
+
+    def refuse_combine(self, error: ExpertlinkError, handle: object) -> NoReturn:
+        """Raises `error` in place of a combine; tells the other ranks."""
+        try:
+            form = known_low_latency(handle).form
+        except CallError:
+            if not self._forms:
+                raise error from None  # no dispatch was made, so nobody combines
+            form = next(reversed(self._forms.values()))
+        form.comm.refuse("combine", error)
 
     def combine_buffer(self, handle: object) -> Tensor:
         """`[E_loc, R * M, H]` bfloat16 that `zero_copy` combines read."""
@@ -324,6 +357,27 @@ class LowLatencyCalls:
 def known_low_latency(handle: object) -> Received:
     """What the library knows of a low-latency dispatch's handle."""
     return known_of(Received, handle, key=LowLatencyHandle.KEY, length=LowLatencyHandle.LENGTH)
+
+
+def check_halves(*, async_finish: bool, return_recv_hook: bool) -> None:
+    """Refuses a call that is to be both asynchronous and in halves."""
+    expect(
+        not (async_finish and return_recv_hook),
+        "async_finish and return_recv_hook exclude each other",
+    )
+
+
+def zero_copy_rows(x: Tensor, known: Received) -> Tensor:
+    """The rows of a combine with `zero_copy`.
+
+    Raises:
+        CallError: the shape of `x` is another one, or nobody asked for the memory.
+    """
+    form = known.form
+    expect(x.shape == form.rows_shape, f"x must be {list(form.rows_shape)}")
+    if form.scratch is None:
+        raise CallError("zero_copy: ask for the combine buffer first")
+    return form.scratch
 
 
 def quantization_of(*, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str | None:

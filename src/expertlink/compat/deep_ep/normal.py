@@ -7,7 +7,7 @@ same length, so that one communicator serves every dtype, and the combine as wel
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from expertlink.compat.deep_ep.errors import CallError, expect
 from expertlink.compat.deep_ep.handles import Dispatched, NormalHandle, known_of
 from expertlink.compat.deep_ep.layout import ranks_as_experts
 from expertlink.compat.deep_ep.pool import Pool, Routing
-from expertlink.errors import EngineUnavailableError
+from expertlink.errors import EngineUnavailableError, ExpertlinkError
 from expertlink.layouts import align
 from expertlink.types import CommOverlapConfig, DispatchHandle, DispatchOutput
 
@@ -44,6 +44,7 @@ class NormalCalls:
     def dispatch(
         self,
         x: Tensor,
+        rows: Tensor,
         scales: Tensor | None,
         *,
         is_token_in_rank: Tensor,
@@ -54,10 +55,12 @@ class NormalCalls:
         num_worst_tokens: int,
         num_sms: int,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[int], NormalHandle]:
-        """`(recv_x, recv_scales, recv_topk_ids, recv_topk_weights, counts, handle)`."""
+        """`(recv_x, recv_scales, recv_topk_ids, recv_topk_weights, counts, handle)`.
+
+        `rows` are `rows_of(x, scales)`.
+        """
         num_experts = num_tokens_per_expert.shape[0]
         ids = ranks_as_experts(is_token_in_rank) if topk_ids is None else topk_ids
-        rows = rows_of(x, scales)
         routing = Routing(
             num_experts=self._num_ranks if topk_ids is None else num_experts,
             topk=ids.shape[1],
@@ -118,10 +121,9 @@ class NormalCalls:
         )
 
     def dispatch_cached(
-        self, x: Tensor, scales: Tensor | None, known: Dispatched, num_sms: int
+        self, x: Tensor, rows: Tensor, scales: Tensor | None, known: Dispatched, num_sms: int
     ) -> tuple[Tensor, Tensor | None]:
         """`(recv_x, recv_scales)` for the routing of an earlier dispatch."""
-        rows = rows_of(x, scales)
         comm = self._pool.member(known.routing, rows.shape[1], known.capacity)
         output, _ = comm.dispatch_async(
             rows,
@@ -132,6 +134,43 @@ class NormalCalls:
             overlap=bounded("dispatch", num_sms),
         ).wait()
         return self._received(output, x, known.padded_rows)
+
+    def refuse_dispatch(
+        self,
+        error: ExpertlinkError,
+        x: object,
+        scales: object,
+        *,
+        num_tokens_per_expert: object,
+        topk_ids: object,
+        num_worst_tokens: int,
+    ) -> NoReturn:
+        """Raises `error` in place of a new dispatch with these arguments; tells the other ranks."""
+        routing = Routing(num_experts=self._num_ranks, topk=self._num_ranks)
+        unknown: set[str] = set()
+        if topk_ids is not None:
+            num_experts, topk = (
+                experts_of(num_tokens_per_expert, self._num_ranks),
+                topk_of(topk_ids),
+            )
+            routing = Routing(num_experts or 0, topk or 0)
+            unknown = {
+                name
+                for name, value in (("num_experts", num_experts), ("topk", topk))
+                if value is None
+            }
+        if num_worst_tokens:
+            routing = self._routing_of_worst(routing, num_worst_tokens)
+        known = {name: value for name, value in routing._asdict().items() if name not in unknown}
+        self._pool.refuse("dispatch", error, routing=known, hidden=hidden_of(x, scales))
+
+    def refuse_cached(
+        self, error: ExpertlinkError, x: object, scales: object, known: Dispatched | None
+    ) -> NoReturn:
+        """Raises `error` in place of a cached dispatch; `known` is None for an unknown handle."""
+        refuse_with_handle(
+            self._pool, "dispatch", error, known, hidden=hidden_of(x, scales), cached=True
+        )
 
     def _routing_of_worst(self, routing: Routing, num_worst_tokens: int) -> Routing:
         """Static shapes, where they can be had; elsewhere rows are padded afterwards."""
@@ -188,6 +227,26 @@ class NormalCalls:
         total = apart.sum_in_order(rows_TRH, apart.sum_of_biases(bias))
         return total.to(x.dtype), combined_weights
 
+    def refuse_combine(
+        self,
+        error: ExpertlinkError,
+        x: object,
+        known: Dispatched | None,
+        topk_weights: object,
+        bias: object,
+    ) -> NoReturn:
+        """Raises `error` in place of a combine; `known` is None for an unknown handle."""
+        hidden = hidden_of(x)
+        if known is not None and topk_weights is not None:  # they travel first
+            hidden = self._width(4 * known.routing.topk)
+        elif hidden is not None and bias is not None:
+            hidden = self._width(-(-hidden // self._num_ranks))
+        refuse_with_handle(self._pool, "combine", error, known, hidden=hidden)
+
+    def _width(self, part: int) -> int:
+        """Columns of a combine in which every rank has `part` of its own."""
+        return align(part, ROW_BYTES // 2) * self._num_ranks
+
     def _sum_of_weights(self, topk_weights: Tensor, known: Dispatched, num_sms: int) -> Tensor:
         """`[T, K]` sums over all ranks that a token went to, also of lanes that are -1 there."""
         rows = apart.floats_as_rows(topk_weights)
@@ -206,7 +265,7 @@ class NormalCalls:
             at_once: in one combine of R * H columns, not in R of H each.
         """
         part = rows.shape[1] if at_once else -(-rows.shape[1] // self._num_ranks)
-        width = align(part, ROW_BYTES // 2) * self._num_ranks
+        width = self._width(part)
         comm = self._pool.member(known.routing, width, known.capacity)
         return apart.rows_apart(
             rows,
@@ -253,6 +312,46 @@ def rows_of(x: Tensor, scales: Tensor | None) -> Tensor:
         f"scales must be [{x.shape[0]}, S] of 4 bytes each, not {_form(scales)}",
     )
     return x
+
+
+def hidden_of(x: object, scales: object = None) -> int | None:
+    """H of such rows as communicators have it; None where it cannot be told."""
+    if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_contiguous():
+        return None
+    row_bytes = x.shape[1] * x.element_size()
+    if row_bytes == 0 or row_bytes % ROW_BYTES or (scales is not None and x.element_size() != 1):
+        return None
+    return row_bytes // 2 if scales is None else row_bytes
+
+
+def experts_of(num_tokens_per_expert: object, num_ranks: int) -> int | None:
+    """E of such counts; None where it cannot be told."""
+    if not isinstance(num_tokens_per_expert, Tensor) or num_tokens_per_expert.dim() != 1:
+        return None
+    num_experts = num_tokens_per_expert.shape[0]
+    return num_experts if num_experts and num_experts % num_ranks == 0 else None
+
+
+def topk_of(topk_ids: object) -> int | None:
+    """K of such ids; None where it cannot be told."""
+    if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 2 or not topk_ids.is_contiguous():
+        return None
+    return topk_ids.shape[1] or None
+
+
+def refuse_with_handle(
+    pool: Pool,
+    op: str,
+    error: ExpertlinkError,
+    known: Dispatched | None,
+    *,
+    hidden: int | None,
+    cached: bool = False,
+) -> NoReturn:
+    """Raises `error` in place of a call with a handle, after telling the other ranks."""
+    routing = {} if known is None else known.routing._asdict()
+    capacity = 0 if known is None else known.capacity
+    pool.refuse(op, error, routing=routing, hidden=hidden, capacity=capacity, cached=cached)
 
 
 def check_routing(

@@ -9,17 +9,17 @@ them grow in the same call. Handles outlive the communicator that made them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 
 from expertlink.communicator import MoECommunicator
 from expertlink.compat.deep_ep.errors import CallError
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.ranks.handshake import largest_of
+from expertlink.engines.ranks import handshake
 from expertlink.engines.ranks.wire import Wire
-from expertlink.errors import TooManyTokensError
+from expertlink.errors import ExpertlinkError, TooManyTokensError
 from expertlink.settings import STARTUP_TIMEOUT
 
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ _FEWEST_TOKENS = 64
 
 
 class Ranks(Protocol):
-    """What a pool asks of the other ranks. Both calls are collective."""
+    """What a pool asks of the other ranks. All calls are collective."""
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of all ranks' numbers."""
@@ -38,6 +38,10 @@ class Ranks(Protocol):
         self, fields: dict[str, Any], share_with: MoECommunicator | None
     ) -> MoECommunicator:
         """A communicator with these fields of its configuration, initialized."""
+        ...
+
+    def refuse(self, error: ExpertlinkError, device: torch.device) -> NoReturn:
+        """Raises `error`; ranks in one of the calls above raise PeerError."""
         ...
 
 
@@ -53,8 +57,7 @@ class GroupRanks:
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of all ranks' numbers. Collective; bounded by EXPERTLINK_STARTUP_TIMEOUT."""
-        wire = Wire(self._group, device=device, timeout_s=STARTUP_TIMEOUT.read())
-        return largest_of(wire, number)
+        return handshake.largest_of(self._wire(device), number)
 
     def communicator(
         self, fields: dict[str, Any], share_with: MoECommunicator | None
@@ -64,6 +67,13 @@ class GroupRanks:
         made = MoECommunicator(config, share_with=share_with)
         made.initialize()
         return made
+
+    def refuse(self, error: ExpertlinkError, device: torch.device) -> NoReturn:
+        """Raises `error`, after telling the ranks that are in one of the calls above."""
+        handshake.refuse(self._wire(device), error)
+
+    def _wire(self, device: torch.device) -> Wire:
+        return Wire(self._group, device=device, timeout_s=STARTUP_TIMEOUT.read())
 
 
 class _Nobody:
@@ -76,6 +86,9 @@ class _Nobody:
         self, fields: dict[str, Any], share_with: MoECommunicator | None
     ) -> MoECommunicator:
         raise CallError("this buffer has been destroyed")
+
+    def refuse(self, error: ExpertlinkError, device: torch.device) -> NoReturn:
+        raise error
 
 
 class Routing(NamedTuple):
@@ -112,6 +125,7 @@ class Pool:
         self._ranks: Ranks = ranks
         self.device = device
         self._members: dict[tuple[Routing, int], MoECommunicator] = {}
+        self._recent: tuple[Routing, int] | None = None  # of the last call
         self._fixed: dict[object, MoECommunicator] = {}
 
     def dispatch(
@@ -132,7 +146,8 @@ class Pool:
         Returns:
             The call's result, and the communicator's `max_tokens_per_rank`.
         """
-        comm = self._members.get((routing, hidden))
+        self._recent = (routing, hidden)
+        comm = self._members.get(self._recent)
         if comm is None:
             tokens = routing.static_tokens
             if not tokens:
@@ -155,7 +170,8 @@ class Pool:
             hidden: H of the call.
             capacity: `max_tokens_per_rank` of the communicator that made the handle.
         """
-        comm = self._members.get((routing, hidden))
+        self._recent = (routing, hidden)
+        comm = self._members.get(self._recent)
         if comm is None or comm.config.max_tokens_per_rank < capacity:
             comm = self._make(routing, hidden, capacity)
         return comm
@@ -168,6 +184,62 @@ class Pool:
         if comm is None:
             comm = self._fixed[key] = self._communicator(fields, share_with)
         return comm
+
+    def refuse(
+        self,
+        op: str,
+        error: ExpertlinkError,
+        *,
+        routing: Mapping[str, object],
+        hidden: int | None,
+        capacity: int = 0,
+        cached: bool = False,
+    ) -> NoReturn:
+        """Raises `error` in place of a call that the other ranks make: they raise PeerError.
+
+        They are told through the communicator that the call uses, as far as its arguments tell,
+        or in the handshake if there is none. Where the wrong one is told all ranks wait until
+        their time-out.
+
+        Args:
+            op: the call, "dispatch" or "combine".
+            error: what to raise.
+            routing: fields of the call's routing; those that are not known are left out.
+            hidden: H, None if it is not known.
+            capacity: `max_tokens_per_rank` that the communicator has at least.
+            cached: the dispatch has a handle.
+        """
+        self._tell_nobody_of_captures(error)
+        fitting = [
+            key
+            for key in self._members
+            if hidden in (None, key[1])
+            and all(getattr(key[0], name) == value for name, value in routing.items())
+        ]
+        if fitting:
+            recent = self._recent
+            comm = self._members[recent if recent in fitting else fitting[-1]]
+            if comm.config.max_tokens_per_rank >= capacity:
+                try:
+                    comm.refuse(op, error, cached=cached)
+                except TooManyTokensError as larger:
+                    if comm.config.static_shapes:
+                        raise larger from error  # on all ranks; elsewhere they make a larger one
+        self._ranks.refuse(error, self.device)
+
+    def refuse_new(self, error: ExpertlinkError) -> NoReturn:
+        """Raises `error`; the ranks that make a communicator for a call raise PeerError."""
+        self._tell_nobody_of_captures(error)
+        self._ranks.refuse(error, self.device)
+
+    def _tell_nobody_of_captures(self, error: ExpertlinkError) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise error
+
+    def has(self, routing: Routing, hidden: int, capacity: int) -> bool:
+        """Whether `member` would find that communicator, and make none."""
+        comm = self._members.get((routing, hidden))
+        return comm is not None and comm.config.max_tokens_per_rank >= capacity
 
     def close(self) -> None:
         """Closes all communicators. Local; safe to repeat."""

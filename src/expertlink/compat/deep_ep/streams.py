@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep.events import EventHandle, EventOverlap, handle_of
+from expertlink.errors import ExpertlinkError
 from expertlink.overlap import tensors_in
 from expertlink.types import DispatchHandle
 
@@ -64,6 +65,18 @@ class Streams:
                 self._take_turn(torch.cuda.current_stream(device))
             return without_tracking(call), EventOverlap()
         return self._beside(call, inputs, device, previous, async_finish)
+
+    def refused(self, refuse: Callable[[], NoReturn], *, device: torch.device) -> ExpertlinkError:
+        """Refuses a call in its turn; returns what to raise.
+
+        Without the frames it came through: these hold the error, so it would keep them, and the
+        callers' tensors, until the next garbage collection.
+        """
+        try:
+            self.run(refuse, (), device=device)
+        except ExpertlinkError as final:
+            return final.with_traceback(None)
+        raise AssertionError("a refusal returned")
 
     def _beside(
         self,

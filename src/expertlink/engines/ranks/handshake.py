@@ -10,14 +10,14 @@ import collections
 import hashlib
 import json
 import uuid
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.ranks.agreement import compare
 from expertlink.engines.ranks.wire import Peer, Wire
-from expertlink.errors import ConfigurationError
+from expertlink.errors import ConfigurationError, PeerError
 from expertlink.routing import Placement, even_blocks
 
 _COMMON_FIELDS = (
@@ -36,6 +36,8 @@ _COMMON_FIELDS = (
     "source_tokens",
 )
 
+
+_REFUSED = "refused: "  # no other text of a handshake begins like this
 
 # Ranks make the handshakes of a group in the same order, so counting tells them apart. One that
 # failed because a rank was missing counts for nobody and can be repeated.
@@ -64,9 +66,9 @@ def handshake(
     Raises:
         ConfigurationError: on every rank, naming the fields and the ranks that differ, or what is
             wrong with the placement.
+        PeerError: another rank refused, on every rank that did not.
         PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
     """
-    _meet(wire)
     here = Peer.here()
     common: dict[str, object] = {name: getattr(config, name) for name in _COMMON_FIELDS}
     common |= {
@@ -88,7 +90,7 @@ def handshake(
         "key": uuid.uuid4().hex,
     }
     answers: list[dict[str, Any]] = []
-    for rank, text in enumerate(wire.gather_text(json.dumps(mine))):
+    for rank, text in enumerate(_texts(wire, json.dumps(mine))):
         try:
             answers.append(json.loads(text))
         except ValueError as error:
@@ -115,10 +117,38 @@ def largest_of(wire: Wire, number: int) -> int:
     """The largest of all ranks' numbers. Collective; in the order of the group's handshakes.
 
     Raises:
+        PeerError: another rank refused.
+        PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
+    """
+    return max(int(text) for text in _texts(wire, str(number)))
+
+
+def refuse(wire: Wire, error: Exception) -> NoReturn:
+    """Raises `error`, after telling the ranks that are in `handshake` or `largest_of`. Collective.
+
+    They raise PeerError with the same text.
+
+    Raises:
         PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
     """
     _meet(wire)
-    return max(int(text) for text in wire.gather_text(str(number)))
+    wire.gather_text(f"{_REFUSED}{type(error).__name__}: {error}")
+    raise error
+
+
+def _texts(wire: Wire, text: str) -> list[str]:
+    """Every rank's text, once all ranks have come."""
+    _meet(wire)
+    texts = wire.gather_text(text)
+    refused = {
+        rank: text.removeprefix(_REFUSED)
+        for rank, text in enumerate(texts)
+        if text.startswith(_REFUSED)
+    }
+    if refused:
+        reasons = "; ".join(f"rank {rank} refused it: {why}" for rank, why in refused.items())
+        raise PeerError(f"no communicator was made for a call: {reasons}", ranks=list(refused))
+    return texts
 
 
 def _meet(wire: Wire) -> None:
