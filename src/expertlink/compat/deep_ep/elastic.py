@@ -287,6 +287,9 @@ class ElasticBuffer:
         try:
             if handle is not None:
                 geometry, known = _handle_of(handle).geometry, handle
+            sent = rows_of(rows, scales)
+            expect(not do_zero_padding or do_expand, "do_zero_padding needs do_expand")
+            if handle is not None:
                 expect(topk_idx is None, "topk_idx and handle exclude each other")
                 expect(not do_cpu_sync, "do_cpu_sync and handle exclude each other")
                 for name, value in (
@@ -310,8 +313,6 @@ class ElasticBuffer:
                     do_expand=do_expand,
                     synced=synced,
                 )
-            sent = rows_of(rows, scales)
-            expect(not do_zero_padding or do_expand, "do_zero_padding needs do_expand")
             check_routing(rows, ids, topk_weights, geometry.num_experts)
         except REFUSALS as error:
             if handle is None:

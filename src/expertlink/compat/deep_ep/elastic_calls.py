@@ -19,6 +19,7 @@ from expertlink.compat.deep_ep.normal import (
     bounded,
     combined_by,
     hidden_of,
+    hidden_of_returned,
     refuse_with_handle,
     topk_of,
     with_rows,
@@ -263,7 +264,7 @@ class ElasticCalls:
         bias: object,
     ) -> NoReturn:
         """Raises `error` in place of a combine; `handle` is None for an unknown one."""
-        known, hidden = None if handle is None else handle.known, hidden_of(x)
+        known, hidden = None if handle is None else handle.known, hidden_of_returned(x)
         alone = bias is not None and topk_weights is None
         if (
             alone

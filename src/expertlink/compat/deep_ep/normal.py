@@ -236,7 +236,7 @@ class NormalCalls:
         bias: object,
     ) -> NoReturn:
         """Raises `error` in place of a combine; `known` is None for an unknown handle."""
-        hidden = hidden_of(x)
+        hidden = hidden_of_returned(x)
         if known is not None and topk_weights is not None:  # they travel first
             hidden = self._width(4 * known.routing.topk)
         elif hidden is not None and bias is not None:
@@ -314,14 +314,21 @@ def rows_of(x: Tensor, scales: Tensor | None) -> Tensor:
     return x
 
 
-def hidden_of(x: object, scales: object = None) -> int | None:
-    """H of such rows as communicators have it; None where it cannot be told."""
+def hidden_of(x: object, scales: object) -> int | None:
+    """H of rows of a dispatch as communicators have it; None where it cannot be told."""
     if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_contiguous():
         return None
     row_bytes = x.shape[1] * x.element_size()
     if row_bytes == 0 or row_bytes % ROW_BYTES or (scales is not None and x.element_size() != 1):
         return None
     return row_bytes // 2 if scales is None else row_bytes
+
+
+def hidden_of_returned(x: object) -> int | None:
+    """H of rows of a combine, whatever their dtype; None where it cannot be told."""
+    if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_contiguous():
+        return None
+    return x.shape[1] if x.shape[1] and 2 * x.shape[1] % ROW_BYTES == 0 else None
 
 
 def experts_of(num_tokens_per_expert: object, num_ranks: int) -> int | None:
