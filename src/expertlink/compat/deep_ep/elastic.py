@@ -285,11 +285,12 @@ class ElasticBuffer:
         synced = do_cpu_sync is None or do_cpu_sync
         known: EPHandle | None = None
         try:
+            geometry = None
             if handle is not None:
                 geometry, known = _handle_of(handle).geometry, handle
             sent = rows_of(rows, scales)
             expect(not do_zero_padding or do_expand, "do_zero_padding needs do_expand")
-            if handle is not None:
+            if handle is not None and geometry is not None:
                 expect(topk_idx is None, "topk_idx and handle exclude each other")
                 expect(not do_cpu_sync, "do_cpu_sync and handle exclude each other")
                 for name, value in (
