@@ -742,8 +742,9 @@ class MoECommunicator:
         """Raises `error` in place of a call that the other ranks make. Collective with that call.
 
         For checks of a caller's own. The other ranks learn of it as they do where an argument is
-        refused here: on CPUs in every call, on GPUs in new dispatches, with `check_inputs` in all;
-        they raise PeerError, and the communicator stays usable. In a capture nobody is told.
+        refused here: on CPUs in every call, on GPUs in new dispatches, with `check_inputs` in all.
+        They raise PeerError, and the communicator stays usable; where the host waits for nothing
+        they do so later, and it is lost. In a capture nobody is told.
 
         Args:
             op: the call, "dispatch" or "combine".

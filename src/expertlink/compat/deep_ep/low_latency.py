@@ -18,7 +18,7 @@ from expertlink.communicator import MoECommunicator
 from expertlink.compat.deep_ep.errors import CallError, UnsupportedError, expect
 from expertlink.compat.deep_ep.events import EventOverlap
 from expertlink.compat.deep_ep.handles import TensorTuple, known_of
-from expertlink.compat.deep_ep.pool import Pool
+from expertlink.compat.deep_ep.pool import Pool, refuse_through
 from expertlink.compat.deep_ep.streams import Streams, on
 from expertlink.errors import ExpertlinkError
 from expertlink.types import DispatchHandle, DispatchOutput
@@ -225,7 +225,7 @@ class LowLatencyCalls:
         known = (num_max_tokens, hidden, experts, topk)
         for key, form in reversed(self._forms.items()):
             if all(value in (None, own) for value, own in zip(known, key, strict=False)):
-                form.comm.refuse("dispatch", error)
+                refuse_through(form.comm, "dispatch", error)
         self._pool.refuse_new(error)
 
     def _make_form(self, key: tuple[Any, ...], x: Tensor, topk_ids: Tensor) -> Form:
@@ -315,7 +315,7 @@ class LowLatencyCalls:
             if not self._forms:
                 raise error from None  # no dispatch was made, so nobody combines
             form = next(reversed(self._forms.values()))
-        form.comm.refuse("combine", error)
+        refuse_through(form.comm, "combine", error)
 
     def combine_buffer(self, handle: object) -> Tensor:
         """`[E_loc, R * M, H]` bfloat16 that `zero_copy` combines read."""

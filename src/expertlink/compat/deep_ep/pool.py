@@ -221,7 +221,7 @@ class Pool:
             comm = self._members[recent if recent in fitting else fitting[-1]]
             if comm.config.max_tokens_per_rank >= capacity:
                 try:
-                    comm.refuse(op, error, cached=cached)
+                    refuse_through(comm, op, error, cached=cached)
                 except TooManyTokensError as larger:
                     if comm.config.static_shapes:
                         raise larger from error  # on all ranks; elsewhere they make a larger one
@@ -282,6 +282,20 @@ class Pool:
     ) -> MoECommunicator:
         usual = {"dtype": torch.bfloat16, "device": self.device, "check_inputs": False}
         return self._ranks.communicator({**usual, **fields}, share_with)
+
+
+def refuse_through(
+    comm: MoECommunicator, op: str, error: ExpertlinkError, *, cached: bool = False
+) -> NoReturn:
+    """Raises `error` in place of a communicator's call, and tells the other ranks if that is safe.
+
+    It is not where hosts do not wait for each other: a refusal makes such a communicator unusable,
+    even if all ranks refuse.
+    """
+    config = comm.config
+    if comm.engine_name == "nvlink" and (config.mode == "ll" or config.static_shapes):
+        raise error
+    comm.refuse(op, error, cached=cached)
 
 
 def connect(group: Any) -> Pool:
