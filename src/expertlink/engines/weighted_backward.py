@@ -8,17 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from expertlink.engines.row_types import instances_of
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
 from expertlink.jit.kernel import Field, Struct, architecture, load_kernel
 from expertlink.reduction import PARTS, accumulator_dtype
 
 _WARPS = 8
-_ROW_TYPES = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float",
-    torch.float64: "double",
-}
 ARGUMENTS = Struct(
     "WeightedBackwardArguments",
     (
@@ -35,14 +30,7 @@ PRELUDE = constants({"kParts": PARTS, "kThreads": 32 * _WARPS}) + ARGUMENTS.decl
 
 def instances(dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
     """Kernel instances for rows of `dtype`, by (16 bytes at a time, with sums)."""
-    wide = 16 // dtype.itemsize
-    return {
-        (vector, sums): (
-            f"weighted_backward<{_ROW_TYPES[dtype]}, {wide if vector else 1}, {str(sums).lower()}>"
-        )
-        for vector in (True, False)
-        for sums in (True, False)
-    }
+    return instances_of("weighted_backward", dtype)
 
 
 def compile_instance(instance: str, arch: str) -> CompiledKernel:

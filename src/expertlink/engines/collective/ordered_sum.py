@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MAX_TOPK
+from expertlink.engines.row_types import instances_of
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
 from expertlink.jit.kernel import Field, Struct, architecture, load_kernel
 from expertlink.reduction import accumulator_dtype
@@ -13,12 +14,6 @@ from expertlink.reduction import accumulator_dtype
 MAX_TERMS = MAX_TOPK
 _THREADS = 256
 _BLOCKS_PER_SM = 8
-_ROW_TYPES = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float",
-    torch.float64: "double",
-}
 ARGUMENTS = Struct(
     "OrderedSumArguments",
     (
@@ -36,14 +31,7 @@ PRELUDE = constants({"kMaxTerms": MAX_TERMS, "kThreads": _THREADS}) + ARGUMENTS.
 
 def instances(dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
     """Kernel instances for rows of `dtype`, by (16 bytes at a time, weighted)."""
-    wide = 16 // dtype.itemsize
-    return {
-        (vector, weighted): (
-            f"ordered_sum<{_ROW_TYPES[dtype]}, {wide if vector else 1}, {str(weighted).lower()}>"
-        )
-        for vector in (True, False)
-        for weighted in (True, False)
-    }
+    return instances_of("ordered_sum", dtype)
 
 
 def compile_instance(instance: str, arch: str) -> CompiledKernel:

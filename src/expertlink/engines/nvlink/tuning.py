@@ -133,6 +133,10 @@ LL_PLACE_DEPTH = 3
 LL_PLACE_PART = 6
 """Steps of a part of a row that is placed, at most. Not measured."""
 
+LL_FEW_STEPS = 8
+"""Steps of rows that are short for placing, as those of 4 KB are; twice as many for sums. Other
+bounds were not measured."""
+
 LL_PLACE_SHORT = 4
 """Both of these where rows have at most eight steps, which they divide evenly ("parts of short rows
 that are placed")."""

@@ -43,6 +43,7 @@ struct Slots {
 // Static shared memory of a block with at most kWarps that move rows.
 template <int kWarps>
 struct RingOf {
+    static_assert(kWarps <= 32, "the announcing warp has a lane for every mailbox");
     unsigned long long barriers[kWarps];
     int codes[kWarps][kMailboxDepth][32];  // rank * kMaxTokens + position of announced rows
     unsigned posted[kWarps];               // batches put into the mailbox

@@ -17,7 +17,6 @@ from expertlink.quantization import num_blocks
 SETS = 3  # staging sets that transfers take in turn
 LAST_NUMBER = SETS << 30  # of a transfer; the next one is 1 again
 STEP_BYTES = 512  # of a row that a warp moves at once
-_FEW_STEPS = 8  # of rows of 4 KB
 _FLAG_WORDS = 4  # of each rank: ready, credit, abort and alive
 _ALIGNMENT = 1024
 _SENTINEL_BYTE = 0xFF  # every byte of staging memory that nobody has written
@@ -149,11 +148,11 @@ def constants_of(
     """What a communicator fixes for its kernels; the same on all ranks."""
     steps = -(-RowShape.of(config).row // STEP_BYTES)
     place_depth, place_part = tuning.LL_PLACE_DEPTH, tuning.LL_PLACE_PART
-    if steps <= _FEW_STEPS:
+    if steps <= tuning.LL_FEW_STEPS:
         place_depth = place_part = tuning.LL_PLACE_SHORT
     sum_depth = tuning.LL_SUM_DEPTH
     if config.layout.expanded:
-        short = steps <= 2 * _FEW_STEPS and num_ranks <= 4
+        short = steps <= 2 * tuning.LL_FEW_STEPS and num_ranks <= 4
         short &= not config.mask_lost_peers and not plan.exact
         sum_depth = tuning.LL_SUM_DEPTH_EXPANDED_SHORT if short else tuning.LL_SUM_DEPTH_EXPANDED
     return {
