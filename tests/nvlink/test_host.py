@@ -564,7 +564,7 @@ RANK_MAJOR: dict[str, Any] = {"mode": "ll", "output_layout": "rank_major"}
 @pytest.mark.parametrize(
     ("fields", "left"),
     [
-        (STATIC, (SMS - tuning.HT_SMS, SMS - tuning.HT_SMS)),
+        (STATIC, (SMS - tuning.HT_MOST_SMS, SMS - tuning.HT_MOST_SMS)),
         (RANK_MAJOR, (SMS - tuning.LL_DISPATCH_SMS, SMS - tuning.LL_COMBINE_SMS)),
         (LL, (SMS - tuning.LL_DISPATCH_SMS_TWO_RANKS, SMS - tuning.LL_COMBINE_SMS_TWO_RANKS)),
         ({**STATIC, "num_sms_dispatch": 7, "num_sms_combine": 1}, (SMS - 7, SMS - 1)),

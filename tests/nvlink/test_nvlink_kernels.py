@@ -196,6 +196,25 @@ def test_blocks_of_a_combine_that_send(
     assert (plan.num_senders, plan.launch.grid) == (senders, 24)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "topk", "layout", "sms"),
+    [
+        (2, 8, "flat", 64),
+        (2, 4, "expert_major", 40),
+        (4, 8, "flat", 32),
+        (8, 8, "flat", 24),
+        (2, 8, "token_major", 24),
+        (4, 2, "rank_major", 24),
+        (1, 1, "flat", 64),
+    ],
+)
+def test_sms_of_high_throughput_follow_what_they_move(
+    ranks: int, topk: int, layout: str, sms: int
+) -> None:
+    config = config_of({"topk": topk, "output_layout": layout})
+    assert BlockShape(config, num_ranks=ranks, num_local=8).default_sms == sms
+
+
 def test_short_rows_need_lanes_for_all_choices() -> None:
     shape = BlockShape(config_of({"topk": 32}), num_ranks=4, num_local=64)
     assert shape.dispatch(256).batch == 1

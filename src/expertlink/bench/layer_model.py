@@ -149,6 +149,7 @@ class MoELayer(nn.Module):
             watch.begin("shared")
             gate_up, down = self.shared
             shared_TH = _swiglu(x_TH @ gate_up) @ down
+            shared_TH = watch.backward_begins("shared_backward", shared_TH)
         watch.begin("combine")
         y_TH = watch.backward_begins("combine_backward", calls.combine(rows, handle))
         watch.begin("rest")

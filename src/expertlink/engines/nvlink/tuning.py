@@ -17,8 +17,16 @@ STATIC_BYTES = 10 * 1024
 
 # -- ht -------------------------------------------------------------------------------------------
 
-HT_SMS = 24
-"""SMs of a dispatch or combine that asks for no number. SMs."""
+HT_LEAST_SMS, HT_MOST_SMS, HT_SMS_STEP = 24, 64, 8
+"""SMs of a dispatch or combine that asks for no number: a multiple of the step, from least to most
+("SMs of expanded layouts, ht"). SMs."""
+
+HT_WIRE_GBPS = 318.0
+"""What the wire takes in a direction. SMs."""
+
+HT_PUT_GBPS, HT_READ_GBPS, HT_WRITE_GBPS = 41.0, 116.0, 53.0
+"""What an SM sends, reads once to place it, and writes to placed rows, each alone. Sending: SMs.
+The others: what explains a cached dispatch on 2 ranks and 24 SMs (the same row)."""
 
 HT_MAX_WARPS = 15
 """Warps of a block that move rows; one more announces them ("arrival flags, combine")."""

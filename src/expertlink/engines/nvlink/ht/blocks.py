@@ -49,6 +49,7 @@ class BlockShape:
 
     Attributes:
         most_copies: ranks that a token goes to at most.
+        default_sms: blocks of a call that asks for no number of SMs.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class BlockShape:
         max_warps: int | None = None,
     ) -> None:
         self.most_copies = min(config.topk, num_ranks)
+        self.default_sms = default_sms(config, num_ranks)
         self._metadata = RowShape.of(config).metadata
         self._room = tuning.SHARED_BYTES - tuning.STATIC_BYTES
         self._columns = count_columns(config, num_ranks)
@@ -118,6 +120,24 @@ class BlockShape:
         if self.groups(1) < 1 or self._plan_bytes > self._room:
             return f"{self._columns} ranks and experts exceed the shared memory of a block"
         return None
+
+
+def default_sms(config: MoECommunicatorConfig, num_ranks: int) -> int:
+    """SMs that move rows as fast as the wire takes them, if choices fall on all ranks alike.
+
+    Expanded layouts place a row for every choice, however few of the ranks are behind the wire.
+    """
+    arriving = num_ranks * (1 - (1 - 1 / num_ranks) ** config.topk)
+    sent = arriving * (1 - 1 / num_ranks)
+    if not sent:
+        return tuning.HT_MOST_SMS
+    placed = config.topk if config.layout.expanded else arriving
+    # Of one SM, for a byte of every row.
+    time = sent / tuning.HT_PUT_GBPS + arriving / tuning.HT_READ_GBPS
+    time += placed / tuning.HT_WRITE_GBPS
+    needed = time * tuning.HT_WIRE_GBPS / sent
+    steps = round(needed / tuning.HT_SMS_STEP) * tuning.HT_SMS_STEP
+    return min(tuning.HT_MOST_SMS, max(tuning.HT_LEAST_SMS, steps))
 
 
 def split_blocks(total: int, *, senders: float) -> tuple[int, int]:

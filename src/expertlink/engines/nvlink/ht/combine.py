@@ -51,7 +51,7 @@ class CombinePlanner:
 
     def most_blocks(self, num_sms: int | None) -> int:
         """Blocks of a launch for a caller's number of SMs."""
-        return min(self.num_sms, num_sms or self.config.num_sms_combine or tuning.HT_SMS)
+        return min(self.num_sms, num_sms or self.config.num_sms_combine or self.blocks.default_sms)
 
     def __call__(self, row_bytes: int, num_sms: int | None) -> CombineLaunch:
         """The launch for rows of a size (0: gradients only) and a caller's number of SMs."""

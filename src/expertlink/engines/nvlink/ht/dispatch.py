@@ -87,7 +87,7 @@ class DispatchPlanner:
 
     def most_blocks(self, num_sms: int | None) -> int:
         """Blocks of a launch that sends, at most, for a caller's number of SMs."""
-        return min(self.num_sms, num_sms or self.config.num_sms_dispatch or tuning.HT_SMS)
+        return min(self.num_sms, num_sms or self.config.num_sms_dispatch or self.blocks.default_sms)
 
     def __call__(
         self, row_bytes: int, num_sms: int | None, sends: bool, counts: int
