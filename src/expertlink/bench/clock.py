@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _SPACER_BYTES = 256 << 20
-_SPACER_FILLS = 4
+_SPACER_FILLS = 12
 _HEAD_START_S = 0.002  # until a common start: longer than hosts leave a barrier apart
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
