@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
+from expertlink.domains import Domains
 from expertlink.errors import ConfigurationError, NotPicklableError
 from expertlink.settings import STARTUP_TIMEOUT, TIMEOUT, positive_seconds
 from expertlink.types import BlockFormat, DispatchLayout
@@ -22,8 +24,8 @@ ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MODES = ("ht", "ll")
 COMBINE_PRECISIONS = ("wire", "exact")
 SCALE_ORDERS = ("row_major", "column_major")
-ENGINES = ("auto", "collective", "nvlink")
-NVLINK_ONLY = ("zero_copy", "static_shapes", "mask_lost_peers")  # no other engine has them
+ENGINES = ("auto", "collective", "nvlink", "hybrid")
+NOT_COLLECTIVE = ("zero_copy", "static_shapes", "mask_lost_peers")  # the collective engine has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,16 @@ class MoECommunicatorConfig:
     mode: Literal["ht", "ll"] = "ht"
     """"ht" (high throughput) for training and prefill, "ll" (low latency) for decode. It sets the
     default of `output_layout` and, on the nvlink engine, the kernels."""
-    engine: Literal["auto", "collective", "nvlink"] = "auto"
-    """"auto" picks the fastest engine that can run and logs why. Set "nvlink" to get an error where
-    it cannot run, instead of a slower engine. Set "collective" to compare with torch.distributed.
-    Results are the same bits with either."""
+    engine: Literal["auto", "collective", "nvlink", "hybrid"] = "auto"
+    """"auto" picks the fastest engine that can run and logs why. Set "nvlink" (GPUs of one host) or
+    "hybrid" (hosts of equally many GPUs) to get an error where it cannot run, instead of a slower
+    engine. Set "collective" to compare with torch.distributed. Results are the same bits with any,
+    if `domains` are."""
+    domains: Sequence[int] | None = None
+    """`[R]` the host, or other NVLink domain, of every rank of the group: ranks with equal numbers
+    share one. Combine rounds the sums of each host (`combine_precision="wire"`), so domains decide
+    the last bits of results. None: one domain, except where "hybrid" finds several. Set it to say
+    which GPUs share NVLink, or to get the bits of other hosts."""
     output_layout: (
         DispatchLayout | Literal["flat", "token_major", "rank_major", "expert_major"] | None
     ) = None
@@ -207,7 +215,7 @@ class MoECommunicatorConfig:
                 True,
                 f"False with mode={self.mode!r}; mode='ll' has it",
             )
-        for name in NVLINK_ONLY:
+        for name in NOT_COLLECTIVE:
             if getattr(self, name) and self.engine == "collective":
                 _refuse(name, True, "False with engine='collective'; only the nvlink engine has it")
         if self.zero_copy and self.layout.expanded:
@@ -239,7 +247,17 @@ class MoECommunicatorConfig:
             if device.type not in ("cpu", "cuda"):
                 _refuse("device", self.device, "a cpu or cuda device")
             _put(self, "device", device)
+        self._normalise_domains()
         self._normalise_placement()
+
+    def _normalise_domains(self) -> None:
+        if self.domains is None:
+            return
+        try:
+            labels = tuple(operator.index(label) for label in self.domains)
+            _put(self, "domains", Domains.of(labels).host_of)
+        except (TypeError, ValueError):
+            _refuse("domains", self.domains, "one whole number per rank of the group, or None")
 
     def _normalise_placement(self) -> None:
         if self.expert_map is None:

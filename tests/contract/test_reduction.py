@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,20 +19,39 @@ from support.depth import deep
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def reference(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
+class Sums(NamedTuple):
+    """Arguments of `ordered_sum`."""
+
+    rows: Tensor
+    slots: Tensor
+    weights: Tensor | None
+    hosts: Tensor | None
+
+
+def reference(drawn: Sums) -> Tensor:
     """Term by term, one result at a time."""
+    rows, slots, weights, hosts = drawn
     wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
     out = torch.zeros((slots.shape[0], rows.shape[1]), dtype=wide)
     for m, result in enumerate(slots.tolist()):
+        of_hosts: dict[int, Tensor] = {}
         for c, slot in enumerate(result):
             if slot >= 0:
                 term = rows[slot].to(wide)
-                out[m] = out[m] + (term if weights is None else term * weights[m, c].to(wide))
+                if weights is not None:
+                    term = term * weights[m, c].to(wide)
+                host = 0 if hosts is None else int(hosts[slot])
+                of_hosts[host] = of_hosts.get(host, torch.zeros_like(out[m])) + term
+        if hosts is None:
+            out[m] = of_hosts.get(0, out[m])
+            continue
+        for host in sorted(of_hosts):
+            out[m] = out[m] + of_hosts[host].to(rows.dtype).to(wide)
     return out.to(rows.dtype)
 
 
 @st.composite
-def sums(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
+def sums(draw: st.DrawFn) -> Sums:
     gen = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
     dtype = draw(st.sampled_from(DTYPES))
     results, terms = draw(st.integers(0, 6)), draw(st.integers(1, 9))
@@ -41,12 +62,16 @@ def sums(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
     absent = torch.rand((results, terms), generator=gen) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     slots = torch.randint(0, max(total, 1), (results, terms), generator=gen)
     slots = torch.where(absent | (total == 0), -1, slots)
-    weights = None
-    if draw(st.booleans()):
+    weights = hosts = None
+    kind = draw(st.sampled_from(["plain", "weighted", "by_host"]))
+    if kind == "by_host":
+        most = draw(st.sampled_from([1, 2, 3, 9]))
+        hosts = torch.randint(0, most, (total,), generator=gen, dtype=torch.int32)
+    if kind == "weighted":
         weights = torch.randn((results, terms), generator=gen, dtype=torch.float64)
         weights *= draw(st.sampled_from([1.0, 1e-20]))
         weights = weights.to(torch.float64 if dtype is torch.float64 else torch.float32)
-    return rows.to(dtype), slots, weights
+    return Sums(rows.to(dtype), slots, weights, hosts)
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
@@ -59,18 +84,46 @@ def test_plain_torch_equals_the_definition(chunk_bytes: int, monkeypatch) -> Non
 
     @settings(max_examples=deep(60))
     @given(sums())
-    def check(drawn: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        rows, slots, weights = drawn
-        expected = reference(rows, slots, weights)
+    def check(drawn: Sums) -> None:
+        rows, slots, weights, hosts = drawn
+        expected = reference(drawn)
         out = torch.full_like(expected, float("nan"))
-        ordered_sum(rows, slots, weights, out=out)
+        ordered_sum(rows, slots, weights, hosts_S=hosts, out=out)
         assert same(out, expected), (out, expected)
         if rows.numel():
             out = torch.full_like(expected, float("nan"))
-            reduction._sum_by_columns(rows, slots, weights, out)
+            reduction._sum_by_columns(rows, slots, weights, hosts, out)
             assert same(out, expected), (out, expected)
 
     check()
+
+
+@settings(max_examples=deep(60))
+@given(sums())
+def test_one_host_changes_nothing(drawn: Sums) -> None:
+    rows, slots, _, _ = drawn
+    plain, by_host = (torch.empty((len(slots), rows.shape[1]), dtype=rows.dtype) for _ in range(2))
+    ordered_sum(rows, slots, out=plain)
+    host = torch.full((len(rows),), 5, dtype=torch.int32)
+    ordered_sum(rows, slots, hosts_S=host, out=by_host)
+    assert same(by_host, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_hosts_round_where_a_plain_sum_does_not(dtype: torch.dtype) -> None:
+    """1 + e/2 rounds to 1 on the first host; the e/2 of the other then has nobody to join."""
+    half = torch.finfo(dtype).eps / 2
+    rows = torch.tensor([[1.0], [half], [half]], dtype=dtype)
+    slots = torch.tensor([[0, 1, 2]])
+    plain, by_host = torch.empty((2, 1, 1), dtype=dtype)
+    ordered_sum(rows, slots, out=plain)
+    ordered_sum(rows, slots, hosts_S=torch.tensor([0, 0, 1], dtype=torch.int32), out=by_host)
+    expected = 1.0 if dtype is torch.float32 else 1.0 + 2 * half
+    assert plain.item() == expected
+    assert by_host.item() == 1.0
+    # The same terms, the small ones together: nothing is lost.
+    ordered_sum(rows, slots, hosts_S=torch.tensor([1, 0, 0], dtype=torch.int32), out=by_host)
+    assert by_host.item() == 1.0 + 2 * half
 
 
 def test_rows_that_no_slot_names_are_not_read() -> None:
@@ -87,41 +140,57 @@ def test_rows_that_no_slot_names_are_not_read() -> None:
 @pytest.mark.gpu
 def test_kernel_equals_the_definition() -> None:
     device = torch.device("cuda", 0)
-    kernels = {dtype: OrderedSum(device, dtype=dtype) for dtype in DTYPES}
+    kernels = {dtype: OrderedSum(device, dtype=dtype, by_host=True) for dtype in DTYPES}
 
     @settings(max_examples=deep(150))
     @given(sums(), st.booleans())
-    def check(drawn: tuple[Tensor, Tensor, Tensor | None], odd: bool) -> None:
-        rows, slots, weights = drawn
-        expected = reference(rows, slots, weights)
+    def check(drawn: Sums, odd: bool) -> None:
+        rows, slots, weights, hosts = drawn
+        expected = reference(drawn)
         # An odd start address forbids 16-byte accesses.
         padded = torch.full((rows.numel() + 1,), float("nan"), dtype=rows.dtype, device=device)
         placed = padded[1:] if odd else padded[:-1]
         placed = placed.view(rows.shape).copy_(rows)
         out = torch.full(expected.shape, float("nan"), dtype=rows.dtype, device=device)
         moved = None if weights is None else weights.to(device)
-        ordered_sum(placed, slots.to(device), moved, out=out, kernel=kernels[rows.dtype])
+        of = None if hosts is None else hosts.to(device)
+        slots = slots.to(device)
+        ordered_sum(placed, slots, moved, hosts_S=of, out=out, kernel=kernels[rows.dtype])
         assert same(out, expected), (out, expected)
         if rows.numel() and expected.numel():
-            ordered_sum(placed, slots.to(device), moved, out=out.fill_(float("nan")))
+            ordered_sum(placed, slots, moved, hosts_S=of, out=out.fill_(float("nan")))
             assert same(out, expected), "plain torch on the GPU"
 
     check()
 
 
 @pytest.mark.gpu
-def test_kernel_on_many_rows() -> None:
+@pytest.mark.parametrize("by_host", [False, True])
+def test_kernel_on_many_rows(by_host: bool) -> None:
     """More results than blocks, and a shape as a model has it."""
     gen = torch.Generator().manual_seed(0)
-    rows = torch.randn((5000, 7168), generator=gen).bfloat16()
-    slots = torch.randint(-3, 5000, (3000, 8), generator=gen).clamp(min=-1)
-    weights = torch.rand((3000, 8), generator=gen)
-    out = torch.empty((3000, 7168), dtype=torch.bfloat16)
-    ordered_sum(rows, slots, weights, out=out)
     device = torch.device("cuda", 0)
-    kernel = OrderedSum(device, dtype=torch.bfloat16)
+    rows = torch.randn((5000, 7168), generator=gen).bfloat16()
+    slots = torch.randint(-3, 5000, (3000, 32 if by_host else 8), generator=gen).clamp(min=-1)
+    weights = hosts = moved_weights = moved_hosts = None
+    if by_host:
+        hosts = torch.randint(0, 9, (5000,), generator=gen, dtype=torch.int32)
+        moved_hosts = hosts.to(device)
+    else:
+        weights = torch.rand((3000, 8), generator=gen)
+        moved_weights = weights.to(device)
+    out = torch.empty((3000, 7168), dtype=torch.bfloat16)
+    ordered_sum(rows, slots, weights, hosts_S=hosts, out=out)
+    kernel = OrderedSum(device, dtype=torch.bfloat16, by_host=True)
     moved = torch.empty_like(out, device=device)
-    ordered_sum(rows.to(device), slots.to(device), weights.to(device), out=moved, kernel=kernel)
+    ordered_sum(
+        rows.to(device),
+        slots.to(device),
+        moved_weights,
+        hosts_S=moved_hosts,
+        out=moved,
+        kernel=kernel,
+    )
     assert same(moved, out)
 
 

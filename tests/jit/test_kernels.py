@@ -80,4 +80,4 @@ def test_resources(name: str, instance: str, arch: str) -> None:
 def test_missing_compiler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "unavailable_reason", lambda: "cuda.core is not installed")
     with pytest.raises(EngineUnavailableError, match="cuda.core is not installed"):
-        ordered_sum.compile_instance("ordered_sum<float, 1, false>", "sm_80")
+        ordered_sum.compile_instance("ordered_sum<float, 1, kPlain>", "sm_80")

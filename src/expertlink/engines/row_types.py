@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 
+Key = TypeVar("Key")
 _ROW_TYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -12,13 +16,19 @@ _ROW_TYPES = {
 }
 
 
-def instances_of(kernel: str, dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
-    """Instances of a kernel for rows of `dtype`, by (16 bytes at a time, its own switch)."""
+def instances_of(
+    kernel: str, dtype: torch.dtype, switches: Mapping[Key, str]
+) -> dict[tuple[bool, Key], str]:
+    """Instances of a kernel for rows of `dtype`, by (16 bytes at a time, its own switch).
+
+    Args:
+        kernel: its name.
+        dtype: of the rows.
+        switches: what stands for each position of the switch in the device code.
+    """
     wide = 16 // dtype.itemsize
     return {
-        (vector, switch): (
-            f"{kernel}<{_ROW_TYPES[dtype]}, {wide if vector else 1}, {str(switch).lower()}>"
-        )
+        (vector, key): f"{kernel}<{_ROW_TYPES[dtype]}, {wide if vector else 1}, {switch}>"
         for vector in (True, False)
-        for switch in (True, False)
+        for key, switch in switches.items()
     }

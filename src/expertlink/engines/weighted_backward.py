@@ -30,7 +30,7 @@ PRELUDE = constants({"kParts": PARTS, "kThreads": 32 * _WARPS}) + ARGUMENTS.decl
 
 def instances(dtype: torch.dtype) -> dict[tuple[bool, bool], str]:
     """Kernel instances for rows of `dtype`, by (16 bytes at a time, with sums)."""
-    return instances_of("weighted_backward", dtype)
+    return instances_of("weighted_backward", dtype, {True: "true", False: "false"})
 
 
 def compile_instance(instance: str, arch: str) -> CompiledKernel:

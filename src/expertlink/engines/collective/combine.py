@@ -8,6 +8,8 @@
 With `combine_precision="wire"` a rank sends one partial sum per arrival, in order of arrival. With
 "exact" it sends every row as it is, ordered by (arrival, choice), and its weight as metadata.
 Weights that a combine is given at the tokens' ranks travel ahead of "wire" sums; "exact" ones stay.
+
+Hosts change what is rounded, not what travels: the sums of each host are made at the token's rank.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from expertlink import layouts, routing
 from expertlink.config import MoECommunicatorConfig
+from expertlink.domains import Domains
 from expertlink.engines.base import CombineCall, Combined
 from expertlink.engines.collective.exchange import Splits, exchange_rows
 from expertlink.engines.collective.route import Route, finished
@@ -43,6 +46,7 @@ class Outgoing:
         borrowed: their memory is the workspace's.
         weights: `[m, 1]` weights that travel with them, or None.
         splits: rows exchanged with each rank.
+        hosts: int32 host of every row that will come back, or None: all from one.
         terms_TC: `[T, C]` for every token of this rank the rows that will come back for it, as
             positions among all that do, in the order in which they are added; -1: none.
     """
@@ -51,6 +55,7 @@ class Outgoing:
     borrowed: bool
     weights: Tensor | None
     splits: Splits
+    hosts: Tensor | None
     terms_TC: Tensor
 
 
@@ -77,6 +82,7 @@ class Returns:
     Args:
         config: the communicator's.
         wire: the ranks' connection.
+        domains: hosts of the ranks.
         workspace: where memory is borrowed.
         kernel: adds up on a GPU, where it could be compiled.
         tally: counts calls.
@@ -88,6 +94,7 @@ class Returns:
         config: MoECommunicatorConfig,
         *,
         wire: Wire,
+        domains: Domains,
         workspace: Workspace,
         kernel: SumKernel | None,
         tally: Tally,
@@ -96,6 +103,9 @@ class Returns:
         self._config, self._wire, self._workspace = config, wire, workspace
         self._kernel, self._tally, self._agrees = kernel, tally, agrees
         self._exact = config.combine_precision == "exact"
+        self._host_of_R: Tensor | None = None
+        if domains.num_hosts > 1 and not self._exact:
+            self._host_of_R = torch.tensor(domains.host_of, dtype=torch.int32, device=wire.device)
 
     def combine(self, call: CombineCall) -> Combined:
         """Waits until all ranks have agreed, and sends. Collective."""
@@ -166,9 +176,10 @@ class Returns:
         """One row per arrival, in the wire type."""
         assert route.plan is not None
         splits, terms_TC = route.splits.reversed(), route.rows_of_token
+        hosts = self._hosts_of_rows(route)
         if self._config.layout is DispatchLayout.TOKEN_MAJOR:
             # The caller's rows are the partial sums, in order of arrival.
-            return Outgoing(call.rows, False, None, splits, terms_TC)
+            return Outgoing(call.rows, False, None, splits, hosts, terms_TC)
         shape = (sum(splits.send), call.rows.shape[-1])
         sums_NH = self._workspace.take(shape, call.rows.dtype)
         if not self._config.layout.expanded:
@@ -182,7 +193,15 @@ class Returns:
                 workspace=self._workspace,
                 kernel=self._kernel,
             )
-        return Outgoing(sums_NH, True, None, splits, terms_TC)
+        return Outgoing(sums_NH, True, None, splits, hosts, terms_TC)
+
+    def _hosts_of_rows(self, route: Route) -> Tensor | None:
+        """`[n]` int32 host of every row that comes back, in their order; None: all of one."""
+        if self._host_of_R is None:
+            return None
+        return self._host_of_R.repeat_interleave(
+            route.rows_per_rank, output_size=sum(route.splits.send)
+        )
 
     def _single_rows(self, call: CombineCall, route: Route) -> Outgoing:
         """One row per (arrival, choice), untouched."""
@@ -203,6 +222,7 @@ class Returns:
             borrowed=True,
             weights=weights,
             splits=splits,
+            hosts=None,  # single rows are rounded once, whatever hosts they come from
             terms_TC=routing.order_of_choices(route.row_of_choice),
         )
 
@@ -253,6 +273,7 @@ class Returns:
             outgoing.terms_TC,
             weights_TC,
             out=call.out_TH,
+            hosts_S=outgoing.hosts,
             workspace=self._workspace,
             kernel=self._kernel,
         )

@@ -136,6 +136,7 @@ class Dispatcher:
             maker=self._wire.number,
             num_tokens=call.x_TW.shape[0],
             splits=counts.splits,
+            rows_per_rank=sending.rows_per_rank,
             token_of_row=packed.token_of_row,
             rows_of_token=paths.rows_of_token,
             row_of_choice=paths.row_of_choice,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from expertlink import layouts
 from expertlink.config import MoECommunicatorConfig
+from expertlink.domains import Domains
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.collective.combine import Returns
 from expertlink.engines.collective.dispatch import Dispatcher
@@ -58,6 +59,7 @@ class CollectiveEngine:
         check_inputs: bool,
     ) -> None:
         self._config, self._wire = config, wire
+        domains = Domains.of(config.domains or (0,) * wire.num_ranks)
         self._num_local = len(placement.experts_of_rank[wire.rank])
         # gloo ends the process when sizes do not match, so there the ranks agree on every call.
         self._agrees = check_inputs or (wire.device.type == "cpu" and wire.num_ranks > 1)
@@ -73,7 +75,9 @@ class CollectiveEngine:
                 "num_sms_dispatch and num_sms_combine have no effect with the collective engine: "
                 "torch.distributed chooses its SMs"
             )
-        sender, sum_kernel, self.backward_kernel = _kernels(config, wire=wire, placement=placement)
+        sender, sum_kernel, self.backward_kernel = _kernels(
+            config, wire=wire, placement=placement, by_host=domains.num_hosts > 1
+        )
         self._dispatcher = Dispatcher(
             config,
             wire=wire,
@@ -87,6 +91,7 @@ class CollectiveEngine:
         self._returns = Returns(
             config,
             wire=wire,
+            domains=domains,
             workspace=self._workspace,
             kernel=sum_kernel,
             tally=self._tally,
@@ -241,7 +246,7 @@ class CollectiveEngine:
 
 
 def _kernels(
-    config: MoECommunicatorConfig, *, wire: Wire, placement: Placement
+    config: MoECommunicatorConfig, *, wire: Wire, placement: Placement, by_host: bool
 ) -> tuple[Sender | None, SumKernel | None, BackwardKernel | None]:
     """GPUs: kernels in place of long chains of small operations, where they can be compiled."""
     if wire.device.type != "cuda":
@@ -252,4 +257,4 @@ def _kernels(
         return None, None, None
     sender = KernelSender(wire.device, placement) if wire.num_ranks <= MAX_RANKS else None
     backward = WeightedBackward(wire.device, dtype=config.dtype) if config.layout.expanded else None
-    return sender, OrderedSum(wire.device, dtype=config.dtype), backward
+    return sender, OrderedSum(wire.device, dtype=config.dtype, by_host=by_host), backward

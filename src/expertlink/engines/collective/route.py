@@ -25,6 +25,7 @@ class Route:
         maker: number of the communicator of that dispatch, likewise.
         num_tokens: T.
         splits: rows exchanged with each rank.
+        rows_per_rank: `[R]` rows for each rank, on the device.
         token_of_row: `[n]` source token of every row sent.
         rows_of_token: `[T, D]` see `routing.ReturnPaths`.
         row_of_choice: `[T, K]` see `routing.ReturnPaths`.
@@ -40,6 +41,7 @@ class Route:
     maker: int
     num_tokens: int
     splits: Splits
+    rows_per_rank: Tensor
     token_of_row: Tensor
     rows_of_token: Tensor
     row_of_choice: Tensor

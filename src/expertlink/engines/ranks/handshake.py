@@ -34,6 +34,7 @@ _COMMON_FIELDS = (
     "combine_precision",
     "scale_order",
     "source_tokens",
+    "domains",
 )
 
 
