@@ -69,6 +69,7 @@ def test_side_streams_see_every_tensor() -> None:
         maker=1,
         num_tokens=1,
         splits=Splits([1], [1]),
+        rows_per_rank=marked(),
         token_of_row=marked(),
         rows_of_token=marked(),
         row_of_choice=marked(),
@@ -78,4 +79,4 @@ def test_side_streams_see_every_tensor() -> None:
         plan=plan,
     )
     call = CombineCall(rows=marked(), state=route, weighted=True, out_TH=marked())
-    assert len(list(tensors_in(call))) == 7
+    assert len(list(tensors_in(call))) == 8

@@ -16,7 +16,8 @@ BAD_CONFIG = {
     "topk": (33, "topk=33 .* at most 32"),
     "max_tokens_per_rank": (True, "max_tokens_per_rank=True"),
     "mode": ("fast", "mode='fast' .* ht, ll"),
-    "engine": ("mpi", "engine='mpi' .* auto, collective, nvlink"),
+    "engine": ("mpi", "engine='mpi' .* auto, collective, nvlink, hybrid"),
+    "domains": (["a", "b"], r"domains=\['a', 'b'\] .* one whole number per rank"),
     "output_layout": ("rows", "output_layout='rows' .* flat, token_major"),
     "dtype": (torch.int32, "dtype=torch.int32 .* torch.bfloat16"),
     "quantization": ("int4", "quantization='int4' .* e4m3_float32"),
@@ -59,6 +60,22 @@ def test_configuration_names_field_value_and_remedy(field: str) -> None:
 def test_fields_that_exclude_each_other(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make(**fields)
+
+
+@pytest.mark.parametrize("domains", [[], [0.5], 3])
+def test_domains_that_are_no_numbers_of_ranks(domains: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"domains=.* one whole number per rank"):
+        make(domains=domains)
+
+
+def test_domains_of_another_group() -> None:
+    with pytest.raises(ConfigurationError, match="domains has 3 entries; .* which has 1"):
+        make(domains=[0, 0, 1])
+
+
+def test_domains_are_numbered_by_their_lowest_rank() -> None:
+    with make(domains=torch.tensor([5])) as comm:
+        assert comm.config.domains == (0,)
 
 
 @pytest.mark.parametrize(

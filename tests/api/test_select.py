@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +17,13 @@ from expertlink import (
     MoECommunicator,
     MoECommunicatorConfig,
 )
+from expertlink.domains import Domains
+from expertlink.engines import select
 from expertlink.engines.nvlink import build
 from expertlink.engines.nvlink.ll.mode import LlMode
-from expertlink.engines.ranks.handshake import resolve_device
-from expertlink.engines.ranks.wire import Wire
-from expertlink.engines.select import choose_engine
+from expertlink.engines.ranks.handshake import cannot_move, resolve_device
+from expertlink.engines.ranks.wire import Peer, Wire
+from expertlink.engines.select import EngineChoice, choose_engine
 from expertlink.routing import Placement, even_blocks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -161,6 +165,183 @@ def test_what_the_collective_engine_does_not_have_is_refused(field: str) -> None
         )
 
 
+# -- several hosts -------------------------------------------------------------------------------
+
+
+class Group:
+    """A process group with backends by device type, as torch's own answers."""
+
+    def __init__(self, ranks: int, **backends: str) -> None:
+        self._ranks, self._backends = ranks, backends
+
+    def size(self) -> int:
+        return self._ranks
+
+    def rank(self) -> int:
+        return 0
+
+    def get_group_store(self) -> object:
+        return object()
+
+    def name(self) -> str:
+        return "undefined"
+
+    def _get_backend(self, device: torch.device) -> SimpleNamespace:
+        if device.type not in self._backends:
+            raise RuntimeError(f"No backend type associated with device type {device.type}")
+        return SimpleNamespace(name=lambda: self._backends[device.type])
+
+
+NCCL = Group(4, cpu="gloo", cuda="nccl")
+TWO_HOSTS = [0, 0, 1, 1]
+NO_NVLINK = "domains has 2 hosts, it moves rows inside one"
+
+
+class Texts(Wire):
+    """A wire to ranks of which each says what this one says, or what is put in their mouths."""
+
+    def __init__(self, *, hosts: Sequence[str], others: Sequence[str] = ()) -> None:
+        super().__init__(None, device=CPU, timeout_s=1.0)
+        self.device, self.group, self.num_ranks = CUDA, NCCL, len(hosts)
+        self.peers = [Peer(host, pid) for pid, host in enumerate(hosts)]
+        self.others = others
+
+    def gather_text(self, text: str) -> list[str]:
+        return [text, *self.others]
+
+
+def build_with(
+    config: MoECommunicatorConfig, wire: Wire, choice: EngineChoice | None = None
+) -> tuple[EngineChoice, Any]:
+    """`build_engine` after `choose_engine`."""
+    if choice is None:
+        choice = choose_engine(config, device=CUDA, group=NCCL)
+    placement = Placement.from_ranks(even_blocks(8, 4), num_ranks=4, device=CPU)
+    return select.build_engine(choice, config, wire=wire, placement=placement, check_inputs=False)
+
+
+@pytest.fixture
+def hybrid(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[Domains]:
+    """There is a hybrid engine; the hosts of all that are built. Others are built as names."""
+    built: list[Domains] = []
+
+    def build_hybrid(config: object, *, domains: Domains, **_: object) -> Any:
+        built.append(domains)
+        return "hybrid"
+
+    def no_nvlink(*_: object, **__: object) -> None:
+        raise EngineUnavailableError("the ranks are on several hosts")
+
+    monkeypatch.setattr(select, "build_hybrid", build_hybrid)
+    monkeypatch.setattr(select.build, "build", no_nvlink)
+    monkeypatch.setattr(select, "CollectiveEngine", lambda *_, **__: "collective")
+    return built
+
+
+def test_several_hosts_get_the_hybrid_engine(hybrid: list[Domains]) -> None:
+    choice, engine = build_with(config_with(domains=TWO_HOSTS), Texts(hosts="xxxx"))
+    assert (choice.name, engine) == ("hybrid", "hybrid")
+    assert choice.reason == "the GPUs are in several NVLink domains"
+    asked = config_with(domains=[3, 1, 3, 1], engine="hybrid")
+    choice, engine = build_with(asked, Texts(hosts="xxxx"))
+    assert (choice.name, engine) == ("hybrid", "hybrid")
+    assert choice.reason == "engine='hybrid' was asked for"
+    assert hybrid == [Domains((0, 0, 1, 1)), Domains((0, 1, 0, 1))]
+
+
+@pytest.mark.parametrize("engine", ["auto", "hybrid"])
+def test_hosts_are_found_where_none_are_configured(hybrid: list[Domains], engine: str) -> None:
+    choice, built = build_with(config_with(engine=engine), Texts(hosts=["b", "a", "b", "a"]))
+    assert (choice.name, built) == ("hybrid", "hybrid")
+    assert hybrid == [Domains((0, 1, 0, 1))]
+
+
+def test_one_host_needs_no_hybrid_engine(hybrid: list[Domains]) -> None:
+    one = [0, 0, 0, 0]
+    assert choose_engine(config_with(domains=one), device=CUDA, group=NCCL).name == "nvlink"
+    choice, built = build_with(config_with(), Texts(hosts="xxxx"))
+    assert (choice.name, built) == ("collective", "collective")
+    assert choice.reason == "the nvlink engine cannot be used: the ranks are on several hosts"
+    asked = config_with(engine="hybrid")
+    with pytest.raises(EngineUnavailableError, match="all ranks are on one host, it connects"):
+        choose_engine(config_with(engine="hybrid", domains=one), device=CUDA, group=NCCL)
+    with pytest.raises(EngineUnavailableError, match="all ranks are on one host, it connects"):
+        build_with(asked, Texts(hosts="xxxx"))
+    assert not hybrid
+
+
+def test_what_hinders_one_rank_hinders_all_hosts(hybrid: list[Domains]) -> None:
+    wire = Texts(hosts="aabb", others=["a test"])
+    choice, built = build_with(config_with(domains=TWO_HOSTS), wire)
+    assert (choice.name, choice.reason, built) == ("collective", "a test", "collective")
+    with pytest.raises(EngineUnavailableError, match="engine='hybrid' cannot be used: a test"):
+        build_with(config_with(domains=TWO_HOSTS, engine="hybrid"), wire)
+    assert not hybrid
+
+
+@pytest.mark.parametrize(
+    ("fields", "group", "sentence"),
+    [
+        ({"dtype": torch.float32}, NCCL, "rows are torch.float32, it adds up"),
+        ({"combine_precision": "exact"}, NCCL, "it has combine_precision='wire' only"),
+        (
+            {"zero_copy": True, "output_layout": "token_major"},
+            NCCL,
+            "it does not have zero_copy",
+        ),
+        ({"mask_lost_peers": True, "mode": "ll"}, NCCL, "it does not have mask_lost_peers"),
+        ({"domains": [0, 1, 1, 1]}, NCCL, "the hosts have 1, 3 ranks, it needs equally many"),
+        ({}, Group(4, cpu="gloo", cuda="ucc"), "backend for cuda tensors is ucc, it needs"),
+        ({}, Group(4, cpu="gloo"), "backend for cuda tensors is none, it needs nccl"),
+    ],
+)
+def test_what_the_hybrid_engine_cannot_serve(
+    hybrid: list[Domains], fields: dict[str, Any], group: Group, sentence: str
+) -> None:
+    asked = config_with(**{"domains": TWO_HOSTS, **fields, "engine": "hybrid"})
+    with pytest.raises(EngineUnavailableError, match=f"'hybrid' cannot be used: .*{sentence}"):
+        choose_engine(asked, device=CUDA, group=group)
+    auto = dataclasses.replace(asked, engine="auto")
+    if asked.zero_copy or asked.mask_lost_peers or cannot_move(group, CUDA):
+        with pytest.raises(EngineUnavailableError) as info:
+            choose_engine(auto, device=CUDA, group=group)
+        reason = str(info.value)
+    else:
+        choice = choose_engine(auto, device=CUDA, group=group)
+        assert choice.name == "collective"
+        reason = choice.reason
+    assert f"the nvlink engine cannot be used: {NO_NVLINK}; the hybrid engine" in reason
+    assert sentence in reason
+
+
+def test_nvlink_stays_inside_a_host(hopper: None) -> None:
+    with pytest.raises(EngineUnavailableError, match=f"'nvlink' cannot be used: {NO_NVLINK}"):
+        choose_engine(config_with(engine="nvlink", domains=TWO_HOSTS), device=CUDA, group=NCCL)
+
+
+def test_a_version_without_the_hybrid_engine(hopper: None, monkeypatch) -> None:
+    """Several hosts are served, one by one, and those who ask for more are told."""
+    monkeypatch.setattr(select, "build_hybrid", None)
+    missing = "this version of expertlink does not have it yet"
+    with pytest.raises(EngineUnavailableError, match=f"engine='hybrid' cannot be used: {missing}"):
+        choose_engine(config_with(engine="hybrid"), device=CUDA, group=NCCL)
+    choice = choose_engine(config_with(domains=TWO_HOSTS), device=CUDA, group=NCCL)
+    assert choice.name == "collective"
+    assert choice.reason == (
+        f"the nvlink engine cannot be used: {NO_NVLINK}; "
+        f"the hybrid engine cannot be used: {missing}"
+    )
+    static = config_with(domains=TWO_HOSTS, static_shapes=True)
+    with pytest.raises(EngineUnavailableError, match=f"static_shapes=True.*{NO_NVLINK}.*{missing}"):
+        choose_engine(static, device=CUDA, group=NCCL)
+
+
+def test_several_hosts_of_cpus() -> None:
+    choice = choose_engine(config_with(domains=TWO_HOSTS), device=CPU, group=Group(4, cpu="gloo"))
+    assert choice.name == "collective"
+    assert f"{NO_NVLINK}; the hybrid engine cannot be used: {ON_CPU}" in choice.reason
+
+
 # -- kernels of mode="ll" -------------------------------------------------------------------------
 
 LATENCY = {"mode": "ll", "engine": "nvlink"}
@@ -195,30 +376,6 @@ def test_masks_need_low_latency_kernels() -> None:
 # -- process groups -------------------------------------------------------------------------------
 
 
-class Group:
-    """A process group of two ranks with backends by device type, as torch's own answers."""
-
-    def __init__(self, **backends: str) -> None:
-        self._backends = backends
-
-    def size(self) -> int:
-        return 2
-
-    def rank(self) -> int:
-        return 0
-
-    def get_group_store(self) -> object:
-        return object()
-
-    def name(self) -> str:
-        return "undefined"
-
-    def _get_backend(self, device: torch.device) -> SimpleNamespace:
-        if device.type not in self._backends:
-            raise RuntimeError(f"No backend type associated with device type {device.type}")
-        return SimpleNamespace(name=lambda: self._backends[device.type])
-
-
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -237,7 +394,7 @@ def test_groups_that_cannot_move_rows(
     one_gpu: None, monkeypatch: pytest.MonkeyPatch, backends: dict[str, str], reason: str
 ) -> None:
     """They carry words of the nvlink engine, which moves rows itself, and no other engine."""
-    group = Group(**backends)
+    group = Group(2, **backends)
     assert resolve_device("cuda", group) == CUDA
     with pytest.raises(ConfigurationError, match=f"device='cuda:0' .*{reason}"):
         choose_engine(config_with(engine="collective"), device=CUDA, group=group)
@@ -250,12 +407,12 @@ def test_groups_that_cannot_move_rows(
 
 def test_groups_without_a_backend_for_the_host(one_gpu: None) -> None:
     with pytest.raises(ConfigurationError, match="device='cpu' .*no backend for cpu tensors"):
-        resolve_device("cpu", Group(cuda="nccl"))
+        resolve_device("cpu", Group(2, cuda="nccl"))
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_groups_that_can(one_gpu: None, device: torch.device) -> None:
-    group = Group(cpu="gloo", cuda="nccl")
+    group = Group(2, cpu="gloo", cuda="nccl")
     assert resolve_device(device, group) == device
     assert choose_engine(config_with(engine="collective"), device=device, group=group)
 
@@ -272,5 +429,5 @@ def test_groups_that_can(one_gpu: None, device: torch.device) -> None:
 def test_where_words_are_exchanged(
     device: torch.device, backends: dict[str, str], words: torch.device
 ) -> None:
-    wire = Wire(Group(**backends), device=device, timeout_s=1.0)
+    wire = Wire(Group(2, **backends), device=device, timeout_s=1.0)
     assert wire.words_device == words

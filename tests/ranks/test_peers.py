@@ -111,6 +111,7 @@ def test_weights_on_some_ranks_only_are_refused(rank_pools) -> None:
         ({"check_inputs": False}, "check_inputs: True on ranks 0, 2, False on rank 1"),
         ({"combine_precision": "exact"}, "combine_precision: wire on ranks 0, 2, exact on rank 1"),
         ({"scale_order": "column_major"}, "scale_order: row_major on ranks 0, 2, column_major on"),
+        ({"domains": [4, 4, 2]}, "domains: None on ranks 0, 2, [0, 0, 1] on rank 1"),
     ],
 )
 def test_a_disagreement_names_the_field_and_the_ranks(

@@ -50,6 +50,7 @@ def config_of(case: Case, device: Any, **fields: Any) -> MoECommunicatorConfig:
         "output_layout": case.layout,
         "expert_alignment": case.alignment,
         "combine_precision": case.precision,
+        "domains": case.domains,
         "device": device,
         "timeout_s": 30.0,
         "startup_timeout_s": 60.0,

@@ -39,6 +39,7 @@ class Case:
         content: "random" numbers; "ones": rows of set bits, whole or in part; "extreme": numbers at
             the edges of what quantization takes.
         without: a rank that is lost: choices of its experts become -1.
+        domains: host of every rank; None: they share one.
     """
 
     tokens: tuple[int, ...]
@@ -60,6 +61,7 @@ class Case:
     precision: str = "wire"
     content: str = "random"
     without: int | None = None
+    domains: tuple[int, ...] | None = None
 
     @property
     def ranks(self) -> int:
@@ -383,17 +385,37 @@ def combined_of(
         return _combined_exactly(case, rank, round_, weighting, missing)
     wide = torch.float64 if case.dtype is torch.float64 else torch.float32
     result = torch.zeros((case.tokens[rank], case.hidden), dtype=wide)
-    for dest in range(case.ranks):
-        if dest == missing:
-            continue
-        partial: dict[int, Tensor] = {}
-        copies = [c for c in expected_of(case, dest).copies if c.source == rank]
-        for copy in sorted(copies, key=lambda c: (c.token, c.choice)):
-            start = partial.get(copy.token, torch.zeros(case.hidden, dtype=wide))
-            partial[copy.token] = start + _term(case, dest, copy, round_, weighting)
-        for token, value in partial.items():
-            result[token] = result[token] + value.to(case.dtype).to(wide)
+    if case.domains is None:
+        for dest in range(case.ranks):
+            if dest != missing:
+                _add_partials(result, case, rank, dest, round_, weighting)
+        return result.to(case.dtype)
+    lowest = {host: case.domains.index(host) for host in case.domains}
+    for host in sorted(lowest, key=lambda host: lowest[host]):
+        of_host = torch.zeros_like(result)
+        for dest in range(case.ranks):
+            if dest != missing and case.domains[dest] == host:
+                _add_partials(of_host, case, rank, dest, round_, weighting)
+        result = result + of_host.to(case.dtype).to(wide)
     return result.to(case.dtype)
+
+
+def _add_partials(
+    sums: Tensor,
+    case: Case,
+    rank: int,
+    dest: int,
+    round_: int,
+    weighting: tuple[bool, int | None],
+) -> None:
+    """Adds what `dest` sums up of each token of `rank`, rounded to the wire type, in place."""
+    partial: dict[int, Tensor] = {}
+    copies = [c for c in expected_of(case, dest).copies if c.source == rank]
+    for copy in sorted(copies, key=lambda c: (c.token, c.choice)):
+        start = partial.get(copy.token, torch.zeros(case.hidden, dtype=sums.dtype))
+        partial[copy.token] = start + _term(case, dest, copy, round_, weighting)
+    for token, value in partial.items():
+        sums[token] = sums[token] + value.to(case.dtype).to(sums.dtype)
 
 
 def _combined_exactly(
@@ -505,6 +527,11 @@ def token_grads(case: Case, rank: int) -> Tensor:
     gen = torch.Generator().manual_seed(case.seed * 1000 + 300 + rank)
     grads = torch.randn((case.tokens[rank], case.hidden), generator=gen, dtype=torch.float64)
     return grads.to(case.dtype)
+
+
+def input_grads(case: Case, rank: int) -> Tensor:
+    """Gradients of a dispatch's input where `expert_rows` are those of what it delivered."""
+    return combined_of(dataclasses.replace(case, weighted=False), rank)
 
 
 @kept

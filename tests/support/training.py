@@ -214,6 +214,18 @@ def backward_bits_on(comm: MoECommunicator, case: Case) -> None:
             weights_TK.grad = None
 
 
+def dispatch_backward_bits(ctx: RankContext, cases: Sequence[Case], **fields: Any) -> None:
+    """Backward of dispatch, bit for bit: a combine of the rows' gradients without weights."""
+    for case in cases:
+        with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+            own = inputs_of(case, comm.rank)
+            x_TH = own.x_TH.to(comm.device).requires_grad_()
+            out, handle = comm.dispatch(x_TH, own.ids_TK.to(comm.device))
+            out.tokens.backward(rows_for(case, comm.rank, handle))
+            assert x_TH.grad is not None
+            same_bits(x_TH.grad, oracle.input_grads(case, comm.rank), "gradients of the input")
+
+
 def repeated_backward(ctx: RankContext, case: Case) -> Any:
     """Backward twice through one graph, and frozen parts: gradients only where asked for."""
     own = inputs_of(case, ctx.rank)
