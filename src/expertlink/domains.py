@@ -53,7 +53,7 @@ class Domains:
 
     @property
     def num_hosts(self) -> int:
-        """N."""
+        """N, the number of hosts."""
         return len(self._ranks)
 
     @property

@@ -38,6 +38,8 @@ def cases_for(ranks: int, layout: DispatchLayout) -> list[Case]:
         Case((0,) * ranks, 16, experts=8, topk=2, layout=layout, seed=8),
         Case(tokens, 16, experts=8, topk=2, layout=layout, masked=1.0, seed=9),
     ]
+    domains = tuple(rank % 2 for rank in range(ranks))  # hosts of ranks that are no neighbours
+    cases.append(Case(tokens, 264, 64, topk=8, layout=layout, domains=domains, seed=12))
     if layout is DispatchLayout.FLAT:
         cases.append(Case(tokens, 16, experts=9, topk=3, layout=layout, alignment=16, seed=10))
     return cases

@@ -13,7 +13,7 @@ from test_contract import cases
 from expertlink import DispatchLayout
 from support import training
 from support.depth import deep
-from support.jobs import contract
+from support.jobs import contract, rounding_of_the_combiner
 from support.oracle import Case, combined_of, input_grads
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda layout: layout.value)
@@ -80,3 +80,4 @@ def test_hosts_change_bits_of_sums_per_rank_only(rank_pools, precision: str) -> 
         for other in results[:index]:
             assert torch.equal(one, other) == (precision == "exact")
     assert rank_pools(4).run(contract, drawn, timeout_s=60) == [len(drawn)] * 4
+    rank_pools(4).run(rounding_of_the_combiner, drawn[1:3], timeout_s=60)

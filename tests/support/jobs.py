@@ -150,6 +150,16 @@ def contract(ctx: RankContext, cases: list[Case], **fields: Any) -> int:
     return len(cases)
 
 
+def rounding_of_the_combiner(ctx: RankContext, cases: Sequence[Case], **fields: Any) -> None:
+    """Communicators of one routing and other hosts combine each other's dispatches."""
+    for made in cases:
+        with MoECommunicator(config_of(made, ctx.device, **fields)) as maker:
+            _, handle = dispatch_case(maker, made)
+            for case in cases:
+                with MoECommunicator(config_of(case, ctx.device, **fields)) as comm:
+                    combine_case(comm, case, handle, f"combine with domains {case.domains}")
+
+
 def choice_of(ctx: RankContext, case: Case) -> tuple[str, str]:
     """The engine that serves a case if nobody asks for one, and why; it meets the contract."""
     with MoECommunicator(config_of(case, ctx.device)) as comm:
