@@ -39,7 +39,9 @@ TINY = MODELS["tiny"]
 CPU = torch.device("cpu")
 QUICK = ("bench", "--layer", "--ranks", "2", "--tokens", "16", "--iters", "3", "--warmup", "1")
 FORWARD_PHASES = ["gate", "dispatch", "products", "shared", "combine", "rest"]
-BACKWARD_PHASES = [f"{name}_backward" for name in ("combine", "shared", "products", "dispatch", "gate")]
+BACKWARD_PHASES = [
+    f"{name}_backward" for name in ("combine", "shared", "products", "dispatch", "gate")
+]
 
 
 def layer_case(**changes: Any) -> LayerCase:
