@@ -206,7 +206,7 @@ def garbage_counts(world: World, rank: int, layout: str, zero_copy: bool) -> Any
     arena = engine.arena
     if rank == 1:  # says what a rank with a broken memory might, and stays away
         words = torch.full((arena.plan.count_words,), 1 << 30, dtype=torch.int32, device="cpu")
-        head = [1, engine._wire.number, 1, 0, -1, 128, 8, 0, 1, 1 << 20]
+        head = [1, engine._wire.number, 1, 0, -1, 128, 8, 0, 0, 1, 1 << 20]
         words[: len(head)] = torch.tensor(head, dtype=torch.int32)
         at = arena.plan.offsets(2)
         memory = arena.buffer.buffers[0]
