@@ -17,16 +17,27 @@ STATIC_BYTES = 10 * 1024
 
 # -- ht -------------------------------------------------------------------------------------------
 
-HT_LEAST_SMS, HT_MOST_SMS, HT_SMS_STEP = 24, 64, 8
-"""SMs of a dispatch or combine that asks for no number: a multiple of the step, from least to most
-("SMs of expanded layouts, ht"). SMs."""
+HT_LEAST_SMS = 24
+"""SMs of a dispatch or combine that asks for no number, at least. SMs."""
+
+HT_MOST_SMS = 64
+"""The same, at most ("SMs of expanded layouts, ht")."""
+
+HT_SMS_STEP = 8
+"""The number is a multiple of this. Not measured."""
 
 HT_WIRE_GBPS = 318.0
 """What the wire takes in a direction. SMs."""
 
-HT_PUT_GBPS, HT_READ_GBPS, HT_WRITE_GBPS = 41.0, 116.0, 53.0
-"""What an SM sends, reads once to place it, and writes to placed rows, each alone. Sending: SMs.
-The others: what explains a cached dispatch on 2 ranks and 24 SMs (the same row)."""
+HT_PUT_GBPS = 41.0
+"""What an SM sends. SMs."""
+
+HT_READ_GBPS = 116.0
+"""What an SM reads to place it, each row once: with the next number, what explains a cached
+dispatch on 2 ranks and 24 SMs ("SMs of expanded layouts, ht")."""
+
+HT_WRITE_GBPS = 53.0
+"""What an SM writes to placed rows (the same row)."""
 
 HT_MAX_WARPS = 15
 """Warps of a block that move rows; one more announces them ("arrival flags, combine")."""
