@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
+from expertlink.engines.outputs import with_tensors
 from expertlink.gradients import TrackedDispatch, anchor_of, needs_grad, without_gradients
 from expertlink.reduction import weighted_backward
 from expertlink.types import Anchor, DispatchHandle
@@ -66,7 +67,7 @@ def dispatch(engine: Engine, call: DispatchCall, weights_TK: Tensor | None) -> T
     tokens, weights, kept.tensor = results
     plain = started[0]
     return TrackedDispatch(
-        output=dataclasses.replace(plain.output, tokens=tokens, topk_weights=weights),
+        output=with_tensors(plain.output, tokens=tokens, topk_weights=weights),
         state=plain.state,
         finish=plain.finish,
         call=plain.call,

@@ -239,7 +239,7 @@ class CallBuilder:
         ids_TK, weights_TK, buffers = started.topk_ids_TK, call.weights_TK, call.buffers
         leases = () if buffers is None else ((buffers, buffers.generation),)
         if previous_handle is not None:
-            ids_TK = previous_handle.topk_ids
+            ids_TK = vars(previous_handle)["_topk_ids"]  # as it was given
             if weights_TK is None:
                 weights_TK = previous_handle.topk_weights
             leases += tuple(lease for lease in previous_handle.leases if lease[0] is not buffers)
@@ -260,7 +260,7 @@ class CallBuilder:
             call.x_TW.shape[0],
             self._layout,
             shape,
-            ids_TK,
+            ids_TK,  # type: ignore[arg-type]
             weights_TK,
             started.state,
             seen,

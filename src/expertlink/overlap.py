@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.outputs import LazyOutput
 from expertlink.engines.ranks.header import Operation
 from expertlink.errors import InputError
 from expertlink.gradients import in_current_mode, without_gradients
@@ -128,6 +129,9 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_cuda:
             yield value
+    elif isinstance(value, LazyOutput) and value.source is not None:
+        for member in (value.tokens, value.scales, value.source_tokens, *value.source.memories):
+            yield from tensors_in(member)
     elif dataclasses.is_dataclass(value):
         for member in vars(value).values():
             yield from tensors_in(member)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,6 +189,24 @@ class CallStatistics:
         return CallStatistics(*memory.split_with_sizes([num_local, *[num_ranks] * 5]))
 
 
+class LazyTensor:
+    """An attribute of records that is given as a tensor, or as what makes it at the first read."""
+
+    def __init__(self, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, record: Any, owner: type | None = None) -> Any:
+        if record is None:
+            return self
+        tensor = record.__dict__[self._name]
+        if callable(tensor):
+            tensor = record.__dict__[self._name] = tensor()
+        return tensor
+
+    def __set__(self, record: Any, tensor: Tensor | Callable[[], Tensor]) -> None:
+        record.__dict__[self._name] = tensor
+
+
 @dataclass(eq=False)
 class Anchor:
     """A tensor in the graph of a dispatch; None once backward has come through it."""
@@ -292,6 +311,9 @@ class DispatchHandle:
             f"DispatchHandle(dispatch #{self.call}, {self.num_tokens} tokens, "
             f"{self.layout.value} rows {list(self.rows_shape)})"
         )
+
+
+DispatchHandle.topk_ids = LazyTensor("topk_ids")  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

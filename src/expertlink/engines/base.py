@@ -102,14 +102,15 @@ class Dispatched:
         finish: waits for and places the rows; call until it succeeds, on the stream of the call
             (with `return_recv_hook`: on any that comes after it), with gradients off.
         call: sequence number, as in error messages.
-        topk_ids_TK: the engine's own copy of the call's ids, where it made one.
+        topk_ids_TK: the engine's own copy of the call's ids, where it made one; or what makes it a
+            tensor.
     """
 
     output: DispatchOutput
     state: object
     finish: Callable[[], None]
     call: int
-    topk_ids_TK: Tensor | None = None
+    topk_ids_TK: Tensor | Callable[[], Tensor] | None = None
 
 
 @dataclass(eq=False)

@@ -1,11 +1,16 @@
-"""What a dispatch returns: the one place where its tensors and its `DispatchOutput` are made."""
+"""What a dispatch returns: the one place where its tensors and its `DispatchOutput` are made.
+
+Making a tensor takes the host as long as a kernel's launch. Where that matters, all but the rows
+are views of one piece of memory, made when somebody reads them (`LazyOutput`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -187,12 +192,209 @@ def without_weights(output: DispatchOutput) -> DispatchOutput:
     return DispatchOutput(**{**vars(output), "topk_weights": None})
 
 
-def in_scale_order(config: MoECommunicatorConfig, output: DispatchOutput) -> DispatchOutput:
-    """The output of a dispatch that has row-major scales, in the order of the configuration."""
-    if output.scales is None or config.scale_order == "row_major":
+def in_scale_order(config: MoECommunicatorConfig, scales: Tensor) -> Tensor:
+    """Row-major scales in the order of the configuration."""
+    if config.scale_order == "row_major":
+        return scales
+    return scales.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+class OutputSource(Protocol):
+    """What makes the tensors of a `LazyOutput`."""
+
+    @property
+    def memories(self) -> Iterator[Tensor]:
+        """What they lie in."""
+        ...
+
+    def make(self, name: str) -> Tensor | None:
+        """The tensor of a field of `DispatchOutput`, or None where there is none."""
+        ...
+
+
+class _Part:
+    """A field of a `LazyOutput`: made when it is first read, an ordinary attribute from then on."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, output: Any, owner: type | None = None) -> Any:
+        if output is None:
+            return self
+        tensor = output.source.make(self._name)
+        object.__setattr__(output, self._name, tensor)
+        return tensor
+
+
+class LazyOutput(DispatchOutput):
+    """A `DispatchOutput` whose counts, ids and weights are made when they are first read.
+
+    Nobody can tell otherwise: `vars` and the functions of `dataclasses` see tensors, and copies are
+    ordinary outputs.
+
+    Attributes:
+        source: makes them; None in what `dataclasses.replace` has made, which has all of them.
+    """
+
+    source: OutputSource | None = None
+
+    @staticmethod
+    def of(
+        source: OutputSource,
+        layout: DispatchLayout,
+        tokens: Tensor,
+        scales: QuantScales | None,
+        per_expert: list[int] | None,
+        source_tokens: Tensor | None,
+    ) -> LazyOutput:
+        """An output with these tensors and those that `source` makes."""
+        output = object.__new__(LazyOutput)
+        put = object.__setattr__  # building a frozen record in the usual way makes all fields
+        put(output, "source", source)
+        put(output, "layout", layout)
+        put(output, "tokens", tokens)
+        put(output, "scales", scales)
+        put(output, "num_tokens_per_expert_list", per_expert)
+        put(output, "source_tokens", source_tokens)
         return output
-    tensor = output.scales.tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return dataclasses.replace(output, scales=QuantScales(tensor, output.scales.format))
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        """What `vars` shows: every field."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DispatchOutput, tuple(vars(self).values())
+
+
+for _name in (
+    "num_tokens_per_expert",
+    "expert_offsets",
+    "topk_ids",
+    "topk_weights",
+    "num_tokens_per_rank",
+):
+    setattr(LazyOutput, _name, _Part(_name))
+
+
+class OutputSizes(NamedTuple):
+    """What is the same in all outputs of a communicator: E_loc, R, K, and whether in FLAT."""
+
+    num_local: int
+    num_ranks: int
+    topk: int
+    is_flat: bool
+
+
+class MemorySource:
+    """Counts, ids and weights of a dispatch in int32 memory.
+
+    Tensors are no views in autograd's sense, so they can be changed in place as others can.
+
+    Args:
+        sizes: of the communicator.
+        memory: where the counts are: `[E_loc]`, `[E_loc + 1]` and `[R]`, one after the other.
+        counts_at: word at which they start.
+        rows_memory: where ids and weights are.
+        ids_at: word at which the ids start, `[*shape, K]` int64; -1: there are none.
+        weights_at: likewise of the weights, float32.
+        shape: leading dimensions of the output.
+    """
+
+    __slots__ = ("_at", "_memory", "_rows_memory", "_sizes", "shape")
+
+    def __init__(
+        self,
+        sizes: OutputSizes,
+        memory: Tensor,
+        counts_at: int,
+        rows_memory: Tensor,
+        ids_at: int,
+        weights_at: int,
+        shape: tuple[int, ...],
+    ) -> None:
+        self._sizes, self._memory, self._rows_memory = sizes, memory, rows_memory
+        self._at, self.shape = (counts_at, ids_at, weights_at), shape
+
+    @property
+    def memories(self) -> Iterator[Tensor]:
+        """As `OutputSource.memories`."""
+        yield self._memory
+        yield self._rows_memory
+
+    def make(self, name: str) -> Tensor | None:
+        """As `OutputSource.make`."""
+        counts_at, ids_at, weights_at = self._at
+        num_local, num_ranks, _, is_flat = self._sizes
+        offsets_at = counts_at + num_local
+        if name == "num_tokens_per_expert":
+            return self._words(counts_at, num_local)
+        if name == "expert_offsets":
+            return self._words(offsets_at, num_local + 1) if is_flat else None
+        if name == "num_tokens_per_rank":
+            return self._words(offsets_at + num_local + 1, num_ranks)
+        if name == "topk_ids":
+            return self._choices(ids_at, torch.int64)
+        assert name == "topk_weights"
+        return self._choices(weights_at, torch.float32)
+
+    def _words(self, start: int, count: int) -> Tensor:
+        return self._memory[start : start + count].data
+
+    def _choices(self, start: int, dtype: torch.dtype) -> Tensor | None:
+        if start < 0:
+            return None
+        shape = (*self.shape, self._sizes.topk)
+        end = start + dtype.itemsize // 4 * math.prod(shape)
+        return self._rows_memory[start:end].view(dtype).view(shape).data
+
+
+class BufferSource:
+    """Counts, ids and weights in `DispatchBuffers`.
+
+    Args:
+        largest: the tensors of the buffers.
+        weighted: the dispatch has weights.
+        shape: leading dimensions of the output.
+    """
+
+    __slots__ = ("_largest", "_weighted", "shape")
+
+    def __init__(self, largest: DispatchOutput, weighted: bool, shape: tuple[int, ...]) -> None:
+        self._largest, self._weighted, self.shape = largest, weighted, shape
+
+    @property
+    def memories(self) -> Iterator[Tensor]:
+        """As `OutputSource.memories`."""
+        yield from _tensors_but_tokens(self._largest)
+
+    def make(self, name: str) -> Tensor | None:
+        """As `OutputSource.make`."""
+        tensor: Tensor | None = getattr(self._largest, name)
+        if tensor is None or name not in ("topk_ids", "topk_weights"):
+            return tensor
+        if name == "topk_weights" and not self._weighted:
+            return None
+        return tensor[: self.shape[0]]
+
+
+def with_tensors(
+    output: DispatchOutput, *, tokens: Tensor, topk_weights: Tensor | None
+) -> DispatchOutput:
+    """The same output with other rows and weights."""
+    source = output.source if isinstance(output, LazyOutput) else None
+    if source is None:
+        return dataclasses.replace(output, tokens=tokens, topk_weights=topk_weights)
+    replaced = LazyOutput.of(
+        source,
+        output.layout,
+        tokens,
+        output.scales,
+        output.num_tokens_per_expert_list,
+        output.source_tokens,
+    )
+    object.__setattr__(replaced, "topk_weights", topk_weights)
+    return replaced
 
 
 def into_tokens(call: DispatchCall) -> DispatchCall:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink.capture import is_capturing
+from expertlink.layouts import align
 from expertlink.types import DispatchLayout
 
 _WORD = 4  # bytes
@@ -67,6 +68,10 @@ class TableLayout:
         """Words of a block."""
         return self._starts["slots"] + num_tokens * (self.copies + 1)
 
+    def ids_at(self, num_tokens: int) -> int:
+        """Bytes from the start of a block to the ids, where these lie behind the tables."""
+        return _WORD * align(self.words(num_tokens), 4)
+
     def own_tokens(self, block: int, num_tokens: int) -> int:
         """Address of the tokens whose rows stay on this rank."""
         return block + self.at["slots"] + _WORD * num_tokens * self.copies
@@ -87,7 +92,7 @@ class Route:
     Attributes:
         shape: leading dimensions of `tokens`.
         num_tokens: T.
-        ids_TK: `[T, K]` the routing, this engine's own copy.
+        ids_TK: `[T, K]` the routing, this engine's own copy; None: `ids()` makes it.
         layout: of `block`.
         block: the tables. `rows_from` `[R]` rows from each rank; `first_row` `[R]` rows from the
             ranks before; `first_sent` `[R]` where this rank's rows start at each rank; `counts`
@@ -104,11 +109,13 @@ class Route:
         maker: number of the communicator that made the dispatch, the same on all ranks.
         other_slots: `slots` for communicators of another T_max, by that and the stream on which
             they were made.
+        ids_address: of the ids; without `ids_TK` they are in `block`.
+        wide_ids: they are int64, else int32.
     """
 
     shape: tuple[int, ...]
     num_tokens: int
-    ids_TK: Tensor
+    ids_TK: Tensor | None
     layout: TableLayout
     block: Tensor
     weights_block: Tensor | None
@@ -119,6 +126,18 @@ class Route:
     number: int = 0
     maker: int = 0
     other_slots: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    ids_address: int = 0
+    wide_ids: bool = False
+
+    def ids(self) -> Tensor:
+        """`[T, K]` the routing."""
+        if self.ids_TK is None:
+            words = 2 if self.wide_ids else 1
+            start = (self.ids_address - self.block.data_ptr()) // _WORD
+            ids = self.block[start : start + words * self.num_tokens * self.layout.topk]
+            ids = ids.view(torch.int64 if self.wide_ids else torch.int32)
+            self.ids_TK = ids.view(self.num_tokens, self.layout.topk).data
+        return self.ids_TK
 
     def slots_for(self, max_tokens: int) -> Tensor | None:
         """`slots` for a communicator of another T_max; None: its own ones suit.

@@ -27,6 +27,16 @@ __device__ __forceinline__ bool is_deferred(const DispatchArguments& a) {
     return a.flags & kCount && load_acquire_device(&a.state->deferred) != 0;
 }
 
+// A cached dispatch: its number, and the caller's own counts. One block.
+__device__ __forceinline__ void copy_counts(const DispatchArguments& a, const Watch& watch) {
+    if (threadIdx.x == 0) *a.origin = static_cast<int>(watch.transfer);
+    for (int e = threadIdx.x; e <= a.num_local; e += blockDim.x) {
+        if (e < a.num_local) a.counts_out[e] = a.tokens_per_expert[e];
+        if (kExpanded) a.offsets_out[e] = a.expert_offsets[e];
+    }
+    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) a.rows_from_out[r] = a.rows_from[r];
+}
+
 __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Watch& watch,
                                            char* shared, Ring& ring) {
     const int block = blockIdx.x, blocks = gridDim.x;
@@ -38,7 +48,7 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
             return false;
     } else if (a.flags & kSend) {
         publish_ready(a, watch);
-        if (block == 0 && threadIdx.x == 0) *a.origin = static_cast<int>(watch.transfer);
+        if (block == 0) copy_counts(a, watch);
     }
     __syncthreads();
     if (a.flags & kSend && block < a.num_senders) {

@@ -143,7 +143,7 @@ class HtCombiner:
         """
         a, at, block = self._arguments, route.layout.at, route.block.data_ptr()
         grads_TK = None
-        flags = _WIDE_IDS if route.ids_TK.dtype is torch.int64 else 0
+        flags = _WIDE_IDS if route.wide_ids else 0
         a.header_metadata_bytes = 0
         if grads is not None:
             grads = grads.to(torch.float32).contiguous()
@@ -156,7 +156,7 @@ class HtCombiner:
         a.operation, a.row_bytes, a.flags = operation, row_bytes, flags
         a.subject, a.maker = route.origin, route.maker
         a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
-        a.ids = route.ids_TK.data_ptr()
+        a.ids = route.ids_address
         slots = route.slots_for(self._max_tokens)  # kept until the launch
         a.slots_of_token = block + at["slots"] if slots is None else slots.data_ptr()
         a.rows_from = block + at["rows_from"]

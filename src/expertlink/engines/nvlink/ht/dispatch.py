@@ -23,14 +23,20 @@ from expertlink.engines.nvlink.ht.blocks import BlockShape, split_blocks
 from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.shared import Verdict
-from expertlink.engines.nvlink.tables import Route, TableLayout
+from expertlink.engines.nvlink.tables import ORIGINS, Route, TableLayout
 from expertlink.engines.nvlink.watchdog import Mail, Watchdog
-from expertlink.engines.outputs import OutputTensors, PublicCounts
+from expertlink.engines.outputs import (
+    BufferSource,
+    LazyOutput,
+    MemorySource,
+    OutputSizes,
+    in_scale_order,
+)
 from expertlink.engines.ranks import capacity, metadata
 from expertlink.engines.ranks.agreement import refusal
 from expertlink.engines.ranks.header import Operation
 from expertlink.layouts import align
-from expertlink.types import DispatchLayout, DispatchOutput
+from expertlink.types import DispatchBuffers, DispatchLayout, DispatchOutput, QuantScales
 
 # Plain numbers: the operators of enumerations take microseconds.
 _UNCACHED = int(Flag.COUNT | Flag.SEND)
@@ -42,8 +48,7 @@ _KERNEL = KernelName.DISPATCH
 _DISCARDS = Launch(grid=1, block=32, shared_bytes=0, follows=True, local=True)
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """A dispatch that has been queued.
 
     Attributes:
@@ -55,6 +60,49 @@ class Started:
     output: DispatchOutput | None
     route: Route | None
     mail: Mail | None
+
+
+@dataclass(eq=False)
+class BufferTables:
+    """What `DispatchBuffers` hold beside the outputs.
+
+    Attributes:
+        block: tables of one routing at its largest, and the ids behind them.
+        weights: those of the tables.
+    """
+
+    block: Tensor
+    weights: Tensor
+
+
+@dataclass(eq=False)
+class _Rows:
+    """What a dispatch returns, before the host knows how many rows there are.
+
+    Attributes:
+        shape: leading dimensions.
+        tokens: rows.
+        scales: row-major scales of quantized rows, or None.
+        source_tokens: -1 everywhere at first; where configured.
+        source: makes the rest.
+    """
+
+    shape: tuple[int, ...]
+    tokens: Tensor
+    scales: Tensor | None
+    source_tokens: Tensor | None
+    source: MemorySource | BufferSource
+
+    def cut(self, rows: int) -> None:
+        """Leaves the first rows of what was made larger."""
+        if self.shape[0] == rows:
+            return
+        self.shape = self.source.shape = (rows,)
+        self.tokens = self.tokens[:rows]
+        if self.scales is not None:
+            self.scales = self.scales[:rows]
+        if self.source_tokens is not None:
+            self.source_tokens = self.source_tokens[:rows]
 
 
 class DispatchLaunch(NamedTuple):
@@ -160,11 +208,22 @@ class HtDispatcher:
         self._watchdog, self._run = watchdog, run
         self._num_ranks, self._num_local = num_ranks, len(experts)
         self._layout, self._device = config.layout, arena.device
-        self._shape = RowShape.of(config)
-        self._limit = math.prod(
-            capacity.largest_shape(config, num_ranks=self._num_ranks, num_local=self._num_local)
-        )
+        self._expanded, self._padded = self._layout.expanded, self._layout.padded
+        self._topk, self._source_tokens = config.topk, config.source_tokens
+        self._scales_at = RowShape.of(config).scales_at
+        largest = capacity.largest_shape(config, num_ranks=num_ranks, num_local=self._num_local)
+        self._limit = math.prod(largest)
+        # Leading dimensions of outputs that do not depend on the counts.
+        self._fixed: tuple[int, ...] | None = None
+        if self._padded:
+            self._fixed = largest
+        elif config.static_shapes or config.zero_copy:
+            self._fixed = (self._limit,)
         self._tables = TableLayout(config, num_ranks=self._num_ranks, num_local=self._num_local)
+        self._named: tuple[int, TableLayout] | None = None  # tables that the arguments name
+        self._counted = sum(self._tables.public)
+        is_flat = self._layout is DispatchLayout.FLAT
+        self._sizes = OutputSizes(self._num_local, num_ranks, config.topk, is_flat)
         planner = DispatchPlanner(config, blocks, num_sms)
         self.most_blocks, self._launches = planner.most_blocks, Launches(planner)
         # Rows that recent calls needed.
@@ -194,36 +253,40 @@ class HtDispatcher:
 
         `number` is the host's, 0 in a capture.
         """
-        ids_TK = call.topk_ids_TK
+        ids_TK, buffers = call.topk_ids_TK, call.buffers
         assert ids_TK is not None
-        a, tables = self._arguments, self._tables
-        num_tokens = call.x_TW.shape[0]
+        a, tables, num_tokens = self._arguments, self._tables, call.x_TW.shape[0]
         weighted = call.weights_TK is not None
-        block = self._new_block(num_tokens)
-        base = block.data_ptr()
-        kept_ids_TK = torch.empty_like(ids_TK)
-        public = self._new_counts()
-        origin = base + tables.at["origin"]
-        a.weights_of_row = base + tables.at["weights"] if weighted else None
-        a.ids, a.ids_copy = ids_TK.data_ptr(), kept_ids_TK.data_ptr()
-        pool_at = self._write(
-            call,
-            _DISPATCH,
-            _UNCACHED,
-            capturing=number == 0,
-            block=base,
-            tables=tables,
-            public=public,
-            subject=None,
-            maker=0,
-            origin=origin,
-            room=self._announced(call),
-        )
-        tensors = None
+        wide, flags = False, _UNCACHED
+        if ids_TK.dtype is torch.int64:
+            wide, flags = True, _UNCACHED | _WIDE_IDS
         shape = self._expected_shape(call)
+        counts_at = rows_at = 0
+        if buffers is None:
+            # One piece of memory: tables, ids, the caller's counts, ids and weights of the rows.
+            ids_at = tables.ids_at(num_tokens)
+            counts_at = ids_at // 4 + (num_tokens * self._topk << wide)
+            rows_at = align(counts_at + self._counted, 4)
+            block = self._new_words(rows_at + self._row_words(shape, weighted))
+            base = block.data_ptr()
+            origin = base + tables.at["origin"]
+            self._name_counts(base + 4 * counts_at)
+        else:
+            block = _tables_of(buffers).block
+            base, ids_at = block.data_ptr(), tables.ids_at(tables.max_tokens)
+            origin = base + _origin_of(buffers, tables)
+            self._name_counts_of(buffers)
+        if self._named != (base, tables):
+            self._name_tables(base, tables)
+        a.own_tokens = tables.own_tokens(base, num_tokens)
+        a.weights_of_row = base + tables.at["weights"] if weighted else None
+        a.ids, a.ids_copy = ids_TK.data_ptr(), base + ids_at
+        a.capacity = self._announced(call)
+        pool_at = self._write(call, _DISPATCH, flags, number == 0, None, 0, origin)
+        rows = None
         if shape is not None:
             a.flags |= _PLACE
-            tensors = self._make_output(call, shape, weighted, pool_at)
+            rows = self._make_rows(call, shape, weighted, pool_at, block, counts_at, block, rows_at)
         before = self._watchdog.mail_number
         self._launch(call, sends=True)
         mail = counts = None
@@ -233,104 +296,115 @@ class HtDispatcher:
                 self._discard()
                 return Started(None, None, mail)
             counts = mail.counts
-            if not self._layout.padded:
-                rows = mail.slots if self._layout.expanded else mail.arrivals
-                self._needed.append(rows)
-                if tensors is None or tensors.shape[0] < rows:
+            if not self._padded:
+                needed = mail.slots if self._expanded else mail.arrivals
+                self._needed.append(needed)
+                if rows is None or rows.shape[0] < needed:
+                    shape = (needed,)
                     try:
-                        tensors = self._make_output(call, (rows,), weighted, pool_at)
+                        more = self._new_words(self._row_words(shape, weighted))
+                        rows = self._make_rows(
+                            call, shape, weighted, pool_at, block, counts_at, more, 0
+                        )
                     except RuntimeError:  # no memory: the peers must not wait for this rank
                         self._discard()
                         raise
                     a.flags = _PLACE | a.flags & (_WIDE_IDS | _NEW_WEIGHTS)
                     self._launch(call, sends=False)
-                tensors.cut(rows)
-        assert tensors is not None
-        route = Route(
-            shape=tensors.shape,
-            num_tokens=num_tokens,
-            ids_TK=kept_ids_TK,
-            layout=tables,
-            block=block,
-            weights_block=None,
-            weighted=weighted,
-            counts=counts,
-            origin=origin,
-            number=number,
-            maker=self._number,
+                rows.cut(needed)
+        assert rows is not None
+        route = Route(  # by position: names take twice as long
+            rows.shape,
+            num_tokens,
+            None,
+            tables,
+            block,
+            None,
+            weighted,
+            counts,
+            origin,
+            None,
+            number,
+            self._number,
+            {},
+            base + ids_at,
+            wide,
         )
-        return Started(tensors.output(self._layout, public, counts), route, mail)
+        return Started(self._output(call, rows, weighted, counts), route, mail)
 
     def dispatch_cached(self, call: DispatchCall, old: Route, *, number: int) -> Started:
         """Queues a dispatch with the routing of an earlier one."""
-        tables = self._tables
-        public = self._new_counts(old.block)
-        weights_block = old.weights_block
-        if call.weights_TK is not None:
-            weights_block = torch.empty(
-                (tables.rows, tables.topk), dtype=torch.float32, device=self._device
-            )
+        a, buffers, new_weights = self._arguments, call.buffers, call.weights_TK is not None
+        weights_block, weighted = old.weights_block, old.weighted or new_weights
+        rows_at = 0
+        if buffers is None:
+            # One piece of memory: the caller's counts, the transfer's number, ids and weights.
+            rows_at = align(self._counted + 1, 4)
+            memory = self._new_words(rows_at + self._row_words(old.shape, weighted))
+            base = memory.data_ptr()
+            origin = base + 4 * self._counted
+            self._name_counts(base)
+            if new_weights:
+                table = (self._tables.rows, self._topk)
+                weights_block = torch.empty(table, dtype=torch.float32, device=self._device)
+        else:
+            own = _tables_of(buffers)
+            memory = own.block
+            origin = memory.data_ptr() + _origin_of(buffers, self._tables)
+            self._name_counts_of(buffers)
+            if new_weights:
+                weights_block = own.weights
         route = Route(
-            shape=old.shape,
-            num_tokens=old.num_tokens,
-            ids_TK=old.ids_TK,
-            layout=old.layout,
-            block=old.block,
-            weights_block=weights_block,
-            weighted=old.weighted or call.weights_TK is not None,
-            counts=old.counts,
-            origin=public.memory.data_ptr() + 4 * sum(tables.public),
-            keeps=public.memory,
-            number=number,
-            maker=self._number,
-            other_slots=old.other_slots,
+            old.shape,
+            old.num_tokens,
+            old.ids_TK,
+            old.layout,
+            old.block,
+            weights_block,
+            weighted,
+            old.counts,
+            origin,
+            memory,
+            number,
+            self._number,
+            old.other_slots,
+            old.ids_address,
+            old.wide_ids,
         )
+        base = old.block.data_ptr()
+        if self._named != (base, old.layout):
+            self._name_tables(base, old.layout)
         slots = old.slots_for(self._max_tokens)  # kept until the launch
-        self._arguments.weights_of_row = route.weights_address()
-        pool_at = self._write(
-            call,
-            _CACHED_DISPATCH,
-            _CACHED,
-            capturing=number == 0,
-            block=old.block.data_ptr(),
-            tables=old.layout,
-            public=public,
-            subject=old.origin,
-            maker=old.maker,
-            origin=route.origin,
-        )
         if slots is not None:
-            self._arguments.slots_of_token = slots.data_ptr()
-        tensors = self._make_output(call, old.shape, route.weighted, pool_at)
+            self._named = None
+            a.slots_of_token = slots.data_ptr()
+        a.own_tokens = old.layout.own_tokens(base, old.num_tokens)
+        a.weights_of_row = route.weights_address()
+        pool_at = self._write(
+            call, _CACHED_DISPATCH, _CACHED, number == 0, old.origin, old.maker, origin
+        )
+        rows = self._make_rows(call, old.shape, weighted, pool_at, memory, 0, memory, rows_at)
         self._launch(call, sends=True)
-        if not self._layout.padded:
-            tensors.cut(old.shape[0])
-        return Started(tensors.output(self._layout, public, old.counts), route, None)
+        if not self._padded:
+            rows.cut(old.shape[0])
+        return Started(self._output(call, rows, weighted, old.counts), route, None)
 
     def refuse(self, error: Exception, *, number: int) -> Mail | None:
         """Takes part in a dispatch only to say that this rank refuses it."""
-        config, a = self._config, self._arguments
+        config, a, tables = self._config, self._arguments, self._tables
         call = DispatchCall(
             x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
             topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=self._device),
         )
-        status, room = refusal(error)
-        block = self._new_block(0)
-        public = self._new_counts()
-        self._write(
-            call,
-            _DISPATCH,
-            _UNCACHED,
-            capturing=number == 0,
-            block=block.data_ptr(),
-            tables=self._tables,
-            public=public,
-            subject=None,
-            maker=0,
-            origin=block.data_ptr() + self._tables.at["origin"],
-            room=room,
-        )
-        a.status = status
+        a.status, a.capacity = refusal(error)
+        counts_at = tables.words(0)
+        block = self._new_words(counts_at + self._counted)
+        base = block.data_ptr()
+        self._name_tables(base, tables)
+        self._name_counts(base + 4 * counts_at)
+        a.own_tokens = tables.own_tokens(base, 0)
+        origin = base + tables.at["origin"]
+        self._write(call, _DISPATCH, _UNCACHED | _WIDE_IDS, number == 0, None, 0, origin)
         before = self._watchdog.mail_number
         try:
             self._launch(call, sends=True)
@@ -342,86 +416,91 @@ class HtDispatcher:
         self._discard()
         return mail
 
+    def new_tables(self) -> BufferTables:
+        """Memory of one routing at its largest, for buffers."""
+        tables, most = self._tables, self._tables.max_tokens
+        block = self._new_words(tables.ids_at(most) // 4 + 2 * most * self._topk)
+        return BufferTables(block, tables.view(block, "weights").view(torch.float32))
+
     # -- parts of them ----------------------------------------------------------------------------
 
-    def _new_block(self, num_tokens: int) -> Tensor:
-        """Memory for the tables of a routing."""
-        words = self._tables.words(num_tokens)
+    def _new_words(self, words: int) -> Tensor:
+        """Memory of int32 words."""
         return torch.empty(words, dtype=torch.int32, device=self._device)
 
-    def _new_counts(self, block: Tensor | None = None) -> PublicCounts:
-        """The caller's own counts, or copies of a block's, with a word behind them."""
-        sizes = [*self._tables.public, 1]
-        total = sum(sizes)
-        if block is None:
-            memory = torch.empty(total, dtype=torch.int32, device=self._device)
-        else:
-            memory = block[:total].clone()
-        return PublicCounts.within(memory, sizes)
+    def _row_words(self, shape: tuple[int, ...] | None, weighted: bool) -> int:
+        """Words of the ids and weights of an output; the ids come first."""
+        if self._expanded or shape is None:
+            return 0
+        return math.prod(shape) * self._topk * (3 if weighted else 2)
 
     def _announced(self, call: DispatchCall) -> int:
         """Rows that this rank has room for, or UNBOUNDED."""
+        if call.buffers is not None and not self._padded:
+            return self._limit
         room = capacity.announced(self._config, call.output_buffer)
-        if room < 0 and self._config.static_shapes and not self._layout.padded:
+        if room < 0 and self._config.static_shapes and not self._padded:
             return self._limit
         return room
+
+    def _name_tables(self, base: int, tables: TableLayout) -> None:
+        """Tells the kernel where the tables of a routing are. Structs are used again: a new one
+        takes 8 µs."""
+        a, at = self._arguments, tables.at
+        a.slots_of_token = base + at["slots"]
+        a.rows_from = base + at["rows_from"]
+        a.first_row = base + at["first_row"]
+        a.first_sent = base + at["first_sent"]
+        a.first_slot = base + at["first_slot"]
+        a.tokens_per_expert = base + at["counts"]
+        a.expert_offsets = base + at["offsets"]
+        a.choices_of_row = base + at["choices"]
+        self._named = (base, tables)
+
+    def _name_counts(self, address: int) -> None:
+        """Tells the kernel where the caller's counts are: one after the other."""
+        a = self._arguments
+        a.counts_out = address
+        a.offsets_out = address + 4 * self._num_local
+        a.rows_from_out = address + 4 * (2 * self._num_local + 1)
+
+    def _name_counts_of(self, buffers: DispatchBuffers) -> None:
+        per_rank = buffers.output.num_tokens_per_rank
+        assert per_rank is not None
+        # The last of them: without local experts the others have no address.
+        self._name_counts(per_rank.data_ptr() - 4 * (2 * self._num_local + 1))
 
     def _write(
         self,
         call: DispatchCall,
         operation: int,
         flags: int,
-        *,
         capturing: bool,
-        block: int,
-        tables: TableLayout,
-        public: PublicCounts,
         subject: int | None,
         maker: int,
         origin: int,
-        room: int | None = None,
     ) -> int:
-        """Tells the kernel what is sent, and where tables and counts are; not the output.
-
-        The struct is used again: a new one takes 8 µs. Returns where the pool of a zero-copy
-        dispatch is.
-        """
+        """Tells the kernel what is sent; returns where the pool of a zero-copy dispatch is."""
         a, x = self._arguments, call.x_TW
         scales, weights = call.scales, call.weights_TK
+        scale_bytes = metadata_bytes = header_bytes = 0
+        if operation == _DISPATCH or weights is not None or self._source_tokens:
+            metadata_bytes = self._scales_at
         if weights is not None:
             flags |= _NEW_WEIGHTS
             a.weights = weights.data_ptr()
-        if call.topk_ids_TK is not None and call.topk_ids_TK.dtype is torch.int64:
-            flags |= _WIDE_IDS
-        scale_bytes = metadata_bytes = 0
-        if operation == _DISPATCH or weights is not None or self._config.source_tokens:
-            metadata_bytes = self._shape.scales_at
+            header_bytes = 4 * self._topk
         if scales is not None:
             scale_bytes = metadata.row_bytes(scales)
-            metadata_bytes = self._shape.scales_at + align(scale_bytes, 16)
+            metadata_bytes = self._scales_at + align(scale_bytes, 16)
+            header_bytes += scale_bytes
             a.scales = scales.data_ptr()
+        num_tokens, width = x.shape
         a.operation, a.flags, a.origin = operation, flags, origin
         a.subject, a.maker = subject, maker
-        a.num_tokens, a.x = x.shape[0], x.data_ptr()
-        a.row_bytes, a.scale_bytes = metadata.row_bytes(x), scale_bytes
-        a.metadata_bytes = metadata_bytes
-        a.header_metadata_bytes = scale_bytes + (0 if weights is None else 4 * tables.topk)
-        if room is not None:
-            a.capacity = room
-        at = tables.at
-        a.slots_of_token = block + at["slots"]
-        a.own_tokens = tables.own_tokens(block, x.shape[0])
-        a.rows_from = block + at["rows_from"]
-        a.first_row = block + at["first_row"]
-        a.first_sent = block + at["first_sent"]
-        a.first_slot = block + at["first_slot"]
-        a.tokens_per_expert = block + at["counts"]
-        a.expert_offsets = block + at["offsets"]
-        a.choices_of_row = block + at["choices"]
-        counts, offsets, _ = tables.public
-        address = public.memory.data_ptr()
-        a.counts_out, a.offsets_out = address, address + 4 * counts
-        a.rows_from_out = address + 4 * (counts + offsets)
+        a.num_tokens, a.x = num_tokens, x.data_ptr()
+        a.row_bytes, a.scale_bytes = width * x.element_size(), scale_bytes
+        a.metadata_bytes, a.header_metadata_bytes = metadata_bytes, header_bytes
         if not self._zero_copy:
             return 0
         a.pool, pool_at = self._arena.next_pool(capturing=capturing)
@@ -433,59 +512,105 @@ class HtDispatcher:
         Where the host will learn their number it is made as large as recent calls suggest. Should
         more rows arrive, the kernel leaves placing them to a second launch.
         """
-        config, ranks = self._config, self._num_ranks
-        if self._layout is DispatchLayout.RANK_MAJOR:
-            return (ranks, config.max_tokens_per_rank)
-        if self._layout is DispatchLayout.EXPERT_MAJOR:
-            return (self._num_local, self._tables.rows)
+        if self._padded:
+            return self._fixed
+        if call.buffers is not None:
+            return (self._limit,)
         if call.output_buffer is not None:
             return (call.output_buffer.shape[0],)
-        if config.static_shapes or config.zero_copy:
-            return (self._limit,)
+        if self._fixed is not None:
+            return self._fixed
         most = max(self._needed, default=0)
         return (min(most + most // tuning.HT_OUTPUT_SLACK, self._limit),) if most else None
 
-    def _make_output(
-        self, call: DispatchCall, shape: tuple[int, ...], weighted: bool, pool_at: int
-    ) -> OutputTensors:
-        """Allocates what a dispatch of a leading shape returns, and tells the kernel."""
-        a, x, scales = self._arguments, call.x_TW, call.scales
-        full = (*shape, x.shape[1])
-        if self._zero_copy:
-            nbytes = math.prod(full) * x.element_size()
-            pool = self._arena.local[pool_at : pool_at + nbytes]
-            tokens = pool.view(x.dtype).view(full)
-        elif call.output_buffer is not None:
-            tokens = call.output_buffer
+    def _make_rows(
+        self,
+        call: DispatchCall,
+        shape: tuple[int, ...],
+        weighted: bool,
+        pool_at: int,
+        memory: Tensor,
+        counts_at: int,
+        rows_memory: Tensor,
+        rows_at: int,
+    ) -> _Rows:
+        """Allocates what a dispatch of a leading shape returns, and tells the kernel.
+
+        Counts start at a word of `memory`, ids and weights of rows at one of `rows_memory`, unless
+        all of that is in buffers.
+        """
+        a, x, buffers = self._arguments, call.x_TW, call.buffers
+        scales = source_tokens = None
+        if buffers is not None:
+            largest = buffers.output
+            tokens, source_tokens = largest.tokens, largest.source_tokens
+            if largest.scales is not None and self._config.scale_order == "row_major":
+                scales = largest.scales.tensor
+            if largest.topk_ids is not None:
+                a.topk_ids = largest.topk_ids.data_ptr()
+                weights = largest.topk_weights if weighted else None
+                a.topk_weights = None if weights is None else weights.data_ptr()
+            source = BufferSource(largest, weighted, shape)
         else:
-            tokens = x.new_empty(full)
-        tensors = OutputTensors.around(
-            self._config,
-            tokens,
-            shape=shape,
-            scale_dtype=None if scales is None else scales.dtype,
-            scale_columns=0 if scales is None else scales.shape[1],
-            scale_format=call.scale_format,
-            weighted=weighted,
-            row_major=True,
-        )
+            if call.output_buffer is not None:
+                tokens = call.output_buffer
+            elif self._zero_copy:
+                full = (*shape, x.shape[1])
+                nbytes = math.prod(full) * x.element_size()
+                pool = self._arena.local[pool_at : pool_at + nbytes]
+                tokens = pool.view(x.dtype).view(full)
+            else:
+                tokens = x.new_empty((*shape, x.shape[1]))
+            ids_at = weights_at = -1
+            if not self._expanded:
+                ids_at, base = rows_at, rows_memory.data_ptr()
+                a.topk_ids, a.topk_weights = base + 4 * ids_at, None
+                if weighted:
+                    weights_at = ids_at + 2 * math.prod(shape) * self._topk
+                    a.topk_weights = base + 4 * weights_at
+            source = MemorySource(
+                self._sizes, memory, counts_at, rows_memory, ids_at, weights_at, shape
+            )
+        if call.scales is not None:
+            if scales is None:
+                columns = call.scales.shape[1]
+                scales = call.scales.new_empty((*shape, columns))
+            a.scales_out = scales.data_ptr()
+        if self._source_tokens:
+            if source_tokens is None:
+                source_tokens = torch.empty(shape, dtype=torch.int32, device=self._device)
+            source_tokens.fill_(-1)
+            a.source_tokens = source_tokens.data_ptr()
         a.tokens, a.max_slots = tokens.data_ptr(), math.prod(shape)
-        if tensors.scales is not None:
-            a.scales_out = tensors.scales.data_ptr()
-        if tensors.ids is not None:
-            a.topk_ids = tensors.ids.data_ptr()
-            a.topk_weights = None if tensors.weights is None else tensors.weights.data_ptr()
-        if tensors.source_tokens is not None:
-            a.source_tokens = tensors.source_tokens.data_ptr()
-        if call.zero_padding and self._layout.padded:
-            tensors.zero_rows()
-        return tensors
+        if call.zero_padding and self._padded:
+            tokens.zero_()
+            if scales is not None:
+                scales.zero_()
+        return _Rows(shape, tokens, scales, source_tokens, source)
+
+    def _output(
+        self, call: DispatchCall, rows: _Rows, weighted: bool, counts: list[int] | None
+    ) -> DispatchOutput:
+        """What the caller gets; `counts` of experts, where the host knows them."""
+        scales, buffers = None, call.buffers
+        if rows.scales is not None and call.scales is not None:
+            tensor = rows.scales
+            if self._config.scale_order == "column_major":
+                if buffers is None:
+                    tensor = in_scale_order(self._config, tensor)
+                else:
+                    assert buffers.output.scales is not None
+                    tensor = buffers.output.scales.tensor[: rows.shape[0]].copy_(tensor)
+            scales = QuantScales(tensor, call.scale_format)
+        per_expert = None if counts is None else list(counts)
+        return LazyOutput.of(
+            rows.source, self._layout, rows.tokens, scales, per_expert, rows.source_tokens
+        )
 
     def _launch(self, call: DispatchCall, *, sends: bool) -> None:
         """Queues one kernel; without `sends` it places what the one before it has sent."""
         a = self._arguments
-        key = (a.row_bytes, call.num_sms, sends, a.flags & _COUNT)
-        plan = self._launches[key]
+        plan = self._launches[a.row_bytes, call.num_sms, sends, a.flags & _COUNT]
         a.num_senders, a.slot_bytes, a.warp_bytes, a.batch, a.groups, launch = plan
         self._run(_KERNEL, a, launch)
 
@@ -494,3 +619,13 @@ class HtDispatcher:
         a = self._arguments
         a.flags, a.num_senders = _DISCARD, 0
         self._run(_KERNEL, a, _DISCARDS)
+
+
+def _tables_of(buffers: DispatchBuffers) -> BufferTables:
+    assert isinstance(buffers.tables, BufferTables)
+    return buffers.tables
+
+
+def _origin_of(buffers: DispatchBuffers, tables: TableLayout) -> int:
+    """Bytes to the number of a transfer: a cached dispatch may read that of the one before."""
+    return tables.at["origin"] + 4 * (buffers.generation % ORIGINS)

@@ -31,7 +31,7 @@ from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.shared import Verdict, expert_locations
 from expertlink.engines.nvlink.tables import Route, as_route
 from expertlink.engines.nvlink.watchdog import Mail
-from expertlink.engines.outputs import in_scale_order, into_buffers, into_tokens, largest_output
+from expertlink.engines.outputs import largest_output
 from expertlink.engines.ranks.agreement import judge
 from expertlink.engines.ranks.header import NUM_FIELDS, Operation
 from expertlink.engines.ranks.wire import Wire
@@ -143,7 +143,6 @@ class HtMode:
 
     def dispatch(self, call: DispatchCall, number: int) -> Dispatched:
         """Queues a dispatch; a new routing waits for the counts unless shapes are static."""
-        call = into_tokens(call)
         if call.previous is None:
             started = self._dispatcher.dispatch(call, number=number)
         else:
@@ -152,18 +151,8 @@ class HtMode:
         output, route = started.output, started.route
         if output is None or route is None:
             self._raise_verdict(call, started)
-        if call.buffers is None:
-            output = in_scale_order(self._config, output)
-        else:
-            output, fill = into_buffers(call.buffers, output)
-            fill()
-        return Dispatched(
-            output=output,
-            state=route,
-            finish=nothing_left,
-            call=self._wire.call,
-            topk_ids_TK=route.ids_TK,
-        )
+        # By position: names take time that the caller notices.
+        return Dispatched(output, route, nothing_left, self._wire.call, route.ids)
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
@@ -245,7 +234,7 @@ class HtMode:
         return caller.most_blocks(num_sms)
 
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
-        """Outputs of the largest shape; tables and copies of the rest are made by every call."""
+        """Outputs of the largest shape and tables: dispatches into them allocate nothing."""
         output = largest_output(
             self._config,
             rows,
@@ -253,7 +242,7 @@ class HtMode:
             num_local=self._num_local,
             device=self._wire.device,
         )
-        return DispatchBuffers(output=output, tables=None, kind=rows)
+        return DispatchBuffers(output=output, tables=self._dispatcher.new_tables(), kind=rows)
 
     def enable_statistics(self) -> CallStatistics:
         """Refuses: these kernels count nothing."""

@@ -143,7 +143,7 @@ class LlCombiner:
             a.weights, a.weights_of_row = weights_TK.data_ptr(), None
             if not self._exact:
                 kernel = _WEIGHTS
-        if route.ids_TK.dtype is torch.int64:
+        if route.wide_ids:
             flags |= _WIDE_IDS
         left = self._launch(
             kernel,
@@ -165,7 +165,7 @@ class LlCombiner:
         a.signature = self._signature_only_grads
         grads_TK = self._name_grads(a, route, grads)
         flags = _GRADS | (_ALONE if self._in_use[0] > 1 else 0)
-        if route.ids_TK.dtype is torch.int64:
+        if route.wide_ids:
             flags |= _WIDE_IDS
         self._launch(_PLAIN, a, flags, None, halves=False)
         return grads_TK
@@ -178,7 +178,7 @@ class LlCombiner:
             name_tables(a, route.layout, route.block, max_slots=math.prod(route.shape))
             if route.maker != self._number or a.communicator != self._number:
                 a.communicator = said_by(self._number, of=route)
-        a.num_tokens, a.ids, a.subject = route.num_tokens, route.ids_TK.data_ptr(), route.origin
+        a.num_tokens, a.ids, a.subject = route.num_tokens, route.ids_address, route.origin
         return a
 
     def _name_grads(self, a: Arguments, route: LlRoute, grads: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class LlDispatcher:
         weighted = weights is not None
         if previous is not None:
             assert isinstance(previous, LlRoute)
-            ids = previous.ids_TK
+            ids = previous.ids()
             if weights is None and previous.weighted:
                 weighted = True
                 weights = previous.table("own_weights").view(torch.float32)
@@ -355,6 +355,8 @@ class LlDispatcher:
             counts=None,
             origin=block.data_ptr() + self.tables.at["origin"] + 4 * which,
             maker=self._number,
+            ids_address=ids.data_ptr(),
+            wide_ids=ids.dtype is torch.int64,
             restarts=self._restarts,
         )
 
