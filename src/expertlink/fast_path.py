@@ -14,6 +14,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.types import DispatchHandle
 
 _ID_DTYPES = (torch.int64, torch.int32)
+_STRIDED = torch.strided
 
 
 class FastPath:
@@ -40,24 +41,28 @@ class FastPath:
         if x.__class__ is not Tensor or topk_ids is None or topk_ids.__class__ is not Tensor:
             return False
         device, shape = self._device, topk_ids.shape
-        return (
+        if not (
             len(shape) == 2
             and shape[1] == self._topk
             and shape[0] <= self._max_tokens
             and topk_ids.dtype in _ID_DTYPES
-            and _is_plain(topk_ids, device)
+            and topk_ids.device == device
+            and topk_ids.layout is _STRIDED
+            and topk_ids.is_contiguous()
             and x.shape == (shape[0], self._hidden)
             and x.dtype is self._dtype
-            and _is_plain(x, device)
-            and (
-                weights is None
-                or (
-                    weights.__class__ is Tensor
-                    and weights.shape == shape
-                    and weights.dtype is self._weight_dtype
-                    and _is_plain(weights, device)
-                )
-            )
+            and x.device == device
+            and x.layout is _STRIDED
+            and x.is_contiguous()
+        ):
+            return False
+        return weights is None or (
+            weights.__class__ is Tensor
+            and weights.shape == shape
+            and weights.dtype is self._weight_dtype
+            and weights.device == device
+            and weights.layout is _STRIDED
+            and weights.is_contiguous()
         )
 
     def takes_combine(
@@ -73,42 +78,38 @@ class FastPath:
         if rows.__class__ is not Tensor:
             return False
         device, dtype, shape = self._device, self._dtype, handle.rows_shape
-        return (
+        if not (
             rows.shape == shape
             and rows.dtype is dtype
-            and _is_plain(rows, device)
-            and (
-                out is None
-                or (
-                    out.__class__ is Tensor
-                    and out.shape == (handle.num_tokens, self._hidden)
-                    and out.dtype is dtype
-                    and _is_plain(out, device)
-                )
-            )
-            and (
-                weights is None
-                or (
-                    self._expanded
-                    and weights.__class__ is Tensor
-                    and weights.shape == shape[:-1]
-                    and weights.dtype is self._weight_dtype
-                    and _is_plain(weights, device)
-                )
-            )
-            and (
-                topk_weights is None
-                or (
-                    self._expanded
-                    and weights is None
-                    and topk_weights.__class__ is Tensor
-                    and topk_weights.shape == (handle.num_tokens, self._topk)
-                    and topk_weights.dtype is self._weight_dtype
-                    and _is_plain(topk_weights, device)
-                )
-            )
+            and rows.device == device
+            and rows.layout is _STRIDED
+            and rows.is_contiguous()
+        ):
+            return False
+        if out is not None and not (
+            out.__class__ is Tensor
+            and out.shape == (handle.num_tokens, self._hidden)
+            and out.dtype is dtype
+            and out.device == device
+            and out.layout is _STRIDED
+            and out.is_contiguous()
+        ):
+            return False
+        if weights is None and topk_weights is None:
+            return True
+        if not self._expanded:
+            return False
+        if weights is not None:
+            return topk_weights is None and self._are_weights(weights, shape[:-1])
+        return self._are_weights(topk_weights, (handle.num_tokens, self._topk))
+
+    def _are_weights(self, value: Tensor | None, shape: tuple[int, ...]) -> bool:
+        return (
+            value is not None
+            and value.__class__ is Tensor
+            and value.shape == shape
+            and value.dtype is self._weight_dtype
+            and value.device == self._device
+            and value.layout is _STRIDED
+            and value.is_contiguous()
         )
-
-
-def _is_plain(value: Tensor, device: torch.device) -> bool:
-    return value.device == device and value.layout is torch.strided and value.is_contiguous()

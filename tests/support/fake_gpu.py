@@ -73,7 +73,7 @@ class FakeGpu:
         patch(torch.cuda, "get_device_properties", lambda _: properties)
         for name in ("zeros", "ones"):
             patch(torch, name, _unpinned(getattr(torch, name)))
-        patch(ll_arena, "raw_stream", lambda _: lambda: stream.cuda_stream)
+        patch(arena, "raw_stream", lambda _: lambda: stream.cuda_stream)
         for module in (ll_arena, engine, ll_mode):
             patch(module, "is_capturing", lambda: self.capture != 0)
         for module in (ll_arena, arena):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,6 +185,20 @@ def _ctypes_type(struct: str, field: Field) -> type[Any]:
     return element if field.count is None else element * field.count
 
 
+class Configuration(NamedTuple):
+    """A launch as the driver reads it.
+
+    Attributes:
+        config: owns the memory.
+        address: of that memory.
+        text: for messages.
+    """
+
+    config: Any
+    address: int
+    text: str
+
+
 class Kernel:
     """A loaded kernel whose only parameter is a struct, or a pointer: a struct that holds one.
 
@@ -194,13 +208,10 @@ class Kernel:
 
     def __init__(self, driver: Any, function: Any, name: str) -> None:
         self._driver = driver
-        self._function = function
         self._name = name
-        self._launch = driver.cuLaunchKernel
         self._handle = int(function)
-        self._launch_following = launch_by_address()
-        self._stream = cache(driver.CUstream)
-        self._following = lru_cache(_CONFIGURATIONS)(self._following_configuration)
+        self._launch = launch_by_address()
+        self._configurations = lru_cache(_CONFIGURATIONS)(self.configuration)
         self._accepted: type[Arguments] | None = None
         info = driver.cuFuncGetParamInfo(function, 0)
         _, self._parameter_bytes = _checked("cuFuncGetParamInfo", info)
@@ -232,27 +243,47 @@ class Kernel:
         Raises:
             CudaError: the driver refuses the launch, or reports an earlier kernel's failure.
         """
+        configuration = self._configurations(grid, block, shared_bytes, stream, follows)
+        self.launch_as(arguments, configuration)
+
+    def launch_as(self, arguments: Arguments, configuration: Configuration) -> None:
+        """`launch` with a configuration of this kernel's."""
         if type(arguments) is not self._accepted:
             self._accept(arguments)
-        x, y = (grid, 1) if isinstance(grid, int) else grid
-        if follows:
-            _, address = self._following(x, y, block, shared_bytes, stream)
-            status = self._launch_following(address, self._handle, arguments.parameters, None)
-        else:
-            [status] = self._launch(
-                self._function,
-                *(x, y, 1, block, 1, 1),
-                shared_bytes,
-                self._stream(stream),
-                arguments.parameters,
-                0,
-            )
+        status = self._launch(configuration.address, self._handle, arguments.parameters, None)
         if status:
             name = self._driver.CUresult(status).name
-            raise CudaError(
-                f"launch of {self._name} failed: {name} (grid {x} x {y}, block {block}, "
-                f"{shared_bytes} bytes of shared memory)"
+            raise CudaError(f"launch of {self._name} failed: {name} ({configuration.text})")
+
+    def configuration(
+        self,
+        grid: int | tuple[int, int],
+        block: int,
+        shared_bytes: int,
+        stream: int,
+        follows: bool,
+    ) -> Configuration:
+        """What `launch` takes beside the arguments, as the driver reads it; see there.
+
+        Never changed once made, so that threads can share it.
+        """
+        driver = self._driver
+        x, y = (grid, 1) if isinstance(grid, int) else grid
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = x, y, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = driver.CUstream(stream)
+        if follows:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = (
+                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             )
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        text = f"grid {x} x {y}, block {block}, {shared_bytes} bytes of shared memory"
+        return Configuration(config, config.getPtr(), text)
 
     def _accept(self, arguments: Arguments) -> None:
         # Once per type: a struct of another size would be read beyond its end.
@@ -263,25 +294,6 @@ class Kernel:
                 f"{type(arguments).__name__} has {size}"
             )
         self._accepted = type(arguments)
-
-    def _following_configuration(
-        self, x: int, y: int, block: int, shared_bytes: int, stream: int
-    ) -> tuple[Any, int]:
-        # Never changed once made, so that threads can share it. The object owns the address.
-        driver = self._driver
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = (
-            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        )
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = x, y, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.sharedMemBytes = shared_bytes
-        config.hStream = driver.CUstream(stream)
-        config.attrs = [attribute]
-        config.numAttrs = 1
-        return config, config.getPtr()
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expertlink.engines.nvlink.capture import capture_of
+from expertlink.engines.nvlink.capture import capture_of, raw_stream
 from expertlink.engines.nvlink.shared import STATE
 from expertlink.errors import ConfigurationError, EngineUnavailableError
 
@@ -148,7 +148,9 @@ class Arena:
         self.device = device
         self.bases = torch.tensor(list(addresses), dtype=torch.int64, device=device)
         self.state = torch.zeros(STATE.size, dtype=torch.uint8, device=device)
+        self._current = raw_stream(device)
         self._last: torch.cuda.Stream | None = None
+        self._last_raw: int | None = None  # its handle
         self._captured: tuple[int, torch.cuda.Stream] | None = None
         self._members: set[int] = set()
         weakref.finalize(self, _leave, _in_use[device], self._members)
@@ -162,7 +164,8 @@ class Arena:
 
     def follow(self, *, capturing: bool = False) -> None:
         """`enter` for torch's current stream, where the next call is made."""
-        self.enter(torch.cuda.current_stream(self.device), capturing=capturing)
+        if capturing or self._current() != self._last_raw:
+            self.enter(torch.cuda.current_stream(self.device), capturing=capturing)
 
     def enter(self, stream: torch.cuda.Stream, *, capturing: bool) -> None:
         """Orders `stream` after the last call, where that was made on another stream.
@@ -178,10 +181,11 @@ class Arena:
             self._captured = (capture, stream)
             return
         if stream == self._last:
+            self._last_raw = stream.cuda_stream
             return
         if self._last is not None:
             stream.wait_stream(self._last)
-        self._last = stream
+        self._last, self._last_raw = stream, stream.cuda_stream
 
     def join(self, communicator: int) -> None:
         """A communicator will use this arena; `leave` when it does no more."""

@@ -1,8 +1,9 @@
-"""Which capture of a CUDA graph a stream is in."""
+"""The current stream, and which capture of a CUDA graph a stream is in."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from functools import cache
 
@@ -38,3 +39,8 @@ def _capture_info() -> Callable[..., int]:
     info.argtypes = [ctypes.c_void_p] * 6
     info.restype = ctypes.c_int
     return info
+
+
+def raw_stream(device: torch.device) -> Callable[[], int]:
+    """What gives the handle of torch's current stream of a GPU, without making a stream object."""
+    return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)

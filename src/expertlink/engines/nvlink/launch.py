@@ -11,12 +11,14 @@ import torch
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink import shared
+from expertlink.engines.nvlink.capture import raw_stream
 from expertlink.engines.nvlink.tuning import SHARED_BYTES, STATIC_BYTES
 from expertlink.jit.compiler import CompiledKernel, compile_kernel, constants
-from expertlink.jit.kernel import Arguments, architecture, load_kernel
+from expertlink.jit.kernel import Arguments, Configuration, architecture, load_kernel
 from expertlink.types import DispatchLayout
 
 Planned = TypeVar("Planned")
+_CONFIGURATIONS = 256  # launches on streams that are kept prepared
 
 
 class KernelName(enum.IntEnum):
@@ -64,9 +66,9 @@ class Program:
     kernels: tuple[KernelSource, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """Grid of one launch.
+    """Grid of one launch. Compared by identity, since every launch looks up its own.
 
     Attributes:
         grid: blocks.
@@ -168,22 +170,20 @@ class DeviceRunner:
             for name, code in compiled.items()
         }
 
+        self._prepared: dict[tuple[KernelName, Launch, int], Configuration] = {}
+
     def __call__(self, name: KernelName, arguments: Arguments, launch: Launch) -> None:
-        self._kernels[name].launch(
-            arguments,
-            grid=launch.grid,
-            block=launch.block,
-            shared_bytes=launch.shared_bytes,
-            stream=self._stream(),
-            follows=launch.follows,
+        key = (name, launch, self._stream())
+        configuration = self._prepared.get(key)
+        if configuration is None:
+            configuration = self._prepare(*key)
+        self._kernels[name].launch_as(arguments, configuration)
+
+    def _prepare(self, name: KernelName, launch: Launch, stream: int) -> Configuration:
+        if len(self._prepared) >= _CONFIGURATIONS:  # streams that come and go
+            self._prepared.clear()
+        configuration = self._kernels[name].configuration(
+            launch.grid, launch.block, launch.shared_bytes, stream, launch.follows
         )
-
-
-def raw_stream(device: torch.device) -> Callable[[], int]:
-    """What gives the handle of torch's current stream of a GPU, without making a stream object."""
-    current, index = torch._C._cuda_getCurrentRawStream, device.index
-
-    def stream() -> int:
-        return current(index)
-
-    return stream
+        self._prepared[name, launch, stream] = configuration
+        return configuration

@@ -6,7 +6,6 @@ import torch
 
 from expertlink.engines.nvlink.arena import Arena, Buffer
 from expertlink.engines.nvlink.capture import capture_of, is_capturing
-from expertlink.engines.nvlink.launch import raw_stream
 from expertlink.engines.nvlink.ll.halves import Halves
 from expertlink.engines.nvlink.ll.plan import SETS, LlPlan
 from expertlink.engines.nvlink.shared import counters
@@ -29,8 +28,6 @@ class LlArena(Arena):
         self.masks = layout.member(self.counters, "masked")
         self.halves = Halves()
         self.restarts = [0]
-        self._current = raw_stream(device)
-        self._last_raw: int | None = None
 
     def follow(self, *, capturing: bool = False) -> None:
         """Orders torch's current stream after the last call, where that was made on another.
@@ -45,7 +42,6 @@ class LlArena(Arena):
         stream = torch.cuda.current_stream(self.device)
         if not is_capturing():
             self.enter(stream, capturing=False)
-            self._last_raw = raw
             return
         if self._last_raw is not None and self._last is not None:
             capture = capture_of(self._last_raw)
