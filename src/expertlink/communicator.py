@@ -21,7 +21,14 @@ from torch import Tensor
 from expertlink import autograd
 from expertlink.calls import CallBuilder
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, Engine
+from expertlink.engines.base import (
+    CombineCall,
+    Combined,
+    DispatchCall,
+    Dispatched,
+    Engine,
+    nothing_left,
+)
 from expertlink.engines.ranks.handshake import handshake, resolve_device
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
@@ -360,10 +367,10 @@ class MoECommunicator:
                 topk_ids,
                 weights,
                 scales,
-                output_buffer=output_buffer,
-                previous_handle=previous_handle,
-                async_finish=async_finish,
-                return_recv_hook=return_recv_hook,
+                output_buffer,
+                previous_handle,
+                async_finish,
+                return_recv_hook,
             )
         except ExpertlinkError as error:
             raise _refused(engine, _dispatch_operation(previous_handle), error) from None
@@ -373,13 +380,12 @@ class MoECommunicator:
             started = self._start_dispatch(engine, call, previous_handle)
         else:
             started = engine.dispatch(call)
-        handle = self._calls.handle(
-            call, started, previous_handle=previous_handle, topk_ids=topk_ids
-        )
+        handle = self._calls.handle(call, started, previous_handle, topk_ids)
         if return_recv_hook:
             handle._finish = hook = ReceiveHook(started.finish, self._life)
             return started.output, handle, hook
-        without_gradients(started.finish)
+        if started.finish is not nothing_left:
+            without_gradients(started.finish)
         return started.output, handle
 
     def dispatch_async(
@@ -443,9 +449,7 @@ class MoECommunicator:
         with queued(call, stream=stream, wait_events=wait_events):
             started = self._start_dispatch(engine, call, previous_handle)
             wait = wait_of(started, stream=stream, life=self._life)
-        handle = self._calls.handle(
-            call, started, previous_handle=previous_handle, topk_ids=topk_ids
-        )
+        handle = self._calls.handle(call, started, previous_handle, topk_ids)
         handle._finish = wait
         return started.output, handle
 
@@ -619,12 +623,12 @@ class MoECommunicator:
             call = self._calls.combine(
                 expert_output,
                 handle,
-                out=out,
-                weights=weights,
-                topk_weights=topk_weights,
-                weight_grads=weight_grads,
-                async_finish=async_finish,
-                return_recv_hook=return_recv_hook,
+                out,
+                weights,
+                topk_weights,
+                weight_grads,
+                async_finish,
+                return_recv_hook,
             )
         except ExpertlinkError as error:
             raise _refused(engine, Operation.COMBINE, error) from None
@@ -638,7 +642,10 @@ class MoECommunicator:
         if return_recv_hook:
             handle._finish = hook = ReceiveHook(started.finish, self._life)
             return _sums_of(started), hook
-        without_gradients(started.finish)
+        if started.finish is not nothing_left:
+            without_gradients(started.finish)
+        if started.weight_grads_TK is None:
+            return started.out_TH
         return _sums_of(started)
 
     @overload

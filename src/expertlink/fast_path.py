@@ -56,20 +56,25 @@ class FastPath:
             and x.is_contiguous()
         ):
             return False
-        return weights is None or (
-            weights.__class__ is Tensor
-            and weights.shape == shape
-            and weights.dtype is self._weight_dtype
-            and weights.device == device
-            and weights.layout is _STRIDED
-            and weights.is_contiguous()
+        return weights is None or self._are_weights(weights, shape)
+
+    def takes_rows(self, x: Tensor, weights: Tensor | None, num_tokens: int) -> bool:
+        """Unquantized rows of a routing that is known, with or without new weights."""
+        return (
+            x.__class__ is Tensor
+            and x.shape == (num_tokens, self._hidden)
+            and num_tokens <= self._max_tokens
+            and x.dtype is self._dtype
+            and x.device == self._device
+            and x.layout is _STRIDED
+            and x.is_contiguous()
+            and (weights is None or self._are_weights(weights, (num_tokens, self._topk)))
         )
 
     def takes_combine(
         self,
         rows: Tensor,
         handle: DispatchHandle,
-        *,
         out: Tensor | None,
         weights: Tensor | None,
         topk_weights: Tensor | None,

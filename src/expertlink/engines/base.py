@@ -128,6 +128,10 @@ class Combined:
     finish: Callable[[], None]
 
 
+def nothing_left() -> None:
+    """`finish` of a call whose work was queued before it returned."""
+
+
 class Engine(Protocol):
     """Moves rows. Calls are collective: every rank makes the same ones in the same order."""
 

@@ -176,7 +176,3 @@ def check_address(buffer: Tensor) -> None:
         raise InputError(
             f"output_buffer starts at an address that is no multiple of {ALIGNMENT} bytes"
         )
-
-
-def nothing_left() -> None:
-    """The end of a call whose work was queued before it returned."""

@@ -219,6 +219,10 @@ class HtDispatcher:
             self._fixed = largest
         elif config.static_shapes or config.zero_copy:
             self._fixed = (self._limit,)
+        room = capacity.announced(config, None)
+        if room < 0 and config.static_shapes and not self._padded:
+            room = self._limit
+        self._room = room  # where the caller has made no output
         self._tables = TableLayout(config, num_ranks=self._num_ranks, num_local=self._num_local)
         self._named: tuple[int, TableLayout] | None = None  # tables that the arguments name
         self._counted = sum(self._tables.public)
@@ -438,10 +442,9 @@ class HtDispatcher:
         """Rows that this rank has room for, or UNBOUNDED."""
         if call.buffers is not None and not self._padded:
             return self._limit
-        room = capacity.announced(self._config, call.output_buffer)
-        if room < 0 and self._config.static_shapes and not self._padded:
-            return self._limit
-        return room
+        if call.output_buffer is None:
+            return self._room
+        return capacity.announced(self._config, call.output_buffer)
 
     def _name_tables(self, base: int, tables: TableLayout) -> None:
         """Tells the kernel where the tables of a routing are. Structs are used again: a new one

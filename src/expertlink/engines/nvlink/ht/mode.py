@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, nothing_left
 from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.arena import Buffer, Plan
 from expertlink.engines.nvlink.ht import arguments
@@ -25,7 +25,6 @@ from expertlink.engines.nvlink.mode import (
     Memory,
     check_address,
     common_arguments,
-    nothing_left,
 )
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.shared import Verdict, expert_locations
