@@ -272,7 +272,7 @@ class CallBuilder:
         ids_TK, weights_TK, buffers = started.topk_ids_TK, call.weights_TK, call.buffers
         leases = () if buffers is None else ((buffers, buffers.generation),)
         if previous_handle is not None:
-            ids_TK = vars(previous_handle)["_topk_ids"]  # as it was given
+            ids_TK = previous_handle._topk_ids
             if weights_TK is None:
                 weights_TK = previous_handle.topk_weights
             leases += tuple(lease for lease in previous_handle.leases if lease[0] is not buffers)
@@ -293,7 +293,7 @@ class CallBuilder:
             call.x_TW.shape[0],
             self._layout,
             shape,
-            ids_TK,  # type: ignore[arg-type]
+            ids_TK,
             weights_TK,
             started.state,
             seen,

@@ -56,7 +56,14 @@ class FastPath:
             and x.is_contiguous()
         ):
             return False
-        return weights is None or self._are_weights(weights, shape)
+        return weights is None or (
+            weights.__class__ is Tensor
+            and weights.shape == shape
+            and weights.dtype is self._weight_dtype
+            and weights.device == device
+            and weights.layout is _STRIDED
+            and weights.is_contiguous()
+        )
 
     def takes_rows(self, x: Tensor, weights: Tensor | None, num_tokens: int) -> bool:
         """Unquantized rows of a routing that is known, with or without new weights."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,24 +188,6 @@ class CallStatistics:
         return CallStatistics(*memory.split_with_sizes([num_local, *[num_ranks] * 5]))
 
 
-class LazyTensor:
-    """An attribute of records that is given as a tensor, or as what makes it at the first read."""
-
-    def __init__(self, name: str) -> None:
-        self._name = f"_{name}"
-
-    def __get__(self, record: Any, owner: type | None = None) -> Any:
-        if record is None:
-            return self
-        tensor = record.__dict__[self._name]
-        if callable(tensor):
-            tensor = record.__dict__[self._name] = tensor()
-        return tensor
-
-    def __set__(self, record: Any, tensor: Tensor | Callable[[], Tensor]) -> None:
-        record.__dict__[self._name] = tensor
-
-
 @dataclass(eq=False)
 class Anchor:
     """A tensor in the graph of a dispatch; None once backward has come through it."""
@@ -279,7 +260,7 @@ class DispatchHandle:
     num_tokens: int
     layout: DispatchLayout
     rows_shape: tuple[int, ...]
-    topk_ids: Tensor
+    _topk_ids: Tensor | Callable[[], Tensor]  # a tensor, or what makes it when it is first read
     topk_weights: Tensor | None
     state: object
     # The caller's own id tensor and its version: tells "unchanged" without reading the device.
@@ -289,6 +270,13 @@ class DispatchHandle:
     _finish: Callable[[], object] | None = None
     # Connects combines to their dispatch in the graph, where autograd tracks the dispatch.
     _anchor: Anchor | None = None
+
+    @property
+    def topk_ids(self) -> Tensor:
+        """`[T, K]` the routing, the handle's own copy."""
+        if callable(self._topk_ids):
+            self._topk_ids = self._topk_ids()
+        return self._topk_ids
 
     def wait(self) -> None:
         """Makes the results of the handle's last call readable on the current stream.
@@ -311,9 +299,6 @@ class DispatchHandle:
             f"DispatchHandle(dispatch #{self.call}, {self.num_tokens} tokens, "
             f"{self.layout.value} rows {list(self.rows_shape)})"
         )
-
-
-DispatchHandle.topk_ids = LazyTensor("topk_ids")  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_both_paths_make_the_same_combine(weighted: str, hook: bool) -> None:
         num_tokens=T,
         layout=builder._layout,
         rows_shape=tuple(rows.shape),
-        topk_ids=ids,
+        _topk_ids=ids,
         topk_weights=weights if weighted == "by the routing" else None,
         state=object(),
     )
