@@ -176,6 +176,10 @@ def bench(
         bool,
         typer.Option("--overlap", help="Measure dispatch beside a matrix product instead."),
     ] = False,
+    host_time: Annotated[
+        bool,
+        typer.Option("--host-time", help="Measure what the host does in calls instead."),
+    ] = False,
     gemm: Annotated[
         str | None,
         typer.Option(metavar="M,N,K", help="That product. CPU: 256,512,512; GPU: 8192,4096,7168."),
@@ -254,6 +258,7 @@ def bench(
         calls_per_graph=calls_per_graph,
         grid=grid,
         overlap=overlap,
+        host_time=host_time,
         gemm=gemm,
         layer=layer,
         model=model,

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from expertlink.bench import command
+from expertlink.bench.host_time import HostTimeRecord
 from expertlink.bench.overlap import hidden_part
 from expertlink.bench.records import PHASES, read_records, write_records
 from expertlink.cli import app
@@ -132,6 +133,28 @@ def test_overlap_with_a_matrix_product(tmp_path: Path) -> None:
     assert "hidden" in result.output
 
 
+def test_host_time(tmp_path: Path) -> None:
+    """Parts add up; replays of graphs have no host time to split."""
+    path = tmp_path / "r.jsonl"
+    case = ("--host-time", "--layout", "flat", "--variant", "cached", "--out", str(path))
+    result = CliRunner().invoke(app, ["bench", *QUICK, *case])
+    assert result.exit_code == 0, result.output
+    records = read_records(path, HostTimeRecord)
+    assert [(one.phase, one.outputs) for one in records] == [
+        (phase, outputs)
+        for outputs in ("own", "prepared", "tracked")
+        for phase in ("dispatch", "combine")
+    ]
+    for one in records:
+        assert one.iterations == 3
+        assert 0 < one.torch_us <= one.host_us
+        assert one.wait_us == one.launch_us == 0, "no kernels of this library"
+        assert one.python_us == pytest.approx(one.host_us - one.torch_us, abs=0.02)
+        assert one.host_hot_us.min <= one.host_us <= one.host_hot_us.p99
+    assert "Python" in result.output
+    assert read_records(path) == []
+
+
 def test_what_overlap_hides() -> None:
     assert hidden_part(10.0, 4.0, 10.0) == 1.0
     assert hidden_part(4.0, 10.0, 12.0) == 0.5
@@ -197,6 +220,8 @@ def test_as_ranks_of_torchrun(tmp_path: Path) -> None:
         (("--tokens", ","), "tokens=',' cannot be measured"),
         (("--mode", ","), "mode=',' cannot be measured"),
         (("--mode", "ll", "--overlap"), "variant='eager' cannot be measured with --overlap"),
+        (("--mode", "ll", "--host-time", "--variant", "halves"), "measured with --host-time"),
+        (("--host-time", "--overlap"), "either --host-time or --overlap"),
         (("--routing", "zipf:big"), "zipf"),
         (("--routing", "trace"), "--trace"),
         (("--trace", "missing.npz"), "missing.npz"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from expertlink.bench.host_time import HostTimeRecord, measure_host_times
 from expertlink.bench.layer import LayerRecord, measure_layers
 from expertlink.bench.layer_cases import build_layer_cases
 from expertlink.bench.measure import measure_batch
@@ -26,7 +27,12 @@ from expertlink.bench.options import (
 from expertlink.bench.overlap import OverlapRecord, measure_overlaps
 from expertlink.bench.records import Record, latest, read_records, write_records
 from expertlink.bench.runner import CaseResult, Job, Measure, run_on_own_ranks, run_under_torchrun
-from expertlink.bench.terminal import print_layers, print_overlaps, print_records
+from expertlink.bench.terminal import (
+    print_host_times,
+    print_layers,
+    print_overlaps,
+    print_records,
+)
 from expertlink.errors import ConfigurationError, ExpertlinkError
 from expertlink.files import reason, try_folder
 from expertlink.launch import RankContext, torchrun_context
@@ -56,6 +62,8 @@ def run_bench(options: BenchOptions, console: Console) -> int:
 def _run_bench(options: BenchOptions, context: RankContext | None, console: Console) -> int:
     device, ranks = device_and_ranks(options, context)
     measure: Measure = measure_overlaps if options.overlap else measure_batch
+    if options.host_time:
+        measure = measure_host_times
     if options.layer:
         measure, cases = measure_layers, build_layer_cases(options, device=device, ranks=ranks)
     else:
@@ -69,6 +77,7 @@ def _run_bench(options: BenchOptions, context: RankContext | None, console: Cons
         records = [record for result in job.results for record in result.records]
         print_records([one for one in records if isinstance(one, Record)], console)
         print_overlaps([one for one in records if isinstance(one, OverlapRecord)], console)
+        print_host_times([one for one in records if isinstance(one, HostTimeRecord)], console)
         print_layers([one for one in records if isinstance(one, LayerRecord)], console)
     if records and options.out is not None:
         console.print(f"{len(records)} records in {escape(str(options.out))}", soft_wrap=True)

@@ -38,6 +38,7 @@ _EXCLUDED = {
     "max_tokens_per_rank": "--tokens",
     "gemm": "the products of the layer",
     "overlap": "either --layer or --overlap",
+    "host_time": "either --layer or --host-time",
     "grid": "either --layer or --grid",
 }
 

@@ -87,6 +87,7 @@ class BenchOptions:
     calls_per_graph: int = 20
     grid: bool = False
     overlap: bool = False
+    host_time: bool = False
     gemm: str | None = None
     layer: bool = False
     model: str | None = None
@@ -135,6 +136,8 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
             )
             found.append(case)
     cases = list(dict.fromkeys(found))
+    if options.host_time and options.overlap:
+        raise ConfigurationError("either --host-time or --overlap")
     for name in ("model", "profile"):
         if getattr(options, name) is not None:
             raise ConfigurationError(f"{name}={str(getattr(options, name))!r} needs --layer")
@@ -145,6 +148,11 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
             raise ConfigurationError(
                 f"variant={case.variant!r} cannot be measured with --overlap; accepted: variants "
                 "that call dispatch_async themselves"
+            )
+        if options.host_time and (case.calls.graph or case.calls.halves):
+            raise ConfigurationError(
+                f"variant={case.variant!r} cannot be measured with --host-time; accepted: variants "
+                "whose calls are launched one by one, as a whole"
             )
         check_device(case, device)
         check_trace(case, recorded)
@@ -180,6 +188,8 @@ def _lists(
     ll_variants = "eager" if engine == "collective" and device == "cuda" else _LL_VARIANTS[device]
     texts = {"tokens": TOKENS[mode, device], "routing": "balanced", "variant": ll_variants}
     texts |= {**_SHAPE[device], **_FORMATS[mode], **(_GRID[device] if options.grid else {})}
+    if options.host_time and mode == "ll":
+        texts["variant"] = "eager"
     texts |= recorded
     texts |= {name: text for name in names if (text := getattr(options, name)) is not None}
     lists: dict[str, Sequence[Any]] = {

@@ -36,7 +36,7 @@ _KEY = (
 )
 _MAX_LINE_BYTES = 1 << 20
 RECORD_KIND = "call"
-KINDS = (RECORD_KIND, "overlap", "layer")
+KINDS = (RECORD_KIND, "overlap", "layer", "host_time")
 """Of the lines of a file; a `Record` does not name its own."""
 Loaded = TypeVar("Loaded", bound="Checked")
 OneKeyed = TypeVar("OneKeyed", bound="Keyed")

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from expertlink.bench.cases import Case
+from expertlink.bench.host_time import HostTimeRecord
 from expertlink.bench.layer import LayerRecord
 from expertlink.bench.overlap import TIMES, OverlapRecord
 from expertlink.bench.records import WORDS, Record, Summary, names_of
@@ -106,6 +107,32 @@ def print_overlaps(records: Sequence[OverlapRecord], console: Console) -> None:
     _print_rows(OVERLAP_HEADER, [overlap_row(record) for record in records], note, console)
 
 
+HOST_TIME_HEADER = (
+    *("case", "phase", "outputs", "hot", "wait", "host", "launch", "torch", "Python"),
+)
+HOST_TIME_NOTE = (
+    "µs of the host, median of the rank that takes longest; hot: until the call returned, one call "
+    "after the other; wait: of it, for the counts of all ranks; host: the rest, which is launches, "
+    "operations of torch, and Python; outputs: made by each call, prepared (create_buffers, out=), "
+    "or tracked by autograd"
+)
+
+
+def host_time_row(record: HostTimeRecord) -> list[str]:
+    """Cells under `HOST_TIME_HEADER`."""
+    wait = record.wait_us or None
+    values = (record.host_hot_us, wait, record.host_us)
+    values += (record.launch_us or None, record.torch_us, record.python_us)
+    name = f"{record.engine} {Case(**record.case).label()}"
+    return [name, record.phase, record.outputs, *map(text_of, values)]
+
+
+def print_host_times(records: Sequence[HostTimeRecord], console: Console) -> None:
+    """Prints one row per record."""
+    rows = [host_time_row(record) for record in records]
+    _print_rows(HOST_TIME_HEADER, rows, HOST_TIME_NOTE, console)
+
+
 LAYER_HEADER = (
     *("case", "engine", "phase", "layer", "compute", "exposed", "floor", "x floor", "MiB"),
 )
@@ -150,7 +177,7 @@ def _print_rows(
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     places = [place for place in range(len(header)) if any(row[place] for row in rows)]
     for place in places:
-        left = header[place] in ("case", "engine", "phase")
+        left = header[place] in ("case", "engine", "phase", "outputs")
         table.add_column(header[place], justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(row[place] for place in places))
