@@ -14,10 +14,7 @@ rank. A handle keeps it, and so the graph, until the backward of the dispatch.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,19 +57,18 @@ def dispatch(engine: Engine, call: DispatchCall, weights_TK: Tensor | None) -> T
         call: the dispatch.
         weights_TK: the routing weights: the call's, or those that a cached dispatch keeps.
     """
-    started: list[Dispatched] = []
-    kept = Anchor(None)
-    with _finishing_failed(started):
-        results: Any = _Dispatch.apply(call.x_TW, weights_TK, engine, call, started, kept)
+    work = _DispatchWork(engine, call)
+    try:
+        results: Any = _Dispatch.apply(call.x_TW, weights_TK, work)
+    except Exception:
+        _finish_failed(work.started)
+        raise
+    plain, kept = work.started, work.kept
+    assert plain is not None
     tokens, weights, kept.tensor = results
-    plain = started[0]
+    output = with_tensors(plain.output, tokens=tokens, topk_weights=weights)
     return TrackedDispatch(
-        output=with_tensors(plain.output, tokens=tokens, topk_weights=weights),
-        state=plain.state,
-        finish=plain.finish,
-        call=plain.call,
-        topk_ids_TK=plain.topk_ids_TK,
-        anchor=kept,
+        output, plain.state, plain.finish, plain.call, plain.topk_ids_TK, anchor=kept
     )
 
 
@@ -82,10 +78,15 @@ def combine(engine: Engine, call: CombineCall, handle: DispatchHandle) -> Combin
     anchor = anchor_of(handle)
     if anchor is None:
         anchor = _new_anchor(call.rows).requires_grad_()
-    started: list[Combined] = []
-    with _finishing_failed(started):
-        out_TH: Any = _Combine.apply(call.rows, weights_TK, anchor, engine, call, started)
-    return dataclasses.replace(started[0], out_TH=out_TH)
+    work = _CombineWork(engine, call)
+    try:
+        out_TH: Any = _Combine.apply(call.rows, weights_TK, anchor, work)
+    except Exception:
+        _finish_failed(work.started)
+        raise
+    plain = work.started
+    assert plain is not None
+    return Combined(out_TH, plain.weight_grads_TK, plain.finish)
 
 
 def _weights_of(call: CombineCall, handle: DispatchHandle) -> Tensor | None:
@@ -95,18 +96,33 @@ def _weights_of(call: CombineCall, handle: DispatchHandle) -> Tensor | None:
     return handle.topk_weights if call.weights_TK is None else call.weights_TK
 
 
-@contextmanager
-def _finishing_failed(started: Sequence[Dispatched | Combined]) -> Iterator[None]:
-    """Finishes a call that started but whose results nobody gets, because an exception ends it.
+def _finish_failed(operation: Dispatched | Combined | None) -> None:
+    """Finishes a call that started but whose results nobody gets, because an exception ended it.
 
     The recomputation of a checkpoint ends so: by an exception, at the last tensor that is saved.
     """
-    try:
-        yield
-    except Exception:
-        for operation in started:
-            without_gradients(operation.finish)
-        raise
+    if operation is not None:
+        without_gradients(operation.finish)
+
+
+class _DispatchWork:
+    """What a tracked dispatch does, and what it started. (Functions look at every argument.)"""
+
+    __slots__ = ("call", "engine", "kept", "started")
+
+    def __init__(self, engine: Engine, call: DispatchCall) -> None:
+        self.engine, self.call, self.kept = engine, call, Anchor(None)
+        self.started: Dispatched | None = None
+
+
+class _CombineWork:
+    """The same of a combine."""
+
+    __slots__ = ("call", "engine", "started")
+
+    def __init__(self, engine: Engine, call: CombineCall) -> None:
+        self.engine, self.call = engine, call
+        self.started: Combined | None = None
 
 
 def _new_anchor(like: Tensor) -> Tensor:
@@ -119,20 +135,18 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any,
         x_TW: Tensor,
         weights_TK: Tensor | None,
-        engine: Engine,
-        call: DispatchCall,
-        started: list[Dispatched],
-        kept: Anchor,
+        work: _DispatchWork,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         del weights_TK  # an argument so that its gradient has somewhere to go
-        started.append(engine.dispatch(call))
-        ctx.engine, ctx.state, ctx.shape = engine, started[0].state, x_TW.shape
-        output = started[0].output
+        call = work.call
+        started = work.started = work.engine.dispatch(call)
+        ctx.engine, ctx.state, ctx.shape = work.engine, started.state, x_TW.shape
+        output = started.output
         ctx.quantized = call.scales is not None or call.quantize_to is not None
         if ctx.quantized:
             ctx.mark_non_differentiable(output.tokens)
         anchor = _new_anchor(x_TW)
-        ctx.kept = weakref.ref(kept)  # the handle's; it keeps this node
+        ctx.kept = weakref.ref(work.kept)  # the handle's; it keeps this node
         # A checkpoint is recomputed where a saved tensor is asked for: on all ranks.
         ctx.save_for_backward(anchor)
         return output.tokens, output.topk_weights, anchor
@@ -147,7 +161,7 @@ class _Dispatch(torch.autograd.Function):
             kept.tensor = None
         if ctx.quantized:  # only the weights carry gradients
             grads_TK = ctx.engine.weight_grads(ctx.state, grad_weights.contiguous())
-            return None, grads_TK, None, None, None, None
+            return None, grads_TK, None
         out_TH = grad_tokens.new_empty(ctx.shape)
         combined = ctx.engine.combine(
             CombineCall(
@@ -159,7 +173,7 @@ class _Dispatch(torch.autograd.Function):
             )
         )
         combined.finish()
-        return out_TH, combined.weight_grads_TK, None, None, None, None
+        return out_TH, combined.weight_grads_TK, None
 
 
 class _Combine(torch.autograd.Function):
@@ -169,12 +183,11 @@ class _Combine(torch.autograd.Function):
         rows: Tensor,
         weights_TK: Tensor | None,
         anchor: Tensor,
-        engine: Engine,
-        call: CombineCall,
-        started: list[Combined],
+        work: _CombineWork,
     ) -> Tensor:
-        started.append(engine.combine(call))
-        ctx.engine, ctx.state, ctx.weighted = engine, call.state, call.weighted
+        call = work.call
+        work.started = work.engine.combine(call)
+        ctx.engine, ctx.state, ctx.weighted = work.engine, call.state, call.weighted
         # Only the weights' gradient reads the rows again.
         keep = weights_TK is not None and weights_TK.requires_grad
         ctx.save_for_backward(rows if keep else None, call.weights_TK, anchor)
@@ -204,4 +217,4 @@ class _Combine(torch.autograd.Function):
             )
             if per_slot is not None:
                 grad_weights = ctx.engine.weight_grads(ctx.state, per_slot)
-        return grad_rows, grad_weights, None, None, None, None
+        return grad_rows, grad_weights, None, None

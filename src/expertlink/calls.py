@@ -39,9 +39,9 @@ class CallBuilder:
     """Checks the arguments of one communicator's calls and makes the engine's calls of them.
 
     There are two paths. The fast path recognizes, by a few comparisons, what nearly all calls
-    pass: plain rows, a new routing or that of an own handle, tensors of the right form, no
-    gradients. All else, wrong arguments included, takes the checked path. Both make the same call.
-    The communicator passes arguments by position: names take time that decode notices.
+    pass: plain rows, a new routing or that of an own handle, tensors of the right form. All else,
+    wrong arguments included, takes the checked path. Both make the same call. The communicator
+    passes arguments by position: names take time that decode notices.
 
     Args:
         config: the communicator's configuration.
@@ -80,6 +80,7 @@ class CallBuilder:
         self._fast = FastPath(config, device)
         # The engine gets plain rows as they are, even if it quantizes them.
         self._passes_rows = config.block_format is None or engine_quantizes
+        self._may_track = config.block_format is None and not config.zero_copy
 
     # -- dispatch ---------------------------------------------------------------------------------
 
@@ -101,7 +102,11 @@ class CallBuilder:
             and self._passes_rows
             and (output_buffer is None or self._takes_buffers(output_buffer, previous_handle))
             and not (async_finish and return_recv_hook)
-            and not torch.is_grad_enabled()
+            and (
+                not (tracking := torch.is_grad_enabled())
+                # What excludes gradients is checked where there may be some.
+                or (output_buffer is None and not return_recv_hook and self._may_track)
+            )
             and (
                 self._fast.takes_dispatch(input, topk_ids, weights)
                 if previous_handle is None
@@ -119,7 +124,7 @@ class CallBuilder:
                 weights,
                 None,
                 None if previous_handle is None else previous_handle.state,
-                False,
+                tracking,  # experts' gradients multiply padding, which must not be NaN
                 num_sms,
                 self._block_format,
                 output_buffer,  # type: ignore[arg-type]
@@ -377,7 +382,10 @@ class CallBuilder:
             and handle.__class__ is DispatchHandle
             and handle.owner == self._identity
             and not (async_finish and return_recv_hook)
-            and not torch.is_grad_enabled()
+            and (
+                not torch.is_grad_enabled()
+                or (out is None and weights is None and not return_recv_hook and not handle.leases)
+            )
             and self._fast.takes_combine(expert_output, handle, out, weights, topk_weights)
         ):
             if handle.leases:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from expertlink import BlockFormat, DispatchBuffers, InputError, MoECommunicatorConfig
+from expertlink import (
+    BlockFormat,
+    DispatchBuffers,
+    HandleError,
+    InputError,
+    MoECommunicatorConfig,
+    RoutingChangedError,
+)
 from expertlink.calls import CallBuilder
 from expertlink.engines.base import Dispatched
 from expertlink.engines.outputs import largest_output
@@ -61,64 +69,137 @@ def arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(T, H).bfloat16(), torch.tensor([[0, 1]] * T), torch.rand(T, K)
 
 
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("hook", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_both_paths_make_the_same_dispatch(weighted: bool, hook: bool, given: bool) -> None:
-    builder, config = builder_of()
-    x, ids, weights = arguments()
-    buffers = buffers_of(builder, config) if given else None
-    calls = []
-    for tracking in (False, True):
-        with torch.set_grad_enabled(tracking):
-            call = builder.dispatch(
-                x,
-                ids,
-                weights if weighted else None,
-                output_buffer=buffers,
-                return_recv_hook=hook,
-                num_sms=5,
-            )
-        calls.append(vars(call))
-        assert buffers is None or buffers.generation == len(calls)
-    fast, checked = calls
-    assert not fast.pop("zero_padding")
-    assert checked.pop("zero_padding")
+def both_paths(
+    builder: CallBuilder, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the call that the fast path makes, and of that of the checked one."""
+
+    def not_here(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("this is not recognized")
+
+    with monkeypatch.context() as patch:
+        for name in ("_dispatch_checked", "_combine_checked"):
+            patch.setattr(builder, name, not_here)
+        fast = vars(make())
+    with monkeypatch.context() as patch:
+        for name in ("takes_dispatch", "takes_rows", "takes_combine"):
+            patch.setattr(builder._fast, name, lambda *_: False)
+        checked = vars(make())
     assert fast.keys() == checked.keys()
-    assert all(fast[name] is checked[name] for name in fast)
+    return fast, checked
 
 
-@pytest.mark.parametrize("hook", [False, True])
-@pytest.mark.parametrize("weighted", ["by the routing", "by slot", "by token", "not"])
-def test_both_paths_make_the_same_combine(weighted: str, hook: bool) -> None:
-    builder, _ = builder_of()
-    x, ids, weights = arguments()
-    rows = torch.randn(E // RANKS, RANKS * T, H).bfloat16()
-    handle = DispatchHandle(
+def handle_of(builder: CallBuilder, rows_shape: tuple[int, ...], **fields: Any) -> DispatchHandle:
+    usual: dict[str, Any] = {"_topk_ids": torch.tensor([[0, 1]] * T), "topk_weights": None}
+    return DispatchHandle(
         owner=1,
         scope=SCOPE,
         call=1,
         num_tokens=T,
         layout=builder._layout,
-        rows_shape=tuple(rows.shape),
-        _topk_ids=ids,
-        topk_weights=weights if weighted == "by the routing" else None,
+        rows_shape=rows_shape,
         state=object(),
+        **{**usual, **fields},
     )
+
+
+@pytest.mark.parametrize("tracking", [False, True])
+@pytest.mark.parametrize("cached", ["", "the same ids", "no ids"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_paths_make_the_same_dispatch(
+    weighted: bool,
+    hook: bool,
+    given: bool,
+    cached: str,
+    tracking: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if tracking and (hook or given):
+        return  # the checked path looks for gradients
+    builder, config = builder_of()
+    x, ids, weights = arguments()
+    buffers = buffers_of(builder, config) if given else None
+    previous = None
+    if cached:
+        seen = (ids, ids._version)
+        previous = handle_of(builder, (2, 6, H), topk_weights=weights, ids_seen=seen)
+
+    def make() -> Any:
+        return builder.dispatch(
+            x.requires_grad_(tracking),
+            None if cached == "no ids" else ids,
+            weights if weighted else None,
+            output_buffer=buffers,
+            previous_handle=previous,
+            return_recv_hook=hook,
+            num_sms=5,
+        )
+
+    with torch.set_grad_enabled(tracking):
+        fast, checked = both_paths(builder, monkeypatch, make)
+    assert buffers is None or buffers.generation == 2
+    assert all(fast[name] is checked[name] for name in fast)
+    assert fast["zero_padding"] is tracking
+    assert fast["previous"] is (None if previous is None else previous.state)
+    assert (fast["topk_ids_TK"] is None) == bool(cached)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("weighted", ["by the routing", "by slot", "by token", "not"])
+def test_both_paths_make_the_same_combine(
+    weighted: str, hook: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder, _ = builder_of()
+    x, _, weights = arguments()
+    rows = torch.randn(E // RANKS, RANKS * T, H).bfloat16()
+    kept = weights if weighted == "by the routing" else None
+    handle = handle_of(builder, tuple(rows.shape), topk_weights=kept)
     options: dict[str, Any] = {
         "weights": torch.rand(rows.shape[:-1]) if weighted == "by slot" else None,
         "topk_weights": weights if weighted == "by token" else None,
     }
-    calls = []
-    for tracking in (False, True):
-        with torch.set_grad_enabled(tracking):
-            call = builder.combine(rows, handle, out=x, return_recv_hook=hook, num_sms=5, **options)
-        calls.append(vars(call))
-    fast, checked = calls
-    assert fast.keys() == checked.keys()
+
+    def make() -> Any:
+        return builder.combine(rows, handle, out=x, return_recv_hook=hook, num_sms=5, **options)
+
+    with torch.no_grad():
+        fast, checked = both_paths(builder, monkeypatch, make)
     assert all(fast[name] is checked[name] for name in fast)
     assert fast["weighted"] == (weighted != "not")
     assert (fast["slot_weights"], fast["weights_TK"]) == tuple(options.values())
+    if hook or weighted == "by slot":
+        return
+    options["out"] = None
+    with torch.enable_grad():
+        tracked = both_paths(
+            builder, monkeypatch, lambda: builder.combine(rows.requires_grad_(), handle, **options)
+        )
+    outs = [call.pop("out_TH") for call in tracked]
+    assert [(out.shape, out.dtype) for out in outs] == [(x.shape, x.dtype)] * 2
+    assert all(tracked[0][name] is tracked[1][name] for name in tracked[0])
+
+
+def test_a_cached_dispatch_with_other_ids_is_compared() -> None:
+    """Ids that are another tensor, or have been written to, are looked at."""
+    builder, _ = builder_of()
+    x, ids, weights = arguments()
+    handle = handle_of(builder, (2, 6, H), ids_seen=(ids, ids._version), _topk_ids=ids.clone())
+    with torch.no_grad():
+        assert builder.dispatch(x, ids.clone(), weights, previous_handle=handle).previous
+        ids[0] = 3
+        for other in (ids, ids.clone()):
+            with pytest.raises(RoutingChangedError, match=r"topk_ids\[0\]=\[3, 3\] differs"):
+                builder.dispatch(x, other, weights, previous_handle=handle)
+        with pytest.raises(RoutingChangedError, match="input has 2 tokens"):
+            builder.dispatch(x[:2], None, previous_handle=handle)
+        buffers = DispatchBuffers(
+            DispatchOutput(x, ids, builder._layout), None, builder._kind, 1, generation=2
+        )
+        handle.leases = ((buffers, 1),)
+        with pytest.raises(HandleError, match="is stale"):
+            builder.dispatch(x, None, previous_handle=handle)
 
 
 @pytest.mark.parametrize("tracking", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,12 +58,14 @@ class FakeGpu:
     Attributes:
         capture: number of the capture that every call is in, 0 for none.
         launched: name and some of the arguments of every launch, oldest first.
+        kernel: what every launch does, with its arguments and the words that the host reads.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.capture = 0
         self.launched: list[dict[str, Any]] = []
         self.mails = True
+        self.kernel: Callable[[KernelName, Arguments, Any], None] = lambda *_: None
         stream = _Stream()
         patch = monkeypatch.setattr
         patch(torch.cuda, "Stream", _Stream)
@@ -106,6 +109,7 @@ class FakeGpu:
             fields += ("slots_of_token", "status", "capacity", "signature")
             noted = {field: getattr(arguments, field, None) for field in fields}
             self.launched.append({"name": name, "grid": launch.grid, **noted})
+            self.kernel(name, arguments, memory.watchdog._words)
             if self.mails and config.mode == "ht" and not config.static_shapes:
                 memory.watchdog._words.mail_number += 1
 
