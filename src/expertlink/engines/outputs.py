@@ -277,6 +277,18 @@ for _name in (
     setattr(LazyOutput, _name, _Part(_name))
 
 
+def part_of(memory: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in int32 memory, from a word on; no view in autograd's sense.
+
+    It belongs to inference mode if the memory does.
+    """
+    if memory.is_inference() and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            return part_of(memory, start, shape, dtype)
+    part = memory[start : start + math.prod(shape) * dtype.itemsize // 4]
+    return part.view(dtype).view(shape).data
+
+
 class OutputSizes(NamedTuple):
     """What is the same in all outputs of a communicator: E_loc, R, K, and whether in FLAT."""
 
@@ -339,14 +351,12 @@ class MemorySource:
         return self._choices(weights_at, torch.float32)
 
     def _words(self, start: int, count: int) -> Tensor:
-        return self._memory[start : start + count].data
+        return part_of(self._memory, start, (count,), torch.int32)
 
     def _choices(self, start: int, dtype: torch.dtype) -> Tensor | None:
         if start < 0:
             return None
-        shape = (*self.shape, self._sizes.topk)
-        end = start + dtype.itemsize // 4 * math.prod(shape)
-        return self._rows_memory[start:end].view(dtype).view(shape).data
+        return part_of(self._rows_memory, start, (*self.shape, self._sizes.topk), dtype)
 
 
 class BufferSource:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink.capture import is_capturing
+from expertlink.engines.outputs import part_of
 from expertlink.layouts import align
 from expertlink.types import DispatchLayout
 
@@ -132,11 +133,10 @@ class Route:
     def ids(self) -> Tensor:
         """`[T, K]` the routing."""
         if self.ids_TK is None:
-            words = 2 if self.wide_ids else 1
             start = (self.ids_address - self.block.data_ptr()) // _WORD
-            ids = self.block[start : start + words * self.num_tokens * self.layout.topk]
-            ids = ids.view(torch.int64 if self.wide_ids else torch.int32)
-            self.ids_TK = ids.view(self.num_tokens, self.layout.topk).data
+            shape = (self.num_tokens, self.layout.topk)
+            dtype = torch.int64 if self.wide_ids else torch.int32
+            self.ids_TK = part_of(self.block, start, shape, dtype)
         return self.ids_TK
 
     def slots_for(self, max_tokens: int) -> Tensor | None:

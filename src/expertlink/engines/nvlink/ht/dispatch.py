@@ -95,13 +95,12 @@ class _Rows:
 
     def cut(self, rows: int) -> None:
         """Leaves the first rows of what was made larger."""
-        if self.shape[0] == rows:
-            return
         self.shape = self.source.shape = (rows,)
-        self.tokens = self.tokens[:rows]
-        if self.scales is not None:
+        if self.tokens.shape[0] != rows:
+            self.tokens = self.tokens[:rows]
+        if self.scales is not None and self.scales.shape[0] != rows:
             self.scales = self.scales[:rows]
-        if self.source_tokens is not None:
+        if self.source_tokens is not None and self.source_tokens.shape[0] != rows:
             self.source_tokens = self.source_tokens[:rows]
 
 
