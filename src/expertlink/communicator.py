@@ -473,7 +473,8 @@ class MoECommunicator:
     ) -> DispatchBuffers:
         """Memory for everything that a dispatch returns, to be passed as `output_buffer`. Local.
 
-        On the nvlink engine with `mode="ll"` a dispatch into it allocates nothing.
+        On the nvlink engine a dispatch into it allocates nothing, unless it has scales of its own
+        and `scale_order="column_major"` (mode "ht").
 
         Args:
             input: example of the rows that will be dispatched, `[any, W]`; None: rows of the

@@ -70,6 +70,8 @@ class QuantScales:
 class DispatchOutput:
     """What a rank received. Owned by the caller, valid for as long as it is referenced.
 
+    On the nvlink engine, mode "ht", all but `tokens` is made when it is first read.
+
     Views of `DispatchBuffers` are valid until the next dispatch into them.
 
     Attributes:

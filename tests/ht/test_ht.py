@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import ConfigurationError, DispatchLayout, MoECommunicator
-from support import jobs
+from expertlink import BlockFormat, ConfigurationError, DispatchLayout, MoECommunicator
+from support import decode, jobs, payloads
 from support.cases import LAYOUTS, ROWS_IN_POOL, long_spans, routings, special, usual
-from support.hosted import Fleet, HostedCommunicator, fleet_of, run_hosted
+from support.hosted import Fleet, HostedCommunicator, fleet_of, run_cases, run_hosted
+from support.oracle import inputs_of
 
 pytestmark = pytest.mark.gpu(1)
 DEDUPLICATED = pytest.mark.parametrize(
@@ -37,6 +38,50 @@ def test_any_number_of_blocks(blocks: int, layout: DispatchLayout) -> None:
 def test_static_shapes(ranks: int, layout: DispatchLayout) -> None:
     cases = routings(usual(ranks, layout))
     run_hosted(fleet_of("ht", cases[0], static_shapes=True), jobs.contracts, cases)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_buffers(ranks: int, static: bool, layout: DispatchLayout) -> None:
+    cases = routings(usual(ranks, layout))
+    fleet = fleet_of("ht", cases[0], static_shapes=static)
+    run_hosted(fleet, decode.buffers_of_every_call, cases)
+    run_cases(fleet, decode.buffers, cases[:3])
+    run_cases(fleet, decode.stale_handles, cases[:1])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("order", ["row_major", "column_major"])
+def test_buffers_of_packed_rows(order: str, layout: DispatchLayout) -> None:
+    case = usual(3, layout).case(seed=1)
+    fmt = BlockFormat.E4M3_FLOAT32.value
+    fleet = fleet_of("ht", case, quantization=fmt, scale_order=order)
+    run_cases(fleet, payloads.buffers_of_packed_rows, [case])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("static", [False, True])
+def test_counts_of_a_cached_dispatch(static: bool, layout: DispatchLayout) -> None:
+    """Its own copies: those of the dispatch before may have been written to."""
+    case = usual(3, layout).case(seed=1)
+
+    def job(comm: MoECommunicator) -> None:
+        x_TH = inputs_of(case, comm.rank).x_TH.to(comm.device)
+        first, handle = jobs.dispatch_case(comm, case)
+        again, _ = comm.dispatch(x_TH, None, previous_handle=handle)
+        for name in ("num_tokens_per_expert", "num_tokens_per_rank", "expert_offsets"):
+            mine, others = getattr(again, name), getattr(first, name)
+            if mine is None:
+                assert others is None
+                continue
+            before = others.tolist()
+            others.fill_(-5)
+            assert mine.tolist() == before
+            last, _ = comm.dispatch(x_TH, None, previous_handle=handle)
+            assert getattr(last, name).tolist() == before
+
+    run_hosted(fleet_of("ht", case, static_shapes=static), job)
 
 
 @DEDUPLICATED
