@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import BlockFormat, ConfigurationError, DispatchLayout, MoECommunicator
+from expertlink import ConfigurationError, DispatchLayout, MoECommunicator
 from support import decode, jobs, payloads
-from support.cases import LAYOUTS, ROWS_IN_POOL, long_spans, routings, special, usual
+from support.cases import (
+    LAYOUTS,
+    ROWS_IN_POOL,
+    blocks_of_scales,
+    long_spans,
+    routings,
+    special,
+    usual,
+)
 from support.hosted import Fleet, HostedCommunicator, fleet_of, run_cases, run_hosted
 from support.oracle import inputs_of
 
@@ -54,9 +62,8 @@ def test_buffers(ranks: int, static: bool, layout: DispatchLayout) -> None:
 @LAYOUTS
 @pytest.mark.parametrize("order", ["row_major", "column_major"])
 def test_buffers_of_packed_rows(order: str, layout: DispatchLayout) -> None:
-    case = usual(3, layout).case(seed=1)
-    fmt = BlockFormat.E4M3_FLOAT32.value
-    fleet = fleet_of("ht", case, quantization=fmt, scale_order=order)
+    case = blocks_of_scales(layout).case(masked=0.2, weighted=False)
+    fleet = fleet_of("ht", case, quantization="e4m3_pow2", scale_order=order)
     run_cases(fleet, payloads.buffers_of_packed_rows, [case])
 
 
