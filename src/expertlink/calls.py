@@ -26,12 +26,14 @@ from expertlink.types import (
     RowKind,
 )
 from expertlink.validation import (
+    check_transform,
     check_output_buffer,
     check_routing,
     check_rows,
     check_tensor,
     kind_of,
     plain_kind,
+    transform_level,
 )
 
 
@@ -107,6 +109,7 @@ class CallBuilder:
                 # What excludes gradients is checked where there may be some.
                 or (output_buffer is None and not return_recv_hook and self._may_track)
             )
+            and transform_level() is None
             and (
                 self._fast.takes_dispatch(input, topk_ids, weights)
                 if previous_handle is None
@@ -191,6 +194,7 @@ class CallBuilder:
         return_recv_hook: bool,
         num_sms: int | None,
     ) -> DispatchCall:
+        check_transform()
         config, device = self._config, self._device
         rows, quant = check_rows(config, input, scales, device=device, rank=self._rank)
         if topk_ids is None and previous_handle is None:
@@ -200,7 +204,8 @@ class CallBuilder:
         ids_TK, weights_TK = check_routing(config, topk_ids, weights, rows.shape[0], device=device)
         kept_weights_TK = None
         if previous_handle is not None:
-            self.check_handle(previous_handle).wait()
+            previous_handle = self.check_handle(previous_handle)
+            previous_handle.wait()
             check_same_routing(previous_handle, topk_ids, ids_TK, rows.shape[0])
             kept_weights_TK = previous_handle.topk_weights
         tracked = needs_grad(rows, weights_TK) or self.is_tracked(rows, kept_weights_TK)
@@ -277,6 +282,7 @@ class CallBuilder:
         ids_TK, weights_TK, buffers = started.topk_ids_TK, call.weights_TK, call.buffers
         leases = () if buffers is None else ((buffers, buffers.generation),)
         if previous_handle is not None:
+            previous_handle = previous_handle.plain()
             ids_TK = previous_handle._topk_ids
             if weights_TK is None:
                 weights_TK = previous_handle.topk_weights
@@ -386,6 +392,7 @@ class CallBuilder:
                 not torch.is_grad_enabled()
                 or (out is None and weights is None and not return_recv_hook and not handle.leases)
             )
+            and transform_level() is None
             and self._fast.takes_combine(expert_output, handle, out, weights, topk_weights)
         ):
             if handle.leases:
@@ -434,8 +441,10 @@ class CallBuilder:
         return_recv_hook: bool,
         num_sms: int | None,
     ) -> CombineCall:
+        check_transform()
         device = self._device
-        self.check_handle(handle).wait()
+        handle = self.check_handle(handle)
+        handle.wait()
         shape = (*handle.rows_shape[:-1], self._hidden)
         rows = check_tensor(
             "expert_output", expert_output, device=device, dtypes=(self._dtype,), shape=shape

@@ -17,8 +17,9 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from expertlink import autograd
+from expertlink import autograd, graph_names
 from expertlink.calls import CallBuilder
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import (
@@ -35,6 +36,7 @@ from expertlink.engines.ranks.wire import Wire
 from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.errors import ConfigurationError, ExpertlinkError, InputError, NotPicklableError
 from expertlink.gradients import without_gradients
+from expertlink.graph_names import GraphForm
 from expertlink.handles import scope_of
 from expertlink.nvtx import add_ranges
 from expertlink.overlap import (
@@ -110,6 +112,7 @@ class MoECommunicator:
         # What outlives close(), such as graphs of old results, must not hold on to the group.
         self._groupless = dataclasses.replace(config, group=None)
         self._calls: CallBuilder  # made together with the engine
+        self._graph_form: GraphForm | None = None  # likewise; None as well with zero_copy
         self._life = Life()
         self._has_ranges = NVTX.read()
 
@@ -168,22 +171,27 @@ class MoECommunicator:
         if self._has_ranges:
             add_ranges(engine)
         self._engine, self._placement = engine, placement
+        num_local = len(placement.experts_of_rank[self.rank])
+        scope = scope_of(
+            self._groupless,
+            ranks=ranks,
+            engine=engine.routing_form,
+            numbers_by_max_tokens=engine.numbers_by_max_tokens,
+            experts_of_rank=placement.experts_of_rank,
+            identity=self._identity,
+        )
         self._calls = CallBuilder(
             self._groupless,
             device=self.device,
             rank=self.rank,
             num_ranks=self.num_ranks,
-            num_local_experts=len(placement.experts_of_rank[self.rank]),
+            num_local_experts=num_local,
             engine_quantizes=engine.quantizes,
             identity=self._identity,
-            scope=scope_of(
-                self._groupless,
-                ranks=ranks,
-                engine=engine.routing_form,
-                numbers_by_max_tokens=engine.numbers_by_max_tokens,
-                experts_of_rank=placement.experts_of_rank,
-                identity=self._identity,
-            ),
+            scope=scope,
+        )
+        self._graph_form = graph_names.register(
+            self, engine=engine.name, num_local=num_local, identity=self._identity, scope=scope
         )
 
     def abort(self, reason: str) -> None:
@@ -344,20 +352,33 @@ class MoECommunicator:
             HandleError, ClosedError: `previous_handle` or this communicator cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
-        if torch.compiler.is_dynamo_compiling():
-            from expertlink.uncompiled import uncompiled
+        if torch.compiler.is_dynamo_compiling() or is_in_torch_dispatch_mode():
+            from expertlink.ops import traced
 
-            return uncompiled(
-                self.dispatch,
+            if traced.takes_dispatch(
+                self,
                 input,
                 topk_ids,
-                weights,
-                scales,
                 output_buffer=output_buffer,
                 previous_handle=previous_handle,
                 async_finish=async_finish,
                 return_recv_hook=return_recv_hook,
-            )
+            ):
+                return traced.dispatch(self, input, topk_ids, weights, scales, previous_handle)
+            if torch.compiler.is_dynamo_compiling():
+                from expertlink.uncompiled import uncompiled
+
+                return uncompiled(
+                    self.dispatch,
+                    input,
+                    topk_ids,
+                    weights,
+                    scales,
+                    output_buffer=output_buffer,
+                    previous_handle=previous_handle,
+                    async_finish=async_finish,
+                    return_recv_hook=return_recv_hook,
+                )
         engine = self._engine
         if engine is None:
             engine = self._ready()
@@ -603,20 +624,33 @@ class MoECommunicator:
                 that cannot be used.
             PeerError: another rank refused; PeerTimeoutError: a rank did not come.
         """
-        if torch.compiler.is_dynamo_compiling():
-            from expertlink.uncompiled import uncompiled
+        if torch.compiler.is_dynamo_compiling() or is_in_torch_dispatch_mode():
+            from expertlink.ops import traced
 
-            return uncompiled(
-                self.combine,
-                expert_output,
+            if traced.takes_combine(
+                self,
                 handle,
                 out=out,
                 weights=weights,
-                topk_weights=topk_weights,
                 weight_grads=weight_grads,
                 async_finish=async_finish,
                 return_recv_hook=return_recv_hook,
-            )
+            ):
+                return traced.combine(self, expert_output, handle, topk_weights)
+            if torch.compiler.is_dynamo_compiling():
+                from expertlink.uncompiled import uncompiled
+
+                return uncompiled(
+                    self.combine,
+                    expert_output,
+                    handle,
+                    out=out,
+                    weights=weights,
+                    topk_weights=topk_weights,
+                    weight_grads=weight_grads,
+                    async_finish=async_finish,
+                    return_recv_hook=return_recv_hook,
+                )
         engine = self._engine
         if engine is None:
             engine = self._ready()
@@ -860,7 +894,7 @@ class MoECommunicator:
     def wire_rows(self, handle: DispatchHandle) -> tuple[list[int], list[int]]:
         """Rows that a dispatch sent to and received from each rank, own rank included."""
         engine = self._ready()
-        self._calls.check_handle(handle)
+        handle = self._calls.check_handle(handle)
         handle.wait()
         return engine.wire_rows(handle.state)
 
@@ -879,7 +913,7 @@ class MoECommunicator:
             HandleError, ClosedError: the handle or this communicator cannot be used.
         """
         engine = self._ready()
-        self._calls.check_handle(handle)
+        handle = self._calls.check_handle(handle)
         if not self.config.layout.expanded:
             raise InputError(
                 f"expert_ranges needs a layout with a row per expert (flat, expert_major), not "
@@ -901,7 +935,8 @@ class MoECommunicator:
             HandleError, ClosedError: the handle or this communicator cannot be used.
         """
         engine = self._ready()
-        self._calls.check_handle(handle).wait()
+        handle = self._calls.check_handle(handle)
+        handle.wait()
         if not self.config.layout.expanded:
             raise InputError(
                 f"slot_weights needs a layout with a row per expert (flat, expert_major), not "
@@ -923,7 +958,8 @@ class MoECommunicator:
             HandleError, ClosedError: the handle or this communicator cannot be used.
         """
         engine = self._ready()
-        self._calls.check_handle(handle).wait()
+        handle = self._calls.check_handle(handle)
+        handle.wait()
         return engine.arrivals(handle.state)
 
     def source_tokens(self, handle: DispatchHandle) -> Tensor:
@@ -941,7 +977,8 @@ class MoECommunicator:
             HandleError, ClosedError: the handle or this communicator cannot be used.
         """
         engine = self._ready()
-        self._calls.check_handle(handle).wait()
+        handle = self._calls.check_handle(handle)
+        handle.wait()
         tokens = engine.source_tokens(handle.state, handle.rows_shape[:-1])
         if tokens is None:
             raise ConfigurationError(

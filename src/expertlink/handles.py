@@ -66,6 +66,7 @@ def check_handle(
     """
     if not isinstance(handle, DispatchHandle):
         raise HandleError(f"a DispatchHandle is expected, not {type(handle).__name__}")
+    handle = handle.plain()
     if handle.owner != identity:
         _check_fit(handle, scope, max_tokens)
     check_current(handle)

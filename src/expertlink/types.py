@@ -296,6 +296,10 @@ class DispatchHandle:
             self._finish()
             self._finish = None  # a failed wait stays failed
 
+    def plain(self) -> DispatchHandle:
+        """This handle, or for one that a graph returned, that of its dispatch."""
+        return self
+
     def __repr__(self) -> str:
         return (
             f"DispatchHandle(dispatch #{self.call}, {self.num_tokens} tokens, "

@@ -14,6 +14,19 @@ from expertlink.types import BlockFormat, QuantScales, RowKind
 # Dtypes of one-byte rows: e4m3 or e5m2 values, or bytes that only the experts interpret.
 PACKED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
 
+transform_level = torch._C._functorch.maybe_current_level
+"""Not None under torch.vmap and the transforms of torch.func."""
+
+
+def check_transform() -> None:
+    """Refuses calls under torch.vmap and the transforms of torch.func."""
+    if transform_level() is not None:
+        raise InputError(
+            "dispatch and combine cannot be transformed by torch.vmap or torch.func (grad, vjp, "
+            "jvp, ...): every call takes part in an exchange with the other ranks. Call them on "
+            "whole batches, and use autograd (backward, torch.autograd.grad)"
+        )
+
 
 def check_tensor(
     name: str,
