@@ -129,9 +129,10 @@ class MoECommunicator:
             ClosedError: the communicator is closed or aborted.
         """
         if torch.compiler.is_dynamo_compiling():
-            from expertlink.uncompiled import uncompiled
+            if self._placement is None:
+                from expertlink.uncompiled import uncompiled
 
-            uncompiled(self.initialize)
+                uncompiled(self.initialize)
             return
         self._life.check()
         if self._engine is None:

@@ -46,6 +46,7 @@ class GraphForm:
     Attributes:
         name: of the communicator.
         static: handles are tables, and calls take part in CUDA graphs.
+        fixed_rows: the shape of `tokens` depends on nothing but the configuration.
         expanded: a row per (token, local expert): combine applies the weights.
         num_local: E_loc.
         hidden: H.
@@ -59,6 +60,7 @@ class GraphForm:
 
     name: str
     static: bool
+    fixed_rows: bool
     expanded: bool
     num_local: int
     hidden: int
@@ -92,11 +94,13 @@ def register(
         for field in dataclasses.fields(MoECommunicatorConfig)
         if field.name not in ("group", "timeout_s", "startup_timeout_s")
     ]
+    static = engine == "nvlink" and (config.static_shapes or config.mode == "ll")
     facts += [engine, str(num_local), str(comm.num_ranks), str(comm.device)]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     form = GraphForm(
         name=f"{identity}-{digest}",
-        static=engine == "nvlink" and (config.static_shapes or config.mode == "ll"),
+        static=static,
+        fixed_rows=static or config.layout.padded,
         expanded=config.layout.expanded,
         num_local=num_local,
         hidden=config.hidden_size,

@@ -1,4 +1,4 @@
-"""Calls that torch.compile leaves out of its graphs.
+"""Calls that torch.compile leaves out of its graphs, and whether it has to.
 
 Every method that talks to other ranks begins with `if torch.compiler.is_dynamo_compiling()`, which
 is True only where torch.compile traces it. There it calls itself through `uncompiled`: a graph
@@ -17,9 +17,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
 
 
-@torch.compiler.disable(reason="calls to other ranks are no part of a graph")
+@torch.compiler.assume_constant_result
+def allows_counted_rows() -> bool:
+    """Whether the graph that is being traced may hold rows whose number is counted at run time.
+
+    torch does so with `fullgraph=True`, or where `capture_dynamic_output_shape_ops` is set.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None or context.fake_mode.shape_env is None:
+        return False
+    return bool(context.fake_mode.shape_env.allow_dynamic_output_shape_ops)
+
+
+@torch.compiler.disable(reason="this call is no part of a graph: docs/guide/compile.md says which are")
 def uncompiled(method: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """`method(*args, **options)`, not compiled."""
     return method(*args, **options)

@@ -171,7 +171,7 @@ def _combine(
     maker: str,
     rows: Tensor,
     handle: Sequence[Tensor],
-    anchor: Tensor,
+    anchor: Tensor | None,
     weights: Tensor | None,
     given: bool,
     num_tokens: int,
@@ -368,7 +368,7 @@ def _fake_combine(
     maker: str,
     rows: Tensor,
     handle: Sequence[Tensor],
-    anchor: Tensor,
+    anchor: Tensor | None,
     weights: Tensor | None,
     given: bool,
     num_tokens: int,
@@ -449,7 +449,7 @@ class _Family:
             "combine",
             _combine,
             _fake_combine,
-            "(str comm, str maker, Tensor rows, Tensor[] handle, Tensor anchor, Tensor? weights, "
+            "(str comm, str maker, Tensor rows, Tensor[] handle, Tensor? anchor, Tensor? weights, "
             "bool given, SymInt num_tokens, bool weighted) -> Tensor",
         )
         self.dispatch_backward = self._define(
@@ -531,8 +531,9 @@ class _Family:
             ctx.scaled,
         )
         grad_weights = found[2] if len(found) > 2 else None
+        grad_anchor = found[1] if ctx.anchored else None
         nothing = [None] * ctx.num_given
-        return None, None, found[0], nothing, found[1], grad_weights, None, None, None
+        return None, None, found[0], nothing, grad_anchor, grad_weights, None, None, None
 
 
 def _after_dispatch(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -573,8 +574,9 @@ def _note_dispatch(
 
 
 def _after_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    comm, maker, rows, handle, _, weights, given, num_tokens, weighted = inputs
+    comm, maker, rows, handle, anchor, weights, given, num_tokens, weighted = inputs
     ctx.comm, ctx.maker, ctx.given = comm, maker, given
+    ctx.anchored = anchor is not None
     ctx.num_given, ctx.num_tokens, ctx.weighted = len(handle), num_tokens, weighted
     ctx.leading = list(rows.shape[:-1])
     expanded = communicator(comm).config.layout.expanded

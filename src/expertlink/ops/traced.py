@@ -68,6 +68,11 @@ def takes_dispatch(
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return False  # to be refused
+    if not form.fixed_rows and torch.compiler.is_dynamo_compiling():
+        from expertlink.uncompiled import allows_counted_rows
+
+        if not allows_counted_rows():
+            return False
     if not isinstance(input, Tensor) or (form.in_blocks and input.requires_grad):
         return False
     if previous_handle is None:
@@ -204,7 +209,9 @@ def combine(
     weights = topk_weights
     if weights is None and form.expanded:
         weights = handle.topk_weights
-    anchor = form.leaf if handle._anchor is None else handle._anchor.tensor
+    anchor = None
+    if torch.is_grad_enabled():
+        anchor = form.leaf if handle._anchor is None else handle._anchor.tensor
     ops = torch.ops.expertlink
     op: Any = ops.combine_static if form.static else ops.combine
     return op(
