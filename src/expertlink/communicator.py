@@ -192,7 +192,7 @@ class MoECommunicator:
             scope=scope,
         )
         self._graph_form = graph_names.register(
-            self, engine=engine.name, num_local=num_local, identity=self._identity, scope=scope
+            self, engine=engine, num_local=num_local, identity=self._identity, scope=scope
         )
 
     def abort(self, reason: str) -> None:

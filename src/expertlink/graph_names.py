@@ -33,6 +33,7 @@ from expertlink.types import DispatchHandle, RoutingScope
 
 if TYPE_CHECKING:
     from expertlink.communicator import MoECommunicator
+    from expertlink.engines.base import Engine
 
 _communicators: weakref.WeakValueDictionary[str, MoECommunicator] = weakref.WeakValueDictionary()
 _handles: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
@@ -72,7 +73,7 @@ class GraphForm:
 
 
 def register(
-    comm: MoECommunicator, *, engine: str, num_local: int, identity: int, scope: RoutingScope
+    comm: MoECommunicator, *, engine: Engine, num_local: int, identity: int, scope: RoutingScope
 ) -> GraphForm | None:
     """Makes a communicator known to graphs; None: its rows are not its own (`zero_copy`).
 
@@ -81,7 +82,7 @@ def register(
 
     Args:
         comm: the communicator.
-        engine: name of its engine.
+        engine: its engine.
         num_local: E_loc.
         identity: marks its handles.
         scope: which communicators can use them.
@@ -94,8 +95,9 @@ def register(
         for field in dataclasses.fields(MoECommunicatorConfig)
         if field.name not in ("group", "timeout_s", "startup_timeout_s")
     ]
-    static = engine == "nvlink" and (config.static_shapes or config.mode == "ll")
-    facts += [engine, str(num_local), str(comm.num_ranks), str(comm.device)]
+    never_waits = engine.numbers_by_max_tokens  # the kernels of mode "ll"
+    static = config.static_shapes or never_waits
+    facts += [engine.routing_form, str(num_local), str(comm.num_ranks), str(comm.device)]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     form = GraphForm(
         name=f"{identity}-{digest}",
@@ -105,7 +107,7 @@ def register(
         num_local=num_local,
         hidden=config.hidden_size,
         in_blocks=config.block_format is not None,
-        own_tables=config.mode == "ll",
+        own_tables=never_waits,
         leaf=torch.empty(0, device=comm.device, requires_grad=True),
         identity=identity,
         scope=scope,

@@ -28,7 +28,7 @@ from expertlink.engines.nvlink.ll.tables import LlTableLayout
 from expertlink.engines.nvlink.tables import TableLayout
 from expertlink.engines.ranks.capacity import largest_shape
 from expertlink.errors import ExpertlinkError, InputError
-from expertlink.graph_names import communicator, handle_of, tables_of, token_of
+from expertlink.graph_names import GraphForm, communicator, handle_of, tables_of, token_of
 from expertlink.reduction import weighted_backward
 from expertlink.types import BlockFormat, DispatchHandle, QuantScales, RowKind
 from expertlink.validation import kind_of, plain_kind
@@ -278,7 +278,7 @@ def _fake_dispatch(
             shape = (torch.library.get_ctx().new_dynamic_size(max=shape[0]),)
         tensors = [torch.empty(1, dtype=torch.int64, device="cpu")]
     else:
-        words = _table_layout(found, form.num_local).words(input.shape[0])
+        words = _table_layout(found, form).words(input.shape[0])
         tensors = [topk_ids.new_empty((words,), dtype=torch.int32), torch.empty_like(topk_ids)]
     quant = _quant_scales(scales, scale_format)
     return _fake_parts(found, input, quant, shape, weights is not None) + tensors
@@ -310,7 +310,7 @@ def _fake_cached_dispatch(
     elif form.own_tables:
         tensors = [torch.empty_like(handle[0]), torch.empty_like(handle[1])]
     else:
-        tables = _table_layout(found, form.num_local)
+        tables = _table_layout(found, form)
         tensors = [handle[0].new_empty((sum(tables.public) + 1,))]
         if new_weights:
             tensors.append(input.new_empty((tables.rows, tables.topk), dtype=torch.float32))
@@ -358,9 +358,9 @@ def _fake_scales(
     return input.new_empty((*outer, columns, last), dtype=kind.scale_dtype).transpose(-1, -2)
 
 
-def _table_layout(comm: MoECommunicator, num_local: int) -> TableLayout:
-    layout = LlTableLayout if comm.config.mode == "ll" else TableLayout
-    return layout(comm.config, num_ranks=comm.num_ranks, num_local=num_local)
+def _table_layout(comm: MoECommunicator, form: GraphForm) -> TableLayout:
+    layout = LlTableLayout if form.own_tables else TableLayout
+    return layout(comm.config, num_ranks=comm.num_ranks, num_local=form.num_local)
 
 
 def _fake_combine(
