@@ -26,11 +26,11 @@ from expertlink.types import (
     RowKind,
 )
 from expertlink.validation import (
-    check_transform,
     check_output_buffer,
     check_routing,
     check_rows,
     check_tensor,
+    check_transform,
     kind_of,
     plain_kind,
     transform_level,

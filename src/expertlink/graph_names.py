@@ -168,7 +168,7 @@ class _Template:
 
     Attributes:
         handle: all but `topk_ids` and `state`.
-        fields: of its state, all but the tensors.
+        state: all but the tensors.
         origin: bytes from the start of `keeps`, or of `block`, to the number of the transfer.
     """
 

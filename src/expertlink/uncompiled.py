@@ -32,7 +32,7 @@ def allows_counted_rows() -> bool:
     return bool(context.fake_mode.shape_env.allow_dynamic_output_shape_ops)
 
 
-@torch.compiler.disable(reason="this call is no part of a graph: docs/guide/compile.md says which are")
+@torch.compiler.disable(reason="docs/guide/compile.md says which calls may be part of a graph")
 def uncompiled(method: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """`method(*args, **options)`, not compiled."""
     return method(*args, **options)

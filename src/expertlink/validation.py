@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from expertlink.types import BlockFormat, QuantScales, RowKind
 # Dtypes of one-byte rows: e4m3 or e5m2 values, or bytes that only the experts interpret.
 PACKED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
 
-transform_level = torch._C._functorch.maybe_current_level
+transform_level: Any = torch._C._functorch.maybe_current_level  # pyright: ignore
 """Not None under torch.vmap and the transforms of torch.func."""
 
 

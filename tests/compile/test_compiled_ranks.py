@@ -42,7 +42,7 @@ def test_quantized_rows(rank_pools, layout: DispatchLayout) -> None:
 
 
 def test_the_demo_learns_the_same(rank_pools) -> None:
-    """Its experts are loops over counts: the graphs end there, and handles go from one to another."""
+    """Its experts loop over counts: graphs end there, and handles go from one to another."""
     for plain, fast in rank_pools(2).run(
         compiled.language_model, DispatchLayout.RANK_MAJOR, timeout_s=120
     ):

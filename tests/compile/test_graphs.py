@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import (
@@ -63,7 +64,7 @@ def test_cached_dispatches(layout: str) -> None:
             three, third = comm.dispatch(
                 x_TH + 1, ids_TK.clone(), weights_TK * 2, previous_handle=second
             )
-            late = {"topk_weights": weights_TK + 1} if expanded else {}
+            late: dict[str, Any] = {"topk_weights": weights_TK + 1} if expanded else {}
             y_TH = comm.combine(scaled(one, weight), first)
             y_TH = y_TH + comm.combine(scaled(two, weight), second)
             return y_TH + comm.combine(scaled(three, weight), third, **late)
@@ -89,13 +90,15 @@ def test_handles_leave_and_enter_graphs() -> None:
     with communicator() as comm:
         layer = Layer(comm)
 
-        def model(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-            out, handle = send(x_TH * 2, ids_TK, weights_TK)
-            return receive(scaled(out, layer.weight), handle)
+        send = compiled(lambda *given: comm.dispatch(*given))
+        for receive in (comm.combine, compiled(lambda *given: comm.combine(*given))):
 
-        sends = [comm.dispatch, compiled(lambda *given: comm.dispatch(*given))]
-        receives = [comm.combine, compiled(lambda *given: comm.combine(*given))]
-        for send, receive in ((sends[1], receives[0]), (sends[1], receives[1])):
+            def model(
+                x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, receive: Any = receive
+            ) -> Tensor:
+                out, handle = send(x_TH * 2, ids_TK, weights_TK)
+                return receive(scaled(out, layer.weight), handle)
+
             with counting():
 
                 def plain(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def test_handles_leave_and_enter_graphs() -> None:
                     return comm.combine(scaled(out, layer.weight), handle)
 
                 agree(plain, model, comm, [layer.weight], COUNTS)
-        out, handle = sends[1](*inputs(comm, 5))
+        out, handle = send(*inputs(comm, 5))
         assert comm.wire_rows(handle) == ([5], [5])
         again, cached = comm.dispatch(out.tokens[:5], None, previous_handle=handle)
         assert again.tokens.shape == out.tokens.shape
@@ -145,7 +148,7 @@ def test_a_copied_token_does_not_keep_its_routing() -> None:
 def test_backward_again() -> None:
     with (
         communicator() as comm,
-        torch._functorch.config.patch(donated_buffer=False),
+        functorch_config.patch(donated_buffer=False),
         counting() as counted,
     ):
         layer = Layer(comm)
@@ -196,8 +199,8 @@ def test_selective_checkpoints_find_the_operators(form: str, saved: tuple[Any, .
             fast = compiled(model) if form == "compiled" else model
             agree(layer, fast, comm, [layer.weight], COUNTS)
             assert done[:2] == ["expertlink::dispatch", "expertlink::combine"]
-        # A training step is two dispatches and two combines, and repeats what is not saved. Compiled
-        # code leaves out what nobody reads: the result of the combine that is done again.
+        # A step is two dispatches and two combines, and repeats what is not saved. Compiled code
+        # leaves out what nobody reads: the result of the combine that is done again.
         kinds = [ops for ops in (DISPATCH_OPS, COMBINE_OPS) if ops[0] not in saved]
         again = len(kinds) if form == "plain" else kinds.count(DISPATCH_OPS)
         totals.rows_sent.zero_()
@@ -253,7 +256,7 @@ def test_transforms_of_functions_are_refused(form: str) -> None:
     with communicator() as comm:
         layer = Layer(comm)
         x_TH, ids_TK, weights_TK = (tensor.detach() for tensor in inputs(comm, 4))
-        state = dict(layer.named_parameters())
+        state: dict[str, Tensor] = dict(layer.named_parameters())
 
         def of_state(state: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(layer, state, (x_TH, ids_TK, weights_TK))

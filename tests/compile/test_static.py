@@ -48,14 +48,15 @@ def launches(gpu: FakeGpu) -> list[tuple[Any, ...]]:
 
 
 def step(comm: MoECommunicator, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """A dispatch, cached ones with its weights and with others, and combines of all, in disorder."""
+    """A dispatch, cached ones with its weights and with others, and combines of all of them."""
     out, first = comm.dispatch(x, ids, weights)
     again, second = comm.dispatch(x * 2, ids, previous_handle=first)
     late, third = comm.dispatch(x, None, weights * 2, previous_handle=second)
     last, fourth = comm.dispatch(x, None, previous_handle=third)
-    kind = comm.config.dtype
-    y = comm.combine(late.tokens.to(kind), third) + comm.combine(out.tokens.to(kind), first)
-    return y + comm.combine(last.tokens.to(kind), fourth) + comm.combine(again.tokens.to(kind), second)
+    y = torch.zeros_like(x)
+    for received, handle in ((late, third), (out, first), (last, fourth), (again, second)):
+        y = y + comm.combine(received.tokens.to(x.dtype), handle)
+    return y
 
 
 @FIELDS
@@ -104,7 +105,7 @@ def test_backward_is_of_its_dispatch(
 def test_a_handle_of_another_process_is_refused(gpu: FakeGpu) -> None:
     """Its tensors do not say all: the rest is known where its dispatch was made."""
     comm = gpu.communicator(**HT)
-    x, ids, weights = inputs()
+    x, ids, _ = inputs()
     form = comm._graph_form
     assert form is not None
     assert form.static

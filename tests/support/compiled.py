@@ -1,4 +1,4 @@
-"""A layer around dispatch and combine, compiled and not: what it gives, and how often it compiles."""
+"""A layer around dispatch and combine, compiled and not: its results, its number of graphs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +21,7 @@ from expertlink import DispatchLayout, DispatchOutput, MoECommunicator, graph_na
 from expertlink.demo.model import LanguageModel, ModelConfig
 from expertlink.launch import RankContext
 from support.jobs import config_of, same_bits
-from support.oracle import Case, inputs_of
+from support.oracle import Case
 
 Results = Sequence[Tensor | None]
 
@@ -84,13 +85,15 @@ def compiled(model: Any, **options: Any) -> Any:
     return torch.compile(model, **{"backend": "aot_eager", "fullgraph": True, **options})
 
 
-def inputs(comm: MoECommunicator, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    comm: MoECommunicator, count: int, *, seed: int = 0, dynamic: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and weights that require grad, and a routing, of any number of tokens.
 
     Small whole numbers, so that sums are exact in whatever order compiled code adds them up.
     """
     config, device = comm.config, comm.device
-    generator = torch.Generator().manual_seed(100 * comm.rank + count)
+    generator = torch.Generator().manual_seed(100 * (comm.rank + 10 * seed) + count)
 
     def whole(columns: int) -> Tensor:
         return torch.randint(-4, 5, (count, columns), generator=generator).to(device)
@@ -99,13 +102,16 @@ def inputs(comm: MoECommunicator, count: int) -> tuple[Tensor, Tensor, Tensor]:
     x_TH = whole(config.hidden_size).to(config.dtype).requires_grad_()
     weights_TK = whole(config.topk).to(config.weight_dtype).requires_grad_()
     tensors = x_TH, ids_TK.to(device), weights_TK
-    for tensor in tensors:
+    for tensor in tensors if dynamic else ():
         maybe_mark_dynamic(tensor, 0)  # where a graph ends, handles hold numbers
     return tensors
 
 
 def trained(
-    model: Any, tensors: tuple[Tensor, Tensor, Tensor], parameters: Sequence[Tensor], passes: int = 1
+    model: Any,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    parameters: Sequence[Tensor],
+    passes: int = 1,
 ) -> Results:
     """Result and all gradients, of so many backward passes."""
     x_TH, ids_TK, weights_TK = tensors
@@ -144,17 +150,55 @@ def agree(
 # -- on several ranks -----------------------------------------------------------------------------
 
 
-def steps(ctx: RankContext, cases: Sequence[Case], backend: str) -> list[tuple[int, int]]:
+def steps(
+    ctx: RankContext, cases: Sequence[Case], backend: str, **fields: Any
+) -> list[tuple[int, int]]:
     """Graphs and breaks of a layer that sees ten numbers of tokens, which differ between ranks."""
     found = []
     for case in cases:
         with MoECommunicator(config_of(case, ctx.device)) as comm, counting() as counted:
             layer = Layer(comm)
-                # Other ones on every rank, and never 1, which torch compiles for itself.
+            # Other ones on every rank, and never 1, which torch compiles for itself.
             counts = [2 + (3 * i + 5 * ctx.rank) % (case.max_tokens - 2) for i in range(10)]
             agree(layer, compiled(layer, backend=backend), comm, [layer.weight], counts)
         found.append((counted.graphs, counted.breaks))
     return found
+
+
+def on_gpus(ctx: RankContext, cases: Sequence[Case], **fields: Any) -> list[tuple[int, int]]:
+    """`steps` with kernels of inductor, for an engine on GPUs."""
+    with exact_kernels():
+        return steps(ctx, cases, "inductor", **fields)
+
+
+def exact_kernels() -> Any:
+    """Compiled kernels round where operations of torch do."""
+    return inductor_config.patch(emulate_precision_casts=True)
+
+
+def replayed(comm: MoECommunicator, count: int) -> int:
+    """Training steps in CUDA graphs, with another routing in every step; graphs recorded."""
+    from torch._inductor.cudagraph_trees import get_container
+
+    with exact_kernels(), counting():
+        layer = Layer(comm)
+        fast = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+        for step in range(6):
+            torch.compiler.cudagraph_mark_step_begin()
+            expected = trained(layer, inputs(comm, count, seed=step, dynamic=False), [layer.weight])
+            actual = trained(fast, inputs(comm, count, seed=step, dynamic=False), [layer.weight])
+            equal(actual, expected, f"step {step}")
+        assert counters["inductor"]["cudagraph_skips"] == 0
+        manager = get_container(comm.device.index).tree_manager
+        assert manager is not None
+        recorded = manager.new_graph_id().id
+    comm.check_health()
+    return recorded
+
+
+def replayed_on_ranks(ctx: RankContext, case: Case, **fields: Any) -> int:
+    with MoECommunicator(config_of(case, ctx.device, engine="nvlink", **fields)) as comm:
+        return replayed(comm, case.tokens[ctx.rank])
 
 
 def quantized(ctx: RankContext, case: Case) -> tuple[int, int]:

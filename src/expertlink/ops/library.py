@@ -582,7 +582,7 @@ def _after_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     expanded = communicator(comm).config.layout.expanded
     ctx.scaled = expanded and weights is not None
     keep = [*handle]
-    if ctx.scaled and weights.requires_grad:  # only the weights' gradient reads the rows again
+    if expanded and weights is not None and weights.requires_grad:  # only the weights' gradient reads the rows again
         keep.append(rows)
     if given:
         keep.append(weights)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expertlink.ops.library import joined, parts
 from expertlink.graph_names import handle_of
+from expertlink.ops.library import joined, parts
 from expertlink.types import (
     Anchor,
     DispatchBuffers,
@@ -22,6 +22,7 @@ from expertlink.types import (
     DispatchOutput,
     QuantScales,
 )
+from expertlink.validation import transform_level
 
 if TYPE_CHECKING:
     from expertlink.communicator import MoECommunicator
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
 class TracedHandle(DispatchHandle):
     """The handle of a dispatch in a graph. Outside of graphs it serves as every other.
 
+    `topk_ids` are the caller's own, and there is no `state`: `plain` finds both.
+
     Attributes:
         maker: name of the communicator that dispatched.
         tensors: what the operators know it by.
-        given_ids: the caller's ids.
         weighted: the routing has weights.
     """
 
     maker: str = ""
     tensors: list[Tensor] = field(default_factory=list)
-    given_ids: Any = None
     weighted: bool = False
 
     def wait(self) -> None:
@@ -66,7 +67,7 @@ def takes_dispatch(
     form = comm._graph_form
     if form is None or output_buffer is not None or async_finish or return_recv_hook:
         return False
-    if torch._C._functorch.maybe_current_level() is not None:
+    if transform_level() is not None:
         return False  # to be refused
     if not form.fixed_rows and torch.compiler.is_dynamo_compiling():
         from expertlink.uncompiled import allows_counted_rows
@@ -115,7 +116,7 @@ def dispatch(
         op: Any = ops.dispatch_static if form.static else ops.dispatch
         made = op(form.name, input, topk_ids, carried, scales, format_name, zero_padding)
     else:
-        same = topk_ids is None or topk_ids is previous.given_ids
+        same = topk_ids is None or topk_ids is previous.topk_ids
         op = ops.cached_dispatch_static if form.static else ops.cached_dispatch
         made = op(
             form.name,
@@ -152,7 +153,7 @@ def dispatch(
         num_tokens_per_rank=counts[ranks_at:],
         source_tokens=made[at.source_tokens] if at.source_tokens >= 0 else None,
     )
-    given_ids = topk_ids if previous is None else previous.given_ids
+    ids: Any = topk_ids if previous is None else previous.topk_ids
     anchor = made[at.anchor]
     handle = TracedHandle(
         owner=form.identity,
@@ -161,13 +162,12 @@ def dispatch(
         num_tokens=num_tokens,
         layout=layout,
         rows_shape=(*tokens.shape[:-1], form.hidden),
-        topk_ids=given_ids,
+        topk_ids=ids,
         topk_weights=kept,
         state=None,
         _anchor=Anchor(anchor) if anchor.requires_grad else None,
         maker=form.name,
         tensors=tensors,
-        given_ids=given_ids,
         weighted=weighted,
     )
     return output, handle
