@@ -96,7 +96,7 @@ def register(
         if field.name not in ("group", "timeout_s", "startup_timeout_s")
     ]
     never_waits = engine.numbers_by_max_tokens  # the kernels of mode "ll"
-    static = config.static_shapes or never_waits
+    static = engine.name == "nvlink" and (config.static_shapes or never_waits)
     facts += [engine.routing_form, str(num_local), str(comm.num_ranks), str(comm.device)]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     form = GraphForm(

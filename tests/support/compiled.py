@@ -277,7 +277,7 @@ def wrapped(ctx: RankContext, case: Case, wrapper: str) -> None:
         model = Mixed(comm)
         outer = around(model, form)
         found = []
-        for count in (4, 6, 3):
+        for count in (4, 6):
             own = inputs(comm, count)
             outer.zero_grad()
             result = trained(outer, own, [])

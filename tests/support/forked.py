@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-_MODULES = ["torch", "torch.distributed"]
+_MODULES = ["torch", "torch.distributed", "torch._dynamo"]  # the last as optimizers import it
 
 
 class ForkedRanks:

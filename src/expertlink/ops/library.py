@@ -582,8 +582,8 @@ def _after_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     expanded = communicator(comm).config.layout.expanded
     ctx.scaled = expanded and weights is not None
     keep = [*handle]
-    if expanded and weights is not None and weights.requires_grad:  # only the weights' gradient reads the rows again
-        keep.append(rows)
+    if expanded and weights is not None and weights.requires_grad:
+        keep.append(rows)  # only the gradients of weights read them again
     if given:
         keep.append(weights)
     ctx.save_for_backward(*keep)

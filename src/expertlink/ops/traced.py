@@ -74,8 +74,10 @@ def takes_dispatch(
 
         if not allows_counted_rows():
             return False
-    if not isinstance(input, Tensor) or (form.in_blocks and input.requires_grad):
+    if not isinstance(input, Tensor):
         return False
+    if form.in_blocks and torch.is_grad_enabled() and input.requires_grad:
+        return False  # to be refused
     if previous_handle is None:
         return topk_ids is not None
     return isinstance(previous_handle, TracedHandle)
