@@ -167,7 +167,7 @@ class _Template:
     """A handle without its tensors.
 
     Attributes:
-        handle: all but `topk_ids` and `state`.
+        handle: all but the ids and `state`.
         state: all but the tensors.
         origin: bytes from the start of `keeps`, or of `block`, to the number of the transfer.
     """
@@ -183,6 +183,11 @@ _templates: weakref.WeakKeyDictionary[MoECommunicator, dict[_Key, _Template]] = 
 )
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own: an operator's results must not share theirs."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def tables_of(comm: MoECommunicator, handle: DispatchHandle) -> list[Tensor]:
     """The tensors of a handle: tables, ids, then the counts and weights of a cached dispatch.
 
@@ -190,13 +195,13 @@ def tables_of(comm: MoECommunicator, handle: DispatchHandle) -> list[Tensor]:
     """
     route = handle.state
     assert isinstance(route, Route)
-    tables = [route.block, route.ids_TK]
+    tables = [route.block, apart(route.ids())]
     tables += [table for table in (route.keeps, route.weights_block) if table is not None]
     base = route.block if route.keeps is None else route.keeps
     absent: Any = None
     without = {"block": absent, "ids_TK": absent, "keeps": absent, "weights_block": absent}
     template = _Template(
-        handle=dataclasses.replace(handle, topk_ids=absent, state=None),
+        handle=dataclasses.replace(handle, _topk_ids=absent, state=None),
         state=dataclasses.replace(route, **without, other_slots={}),
         origin=route.origin - base.data_ptr(),
     )
@@ -217,12 +222,13 @@ def _handle_with(
         template.state,
         block=block,
         ids_TK=ids_TK,
+        ids_address=ids_TK.data_ptr(),
         keeps=keeps,
         weights_block=tables[3] if len(tables) > 3 else None,
         origin=template.origin + (block if keeps is None else keeps).data_ptr(),
         other_slots={},
     )
-    return dataclasses.replace(template.handle, topk_ids=ids_TK, state=route)
+    return dataclasses.replace(template.handle, _topk_ids=ids_TK, state=route)
 
 
 def handle_of(

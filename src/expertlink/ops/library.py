@@ -28,7 +28,14 @@ from expertlink.engines.nvlink.ll.tables import LlTableLayout
 from expertlink.engines.nvlink.tables import TableLayout
 from expertlink.engines.ranks.capacity import largest_shape
 from expertlink.errors import ExpertlinkError, InputError
-from expertlink.graph_names import GraphForm, communicator, handle_of, tables_of, token_of
+from expertlink.graph_names import (
+    GraphForm,
+    apart,
+    communicator,
+    handle_of,
+    tables_of,
+    token_of,
+)
 from expertlink.reduction import weighted_backward
 from expertlink.types import BlockFormat, DispatchHandle, QuantScales, RowKind
 from expertlink.validation import kind_of, plain_kind
@@ -154,7 +161,8 @@ def _make_dispatch(
             counts.insert(1, output.expert_offsets)
         scale_tensor = None if output.scales is None else output.scales.tensor
         returned = [output.tokens, _new_anchor(input), torch.cat(counts), scale_tensor]
-        returned += [output.topk_ids, output.topk_weights, output.source_tokens]
+        small = (output.topk_ids, output.topk_weights, output.source_tokens)
+        returned += [None if tensor is None else apart(tensor) for tensor in small]
         form = comm._graph_form
         assert form is not None
         if not form.static:

@@ -164,7 +164,7 @@ def dispatch(
         num_tokens=num_tokens,
         layout=layout,
         rows_shape=(*tokens.shape[:-1], form.hidden),
-        topk_ids=ids,
+        _topk_ids=ids,
         topk_weights=kept,
         state=None,
         _anchor=Anchor(anchor) if anchor.requires_grad else None,
