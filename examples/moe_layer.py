@@ -1,4 +1,4 @@
-"""A bare mixture-of-experts layer: route, dispatch, experts, combine, backward.
+"""A mixture-of-experts layer: route, dispatch, experts, combine, beside a shared expert; backward.
 
 python examples/moe_layer.py                            # one rank
 torchrun --nproc-per-node 4 examples/moe_layer.py       # four ranks, on CPU or on GPUs
@@ -12,32 +12,21 @@ from torch import Tensor, nn
 
 from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink.launch import torchrun_context
+from expertlink.nn import MoELayer
 
 TOKENS, HIDDEN, EXPERTS, TOPK = 64, 256, 8, 2
 
 
-class MoELayer(nn.Module):
-    """Experts spread over the ranks of the default process group; the router is on every rank."""
+class Router(nn.Module):
+    """Softmax over all experts, then the best of them."""
 
-    def __init__(self, comm: MoECommunicator) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.comm = comm
-        torch.manual_seed(0)
-        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        torch.manual_seed(1 + comm.rank)  # experts differ from rank to rank, the router does not
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU(), nn.Linear(4 * HIDDEN, HIDDEN))
-            for _ in comm.local_experts
-        )
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        weights_TK, ids_TK = self.router(x_TH).softmax(dim=-1, dtype=torch.float32).topk(TOPK)
-        received, handle = self.comm.dispatch(x_TH, ids_TK, weights_TK)
-        counts = received.num_tokens_per_expert.tolist()
-        groups = received.tokens.split(counts)  # the default layout groups rows by expert
-        outputs = [expert(rows) for expert, rows in zip(self.experts, groups, strict=True)]
-        outputs.append(received.tokens[:0])  # a rank may have no expert
-        return self.comm.combine(torch.cat(outputs), handle)  # weighted sum over the experts
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        weights_TK, ids_TK = self.gate(x_TH).softmax(dim=-1, dtype=torch.float32).topk(TOPK)
+        return ids_TK, weights_TK
 
 
 def main() -> None:
@@ -52,7 +41,14 @@ def main() -> None:
         dtype=torch.float32,
     )
     with MoECommunicator(config) as comm:
-        layer = MoELayer(comm).to(device)
+        torch.manual_seed(0)  # the same on all ranks: so are the routers, and experts differ by id
+        layer = MoELayer(
+            comm,
+            intermediate_size=4 * HIDDEN,
+            router=Router().to(device),
+            shared_intermediate_size=HIDDEN,
+        )
+        torch.manual_seed(1 + comm.rank)
         x_TH = torch.randn(TOKENS, HIDDEN, device=device, requires_grad=True)
         y_TH = layer(x_TH)
         y_TH.square().mean().backward()

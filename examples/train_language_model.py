@@ -7,8 +7,8 @@ Every rank reads its share of one global batch. Attention, norms, router and hea
 so their gradients are added up by an all-reduce. Experts live on one rank each; dispatch brings
 them tokens of all ranks, and its backward brings gradients of all ranks, so theirs are complete.
 
-The model is `expertlink.demo.model`; its MoE layer is the one of examples/moe_layer.py with stacked
-expert weights. `expertlink demo` wraps the same parts in progress bars, plots and checks.
+The model is `expertlink.demo.model`, whose MLPs are those of `expertlink.nn`, as in
+examples/moe_layer.py. `expertlink demo` wraps the same parts in progress bars, plots and checks.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from expertlink.engines.base import (
 )
 from expertlink.engines.ranks.handshake import handshake, resolve_device
 from expertlink.engines.ranks.header import Operation
+from expertlink.engines.ranks.rebalance import rebalance
 from expertlink.engines.ranks.wire import Wire
 from expertlink.engines.select import EngineChoice, build_engine, choose_engine
 from expertlink.errors import ConfigurationError, ExpertlinkError, InputError, NotPicklableError
@@ -47,6 +48,7 @@ from expertlink.overlap import (
     queued,
     wait_of,
 )
+from expertlink.placement import ExpertPlacement
 from expertlink.requests import DispatchRequest, Life, ReceiveHook, Request
 from expertlink.routing import Placement
 from expertlink.settings import LONGEST_S, NVTX, positive_seconds
@@ -107,6 +109,7 @@ class MoECommunicator:
         self._engine: Engine | None = None
         self._aborted_engine: Engine | None = None
         self._placement: Placement | None = None
+        self._wire: Wire | None = None
         self._number: int | None = None  # tells communicators apart, the same on all ranks
         self._stream: torch.cuda.Stream | None = None
         # What outlives close(), such as graphs of old results, must not hold on to the group.
@@ -153,7 +156,7 @@ class MoECommunicator:
             check_inputs=self._check,
             shared_with=other_number,
         )
-        self._number = wire.number
+        self._wire, self._number = wire, wire.number
         self._choice, engine = build_engine(
             self._choice,
             self._groupless,
@@ -222,7 +225,7 @@ class MoECommunicator:
         engine = self._engine or self._aborted_engine
         if engine is not None:
             engine.close()
-        self._engine = self._aborted_engine = self._group = None
+        self._engine = self._aborted_engine = self._group = self._wire = None
         self._life.over = self._life.over or "this communicator is closed"
 
     def __enter__(self: _Self) -> _Self:
@@ -886,9 +889,57 @@ class MoECommunicator:
         """E_loc. Initializes (collective) if needed."""
         return len(self.local_experts)
 
+    @property
+    def placement(self) -> ExpertPlacement:
+        """Where the expert of every id lives. Initializes (collective) if needed."""
+        self.initialize()
+        assert self._placement is not None
+        return ExpertPlacement(self._placement.num_experts, self._placement.experts_of_rank)
+
     def memory_estimate(self) -> dict[str, int]:
         """Bytes by region that the largest possible call holds beyond inputs and outputs."""
         return self._ready().memory_estimate()
+
+    # -- placement --------------------------------------------------------------------------------
+
+    def rebalance(
+        self,
+        tensors: Sequence[Tensor],
+        new: ExpertPlacement,
+        *,
+        old: ExpertPlacement | None = None,
+    ) -> list[Tensor]:
+        """Moves what belongs to experts to another placement, by one all-to-all. Collective.
+
+        This communicator's own placement stays as it is: where `new` has as many slots on every
+        rank it goes on to serve, else a new communicator does. On the nvlink engine too the process
+        group moves the bytes, through the host where it cannot exchange tensors of the GPU. Beyond
+        the results there is memory for what this rank sends and receives.
+
+        Args:
+            tensors: `[slots, ...]` any dtype, on the communicator's device: a row for each expert
+                that this rank holds in `old`, such as weights and their optimizer states. Dtypes
+                and row shapes are alike on all ranks.
+            new: the placement to move to, the same on all ranks.
+            old: the placement to move from; None: this communicator's, each id an expert.
+
+        Returns:
+            The same for the experts that this rank holds in `new`; tensors of their own, without
+            gradients. On CUDA they are ready in the order of the current stream.
+
+        Raises:
+            InputError: an argument does not fit, or the ranks differ (on every rank).
+            PeerError: another rank refused, or the ranks are not in the same call.
+            PeerTimeoutError: a rank did not come. ClosedError: the communicator is closed.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            return uncompiled(self.rebalance, tensors, new, old=old)
+        self.check_health()
+        old = old or self.placement
+        assert self._wire is not None
+        return rebalance(self._wire, self.config, tensors, old=old, new=new)
 
     # -- rows of a dispatch -----------------------------------------------------------------------
 

@@ -25,7 +25,6 @@ from expertlink.bench.layer_model import (
     MoELayer,
     Recorder,
     dense_layer,
-    find_grouped_product,
 )
 from expertlink.bench.layer_plots import draw_exposed, draw_timeline
 from expertlink.bench.records import RecordError, latest, read_records, write_records
@@ -33,6 +32,7 @@ from expertlink.cli import app
 from expertlink.communicator import MoECommunicator
 from expertlink.engines.collective.engine import CollectiveEngine
 from expertlink.launch import RankContext
+from expertlink.nn import find_grouped_product
 from support.bench_records import make_layer_record, make_record
 
 TINY = MODELS["tiny"]
@@ -160,8 +160,9 @@ def weights_of(layer: int = 0) -> LayerWeights:
 @pytest.mark.parametrize("grouped", [True, False])
 def test_the_layer_is_the_dense_layer(comm: MoECommunicator, grouped: bool) -> None:
     torch.manual_seed(0)
-    product = find_grouped_product(CPU, torch.float32) if grouped else None
-    layer = MoELayer(weights_of(), comm.local_experts, product)
+    layer = MoELayer(weights_of(), comm.local_experts)
+    if not grouped:
+        layer.experts._products["cpu", torch.float32] = None
     ids_TK = torch.rand(16, TINY.experts).topk(TINY.topk).indices
     ids_TK[3, 1] = -1
     x_TH = torch.randn(16, TINY.hidden, requires_grad=True)
@@ -177,7 +178,7 @@ def test_the_layer_is_the_dense_layer(comm: MoECommunicator, grouped: bool) -> N
 def test_compute_alone_makes_the_same_products_and_no_calls(comm: MoECommunicator) -> None:
     torch.manual_seed(0)
     product = find_grouped_product(CPU, torch.float32)
-    layers = [MoELayer(weights_of(layer), comm.local_experts, product) for layer in range(2)]
+    layers = [MoELayer(weights_of(layer), comm.local_experts) for layer in range(2)]
     ids_LTK = [torch.rand(16, TINY.experts).topk(TINY.topk).indices for _ in layers]
     stack, x_TH = LayerStack(layers, ids_LTK), torch.randn(16, TINY.hidden, requires_grad=True)
     kept = Recorder(comm)
@@ -193,7 +194,7 @@ def test_compute_alone_makes_the_same_products_and_no_calls(comm: MoECommunicato
             assert product is not None
             return product(*args, **kwargs)
 
-        with mock.patch.object(layers[0], "_grouped", counted):
+        with mock.patch.dict(layers[0].experts._products, {("cpu", torch.float32): counted}):
             result_TH = stack(x_TH, calls)
         assert torch.equal(result_TH, y_TH)
         grads = torch.autograd.grad(result_TH, wanted, torch.ones_like(y_TH))

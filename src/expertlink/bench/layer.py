@@ -26,14 +26,12 @@ from expertlink.bench.inputs import WireRows, agree_on_results
 from expertlink.bench.layer_cases import LAYER_VARIANTS, LayerCase
 from expertlink.bench.layer_model import (
     MODELS,
-    Calls,
     LayerStack,
     LayerWeights,
     Mark,
     MoELayer,
     Recorder,
     dense_layer,
-    find_grouped_product,
 )
 from expertlink.bench.measure import no_garbage_collection, open_communicator, time_steps
 from expertlink.bench.records import (
@@ -48,6 +46,7 @@ from expertlink.bench.steps import Step
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
+from expertlink.nn import Calls, find_grouped_product
 
 FORWARD, STEP = "layer_forward", "layer_step"
 LAYER_PHASES: tuple[str, ...] = (FORWARD, STEP)
@@ -203,7 +202,7 @@ class _LayerBench:
             LayerWeights(shape=shape, layer=layer, seed=case.seed, dtype=dtype, device=device)
             for layer in range(case.layers)
         ]
-        layers = [MoELayer(weights, comm.local_experts, grouped) for weights in self._weights]
+        layers = [MoELayer(weights, comm.local_experts) for weights in self._weights]
         ids_LTK = [case.choices(layer)[comm.rank].to(device) for layer in range(case.layers)]
         self._stack = LayerStack(layers, ids_LTK)
         generator = torch.Generator().manual_seed(case.seed * 1_000_003 + comm.rank)

@@ -1,19 +1,20 @@
 """A whole MoE layer as `expertlink bench --layer` measures it, and the models whose shape it has.
 
-gate -> dispatch (FLAT) -> grouped products with SwiGLU -> combine, beside an expert that all tokens
-share. Every weight is drawn from the seed, the layer and the expert, so that any rank can compute
-what any expert would have returned (`dense_layer`).
+gate -> dispatch (FLAT) -> `nn.GroupedExperts` -> combine, beside an expert that all tokens share.
+Every weight is drawn from the seed, the layer and the expert, so that any rank can compute what any
+expert would have returned (`dense_layer`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from expertlink.nn import Calls, GroupedExperts, SwiGLU, swiglu
 from expertlink.types import DispatchOutput
 
 
@@ -43,20 +44,6 @@ ROW_ALIGNMENT = 8
 
 Mark = Callable[[str], None]
 """Is called with the name of a phase when it begins."""
-
-
-class Calls(Protocol):
-    """Dispatch and combine of a layer: a communicator, or what stands in for it."""
-
-    def dispatch(
-        self, input: Tensor, topk_ids: Tensor, weights: Tensor, /
-    ) -> tuple[DispatchOutput, Any]:
-        """As `MoECommunicator.dispatch`."""
-        ...
-
-    def combine(self, expert_output: Tensor, handle: Any, /) -> Tensor:
-        """As `MoECommunicator.combine`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,28 +91,29 @@ class MoELayer(nn.Module):
     Args:
         weights: draws them.
         local_experts: global ids in local order.
-        grouped: one product for all experts (`find_grouped_product`); None: a loop over them,
-            which needs counts on the host.
     """
 
-    def __init__(
-        self,
-        weights: LayerWeights,
-        local_experts: Sequence[int],
-        grouped: Callable[..., Tensor] | None,
-    ) -> None:
+    def __init__(self, weights: LayerWeights, local_experts: Sequence[int]) -> None:
         super().__init__()
-        self._grouped = grouped
-        hidden, width = weights.shape.hidden, weights.shape.intermediate
-        count, style = len(local_experts), {"dtype": weights.dtype, "device": weights.device}
+        shape, style = weights.shape, {"dtype": weights.dtype, "device": weights.device}
         self.gate_HE = nn.Parameter(weights.gate())
-        self.gate_up_EHF = nn.Parameter(torch.empty(count, hidden, 2 * width, **style))
-        self.down_EIH = nn.Parameter(torch.empty(count, width, hidden, **style))
+        self.experts = GroupedExperts(
+            shape.hidden,
+            shape.intermediate,
+            expert_ids=local_experts,
+            num_experts=shape.experts,
+            expert_alignment=ROW_ALIGNMENT,
+            **style,
+        )
+        self.shared = SwiGLU(shape.hidden, shape.shared, **style) if shape.shared else None
         with torch.no_grad():
             for place, expert in enumerate(local_experts):
-                self.gate_up_EHF[place], self.down_EIH[place] = weights.expert(expert)
-        shared = weights.shared() if weights.shape.shared else ()
-        self.shared = nn.ParameterList(map(nn.Parameter, shared))
+                self.experts.gate_up[place], self.experts.down[place] = weights.expert(expert)
+            if self.shared is not None:
+                for parameter, drawn in zip(
+                    self.shared.parameters(), weights.shared(), strict=True
+                ):
+                    parameter.copy_(drawn)
 
     def forward(
         self, x_TH: Tensor, ids_TK: Tensor, calls: Calls, mark: Mark | None = None
@@ -142,32 +130,17 @@ class MoELayer(nn.Module):
         received, handle = calls.dispatch(given_TH, ids_TK, weights_TK)
         watch.begin("products")
         tokens = watch.backward_begins("dispatch_backward", received.tokens)
-        rows = self._experts(replace(received, tokens=tokens))
+        rows = self.experts(replace(received, tokens=tokens))
         rows = watch.backward_begins("products_backward", rows)
         shared_TH = None
-        if len(self.shared):
+        if self.shared is not None:
             watch.begin("shared")
-            gate_up, down = self.shared
-            shared_TH = _swiglu(x_TH @ gate_up) @ down
+            shared_TH = self.shared(x_TH)
             shared_TH = watch.backward_begins("shared_backward", shared_TH)
         watch.begin("combine")
         y_TH = watch.backward_begins("combine_backward", calls.combine(rows, handle))
         watch.begin("rest")
         return y_TH if shared_TH is None else y_TH + shared_TH
-
-    def _experts(self, received: DispatchOutput) -> Tensor:
-        assert received.expert_offsets is not None
-        rows = received.tokens
-        if self._grouped is not None and len(rows):
-            ends_E = received.expert_offsets[1:]
-            hidden_rows = _swiglu(self._grouped(rows, self.gate_up_EHF, offs=ends_E))
-            return self._grouped(hidden_rows, self.down_EIH, offs=ends_E)
-        groups = rows.split(received.expert_offsets.diff().tolist())
-        outputs = [
-            _swiglu(group @ gate_up) @ down
-            for group, gate_up, down in zip(groups, self.gate_up_EHF, self.down_EIH, strict=True)
-        ]
-        return torch.cat([*outputs, rows[:0]])  # a rank may have no expert
 
 
 @dataclass(frozen=True)
@@ -215,36 +188,13 @@ def _weights_of(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
     return chosen_TK / chosen_TK.sum(dim=1, keepdim=True)
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return nn.functional.silu(gate) * up
-
-
-def find_grouped_product(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """Torch's product of groups of rows with a matrix each, where it works there, forward and
-    backward; else None."""
-    product = getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if product is None:
-        return None
-    style: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
-    rows, matrices = torch.ones(16, 16, **style), torch.ones(2, 16, 16, **style)
-    ends = torch.tensor([8, 16], dtype=torch.int32, device=device)
-    try:
-        with torch.enable_grad():
-            out = product(rows, matrices, offs=ends)
-            torch.autograd.grad(out, (rows, matrices), torch.ones_like(out))
-    except (RuntimeError, NotImplementedError, TypeError):
-        return None
-    return product
-
-
 def dense_layer(weights: LayerWeights, x_TH: Tensor, ids_TK: Tensor) -> Tensor:
     """`[T, H]` float32: the layer, token by token and expert by expert. For a few tokens."""
     x_TH = x_TH.float()
     weights_TK = _weights_of((x_TH @ weights.gate().float()).softmax(dim=-1), ids_TK)
 
     def mlp(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return _swiglu(rows @ gate_up.float()) @ down.float()
+        return swiglu(rows @ gate_up.float()) @ down.float()
 
     y_TH = torch.zeros_like(x_TH)
     if weights.shape.shared:

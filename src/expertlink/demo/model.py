@@ -1,21 +1,22 @@
 """A byte-level transformer whose MLPs are mixtures of experts spread over the ranks.
 
 Shape suffixes: B samples, S bytes per sample, T = B * S tokens of this rank, H hidden size,
-V vocabulary, E experts, L layers, K choices per token, N received rows, F expert width.
+V vocabulary, E experts, L layers, K choices per token.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
 from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expertlink import DispatchLayout, DispatchOutput, MoECommunicator
+from expertlink import DispatchHandle, DispatchOutput, MoECommunicator
 from expertlink.demo.clock import PhaseClock
+from expertlink.nn import MoELayer
 
 VOCABULARY = 256
 
@@ -50,90 +51,53 @@ class Routing:
     probability: Tensor
 
 
-class Experts(nn.Module):
-    """SwiGLU MLPs of the experts on this rank, for any receive layout."""
-
-    def __init__(self, config: ModelConfig, experts: list[int], *, layer: int) -> None:
-        super().__init__()
-        hidden, width = config.hidden_size, config.expert_width
-        # Seeded by the expert's global id: every placement yields the same model.
-        ups = [_normal(config.seed, (layer, e, 0), hidden, 2 * width) for e in experts]
-        downs = [_normal(config.seed, (layer, e, 1), width, hidden) for e in experts]
-        self.up = nn.Parameter(_stack(ups, hidden, 2 * width))
-        self.down = nn.Parameter(_stack(downs, width, hidden))
-
-    def forward(self, received: DispatchOutput) -> Tensor:
-        """Expert outputs in the shape of `received.tokens`, ready for combine."""
-        counts = received.num_tokens_per_expert_list
-        if counts is None:
-            counts = received.num_tokens_per_expert.tolist()
-        if received.layout is DispatchLayout.FLAT:
-            return self._grouped(received.tokens, counts)
-        if received.layout is DispatchLayout.EXPERT_MAJOR:
-            return self._batched(received.tokens, counts)
-        return self._deduplicated(received, counts)
-
-    def _grouped(self, rows_NH: Tensor, counts: list[int]) -> Tensor:
-        """FLAT: rows lie grouped by expert, one MLP per group."""
-        if not counts:  # more ranks than experts: none is local
-            return rows_NH
-        ends = list(accumulate(counts))
-        up, down = self.up.to(rows_NH.dtype), self.down.to(rows_NH.dtype)
-        outputs = [
-            _swiglu(rows_NH[end - count : end] @ up[e]) @ down[e]
-            for e, (end, count) in enumerate(zip(ends, counts, strict=True))
-        ]
-        return torch.cat(outputs)
-
-    def _batched(self, rows_ECH: Tensor, counts: list[int]) -> Tensor:
-        """EXPERT_MAJOR: one batched matmul over as many rows as the busiest expert has."""
-        capacity, busiest = rows_ECH.shape[1], max(counts, default=0)
-        rows = rows_ECH[:, :busiest]
-        slots = torch.arange(busiest, device=rows.device)
-        filled_EC = slots < torch.tensor(counts, device=rows.device)[:, None]
-        rows = rows.masked_fill(~filled_EC[..., None], 0.0)  # unfilled slots may hold anything
-        up, down = self.up.to(rows.dtype), self.down.to(rows.dtype)
-        return F.pad(_swiglu(rows @ up) @ down, (0, 0, 0, capacity - busiest))
-
-    def _deduplicated(self, received: DispatchOutput, counts: list[int]) -> Tensor:
-        """TOKEN_MAJOR, RANK_MAJOR: every local expert of a row reads it; weights apply here."""
-        assert received.topk_ids is not None and received.topk_weights is not None
-        rows_NH = received.tokens.flatten(0, -2)
-        ids_NK, weights_NK = received.topk_ids.flatten(0, -2), received.topk_weights.flatten(0, -2)
-        row, choice = (ids_NK >= 0).nonzero(as_tuple=True)
-        order = ids_NK[row, choice].argsort(stable=True)  # groups the choices by expert
-        row, choice = row[order], choice[order]
-        outputs = self._grouped(rows_NH[row], counts) * weights_NK[row, choice, None]
-        summed_NH = torch.zeros_like(rows_NH, dtype=torch.float32)
-        summed_NH = summed_NH.index_add(0, row, outputs.float())
-        return summed_NH.to(rows_NH.dtype).view_as(received.tokens)
-
-
-class MoELayer(nn.Module):
-    """Router, dispatch, experts, combine."""
+class RoutedExperts(nn.Module):
+    """A router in front of a mixture of experts."""
 
     def __init__(self, config: ModelConfig, comm: MoECommunicator, *, layer: int) -> None:
         super().__init__()
-        self.comm, self.dtype = comm, comm.config.dtype
-        self.topk = config.topk
+        self.topk, width = config.topk, config.expert_width
         self.router = _linear(config.seed, (layer, -1, 0), config.hidden_size, config.num_experts)
-        self.experts = Experts(config, comm.local_experts, layer=layer)
+        self.layer = MoELayer(comm, intermediate_size=width, dtype=torch.float32)
+        experts = self.layer.experts
+        with torch.no_grad():
+            # Seeded by the expert's global id: every placement yields the same model.
+            for slot, expert in enumerate(experts.expert_ids):
+                for which, weights in enumerate((experts.gate_up, experts.down)):
+                    key = (layer, expert, which)
+                    fan_in, fan_out = weights[slot].shape
+                    weights[slot] = _normal(config.seed, key, fan_in, fan_out)
 
     def forward(self, x_TH: Tensor, clock: PhaseClock) -> tuple[Tensor, Routing]:
         """Mixture of the chosen experts' outputs `[T, H]`, and the choices."""
         probability_TE = self.router(x_TH).softmax(dim=-1, dtype=torch.float32)
         weights_TK, ids_TK = probability_TE.topk(self.topk, dim=-1)
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-
-        with clock.phase("dispatch"):
-            received, handle = self.comm.dispatch(x_TH.to(self.dtype), ids_TK, weights_TK)
-        with clock.phase("experts"):
-            outputs = self.experts(received)
-        with clock.phase("combine"):
-            y_TH = self.comm.combine(outputs, handle).to(x_TH.dtype)
-
+        y_TH = self.layer(x_TH, ids_TK, weights_TK, calls=TimedCalls(self.layer.comm, clock))
         load_E = torch.bincount(ids_TK.flatten(), minlength=probability_TE.shape[1]).float()
         return y_TH, Routing(ids_TK, load_E, probability_TE.sum(dim=0))
+
+
+class TimedCalls:
+    """Dispatch and combine with a clock: what lies between them are the experts."""
+
+    def __init__(self, comm: MoECommunicator, clock: PhaseClock) -> None:
+        self._comm, self._clock, self._experts = comm, clock, ExitStack()
+
+    def dispatch(
+        self, input: Tensor, topk_ids: Tensor, weights: Tensor
+    ) -> tuple[DispatchOutput, DispatchHandle]:
+        """As `MoECommunicator.dispatch`."""
+        with self._clock.phase("dispatch"):
+            received = self._comm.dispatch(input, topk_ids, weights)
+        self._experts.enter_context(self._clock.phase("experts"))
+        return received
+
+    def combine(self, expert_output: Tensor, handle: DispatchHandle) -> Tensor:
+        """As `MoECommunicator.combine`."""
+        self._experts.close()
+        with self._clock.phase("combine"):
+            return self._comm.combine(expert_output, handle)
 
 
 class Block(nn.Module):
@@ -146,7 +110,7 @@ class Block(nn.Module):
         self.attention_norm, self.moe_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
         self.qkv = _linear(config.seed, (layer, -1, 1), hidden, 3 * hidden)
         self.out = _linear(config.seed, (layer, -1, 2), hidden, hidden)
-        self.moe = MoELayer(config, comm, layer=layer)
+        self.moe = RoutedExperts(config, comm, layer=layer)
 
     def forward(self, x_BSH: Tensor, clock: PhaseClock) -> tuple[Tensor, Routing]:
         """The next residual stream `[B, S, H]`, and the layer's routing."""
@@ -201,11 +165,6 @@ class LanguageModel(nn.Module):
         return [p for name, p in self.named_parameters() if ".experts." not in name]
 
 
-def _swiglu(gate_and_value: Tensor) -> Tensor:
-    gate, value = gate_and_value.chunk(2, dim=-1)
-    return F.silu(gate) * value
-
-
 def _normal(seed: int, key: tuple[int, int, int], fan_in: int, fan_out: int) -> Tensor:
     """`[fan_in, fan_out]` weights with variance 1 / fan_in, fixed by seed and key.
 
@@ -213,10 +172,6 @@ def _normal(seed: int, key: tuple[int, int, int], fan_in: int, fan_out: int) -> 
     """
     generator = torch.Generator().manual_seed(crc32(repr((seed, *key)).encode()))
     return torch.randn(fan_in, fan_out, generator=generator) * fan_in**-0.5
-
-
-def _stack(matrices: list[Tensor], fan_in: int, fan_out: int) -> Tensor:
-    return torch.stack(matrices) if matrices else torch.empty(0, fan_in, fan_out)
 
 
 def _linear(seed: int, key: tuple[int, int, int], fan_in: int, fan_out: int) -> nn.Linear:

@@ -22,6 +22,7 @@ class Operation(enum.IntEnum):
     CACHED_DISPATCH = 2
     COMBINE = 3
     WEIGHT_GRADS = 4
+    REBALANCE = 5
 
     @property
     def title(self) -> str:

@@ -1,0 +1,212 @@
+"""Weights of experts, moved from one placement to another by one all-to-all.
+
+In: this rank's tensors in the order of its slots, and both placements. Out: tensors in the order of
+the new slots. Ranks first agree that they make the same call with the same arguments; then each
+knows, without asking, what every rank sends to every rank. Bits are copied, whatever their type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.ranks.agreement import agree, compare
+from expertlink.engines.ranks.handshake import cannot_move
+from expertlink.engines.ranks.header import Operation
+from expertlink.engines.ranks.wire import Wire
+from expertlink.errors import InputError
+from expertlink.placement import ExpertPlacement
+
+_SHOWN = 200  # letters of a description; a digest stands for the rest
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What one rank copies, sends and receives. Slots are local indices.
+
+    Attributes:
+        kept: (new slot, old slot) of experts that the rank has already.
+        sent: per destination rank the old slots to send, in the order of its new slots.
+        received: per source rank the new slots that it fills, ascending.
+    """
+
+    kept: tuple[tuple[int, int], ...]
+    sent: tuple[tuple[int, ...], ...]
+    received: tuple[tuple[int, ...], ...]
+
+
+def plan_moves(old: ExpertPlacement, new: ExpertPlacement, rank: int) -> Moves:
+    """The part of `rank`. A rank that lacks an expert gets it from a rank that had it.
+
+    Where several had it they take turns, in the order of destination ranks, so that none sends all.
+    """
+    place: list[dict[int, int]] = [
+        {expert: slot for slot, expert in enumerate(experts)} for experts in old.experts_of_rank
+    ]
+    holders = [
+        [source for source, slots in enumerate(place) if expert in slots]
+        for expert in range(old.num_experts)
+    ]
+    kept: list[tuple[int, int]] = []
+    sent: list[list[int]] = [[] for _ in place]
+    received: list[list[int]] = [[] for _ in place]
+    turns: Counter[int] = Counter()
+    for destination, experts in enumerate(new.experts_of_rank):
+        for slot, expert in enumerate(experts):
+            if expert in place[destination]:
+                if destination == rank:
+                    kept.append((slot, place[rank][expert]))
+                continue
+            source = holders[expert][turns[expert] % len(holders[expert])]
+            turns[expert] += 1
+            if source == rank:
+                sent[destination].append(place[rank][expert])
+            if destination == rank:
+                received[source].append(slot)
+    return Moves(tuple(kept), tuple(map(tuple, sent)), tuple(map(tuple, received)))
+
+
+def rebalance(
+    wire: Wire,
+    config: MoECommunicatorConfig,
+    tensors: Sequence[Tensor],
+    *,
+    old: ExpertPlacement,
+    new: ExpertPlacement,
+) -> list[Tensor]:
+    """`MoECommunicator.rebalance`. Collective."""
+    wire.enter(Operation.REBALANCE.title, wire.call + 1)
+    with wire.abort_on_error():
+        agree(
+            wire,
+            Operation.REBALANCE,
+            num_experts=config.num_experts,
+            max_tokens=config.max_tokens_per_rank,
+            device=wire.words_device,
+            refused=_problem(wire, tensors, old, new),
+        )
+        _compare(wire, tensors, old, new)
+        if not tensors:
+            return []
+        with torch.no_grad():
+            moves = plan_moves(old, new, wire.rank)
+            return _move(wire, [_Rows.of(tensor) for tensor in tensors], moves)
+
+
+def _problem(
+    wire: Wire, tensors: Sequence[Tensor], old: ExpertPlacement, new: ExpertPlacement
+) -> InputError | None:
+    """Why this rank cannot make the call."""
+    if wire.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return InputError("rebalance waits for all ranks: it cannot be captured")
+    for name, placement in (("old", old), ("new", new)):
+        if placement.num_ranks != wire.num_ranks:
+            return InputError(
+                f"{name} is a placement on {placement.num_ranks} ranks, the group has "
+                f"{wire.num_ranks}"
+            )
+    if old.num_experts != new.num_experts:
+        return InputError(
+            f"old places {old.num_experts} experts, new places {new.num_experts}: a placement "
+            "moves experts, it adds none"
+        )
+    slots = len(old.experts_of_rank[wire.rank])
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            return InputError(f"tensors[{index}] is a {type(tensor).__name__}, expected a tensor")
+        if tensor.device != wire.device:
+            return InputError(f"tensors[{index}] is on {tensor.device}, expected {wire.device}")
+        if tensor.layout is not torch.strided:
+            return InputError(f"tensors[{index}] is {tensor.layout}, expected torch.strided")
+        if tensor.dim() < 1 or tensor.shape[0] != slots:
+            return InputError(
+                f"tensors[{index}] has shape {list(tensor.shape)}, expected [{slots}, ...]: a row "
+                f"for each expert that rank {wire.rank} holds in the old placement"
+            )
+    return None
+
+
+def _compare(
+    wire: Wire, tensors: Sequence[Tensor], old: ExpertPlacement, new: ExpertPlacement
+) -> None:
+    """Raises InputError on all ranks where they differ in what they move, or where to."""
+    rows = ", ".join(f"{t.dtype} {list(t.shape[1:])}".removeprefix("torch.") for t in tensors)
+    mine = {
+        "tensors": len(tensors),
+        "rows of tensors": _short(rows),
+        "old": _short(json.dumps(old.experts_of_rank)),
+        "new": _short(json.dumps(new.experts_of_rank)),
+    }
+    texts = wire.gather_text(json.dumps(mine))
+    theirs = [json.loads(text) for text in texts]
+    differing = compare({name: [one[name] for one in theirs] for name in mine})
+    if differing:
+        raise InputError("the ranks differ in a rebalance; " + "; ".join(differing))
+
+
+def _short(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({digest})"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A tensor as rows of bytes.
+
+    Attributes:
+        like: the tensor.
+        bytes: `[slots, width]` uint8.
+    """
+
+    like: Tensor
+    bytes: Tensor
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Rows:
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        elements = math.prod(tensor.shape[1:])
+        return _Rows(tensor, plain.view(tensor.shape[0], elements).view(torch.uint8))
+
+    def empty(self, slots: int) -> _Rows:
+        """Rows of as many slots."""
+        return _Rows.of(self.like.new_empty((slots, *self.like.shape[1:])))
+
+
+def _move(wire: Wire, tensors: list[_Rows], moves: Moves) -> list[Tensor]:
+    device = wire.device
+    staging = torch.device("cpu") if cannot_move(wire.group, device) else device
+    sent = [slot for slots in moves.sent for slot in slots]
+    received = [slot for slots in moves.received for slot in slots]
+    widths = [rows.bytes.shape[1] for rows in tensors]
+    outgoing = torch.empty((len(sent), sum(widths)), dtype=torch.uint8, device=device)
+    for part, rows in zip(outgoing.split(widths, dim=1), tensors, strict=True):
+        part.copy_(rows.bytes[_index(sent, device)])
+    incoming = torch.empty((len(received), sum(widths)), dtype=torch.uint8, device=staging)
+    transfer = wire.exchange(
+        outgoing.to(staging), incoming, _lengths(moves.sent), _lengths(moves.received)
+    )
+    results = [rows.empty(len(moves.kept) + len(received)) for rows in tensors]
+    for result, rows in zip(results, tensors, strict=True):
+        to, of = ([move[side] for move in moves.kept] for side in (0, 1))
+        result.bytes[_index(to, device)] = rows.bytes[_index(of, device)]
+    transfer.wait()
+    arrived = incoming.to(device)
+    for result, part in zip(results, arrived.split(widths, dim=1), strict=True):
+        result.bytes[_index(received, device)] = part
+    return [result.like for result in results]
+
+
+def _index(slots: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(slots, dtype=torch.int64, device=device)
+
+
+def _lengths(slots_of_rank: Sequence[Sequence[int]]) -> list[int]:
+    return [len(slots) for slots in slots_of_rank]
