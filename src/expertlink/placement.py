@@ -52,7 +52,7 @@ class ExpertPlacement:
                 "accepted: at least 1 of each"
             )
         for rank, experts in enumerate(ranks):
-            for expert, after in zip(experts, (*experts[1:], None), strict=True):
+            for expert, after in zip(experts, [*experts[1:], None], strict=False):
                 if not 0 <= expert < self.num_experts:
                     raise ConfigurationError(
                         f"rank {rank} is to hold expert {expert}; experts are "
