@@ -61,6 +61,8 @@ def train(arguments: argparse.Namespace, context: RankContext) -> None:
         max_tokens_per_rank=-(-arguments.batch // num_ranks) * shape.sequence,
         dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
         output_layout=arguments.layout,
+        # Grouped products on GPUs take groups of 16 bytes.
+        expert_alignment=8 if arguments.layout in (None, "flat") else 1,
     )
     with MoECommunicator(config) as comm:  # one communicator serves all layers
         if rank == 0:

@@ -10,7 +10,6 @@ per expert, E local experts, I width of an expert, F = 2 I.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -19,14 +18,20 @@ from torch import Tensor, nn
 
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError, InputError
+from expertlink.grouped_product import (
+    GROUP_BYTES,
+    GroupedProduct,
+    find_grouped_product,
+    is_traceable,
+    looped_product,
+)
 from expertlink.placement import ExpertPlacement
 from expertlink.types import DispatchLayout, DispatchOutput
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Rows `[T, H]` to ids `[T, K]`, -1 for none, and weights `[T, K]`."""
 
-_ALIGNMENT_BYTES = 16  # of rows and, for gradients of weights, of groups in grouped products
-_GROUP_ROWS = 8  # 16 bytes of the narrowest rows
+_GROUP_ROWS = 8  # `GROUP_BYTES` of the narrowest rows
 _IDS = "expert_ids"
 _PARTS = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))  # names in checkpoints
 
@@ -95,10 +100,10 @@ class GroupedExperts(nn.Module):
 
     Where torch has grouped products for the device and the dtype, FLAT, TOKEN_MAJOR and RANK_MAJOR
     take one product for all experts, and no count is read on the host. Elsewhere a loop over the
-    experts takes their place, which waits for the counts where the host does not know them. On
-    CUDA, gradients of FLAT need groups of a multiple of 16 bytes: with an `expert_alignment` of 8
-    and 2-byte rows no loop is needed. EXPERT_MAJOR is a batched product over all slots, up to the
-    busiest expert's last row where the host knows counts.
+    experts takes their place, which waits for the counts. So it does on CUDA with gradients of FLAT
+    unless groups are multiples of 16 bytes: for 2-byte rows configure `expert_alignment=8`.
+    EXPERT_MAJOR is a batched product over all slots, up to the busiest expert's last row where the
+    host knows counts. All of that compiles into one graph.
 
     The state dict has `gate_up`, `down` and `expert_ids`, the experts that they belong to. Three
     kinds are loaded, and only local experts are kept: such a one, of whatever experts; all experts'
@@ -168,44 +173,35 @@ class GroupedExperts(nn.Module):
             return received.tokens
         if received.layout is DispatchLayout.FLAT:
             assert received.expert_offsets is not None
-            counts, alignment = received.num_tokens_per_expert_list, self._expert_alignment
-            return self._grouped(
-                received.tokens, received.expert_offsets[1:], counts, alignment=alignment
-            )
+            ends_E = received.expert_offsets[1:]
+            return self._grouped(received.tokens, ends_E, alignment=self._expert_alignment)
         if received.layout is DispatchLayout.EXPERT_MAJOR:
             return self._batched(received)
         return self._deduplicated(received)
 
-    def _grouped(
-        self, rows_NH: Tensor, ends_E: Tensor, counts: list[int] | None, *, alignment: int
-    ) -> Tensor:
+    def _grouped(self, rows_NH: Tensor, ends_E: Tensor, *, alignment: int) -> Tensor:
         """Rows that lie grouped by expert; what those behind the last group give, nobody reads."""
         gate_up, down = self.gate_up.to(rows_NH.dtype), self.down.to(rows_NH.dtype)
-        product = self._product(rows_NH)
-        odd_groups = alignment * rows_NH.element_size() % _ALIGNMENT_BYTES
-        if rows_NH.is_cuda and odd_groups and torch.is_grad_enabled():
-            product = None
-        if product is not None and (torch.compiler.is_compiling() or len(rows_NH)):
-            return product(swiglu(product(rows_NH, gate_up, offs=ends_E)), down, offs=ends_E)
-        if counts is None:
-            ends = ends_E.tolist()
-        else:
-            ends = list(accumulate(-(-count // alignment) * alignment for count in counts))
-        outputs = [
-            swiglu(rows_NH[begin:end] @ gate_up[e]) @ down[e]
-            for e, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
-        ]
-        return torch.cat([*outputs, rows_NH[ends[-1] :]])
+        product = self._product(rows_NH, alignment)
+        return product(swiglu(product(rows_NH, gate_up, offs=ends_E)), down, offs=ends_E)
 
-    def _product(self, rows_NH: Tensor) -> Callable[..., Tensor] | None:
-        """The grouped product for such rows, or None."""
-        widths = (self.gate_up.shape[1], self.down.shape[1])
-        if any(width * rows_NH.element_size() % _ALIGNMENT_BYTES for width in widths):
-            return None
+    def _product(self, rows_NH: Tensor, alignment: int) -> GroupedProduct:
+        """Torch's grouped product where it takes such rows, else the loop."""
+        row_bytes = rows_NH.element_size()
+        sizes = [self.gate_up.shape[1] * row_bytes, self.down.shape[1] * row_bytes]
+        if rows_NH.is_cuda and torch.is_grad_enabled():
+            sizes.append(alignment * row_bytes)
+        if any(size % GROUP_BYTES for size in sizes):
+            return looped_product
+        if torch.compiler.is_compiling():
+            if not is_traceable(rows_NH.dtype):
+                return looped_product
+        elif len(rows_NH) == 0:
+            return looped_product
         key = (rows_NH.device.type, rows_NH.dtype)
         if key not in self._products:
             self._products[key] = find_grouped_product(rows_NH.device, rows_NH.dtype)
-        return self._products[key]
+        return self._products[key] or looped_product
 
     def _batched(self, received: DispatchOutput) -> Tensor:
         """EXPERT_MAJOR: what padding gives, nobody reads."""
@@ -232,7 +228,7 @@ class GroupedExperts(nn.Module):
         row_of_slot = rows.new_full((most + 1,), num_rows).scatter_(0, slot_NK.flatten(), rows)
         row_of_slot[most] = num_rows  # choices of other ranks have been there
         copies_MH = _with_none(rows_NH)[row_of_slot[:most]]
-        outputs_MH = _with_none(self._grouped(copies_MH, ends_E, None, alignment=_GROUP_ROWS))
+        outputs_MH = _with_none(self._grouped(copies_MH, ends_E, alignment=_GROUP_ROWS))
         wide = torch.promote_types(rows_NH.dtype, torch.float32)
         summed_NH = torch.zeros_like(rows_NH, dtype=wide)
         for choice, slot_N in enumerate(slot_NK.unbind(dim=1)):
@@ -280,7 +276,8 @@ class GroupedExperts(nn.Module):
             self._check_complete(found, prefix)
             mlps = {expert: _take_linear(given, f"{prefix}{expert}.") for expert in found}
             for side, name in enumerate(("gate_up", "down")):
-                given[prefix + name] = torch.stack([mlps[e][side] for e in self.expert_ids])
+                own = [mlps[expert][side] for expert in self.expert_ids]
+                given[prefix + name] = torch.stack(own) if own else getattr(self, name).detach()
             return given
         ids = given.pop(prefix + _IDS, None)
         for name in ("gate_up", "down"):
@@ -479,24 +476,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of `[..., 2I]` projections side by side: `[..., I]`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def find_grouped_product(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """Torch's product of groups of rows with a matrix each, where it works there, forward and
-    backward; else None."""
-    product = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if product is None:
-        return None
-    style: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            rows, matrices = torch.ones(16, 16, **style), torch.ones(2, 16, 16, **style)
-            ends = torch.tensor([8, 16], dtype=torch.int32, device=device)
-            out = product(rows, matrices, offs=ends)
-            torch.autograd.grad(out, (rows, matrices), torch.ones_like(out))
-    except (RuntimeError, NotImplementedError, TypeError):
-        return None
-    return product
 
 
 def _slots_of_choices(ids_NK: Tensor, num_experts: int, *, none: int) -> tuple[Tensor, Tensor]:

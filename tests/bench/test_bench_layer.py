@@ -31,8 +31,8 @@ from expertlink.bench.records import RecordError, latest, read_records, write_re
 from expertlink.cli import app
 from expertlink.communicator import MoECommunicator
 from expertlink.engines.collective.engine import CollectiveEngine
+from expertlink.grouped_product import find_grouped_product
 from expertlink.launch import RankContext
-from expertlink.nn import find_grouped_product
 from support.bench_records import make_layer_record, make_record
 
 TINY = MODELS["tiny"]

@@ -45,8 +45,9 @@ from expertlink.bench.records import (
 from expertlink.bench.steps import Step
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError
+from expertlink.grouped_product import find_grouped_product
 from expertlink.launch import RankContext
-from expertlink.nn import Calls, find_grouped_product
+from expertlink.nn import Calls
 
 FORWARD, STEP = "layer_forward", "layer_step"
 LAYER_PHASES: tuple[str, ...] = (FORWARD, STEP)

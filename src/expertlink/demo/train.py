@@ -56,8 +56,11 @@ class TrainConfig:
 
     def communicator_config(self, num_ranks: int, device: torch.device) -> MoECommunicatorConfig:
         """A communicator that fits the model and the batch, over the default process group."""
+        flat = self.layout == "flat" or (self.layout is None and self.mode == "ht")
         return MoECommunicatorConfig(
             device=device,
+            # Grouped products on GPUs take groups of 16 bytes.
+            expert_alignment=8 if flat and device.type == "cuda" else 1,
             num_experts=self.model.num_experts,
             hidden_size=self.model.hidden_size,
             topk=self.model.topk,
