@@ -1,4 +1,4 @@
-"""The command line: `expertlink demo | bench | plot | report | doctor`.
+"""The command line: `expertlink demo | bench | plot | report | balance | doctor`.
 
 One function per command. It imports what it runs when it is called, so `--help` is quick.
 `__main__.main` starts it and turns errors into sentences.
@@ -52,6 +52,9 @@ def demo(
         ),
     ] = None,
     mode: Annotated[str, typer.Option(metavar="MODE", help="ht or ll.")] = "ht",
+    balance_weight: Annotated[
+        float, typer.Option(help="Weight of the load-balancing loss; 0: experts as they come.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Chooses the weights and the samples.")] = 0,
     text: Annotated[
         Path | None,
@@ -73,6 +76,7 @@ def demo(
         steps=steps,
         mode=mode,
         layout=layout,
+        balance_weight=balance_weight,
         seed=seed,
         text=text,
         device=device,
@@ -312,6 +316,32 @@ def report(
     from expertlink.bench.command import run_report
 
     raise typer.Exit(run_report(results, out, Console(), table=table))
+
+
+@app.command()
+def balance(
+    trace: Annotated[Path, typer.Argument(help="Routing trace (.npz), such as the demo writes.")],
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks to place the experts on. Default: those of the trace.")
+    ] = None,
+    redundant: Annotated[
+        int, typer.Option(help="Slots for copies of busy experts, over all ranks.")
+    ] = 0,
+    hosts: Annotated[int, typer.Option(help="Hosts that have the ranks, in blocks.")] = 1,
+    history: Annotated[
+        float, typer.Option(help="Share of the steps that placements are made from.")
+    ] = 0.5,
+    plot: Annotated[Path | None, typer.Option(help="File of a picture (.png).")] = None,
+) -> None:
+    """Place experts by the loads of a trace, and say how even the ranks would have been."""
+    from rich.console import Console
+
+    from expertlink.workloads.balance_report import BalanceOptions, run_balance
+
+    options = BalanceOptions(
+        trace=trace, ranks=ranks, redundant=redundant, hosts=hosts, history=history, plot=plot
+    )
+    run_balance(options, Console())
 
 
 @app.command()

@@ -170,6 +170,7 @@ def test_demo_on_gpus_agrees_with_one_gpu(tmp_path: Path) -> None:
         (["--ranks", "99"], "--ranks 99 is not possible; accepted: 1 to 16"),
         (["--steps", "0"], "--steps 0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--balance-weight", "nan"], "--balance-weight nan"),
         (["--layout", "diagonal"], "'diagonal' is not possible; accepted: one of flat"),
         (["--mode", "fast"], "'fast' is not possible; accepted: one of ht, ll"),
         (["--device", "abacus"], "--device abacus"),

@@ -108,6 +108,7 @@ class Report:
             "text": self.corpus,
             "seed": self.config.seed,
             "every_steps": self.config.trace_every,
+            "balance_weight": self.config.balance_weight,
         }
         ids = np.ascontiguousarray(torch.stack(padded, dim=2).numpy())
         return RoutingTrace(ids, self.config.model.num_experts, meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class DemoOptions:
         device: "auto" uses the GPUs of a host that has several, else the CPU.
         text: a file to learn from. None: the sources of Python's standard library.
         layout: receive layout; None for the mode's own.
+        balance_weight: of the load-balancing loss.
     """
 
     out: Path
@@ -40,6 +42,7 @@ class DemoOptions:
     ranks: int | None = None
     mode: str = "ht"
     layout: str | None = None
+    balance_weight: float = 0.1
     seed: int = 0
     text: Path | None = None
     device: str = "auto"
@@ -120,6 +123,10 @@ def _config(options: DemoOptions, device: str) -> TrainConfig:
         raise ConfigurationError(f"--steps {options.steps} is not possible; accepted: at least 1")
     if not 0 <= options.seed < 2**31:
         raise ConfigurationError(f"--seed {options.seed} is not possible; accepted: 0 to 2**31 - 1")
+    if not 0 <= options.balance_weight < math.inf:
+        raise ConfigurationError(
+            f"--balance-weight {options.balance_weight} is not possible; accepted: a number from 0"
+        )
     config = TrainConfig(
         model=ModelConfig(seed=options.seed),
         steps=options.steps,
@@ -127,6 +134,7 @@ def _config(options: DemoOptions, device: str) -> TrainConfig:
         dtype=torch.float32 if device == "cpu" else torch.bfloat16,
         mode=options.mode,
         layout=options.layout,
+        balance_weight=options.balance_weight,
     )
     config.communicator_config(num_ranks=1, device=torch.device(device))  # checks mode and layout
     return config
