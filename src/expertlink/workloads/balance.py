@@ -110,6 +110,8 @@ def simulate(
         InputError: hosts or history are not possible with this trace.
         ConfigurationError: ranks or redundant slots are not.
     """
+    if num_ranks < 1:
+        raise InputError(f"ranks={num_ranks} is not possible; accepted: at least 1")
     if not 1 <= num_hosts <= num_ranks or num_ranks % num_hosts:
         raise InputError(f"hosts={num_hosts} is not possible; accepted: a divisor of {num_ranks}")
     if not 0 < history <= 1:
