@@ -1,4 +1,4 @@
-"""Writes what the pages take from the code: docs/reference, and the README's table of figures.
+"""Writes what the pages take from the code: docs/reference, and tables of figures from records.
 
 python docs/generate.py, or `make docs`. A test holds the pages equal to what this makes.
 """
@@ -12,6 +12,9 @@ from pathlib import Path
 
 from expertlink import config, settings
 from expertlink.bench.report import read_folder, readme_table
+from expertlink.workloads.balance import simulate
+from expertlink.workloads.balance_report import rows_of
+from expertlink.workloads.trace import RoutingTrace
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- Written by docs/generate.py. Change the source, then run `make docs`. -->"
@@ -24,6 +27,7 @@ def pages() -> dict[Path, str]:
         folder / "configuration.md": configuration_page(),
         folder / "environment.md": environment_page(),
         ROOT / "README.md": readme(),
+        ROOT / "docs" / "guide" / "placement.md": placement_page(),
     }
 
 
@@ -34,6 +38,25 @@ def readme() -> str:
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     return before + begin + readme_table(read_folder(ROOT / "benchmarks" / "results")) + end + after
+
+
+def placement_page() -> str:
+    """The guide with what the recorded traces give."""
+    text = (ROOT / "docs" / "guide" / "placement.md").read_text(encoding="utf-8")
+    begin, end = "<!-- balance -->\n", "<!-- /balance -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    lines = [
+        "| trace | ranks | redundant | before | worst step | after | worst step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("demo", "demo-unbalanced"):
+        trace = RoutingTrace.load(ROOT / "benchmarks" / "traces" / f"{name}.npz")
+        for ranks, redundant in ((4, 0), (4, 4), (8, 0), (8, 8)):
+            _, rows = rows_of(simulate(trace, num_ranks=ranks, redundant=redundant))
+            figures = " | ".join(rows[-1][1:5])
+            lines.append(f"| `{name}.npz` | {ranks} | {redundant} | {figures} |")
+    return before + begin + "\n".join(lines) + "\n" + end + after
 
 
 def configuration_page() -> str:
