@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -123,10 +124,10 @@ def test_counts_of_the_host_change_nothing(layout: str, tokens: int) -> None:
 
 def _looping(experts: GroupedExperts) -> GroupedExperts:
     """The same experts without a grouped product."""
-    other = GroupedExperts(HIDDEN, WIDTH, expert_ids=experts.expert_ids, num_experts=EXPERTS)
-    other.load_state_dict(experts.state_dict())
-    assert other._products["cpu", torch.float32] is not None, "nothing is compared"
-    other._products["cpu", torch.float32] = None
+    other = copy.deepcopy(experts)
+    [key] = other._products
+    assert other._products[key] is not None, "nothing is compared"
+    other._products[key] = None
     return other
 
 
@@ -134,8 +135,46 @@ def _filled(rows: Tensor, received: DispatchOutput) -> Tensor:
     """Rows that combine reads."""
     if received.layout is not DispatchLayout.EXPERT_MAJOR:
         return rows
-    slots = torch.arange(rows.shape[1])
+    slots = torch.arange(rows.shape[1], device=rows.device)
     return torch.where((slots < received.num_tokens_per_expert[:, None])[..., None], rows, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("layout", "alignment"), [*((layout, 1) for layout in LAYOUTS), ("flat", 8)]
+)
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_grouped_products_on_a_gpu(layout: str, tokens: int, alignment: int) -> None:
+    """What the loop gives, with gradients and without, for groups of any size."""
+    received, experts = received_of(layout, tokens, torch.bfloat16, alignment, "cuda")
+    loop = _looping(experts)
+    for counts in (received.num_tokens_per_expert_list, None):
+        tokens_in = received.tokens.detach().clone().requires_grad_()
+        given = dataclasses.replace(received, tokens=tokens_in, num_tokens_per_expert_list=counts)
+        found = []
+        for module in (experts, loop):
+            rows = _filled(module(given), received)
+            grads = torch.autograd.grad(rows.square().sum(), (tokens_in, *module.parameters()))
+            with torch.no_grad():
+                found.append((rows, _filled(module(given), received), *grads))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_are_captured(layout: str) -> None:
+    """Where counts stay on the device the host waits for nothing."""
+    received, experts = received_of(layout, 9, torch.bfloat16, 1, "cuda")
+    given = dataclasses.replace(received, num_tokens_per_expert_list=None)
+    with torch.no_grad():
+        expected = _filled(experts(given), received)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            rows = experts(given)
+        rows.fill_(float("nan"))
+        graph.replay()
+    assert torch.equal(_filled(rows, received), expected)
 
 
 def test_garbage_behind_the_rows_reaches_nobody() -> None:
