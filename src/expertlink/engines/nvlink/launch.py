@@ -106,11 +106,20 @@ class Launches(dict[Any, Planned]):
         return planned
 
 
-def common_constants(config: MoECommunicatorConfig, *, num_ranks: int) -> dict[str, int | bool]:
-    """What a communicator fixes for the kernels of every mode; the same on all ranks."""
-    layout = config.layout
+def common_constants(
+    config: MoECommunicatorConfig, *, num_ranks: int, num_peers: int | None = None
+) -> dict[str, int | bool]:
+    """What a communicator fixes for the kernels of every mode; the same on all ranks.
+
+    `num_peers`: G, ranks whose memory a rank can address; None: all of them.
+    """
+    layout, num_peers = config.layout, num_peers or num_ranks
     return {
         "kNumRanks": num_ranks,
+        "kNumSources": num_ranks,
+        "kNumPeers": num_peers,
+        "kNumHosts": num_ranks // num_peers,
+        "kSpansHosts": num_peers < num_ranks,
         "kNumExperts": config.num_experts,
         "kTopk": config.topk,
         "kCopies": min(num_ranks, config.topk),
@@ -129,6 +138,7 @@ def compile_program(
     *,
     num_ranks: int,
     arch: str,
+    num_peers: int | None = None,
     hosted: bool = False,
 ) -> dict[KernelName, CompiledKernel]:
     """Machine code of a communicator's kernels. Needs no GPU.
@@ -138,9 +148,11 @@ def compile_program(
         program: its mode's kernels.
         num_ranks: R.
         arch: target such as `sm_90a`.
+        num_peers: as in `common_constants`.
         hosted: entry points for several ranks on one GPU, whose argument is a table of structs.
     """
-    fixed = {**common_constants(config, num_ranks=num_ranks), **program.constants}
+    common = common_constants(config, num_ranks=num_ranks, num_peers=num_peers)
+    fixed = {**common, **program.constants}
     prelude = constants(fixed) + shared.declarations(num_ranks, config.num_experts)
     prelude += program.declarations
     suffix = "_hosted" if hosted else ""
@@ -162,9 +174,16 @@ class DeviceRunner:
         *,
         num_ranks: int,
         device: torch.device,
+        num_peers: int | None = None,
     ) -> None:
         self._stream = raw_stream(device)
-        compiled = compile_program(config, program, num_ranks=num_ranks, arch=architecture(device))
+        compiled = compile_program(
+            config,
+            program,
+            num_ranks=num_ranks,
+            arch=architecture(device),
+            num_peers=num_peers,
+        )
         self._kernels = {
             name: load_kernel(device, code, max_shared_bytes=SHARED_BYTES - STATIC_BYTES)
             for name, code in compiled.items()

@@ -18,9 +18,9 @@ struct Watch {
     Control* control;
     unsigned transfer;
     unsigned operation;
-    const unsigned* ready;  // [kNumRanks] last transfer that each rank has begun
-    int rank;
-    const unsigned* masked;  // [kNumRanks] not 0: nobody waits for that rank; or null
+    const unsigned* ready;  // [kNumPeers] last transfer that each peer has begun
+    int rank;               // this one, among the peers of its host
+    const unsigned* masked;  // [kNumPeers] not 0: nobody waits for that peer; or null
 };
 
 constexpr unsigned kEagerSpins = 8;
@@ -36,17 +36,17 @@ __device__ __forceinline__ bool reached(unsigned now, unsigned wanted) {
 __device__ __noinline__ void report(const Watch watch, Phase phase, int peer, unsigned expected,
                                     unsigned seen, int index, unsigned long long waited_ns) {
     if (atomicCAS(&watch.state->failed, 0u, 1u) != 0u) return;  // only the first one reports
-    // Blames the rank that is furthest behind: one that has not begun this transfer keeps the
+    // Blames the peer that is furthest behind: one that has not begun this transfer keeps the
     // others from going on.
-    for (int rank = 0; rank < kNumRanks && phase < kPhaseAgreement; ++rank) {
-        if (rank == watch.rank) continue;
-        if (watch.masked != nullptr && load_relaxed_system(&watch.masked[rank]) != 0) continue;
-        const unsigned begun = load_relaxed_system(&watch.ready[rank]);
+    for (int other = 0; other < kNumPeers && phase < kPhaseAgreement; ++other) {
+        if (other == watch.rank) continue;
+        if (watch.masked != nullptr && load_relaxed_system(&watch.masked[other]) != 0) continue;
+        const unsigned begun = load_relaxed_system(&watch.ready[other]);
         if (reached(begun, watch.transfer) ||
             (phase == kPhaseReady && reached(begun, seen) && peer >= 0))
             continue;
         phase = kPhaseReady;
-        peer = rank;
+        peer = other;
         expected = watch.transfer;
         seen = begun;
     }
@@ -67,23 +67,23 @@ template <typename HeaderOf>
 __device__ __forceinline__ void report_headers(const Watch& watch, int peer,
                                                const HeaderOf& header) {
 #pragma unroll 1
-    for (int rank = 0; rank < kNumRanks; ++rank)
+    for (int rank = 0; rank < kNumSources; ++rank)
 #pragma unroll 1
         for (int word = 0; word < kHeaderWords; ++word)
             watch.control->headers[rank * kHeaderWords + word] = header(rank, word);
     report(watch, kPhaseAgreement, peer, 0, 0, 0, 0);
 }
 
-// Whether the host of a rank has called abort(). Each rank has a word of its own at every rank.
-__device__ __forceinline__ bool has_aborted(const Watch& watch, int rank) {
-    return load_relaxed_system(watch.ready + (kAbortsAt - kReadyAt) / 4 + rank) != 0;
+// Whether the process of a peer has called abort(). Each has a word of its own at every peer.
+__device__ __forceinline__ bool has_aborted(const Watch& watch, int peer) {
+    return load_relaxed_system(watch.ready + (kAbortsAt - kReadyAt) / 4 + peer) != 0;
 }
 
-// The first rank that has called abort(), or -1.
+// The first peer that has called abort(), or -1.
 __device__ __forceinline__ int aborted_by(const Watch& watch) {
 #pragma unroll 1
-    for (int rank = 0; rank < kNumRanks; ++rank)
-        if (has_aborted(watch, rank)) return rank;
+    for (int peer = 0; peer < kNumPeers; ++peer)
+        if (has_aborted(watch, peer)) return peer;
     return -1;
 }
 

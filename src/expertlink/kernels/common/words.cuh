@@ -3,10 +3,10 @@
 
 #include "common/sync.cuh"
 
-__device__ __forceinline__ unsigned* ready_word(char* base, int rank) {
-    return reinterpret_cast<unsigned*>(base + kReadyAt) + rank;
+__device__ __forceinline__ unsigned* ready_word(char* base, int peer) {
+    return reinterpret_cast<unsigned*>(base + kReadyAt) + peer;
 }
 
-__device__ __forceinline__ unsigned* credit_word(char* base, int rank) {
-    return reinterpret_cast<unsigned*>(base + kCreditsAt) + rank;
+__device__ __forceinline__ unsigned* credit_word(char* base, int peer) {
+    return reinterpret_cast<unsigned*>(base + kCreditsAt) + peer;
 }

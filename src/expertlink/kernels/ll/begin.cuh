@@ -19,7 +19,7 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
     char* const base = in_last ? a.bases[a.rank] : nullptr;
     if (in_last)
 #pragma unroll 1
-        for (int rank = lane; rank < kNumRanks; rank += 32) call.bases[rank] = a.bases[rank];
+        for (int rank = lane; rank < kNumPeers; rank += 32) call.bases[rank] = a.bases[rank];
     if (is_last) {
         call.watch = {
             a.state, a.control,         0, static_cast<unsigned>(a.operation), ready_word(base, 0),
@@ -41,17 +41,17 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
 #pragma unroll
         for (int word = 0; word < kRankWords; ++word)
             masked[word] = load_fresh(reinterpret_cast<const int*>(
-                &a.counters->masked[min(word * 32 + lane, kNumRanks - 1)]));
+                &a.counters->masked[min(word * 32 + lane, kNumPeers - 1)]));
     if (in_last && sends)
 #pragma unroll
         for (int word = 0; word < kRankWords; ++word)
             credit[word] =
-                load_acquire_system(credit_word(base, min(word * 32 + lane, kNumRanks - 1)));
+                load_acquire_system(credit_word(base, min(word * 32 + lane, kNumPeers - 1)));
     loads();
     if (threadIdx.x < 32)
 #pragma unroll
         for (int word = 0; word < kRankWords; ++word) {
-            const bool exists = word * 32 + lane < kNumRanks;
+            const bool exists = word * 32 + lane < kNumPeers;
             const unsigned bits = __ballot_sync(kAll, exists && masked[word] != 0);
             if (lane == 0) call.masked[word] = bits;
         }
@@ -99,8 +99,8 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
 template <typename Arguments>
 __device__ __forceinline__ void publish_progress(const Arguments& a, const Call& call) {
 #pragma unroll 1
-    for (int step = threadIdx.x % 32; step < kNumRanks; step += 32) {
-        const int peer = (a.rank + step) % kNumRanks;
+    for (int step = threadIdx.x % 32; step < kNumPeers; step += 32) {
+        const int peer = (a.rank + step) % kNumPeers;
         if (is_masked(call, peer)) continue;
         store_release_system(credit_word(call.bases[peer], a.rank), call.received);
         if (a.flags & kSend)

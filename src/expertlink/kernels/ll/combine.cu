@@ -12,18 +12,33 @@
 
 namespace ll {
 
-// Statistics: counts the rows that travel. One thread for each rank.
+// Statistics: counts the rows that travel. One thread for each source.
 __device__ __forceinline__ void keep_statistics(const CombineArguments& a, const RowsFrom& in) {
     if (a.rows_sent == nullptr || blockIdx.x != 0 || a.row_bytes == 0 || kExact) return;
 #pragma unroll 1
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+    for (int r = threadIdx.x; r < kNumSources; r += blockDim.x) {
         const long long sent = in.rows_from[r], received = a.rows_to[r];
         a.rows_sent[r] += sent;
         a.rows_received[r] += received;
-        if (r == a.rank) continue;
+        if (r == own_source(a)) continue;
         a.bytes_sent[r] += sent * a.row_bytes;
         a.bytes_received[r] += received * a.row_bytes;
     }
+}
+
+// Several hosts: says in front of every message which call its sums are of. One warp.
+__device__ __forceinline__ void write_headers(const CombineArguments& a, const Call& call,
+                                              unsigned subject) {
+    const int lane = threadIdx.x % 32;
+    for (int message = lane; message < kNumHosts; message += 32) {
+        unsigned* const said =
+            reinterpret_cast<unsigned*>(a.messages + message * a.message_bytes);
+        said[kMessageSignature] = a.signature;
+        said[kMessageSubject] = subject;
+        said[kMessageCommunicator] = a.communicator;
+        said[kMessageNumber] = call.watch.transfer;
+    }
+    if (lane == 0) atomicAdd(a.under_way, 1u);
 }
 
 template <bool kBrings>
@@ -47,7 +62,7 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     const auto loads = [&] {
         if (publishes) subject = load_subject(a);
         if (sends && warp == 0)
-            in.fill([&](int rank) { return rank < kNumRanks ? a.rows_from[rank] : 0; });
+            in.fill([&](int source) { return source < kNumSources ? a.rows_from[source] : 0; });
     };
     if (!begin_call(a, call, [] {}, loads)) return;
     // All warps but the one below, whose fence would wait for these stores.
@@ -57,6 +72,7 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     // not send: it reads them while its block sums.
     if (publishes) {
         if (sends) publish_headers(a, call, subject);
+        if constexpr (kSpansHosts) write_headers(a, call, subject);
         publish_progress(a, call);
         if (reads_headers) {
             read_headers(a, call, subject);

@@ -39,12 +39,12 @@ __device__ __forceinline__ void record_overflow(const DispatchArguments& a, unsi
 __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Arrivals& in,
                                             unsigned transfer, int thread, int threads) {
 #pragma unroll 1
-    for (int r = thread; r < kNumRanks; r += threads) {
+    for (int r = thread; r < kNumSources; r += threads) {
         a.rows_from[r] = a.rows_from_out[r] = in.rows_from[r];
         a.first_row[r] = in.first_row[r];
         if (a.rows_received != nullptr) {
             a.rows_received[r] += in.rows_from[r];
-            if (r != a.rank)
+            if (r != own_source(a))
                 a.bytes_received[r] +=
                     static_cast<long long>(in.rows_from[r]) * (a.row_bytes + a.scale_bytes);
         }
@@ -59,18 +59,18 @@ __device__ __forceinline__ void keep_counts(const DispatchArguments& a, const Ar
 #pragma unroll 1
         for (int e = thread; e <= a.num_local; e += threads) a.offsets_out[e] = in.starts[e];
 #pragma unroll 1
-    for (int i = thread; i < kNumRanks * a.num_local; i += threads)
+    for (int i = thread; i < kNumSources * a.num_local; i += threads)
         a.first_slot[i] = in.first_slot[i];
     const int rows = kExpanded && !kPadded ? in.starts[a.num_local] : in.total;
     if (thread == 0 && !kPadded && rows > a.max_slots) record_overflow(a, transfer, rows);
     if (thread == 0) *a.origin = static_cast<int>(transfer);
 }
 
-// Reads how many rows come from each rank, and whether it is in this call. One warp.
+// Reads how many rows come from each source, and whether it is in this call. One warp.
 __device__ __forceinline__ bool receive_headers(const DispatchArguments& a, Call& call,
                                                 Arrivals& in, unsigned subject) {
     Headers headers;
-    in.fill([&](int rank) { return read_header(a, call, rank, subject, headers); });
+    in.fill([&](int source) { return read_header(a, call, source, subject, headers); });
     return judge_headers(a, call, headers);
 }
 
@@ -78,19 +78,20 @@ __device__ __forceinline__ bool receive_headers(const DispatchArguments& a, Call
 // awaited are polled together.
 __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call& call, Arrivals& in,
                                                int expert) {
-    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;
+    constexpr int kAtOnce = kNumSources < 8 ? kNumSources : 8;
     char* const base = call.bases[a.rank];
-    int slot = kPadded ? expert * kNumRanks * kMaxTokens : 0;
+    int slot = kPadded ? expert * kNumSources * kMaxTokens : 0;
     const int begin = slot;
 #pragma unroll 1
-    for (int first = 0; first < kNumRanks; first += kAtOnce) {
+    for (int first = 0; first < kNumSources; first += kAtOnce) {
         unsigned long long word[kAtOnce];
         unsigned missing = 0;
         unsigned long long since = 0;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             word[i] = 0;
-            if (first + i < kNumRanks && !is_masked(call, first + i)) missing |= 1u << i;
+            if (first + i < kNumSources && !is_masked(call, peer_of(first + i)))
+                missing |= 1u << i;
         }
         for (unsigned spins = 1; missing; ++spins) {
 #pragma unroll
@@ -102,22 +103,22 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
             for (int i = 0; i < kAtOnce; ++i)
                 if (is_of(call, word[i])) missing &= ~(1u << i);
             if (missing == 0 || spins % kSpinsBetweenPolls != 0) continue;
-            const int source = first + __ffs(missing) - 1;
+            const int peer = peer_of(first + __ffs(missing) - 1);
             unsigned seen = 0;
 #pragma unroll
             for (int i = kAtOnce - 1; i >= 0; --i)
                 if (missing >> i & 1u) seen = static_cast<unsigned>(word[i] >> 32);
             const WaitResult found =
-                poll(call, kPhaseReady, source, call.watch.transfer, seen, 0, since);
+                poll(call, kPhaseReady, peer, call.watch.transfer, seen, 0, since);
             if (found == kAbort) return false;
             if (found == kArrived) continue;
-            atomicOr(&call.masked[source / 32], 1u << source % 32);
+            atomicOr(&call.masked[peer / 32], 1u << peer % 32);
             missing &= missing - 1;
             since = 0;  // the next one gets as much time
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            if (first + i >= kNumRanks) break;
+            if (first + i >= kNumSources) break;
             in.first_slot[(first + i) * a.num_local + expert] = slot;
             if (is_of(call, word[i]))
                 slot += min(static_cast<unsigned>(word[i]), static_cast<unsigned>(kMaxTokens));
@@ -130,7 +131,7 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
 // Publishes to the other blocks which ranks count as lost in this transfer. One warp of block 0.
 __device__ __forceinline__ void publish_lost(const DispatchArguments& a, const Call& call) {
 #pragma unroll 1
-    for (int r = threadIdx.x % 32; r < kNumRanks; r += 32)
+    for (int r = threadIdx.x % 32; r < kNumPeers; r += 32)
         atomicExch(&a.counters->decided[r],
                    static_cast<unsigned long long>(call.watch.transfer) * 2 + is_masked(call, r));
 }
@@ -139,7 +140,7 @@ __device__ __forceinline__ void publish_lost(const DispatchArguments& a, const C
 __device__ __forceinline__ bool read_lost(const DispatchArguments& a, Call& call) {
     bool fine = true;
 #pragma unroll 1
-    for (int r = threadIdx.x % 32; r < kNumRanks && fine; r += 32) {
+    for (int r = threadIdx.x % 32; r < kNumPeers && fine; r += 32) {
         unsigned long long decided;
         while ((decided = load_tagged(&a.counters->decided[r])) / 2 != call.watch.transfer && fine)
             fine = !has_failed(call.watch);
@@ -200,7 +201,7 @@ __device__ __forceinline__ void receive_counts(const DispatchArguments& a, Call&
         }
         barrier_sync(kWaitersBarrier, warps);
 #pragma unroll 1
-        for (int i = thread; i < kNumRanks * a.num_local; i += threads)
+        for (int i = thread; i < kNumSources * a.num_local; i += threads)
             in.first_slot[i] += in.starts[i % a.num_local];
     }
 }

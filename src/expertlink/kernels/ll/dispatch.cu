@@ -10,7 +10,14 @@
 namespace ll {
 
 __device__ __forceinline__ int arrivals_words(const DispatchArguments& a) {
-    return (kNumRanks + 2) * a.num_local + 2;
+    return (kNumSources + 2) * a.num_local + 2;
+}
+
+// Several hosts: the memory has the messages of one call, this one. One warp.
+__device__ __forceinline__ void take_messages(const DispatchArguments& a, const Call& call) {
+    if (threadIdx.x % 32 != 0) return;
+    const unsigned calls = atomicSub(a.under_way, 1u);
+    if (calls != 1) report(call.watch, kPhaseHalves, -1, calls, 1, 0, 0);
 }
 
 template <bool kQuantized>
@@ -26,10 +33,10 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     if (threadIdx.x == 0) {
         next_place = roles.others();
         in.first_slot = memory;
-        in.totals = in.first_slot + kNumRanks * a.num_local;
+        in.totals = in.first_slot + kNumSources * a.num_local;
         in.starts = in.totals + a.num_local;
     }
-    const Masks masks = masks_in(memory + (receives ? arrivals_words(a) : 0), a.num_tokens);
+    const Masks masks = masks_in(a, memory + (receives ? arrivals_words(a) : 0));
     Sender<kQuantized> sender;
     BlockChoices choices;
     MetadataItem item;
@@ -49,7 +56,10 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         sender.load(a, sender.now, sender.part);
     };
     if (!begin_call(a, call, prepare, loads)) return;
-    if (roles.publishes_progress()) publish_progress(a, call);
+    if (roles.publishes_progress()) {
+        publish_progress(a, call);
+        if constexpr (kSpansHosts) take_messages(a, call);
+    }
 
     if (sends) {
         Draws draws;

@@ -20,15 +20,29 @@ __device__ __forceinline__ unsigned load_subject(const Arguments& a) {
     return a.subject == nullptr ? 0u : static_cast<unsigned>(load_fresh(a.subject));
 }
 
-// Publishes the header to one rank. One lane.
+// The count row in which a peer says what call it is in.
+template <typename Arguments>
+__device__ __forceinline__ int header_row(const Arguments& a, int peer) {
+    if constexpr (kSpansHosts)
+        return source_of(a.host, peer);
+    else
+        return peer;
+}
+
+// Publishes the header to one peer. One lane.
 template <typename Arguments>
 __device__ __forceinline__ void publish_header(const Arguments& a, const Call& call, int peer,
                                                unsigned rows, unsigned subject) {
     const unsigned transfer = call.sending;
-    unsigned long long* const words = count_word(call.bases[peer], transfer, a.rank, 0);
+    unsigned long long* const words =
+        count_word(call.bases[peer], transfer, header_row(a, a.rank), 0);
     store_tagged_pair(words + kColumnSignature, transfer, a.signature, rows);
     store_tagged_pair(words + kColumnSubject, transfer, subject, a.communicator);
-    if constexpr (!kPadded) {
+    if constexpr (!kPadded && kSpansHosts) {
+        // Only the messages of a dispatch reach all ranks.
+        store_tagged_pair(words + kColumnOverflow, transfer, 0, 0);
+        store_tagged_pair(words + kColumnRoom, transfer, 0, 0);
+    } else if constexpr (!kPadded) {
         State* const state = a.state;
         store_tagged_pair(words + kColumnOverflow, transfer, load_relaxed_system(&state->overflow),
                           load_relaxed_system(&state->overflow_rows));
@@ -37,12 +51,12 @@ __device__ __forceinline__ void publish_header(const Arguments& a, const Call& c
     }
 }
 
-// Publishes the headers of a call without counts to all ranks. One warp.
+// Publishes the headers of a call without counts to all peers. One warp.
 template <typename Arguments>
 __device__ __forceinline__ void publish_headers(const Arguments& a, const Call& call,
                                                 unsigned subject) {
 #pragma unroll 1
-    for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32)
+    for (int peer = threadIdx.x % 32; peer < kNumPeers; peer += 32)
         if (!is_masked(call, peer)) publish_header(a, call, peer, 0, subject);
 }
 
@@ -84,15 +98,16 @@ struct Headers {
     Overflow overflow;
 };
 
-// Waits for the headers of some ranks, one per lane. Returns how many rows the lane's rank sends.
-// One warp, whose lanes wait together.
+// Waits for the headers of some sources, one per lane. Returns how many rows the lane's source
+// sends. One warp, whose lanes wait together.
 template <typename Arguments>
-__device__ __forceinline__ int read_header(const Arguments& a, Call& call, int rank,
+__device__ __forceinline__ int read_header(const Arguments& a, Call& call, int source,
                                            unsigned subject, Headers& headers) {
     const unsigned long long began = a.longest_wait_ns != nullptr ? nanoseconds() : 0;
     const unsigned long long* const words =
-        count_word(call.bases[a.rank], call.watch.transfer, min(rank, kNumRanks - 1), 0);
-    bool here = rank >= kNumRanks || is_masked(call, rank);
+        count_word(call.bases[a.rank], call.watch.transfer, min(source, kNumSources - 1), 0);
+    const int peer = peer_of(min(source, kNumSources - 1));
+    bool here = source >= kNumSources || is_masked(call, peer);
     const bool waits = !here;
     unsigned rows = 0, overflow = 0, overflow_rows = 0, room = 0;
     unsigned long long since = 0;
@@ -119,43 +134,58 @@ __device__ __forceinline__ int read_header(const Arguments& a, Call& call, int r
                 room = static_cast<unsigned>(pair[3].x);
             }
         } else if (spins % kSpinsBetweenPolls == 0) {
-            const WaitResult found = poll(call, kPhaseReady, rank, call.watch.transfer,
+            const WaitResult found = poll(call, kPhaseReady, peer, call.watch.transfer,
                                           static_cast<unsigned>(pair[0].y >> 32), 0, since);
             here = found != kArrived;
             headers.fine &= found != kAbort;
-            if (found == kPeerMasked) atomicOr(&call.masked[rank / 32], 1u << rank % 32);
+            if (found == kPeerMasked) atomicOr(&call.masked[peer / 32], 1u << peer % 32);
         }
     }
     if (waits && began && blockIdx.x == 0)
-        atomicMax(&a.longest_wait_ns[rank], static_cast<long long>(nanoseconds() - began));
+        atomicMax(&a.longest_wait_ns[peer], static_cast<long long>(nanoseconds() - began));
     if constexpr (!kPadded)
-        if (blockIdx.x == 0) headers.overflow.merge(rank, overflow, overflow_rows, room);
+        if (blockIdx.x == 0) headers.overflow.merge(source, overflow, overflow_rows, room);
     // Counts become addresses, so a peer's word is clamped to what is possible.
     return static_cast<int>(min(rows, static_cast<unsigned>(kMaxTokens)));
 }
 
-// A word of a rank's header as `ht` has it, for reports. Masked ranks count as being where this one
-// is.
-template <typename Arguments>
-__device__ __forceinline__ int header_word(const Arguments& a, const Call& call, int rank,
-                                           int word) {
-    const unsigned long long* const words = count_word(call.bases[a.rank], call.watch.transfer,
-                                                       is_masked(call, rank) ? a.rank : rank, 0);
-    const unsigned signature = static_cast<unsigned>(load_tagged(words + kColumnSignature));
+// Whose header stands for that of a rank: in a combine only peers say where they are.
+__device__ __forceinline__ int heard(const DispatchArguments&, int source) { return source; }
+
+__device__ __forceinline__ int heard(const CombineArguments& a, int source) {
+    return !kSpansHosts || host_of(source) == host_at(a, kNumHosts - 1) ? source : own_source(a);
+}
+
+// A word of a rank's header as `ht` has it, for reports, from those of `ll`.
+__device__ __forceinline__ int report_word(unsigned signature, unsigned communicator,
+                                           unsigned transfer, unsigned subject, int word) {
     const bool refused = signature == kRefused;
     switch (word) {
         case kOperation:
             return refused ? static_cast<int>(kOperationDispatch) : signature & kOperationMask;
-        case kCommunicator: return static_cast<int>(load_tagged(words + kColumnCommunicator));
-        case kCall: return static_cast<int>(call.watch.transfer);
+        case kCommunicator: return static_cast<int>(communicator);
+        case kCall: return static_cast<int>(transfer);
         case kStatus: return refused;
         case kCapacity: return kUnbounded;
         case kRowBytes: return refused ? 0 : (signature >> kRowBit & kRowMask) * 16;
         case kMetadataBytes: return refused ? 0 : signature >> kScalesBit;
-        case kSubject: return static_cast<int>(load_tagged(words + kColumnSubject));
+        case kSubject: return static_cast<int>(subject);
         case kForm: return refused ? 0 : signature >> kFormBit & kFormMask;
         default: return 0;
     }
+}
+
+// The same of what a rank has published. Masked ranks count as being where this one is.
+template <typename Arguments>
+__device__ __forceinline__ int header_word(const Arguments& a, const Call& call, int rank,
+                                           int word) {
+    const unsigned long long* const words =
+        count_word(call.bases[a.rank], call.watch.transfer,
+                   is_masked(call, peer_of(rank)) ? own_source(a) : heard(a, rank), 0);
+    return report_word(static_cast<unsigned>(load_tagged(words + kColumnSignature)),
+                       static_cast<unsigned>(load_tagged(words + kColumnCommunicator)),
+                       call.watch.transfer,
+                       static_cast<unsigned>(load_tagged(words + kColumnSubject)), word);
 }
 
 // Reports what the headers say, if the host has to know. One warp, which has read all of them.
@@ -168,7 +198,7 @@ __device__ __forceinline__ bool judge_headers(const Arguments& a, const Call& ca
     if (!kPadded && blockIdx.x == 0 && is_first) headers.overflow.report_to_host(call.watch);
     if (__all_sync(kAll, headers.same)) return true;
     if (is_first)
-        report_headers(call.watch, a.rank,
+        report_headers(call.watch, own_source(a),
                        [&](int rank, int word) { return header_word(a, call, rank, word); });
     return false;
 }
@@ -178,8 +208,11 @@ template <typename Arguments>
 __device__ __forceinline__ void read_headers(const Arguments& a, Call& call, unsigned subject) {
     Headers headers;
 #pragma unroll 1
-    for (int first = 0; first < kNumRanks; first += 32)
-        read_header(a, call, first + static_cast<int>(threadIdx.x % 32), subject, headers);
+    for (int first = 0; first < kNumPeers; first += 32) {
+        const int peer = first + static_cast<int>(threadIdx.x % 32);
+        const bool exists = !kSpansHosts || peer < kNumPeers;
+        read_header(a, call, exists ? header_row(a, peer) : kNumSources, subject, headers);
+    }
     judge_headers(a, call, headers);
 }
 

@@ -27,7 +27,7 @@ __device__ __forceinline__ WaitResult receive_metadata(const DispatchArguments& 
         pair = load_tagged_pair(words);
         if (spins % kSpinsBetweenPolls != 0) continue;
         if (lane == 0)
-            found = poll(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
+            found = poll(call, kPhaseRow, peer_of(source), call.watch.transfer, 0, position, since);
         found = static_cast<WaitResult>(__shfl_sync(kAll, static_cast<int>(found), 0));
         if (found != kArrived) break;
     }
@@ -55,8 +55,8 @@ __device__ __forceinline__ WaitResult receive_metadata(const DispatchArguments& 
     }
     unsigned number = code;  // K < 32: lane K has the token
     if (kTopk >= 32 && lane == 0 && found == kArrived)
-        found = wait_tagged(call, metadata_words(at.base, at.transfer, staged, kTopk), source,
-                            kPhaseRow, number);
+        found = wait_tagged(call, metadata_words(at.base, at.transfer, staged, kTopk),
+                            peer_of(source), kPhaseRow, number);
     number = min(number, static_cast<unsigned>(kMaxTokens - 1));
     if (keeps && lane == kTopk % 32) a.tokens_of_row[row] = static_cast<int>(number);
     token = __shfl_sync(kAll, static_cast<int>(number), kTopk % 32);
@@ -82,7 +82,7 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     const int staged = staging_slot(source, position);
     char* const row = staged_row(at.base, at.transfer, staged);
     const unsigned* const escapes = escape_words(at.base, at.transfer, staged);
-    const bool own = takes_own_rows<kQuantized>(a) && source == a.rank;
+    const bool own = takes_own_rows<kQuantized>(a) && peer_of(source) == a.rank;
     const char* from = row;
     StagedPieces<kPlaceDepth> pieces, ahead;
     ScaleWords scales;
@@ -99,7 +99,7 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
     if (found == kPeerMasked && kExpanded) target = -1;
     const unsigned targets = __ballot_sync(kAll, target >= 0);
     if (own) {
-        from = a.x + static_cast<long long>(token) * a.input_bytes;
+        from = a.x + offset_of(a, {message_of(a, host_of(source)), token}, a.input_bytes);
         pieces.load_first(from, mine);
     }
 #pragma unroll 1
@@ -108,8 +108,8 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
         ahead.load_first(from, then);
         if (!own && found == kArrived) {
             int awaited = 0;
-            const PlacesOfPart places{row,    escapes, first, range.last - range.first,
-                                      source, position};
+            const PlacesOfPart places{row,   escapes, first, range.last - range.first, peer_of(source),
+                                      position};
             found = pieces.wait_for(call, places, kAll, awaited);
             if (found == kAbort) return false;
         }
@@ -134,13 +134,13 @@ template <bool kQuantized>
 __device__ __forceinline__ void place_rows(const DispatchArguments& a, const Call& call,
                                            const Arrivals& in, int first, int* next) {
     const Cut cut(in.total, a.row_bytes, blockDim.x / 32 * gridDim.x, kPlaceMost);
-    const int items = in.most * kNumRanks * cut.parts;
+    const int items = in.most * kNumSources * cut.parts;
     const Divider by_parts(cut.parts);
     const Staging at{call.bases[a.rank], call.watch.transfer};
 #pragma unroll 1
     for (int item = first; item < items; item = next_item(next)) {
         const int nth = by_parts(item), part = item - nth * cut.parts;
-        const int source = (nth + a.rank) % kNumRanks, position = nth / kNumRanks;
+        const int source = (nth + a.rank) % kNumSources, position = nth / kNumSources;
         if (position >= in.rows_from[source]) continue;
         if (!place_part<kQuantized>(a, call, at, in, source, position, cut.part(part), part == 0,
                                     part == cut.parts - 1))
@@ -156,7 +156,7 @@ __device__ __forceinline__ void clear_rest(const DispatchArguments& a, const Arr
     if (kLayoutIsRankMajor) {
         // Most slots are empty, so every lane takes a choice rather than every warp a slot.
 #pragma unroll 1
-        for (int at = warp * 32 + lane; at < kNumRanks * kMaxTokens * kTopk; at += warps * 32) {
+        for (int at = warp * 32 + lane; at < kNumSources * kMaxTokens * kTopk; at += warps * 32) {
             const int slot = at / kTopk;
             if (slot % kMaxTokens < in.rows_from[slot / kMaxTokens]) continue;
             a.topk_ids[at] = -1;

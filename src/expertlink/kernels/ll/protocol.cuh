@@ -9,12 +9,13 @@
 
 #include "common/sync.cuh"
 #include "common/words.cuh"
+#include "ll/sources.cuh"
 
 namespace ll {
 
 constexpr unsigned kSentinel = kSentinelByte * 0x01010101u;
 constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
-constexpr int kRankWords = (kNumRanks + 31) / 32;
+constexpr int kRankWords = (kNumPeers + 31) / 32;
 
 // Transfers are numbered 1 ... kLastNumber, then from 1 again. None is 0, which memory holds before
 // anyone has written it. Neighbours never share a set. Differences modulo 2^32 say which of two
@@ -39,25 +40,26 @@ __device__ __forceinline__ unsigned* alive_word(char* base, int rank) {
 // The set of a transfer: rows are staged in kSets sets in turn.
 __device__ __forceinline__ int set_of(unsigned transfer) { return transfer % kSets; }
 
-// Staging slots: rows that a rank sends lie in slots of its own, in the order of their tokens. Rows
-// of exact sums have the slot of their token and choice, among those of the rank that sends them if
+// Staging slots: rows of a source lie in slots of its own, in the order of their tokens. Rows of
+// exact sums have the slot of their token and choice, among those of the rank that sends them if
 // ranks can be left out: one that comes back writes into no slot of others.
-__device__ __forceinline__ int staging_slot(int rank, int position) {
-    return rank * kRankSlots + position;
+__device__ __forceinline__ int staging_slot(int source, int position) {
+    return source * kRankSlots + position;
 }
 
 __device__ __forceinline__ int slot_of_choice(int rank, int token, int k) {
     return (kMaskLost ? rank * kRankSlots : 0) + token * kTopk + k;
 }
 static_assert(kRankSlots == (kExact && kMaskLost ? kMaxTokens * kTopk : kMaxTokens));
+static_assert(!kSpansHosts || !(kExact || kMaskLost));
 
 constexpr int kDropped = -2;  // slot of a choice whose row found no room; reported as overflow
 
-// Tagged word: a column of the count row of `rank`.
-__device__ __forceinline__ unsigned long long* count_word(char* base, unsigned transfer, int rank,
+// Tagged word: a column of the count row of a source.
+__device__ __forceinline__ unsigned long long* count_word(char* base, unsigned transfer, int source,
                                                           int column) {
     return reinterpret_cast<unsigned long long*>(base + kCountsAt) +
-           (static_cast<long long>(set_of(transfer)) * kNumRanks + rank) * kCountWords + column;
+           (static_cast<long long>(set_of(transfer)) * kNumSources + source) * kCountWords + column;
 }
 
 // Pair of tagged words: metadata of choice k of the row in a slot.
@@ -140,22 +142,22 @@ __device__ __forceinline__ uint4 sentinel_piece() {
 // What the slow path of a wait needs beyond its Watch.
 struct WaitPolicy {
     Counters* counters;
-    long long* longest_wait_ns;  // [R] statistics, or null
+    long long* longest_wait_ns;  // [G] statistics, or null
 };
 
 // Static shared memory of a block. What waits need is there too: it would take many registers.
 struct Call {
     Watch watch;
     WaitPolicy policy;
-    char* bases[kNumRanks];
-    unsigned masked[kRankWords];  // bit r: rank r is masked
+    char* bases[kNumPeers];
+    unsigned masked[kRankWords];  // bit p: peer p is masked
     unsigned sending, receiving;  // transfers of this launch's halves
     unsigned received;            // the last one whose rows this rank has put back
     int stopped;                  // not 0: a wait was ended
 };
 
-__device__ __forceinline__ bool is_masked(const Call& call, int rank) {
-    return call.masked[rank / 32] >> (rank % 32) & 1u;
+__device__ __forceinline__ bool is_masked(const Call& call, int peer) {
+    return call.masked[peer / 32] >> (peer % 32) & 1u;
 }
 
 }  // namespace ll

@@ -94,6 +94,11 @@ __device__ __forceinline__ long long dense_row(const CombineArguments& a, const 
     return kLayoutIsRankMajor ? source * kMaxTokens + position : in.first_row[source] + position;
 }
 
+// Where the sum of an arrival is staged at the peer that it goes to.
+__device__ __forceinline__ int returned_slot(const CombineArguments& a, int source, int position) {
+    return staging_slot(returning_source(source, a.rank), position);
+}
+
 // -- weights of the tokens' ranks -----------------------------------------------------------------
 
 // They lie where the metadata of a dispatch lies: a tagged word for each choice of a row, in the
@@ -114,9 +119,11 @@ __device__ __forceinline__ void publish_weights(const CombineArguments& a, const
         const int token = i / kOfToken, copy = i % kOfToken / kTopk, k = i % kTopk;
         const int code = a.slots_of_token[token * kCopies + copy];
         const float weight = a.weights[static_cast<long long>(token) * kTopk + k];
-        if (code < 0 || is_masked(call, code / kMaxTokens)) continue;
-        store_tagged(weight_word(call, code / kMaxTokens, a.rank, code % kMaxTokens, k),
-                     call.sending, __float_as_uint(weight));
+        if (code < 0 || is_masked(call, peer_of(code / kMaxTokens))) continue;
+        const int to = code / kMaxTokens;
+        store_tagged(
+            weight_word(call, peer_of(to), returning_source(to, a.rank), code % kMaxTokens, k),
+            call.sending, __float_as_uint(weight));
     }
 }
 
@@ -135,11 +142,11 @@ __device__ __forceinline__ float receive_weights(const Call& call, int source, i
         if (spins % kSpinsBetweenPolls != 0) continue;
         WaitResult found = kArrived;
         if (lane == 0)
-            found = poll(call, kPhaseRow, source, call.watch.transfer, 0, position, since);
+            found = poll(call, kPhaseRow, peer_of(source), call.watch.transfer, 0, position, since);
         if (__shfl_sync(kAll, static_cast<int>(found), 0) != kArrived) break;
     }
     if (began && lane == 0)
-        atomicMax(&longest[source], static_cast<long long>(nanoseconds() - began));
+        atomicMax(&longest[peer_of(source)], static_cast<long long>(nanoseconds() - began));
     return __uint_as_float(static_cast<unsigned>(value));
 }
 
@@ -162,9 +169,9 @@ struct ReturnItem {
         for (item = first; item < items; item = next()) {
             const int nth = by_parts(item);
             part = item - nth * cut.parts;
-            source = (nth + a.rank) % kNumRanks;
-            position = nth / kNumRanks;
-            if (position < in.rows_from[source] && !is_masked(call, source)) break;
+            source = (nth + a.rank) % kNumSources;
+            position = nth / kNumSources;
+            if (position < in.rows_from[source] && !is_masked(call, peer_of(source))) break;
         }
         if (item >= items) return;
         range = cut.part(part);
@@ -181,7 +188,7 @@ struct ReturnItem {
     __device__ __forceinline__ int arrival() const { return source * kMaxTokens + position; }
 
     __device__ __forceinline__ bool stays(const CombineArguments& a) const {
-        return takes_own_rows(a) && source == a.rank;
+        return takes_own_rows(a) && peer_of(source) == a.rank;
     }
 
     // The choices are known. Loads the row, or the first of those to be summed.
@@ -224,8 +231,8 @@ __device__ __forceinline__ void return_row_metadata(const CombineArguments& a, c
     if (kExact && part.choice != -1 && a.rows_sent != nullptr && a.row_bytes != 0)
         add_to_statistics(a, part.source, a.rows_sent, a.bytes_sent);
     if (!has_metadata(a)) return;
-    return_metadata(a, call, part.source, staging_slot(a.rank, part.position), part.token,
-                    dense_row(a, in, part.source, part.position), part.choice, part.weight);
+    return_metadata(a, call, peer_of(part.source), returned_slot(a, part.source, part.position),
+                    part.token, dense_row(a, in, part.source, part.position), part.choice, part.weight);
 }
 
 // Sends back `part`, whose first row is in `piece`. Afterwards that of `ahead` is.
@@ -233,7 +240,7 @@ __device__ __forceinline__ void return_part(const CombineArguments& a, const Cal
                                             const RowsFrom& in, const ReturnItem& part,
                                             ReturnItem& ahead, int items,
                                             uint4 (&piece)[kSumDepth]) {
-    const int peer = part.source, slot = staging_slot(a.rank, part.position);
+    const int peer = peer_of(part.source), slot = returned_slot(a, part.source, part.position);
     const StepRange range = part.range;
     const bool more = ahead.item < items;
     return_row_metadata(a, call, in, part);
@@ -311,8 +318,8 @@ __device__ __forceinline__ void return_few(const CombineArguments& a, const Call
             }
         }
         const uint4 one[1] = {round_piece(sum)};
-        return_steps(a, call, part.source, staging_slot(a.rank, part.position), one,
-                     part.range.first, part.range.last);
+        return_steps(a, call, peer_of(part.source), returned_slot(a, part.source, part.position),
+                     one, part.range.first, part.range.last);
     }
 }
 
@@ -323,7 +330,7 @@ __device__ __forceinline__ void return_rows(const CombineArguments& a, const Cal
                                             const RowsFrom& in, int warps, int* counter) {
     const int all = warps * gridDim.x;
     const Cut cut(in.total, a.row_bytes, all, kSumDepth);
-    const int items = in.most * kNumRanks * cut.parts;
+    const int items = in.most * kNumSources * cut.parts;
     const int parts = in.total * cut.parts;
     const bool plenty = parts > all, drawn = parts >= kDrawnFrom * all;
     if (kExpanded && !kExact && cut.length == 1) {

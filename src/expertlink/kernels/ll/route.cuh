@@ -1,6 +1,7 @@
-// Sending half of a dispatch: where every token of this rank goes, and its metadata. Every block
-// computes this for itself, from masks with a bit per token for each rank and each expert. A
-// position is the count of bits below a token's own.
+// Sending half of a dispatch: where every token goes that this rank sends, and its metadata. Every
+// block computes this for itself, from masks with a bit per token for each peer and each expert. A
+// position is the count of bits below a token's own, among those of its source: the tokens of each
+// source begin with a new word.
 #pragma once
 
 #include "common/choices.cuh"
@@ -12,15 +13,41 @@ namespace ll {
 // Masks in dynamic shared memory.
 struct Masks {
     int* locations;     // [E] as a.expert_location
-    unsigned* ranks;    // [R, words] tokens that go to each rank
+    unsigned* ranks;    // [G, words] tokens that go to each peer
     unsigned* experts;  // [kExpertChunk, words] tokens that choose each of some experts
     int words;          // of 32 tokens
+    int source_words;   // of these, of each source
 };
 
-__device__ __forceinline__ Masks masks_in(int* memory, int num_tokens) {
-    constexpr int kMostWords = (kMaxTokens + 31) / 32;
+template <typename Arguments>
+__device__ __forceinline__ Masks masks_in(const Arguments& a, int* memory) {
+    constexpr int kMostWords = kNumHosts * ((kMaxTokens + 31) / 32);
     unsigned* const ranks = reinterpret_cast<unsigned*>(memory + kNumExperts);
-    return {memory, ranks, ranks + kNumRanks * kMostWords, (num_tokens + 31) / 32};
+    unsigned* const experts = ranks + kNumPeers * kMostWords;
+    if constexpr (kSpansHosts) {
+        const int words = (a.bound + 31) / 32;
+        return {memory, ranks, experts, kNumHosts * words, words};
+    } else {
+        const int words = (a.num_tokens + 31) / 32;
+        return {memory, ranks, experts, words, words};
+    }
+}
+
+// A token's bit in a mask.
+__device__ __forceinline__ int bit_of(const Masks& masks, TokenAt at) {
+    if constexpr (kSpansHosts)
+        return at.message * masks.source_words * 32 + at.index;
+    else
+        return at.index;
+}
+
+// Part of a mask: the bits of the tokens in a message.
+__device__ __forceinline__ const unsigned* part_of(const Masks& masks, const unsigned* mask,
+                                                   int message) {
+    if constexpr (kSpansHosts)
+        return mask + message * masks.source_words;
+    else
+        return mask;
 }
 
 __device__ __forceinline__ int bits_in(const unsigned* mask, int words) {
@@ -30,9 +57,11 @@ __device__ __forceinline__ int bits_in(const unsigned* mask, int words) {
     return bits;
 }
 
-// Position of a token in a mask: the bits of the tokens before it.
-__device__ __forceinline__ int place_in(const unsigned* mask, int token) {
-    return bits_in(mask, token / 32) + __popc(mask[token / 32] & ((1u << token % 32) - 1u));
+// Position of a token in a mask: the bits of the tokens before it, of the same source.
+__device__ __forceinline__ int place_in(const Masks& masks, const unsigned* whole, TokenAt at) {
+    const unsigned* const mask = part_of(masks, whole, at.message);
+    return bits_in(mask, at.index / 32) +
+           __popc(mask[at.index / 32] & ((1u << at.index % 32) - 1u));
 }
 
 // Whether an expert is one of those whose masks are in memory.
@@ -40,8 +69,8 @@ __device__ __forceinline__ bool is_in(int chunk, int expert) {
     return kExpertChunk >= kNumExperts || (expert >= chunk && expert < chunk + kExpertChunk);
 }
 
-__device__ __forceinline__ bool has_token(const unsigned* mask, int token) {
-    return mask[token / 32] >> (token % 32) & 1u;
+__device__ __forceinline__ bool has_token(const unsigned* mask, int bit) {
+    return mask[bit / 32] >> (bit % 32) & 1u;
 }
 
 // One of a token's K choices.
@@ -59,6 +88,11 @@ struct Choice {
         const int number = token * kTopk + k;
         id = -1;
         if (token >= a.num_tokens) return;
+        if constexpr (kSpansHosts) {
+            const long long offset = offset_of(a, token_at(a, token), 4 * kTopk);
+            id = reinterpret_cast<const int*>(static_cast<const char*>(a.ids) + offset)[k];
+            return;
+        }
         id = a.flags & kWideIds ? static_cast<const long long*>(a.ids)[number]
                                 : static_cast<const int*>(a.ids)[number];
     }
@@ -103,15 +137,25 @@ struct BlockChoices {
     }
 };
 
-// A choice whose metadata are published to one rank. Blocks share out the tokens; in a block, the
-// threads that do not send share out choices and ranks.
+// The weights of a token's choices.
+__device__ __forceinline__ const float* weights_of(const DispatchArguments& a, int token) {
+    const char* const first = reinterpret_cast<const char*>(a.weights);
+    if constexpr (kSpansHosts)
+        return reinterpret_cast<const float*>(first +
+                                              offset_of(a, token_at(a, token), 4 * kTopk));
+    else
+        return a.weights + static_cast<long long>(token) * kTopk;
+}
+
+// A choice whose metadata are published to one peer. Blocks share out the tokens; in a block, the
+// threads that do not send share out choices and peers.
 struct MetadataItem : Choice {
     int number;       // among what the block publishes
-    int peer;         // to which rank
+    int peer;         // to which it goes
     unsigned weight;  // bits of a float
 
     __device__ __forceinline__ void locate(int which) {
-        constexpr int kEach = kTopk * kNumRanks;  // of a token
+        constexpr int kEach = kTopk * kNumPeers;  // of a token
         number = which;
         const int nth = number / kEach, rest = number - nth * kEach;
         peer = rest / kTopk;
@@ -123,7 +167,7 @@ struct MetadataItem : Choice {
         Choice::load(a);
         weight = 0;
         if (token < a.num_tokens && a.flags & kNewWeights)
-            weight = __float_as_uint(a.weights[static_cast<long long>(token) * kTopk + k]);
+            weight = __float_as_uint(weights_of(a, token)[k]);
     }
 };
 
@@ -137,7 +181,7 @@ __device__ __forceinline__ void clear_masks(const Masks& masks) {
 template <typename Arguments>
 __device__ __forceinline__ void prepare_masks(const Arguments& a, const Masks& masks) {
     clear_masks(masks);
-    const int ranks = kNumRanks * masks.words;
+    const int ranks = kNumPeers * masks.words;
 #pragma unroll 1
     for (int i = threadIdx.x; i < ranks; i += blockDim.x) masks.ranks[i] = 0;
 #pragma unroll 1
@@ -157,8 +201,8 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
     choices.for_all(a, [&](const Choice& choice) {
         const int expert = choice.expert();
         if (expert < 0) return;
-        const int word = choice.token / 32;
-        const unsigned bit = 1u << choice.token % 32;
+        const int number = bit_of(masks, token_at(a, choice.token)), word = number / 32;
+        const unsigned bit = 1u << number % 32;
         if (chunk == 0)
             atomicOr(&masks.ranks[rank_of(masks.locations[expert]) * masks.words + word], bit);
         if (is_in(chunk, expert))
@@ -167,18 +211,72 @@ __device__ __forceinline__ void fill_masks(const Arguments& a, const Masks& mask
     __syncthreads();
 }
 
-// Publishes to every rank how many rows it gets, and how many choices each of its experts. Blocks
-// share the ranks and experts.
+// Hands on what the ranks of the other hosts say of their call, beside their rows. One lane.
+__device__ __forceinline__ void forward_header(const DispatchArguments& a, const Call& call,
+                                               int peer, int message, unsigned rows) {
+    const unsigned* const said =
+        reinterpret_cast<const unsigned*>(a.messages + message * a.message_bytes);
+    unsigned long long* const words =
+        count_word(call.bases[peer], call.sending, source_at(a, message), 0);
+    const unsigned transfer = call.sending;
+    store_tagged_pair(words + kColumnSignature, transfer, said[kMessageSignature], rows);
+    store_tagged_pair(words + kColumnSubject, transfer, said[kMessageSubject],
+                      said[kMessageCommunicator]);
+    if constexpr (!kPadded) {
+        store_tagged_pair(words + kColumnOverflow, transfer, said[kMessageOverflow],
+                          said[kMessageOverflowRows]);
+        store_tagged_pair(words + kColumnRoom, transfer, said[kMessageRoom], 0);
+    }
+}
+
+// The same for several hosts: how many rows and choices come from each source of the rail.
+__device__ __forceinline__ void publish_rail_counts(const DispatchArguments& a, const Call& call,
+                                                    const Masks& masks, int chunk, int warp,
+                                                    int warps) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32;
+         chunk == 0 && first < kNumSources; first += warps * gridDim.x * 32) {
+        if (first + lane >= kNumSources) continue;
+        const int message = (first + lane) / kNumPeers, peer = first + lane - message * kNumPeers;
+        if (is_masked(call, peer)) continue;
+        const unsigned* const mask = masks.ranks + peer * masks.words;
+        forward_header(a, call, peer, message,
+                       bits_in(part_of(masks, mask, message), masks.source_words));
+    }
+#pragma unroll 1
+    for (int first = (warp * gridDim.x + blockIdx.x) * 32; first < kExpertChunk;
+         first += warps * gridDim.x * 32) {
+        const int expert = chunk + first + lane;
+        if (first + lane >= kExpertChunk || expert >= kNumExperts) continue;
+        const int location = masks.locations[expert], peer = rank_of(location);
+        if (location < 0 || is_masked(call, peer)) continue;
+        const unsigned* const mask = masks.experts + (first + lane) * masks.words;
+#pragma unroll 1
+        for (int message = 0; message < kNumHosts; ++message)
+            store_tagged(count_word(call.bases[peer], call.sending, source_at(a, message),
+                                    kColumnFirstCount + local_of(location)),
+                         call.sending,
+                         bits_in(part_of(masks, mask, message), masks.source_words));
+    }
+}
+
+// Publishes to every peer how many rows it gets, and how many choices each of its experts. Blocks
+// share the peers and experts.
 template <typename Arguments>
 __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& call,
                                                const Masks& masks, int chunk, int warp, int warps,
                                                unsigned subject) {
+    if constexpr (kSpansHosts) {
+        publish_rail_counts(a, call, masks, chunk, warp, warps);
+        return;
+    }
     const int lane = threadIdx.x % 32;
     // Another block than the one with the first experts, where there are several.
     for (int first = (warp * gridDim.x + gridDim.x - 1 - blockIdx.x) * 32;
-         chunk == 0 && first < kNumRanks; first += warps * gridDim.x * 32) {
+         chunk == 0 && first < kNumPeers; first += warps * gridDim.x * 32) {
         const int peer = first + lane;
-        if (peer >= kNumRanks) continue;
+        if (peer >= kNumPeers) continue;
         const bool masked = is_masked(call, peer);
         const int count = masked ? 0 : bits_in(masks.ranks + peer * masks.words, masks.words);
         a.rows_to[peer] = count;
@@ -203,39 +301,39 @@ __device__ __forceinline__ void publish_counts(const Arguments& a, const Call& c
     }
 }
 
-// Lane i: position of the token among the rows for rank `first` + i, or -1 if it does not go there.
-__device__ __forceinline__ int position_at(const Masks& masks, int token, int first) {
-    const int rank = first + threadIdx.x % 32;
-    if (rank >= kNumRanks) return -1;
-    const unsigned* const mask = masks.ranks + rank * masks.words;
-    return has_token(mask, token) ? place_in(mask, token) : -1;
+// Lane i: position of the token among the rows for peer `first` + i, or -1 if it does not go there.
+__device__ __forceinline__ int position_at(const Masks& masks, TokenAt at, int first) {
+    const int peer = first + threadIdx.x % 32;
+    if (peer >= kNumPeers) return -1;
+    const unsigned* const mask = masks.ranks + peer * masks.words;
+    return has_token(mask, bit_of(masks, at)) ? place_in(masks, mask, at) : -1;
 }
 
-// The same, with -1 also for masked ranks.
-__device__ __forceinline__ int target_at(const Call& call, const Masks& masks, int token,
+// The same, with -1 also for masked peers.
+__device__ __forceinline__ int target_at(const Call& call, const Masks& masks, TokenAt at,
                                          int first) {
-    const int rank = first + threadIdx.x % 32;
-    return rank < kNumRanks && is_masked(call, rank) ? -1 : position_at(masks, token, first);
+    const int peer = first + threadIdx.x % 32;
+    return peer < kNumPeers && is_masked(call, peer) ? -1 : position_at(masks, at, first);
 }
 
-// How many of the ranks before `peer` a token goes to.
-__device__ __forceinline__ int ranks_before(const Masks& masks, int token, int peer) {
-    constexpr int kAtOnce = kNumRanks < 8 ? kNumRanks : 8;  // loads in flight
+// How many of the peers before `peer` a token goes to, by its bit.
+__device__ __forceinline__ int ranks_before(const Masks& masks, int bit, int peer) {
+    constexpr int kAtOnce = kNumPeers < 8 ? kNumPeers : 8;  // loads in flight
     int ranks = 0;
 #pragma unroll 1
     for (int first = 0; first < peer; first += kAtOnce)
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int rank = first + i;
-            const unsigned* const mask = masks.ranks + min(rank, kNumRanks - 1) * masks.words;
-            ranks += has_token(mask, token) && rank < peer;
+            const unsigned* const mask = masks.ranks + min(rank, kNumPeers - 1) * masks.words;
+            ranks += has_token(mask, bit) && rank < peer;
         }
     return ranks;
 }
 
-// Publishes the metadata of one choice to one rank to which its token goes: local expert, place and
+// Publishes the metadata of one choice to one peer to which its token goes: local expert, place and
 // weight, or that the expert is another rank's. Also which token it is. A chunk of experts fills in
-// the choices that it knows. The handle's copy likewise. One thread for each choice and rank.
+// the choices that it knows. The handle's copy likewise. One thread for each choice and peer.
 template <typename Arguments>
 __device__ __forceinline__ void publish_item(const Arguments& a, const Call& call,
                                              const Masks& masks, int chunk,
@@ -243,13 +341,16 @@ __device__ __forceinline__ void publish_item(const Arguments& a, const Call& cal
     const int token = item.token, k = item.k, peer = item.peer, expert = item.expert();
     const int location = expert >= 0 ? masks.locations[expert] : -1;
     const unsigned* const mask = masks.ranks + peer * masks.words;
-    const bool goes = has_token(mask, token), sent = goes && !is_masked(call, peer);
+    const TokenAt at = token_at(a, token);
+    const int bit = bit_of(masks, at), source = source_at(a, at.message);
+    const bool goes = has_token(mask, bit), sent = goes && !is_masked(call, peer);
     const bool local = location >= 0 && rank_of(location) == peer;
     const bool known = local && is_in(chunk, expert);
-    const int position = goes ? place_in(mask, token) : 0;
-    const int place = known ? place_in(masks.experts + (expert - chunk) * masks.words, token) : 0;
+    const int position = goes ? place_in(masks, mask, at) : 0;
+    const int place =
+        known ? place_in(masks, masks.experts + (expert - chunk) * masks.words, at) : 0;
     unsigned long long* const words =
-        metadata_words(call.bases[peer], call.sending, staging_slot(a.rank, position), 0);
+        metadata_words(call.bases[peer], call.sending, staging_slot(source, position), 0);
     // With the first chunk only: choices of other ranks, and which token it is.
     if (sent && (known || (!local && chunk == 0)))
         store_tagged_pair(
@@ -257,21 +358,22 @@ __device__ __forceinline__ void publish_item(const Arguments& a, const Call& cal
             known ? static_cast<unsigned>(place) << 16 | (local_of(location) + 1) : 0u,
             item.weight);
     if (chunk != 0) return;
-    if (sent && k == 0) store_tagged_pair(words + 2 * kTopk, call.sending, token, 0u);
+    if (sent && k == 0) store_tagged_pair(words + 2 * kTopk, call.sending, at.index, 0u);
     if (k == 0) {
         int* const slots = a.slots_of_token + token * kCopies;
-        int before = ranks_before(masks, token, peer);
-        if (goes) slots[before++] = peer * kMaxTokens + position;
-        if (peer == kNumRanks - 1)
+        int before = ranks_before(masks, bit, peer);
+        if (goes) slots[before++] = returning_source(source, peer) * kMaxTokens + position;
+        if (peer == kNumPeers - 1)
             for (; before < kCopies; ++before) slots[before] = -1;
     }
     if (peer != 0) return;
-    const long long at = static_cast<long long>(token) * kTopk + k;
-    if (a.flags & kNewWeights) a.weights_copy[at] = __uint_as_float(item.weight);
-    if (a.flags & kWideIds)
-        static_cast<long long*>(a.ids_copy)[at] = item.id;
+    const long long to = static_cast<long long>(token) * kTopk + k;
+    if (!kSpansHosts && a.flags & kNewWeights)
+        a.weights_copy[to] = __uint_as_float(item.weight);
+    if (!kSpansHosts && a.flags & kWideIds)
+        static_cast<long long*>(a.ids_copy)[to] = item.id;
     else
-        static_cast<int*>(a.ids_copy)[at] = static_cast<int>(item.id);
+        static_cast<int*>(a.ids_copy)[to] = static_cast<int>(item.id);
 }
 
 // Publishes all that is this block's share, by `threads` threads.

@@ -161,7 +161,7 @@ struct PlacesOfPart {
     const char* row;
     const unsigned* escapes;
     int first, length;  // steps of the whole part
-    int source, position;
+    int from, position;  // peer, and which of the source's rows
 
     __device__ __forceinline__ const char* at(int i) const {
         return row + (first + i) * kStepBytes + threadIdx.x % 32 * 16;
@@ -176,7 +176,7 @@ struct PlacesOfPart {
     }
 
     __device__ __forceinline__ bool are_few() const { return length <= 2; }
-    __device__ __forceinline__ int peer(int) const { return source; }
+    __device__ __forceinline__ int peer(int) const { return from; }
     __device__ __forceinline__ int index(int) const { return position; }
 };
 

@@ -82,7 +82,7 @@ __device__ __forceinline__ unsigned byte_at(const char* bytes, int at, int end) 
 // Sends scales that the caller made, as words; the last may be incomplete.
 __device__ __forceinline__ void send_scales(const DispatchArguments& a, char* row, unsigned* escape,
                                             unsigned transfer, int token) {
-    const char* const from = a.scales + static_cast<long long>(token) * a.scale_bytes;
+    const char* const from = a.scales + offset_of(a, token_at(a, token), a.scale_bytes);
     unsigned* const to = reinterpret_cast<unsigned*>(row + kScalesAt);
     unsigned sentinels = 0;
 #pragma unroll 1
@@ -133,7 +133,7 @@ struct Sender {
     __device__ __forceinline__ void load(const DispatchArguments& a, const SendItem& at,
                                          Part<kQuantized>& target) const {
         if (at.item < items)
-            target.load(a.x + static_cast<long long>(at.token) * a.input_bytes,
+            target.load(a.x + offset_of(a, token_at(a, at.token), a.input_bytes),
                         lane_pieces(at.steps.first, at.steps.last, a.row_bytes));
     }
 
@@ -162,33 +162,34 @@ struct Sender {
             if (packed) sentinels = scales.sentinels();
         }
         sentinels |= sentinel_steps(part.piece, mine);
-        const int first_rank = (a.rank + token) % kNumRanks;
-        const long long offset = staged_row(nullptr, call.sending, staging_slot(a.rank, 0)) -
+        const TokenAt at = token_at(a, token);
+        const int source = source_at(a, at.message), first_rank = (a.rank + token) % kNumPeers;
+        const long long offset = staged_row(nullptr, call.sending, staging_slot(source, 0)) -
                                  static_cast<char*>(nullptr);
         int skip = now.share;  // ranks of the token that other warps send to
 #pragma unroll 1
-        for (int pass = 0; pass < (kNumRanks > 32 ? 2 * ((kNumRanks + 31) / 32) : 1); ++pass) {
+        for (int pass = 0; pass < (kNumPeers > 32 ? 2 * ((kNumPeers + 31) / 32) : 1); ++pass) {
             // More ranks than lanes: groups of 32. First ranks from `first_rank` on, then those
             // before it.
-            const int groups = (kNumRanks + 31) / 32, group = pass % groups * 32;
-            const int position = target_at(call, masks, token, group);
+            const int groups = (kNumPeers + 31) / 32, group = pass % groups * 32;
+            const int position = target_at(call, masks, at, group);
             unsigned there = __ballot_sync(kAll, position >= 0);
             int shift = 0;
-            if constexpr (kNumRanks > 32) {
+            if constexpr (kNumPeers > 32) {
                 const int before = min(max(first_rank - group, 0), 32);
                 const unsigned below = before == 32 ? kAll : (1u << before) - 1u;
                 there &= pass < groups ? ~below : below;
             } else if (first_rank != 0) {
-                shift = first_rank;  // bit i stands for rank (i + first_rank) % R
-                there = (there >> first_rank | there << (kNumRanks - first_rank)) &
-                        (kAll >> (32 - kNumRanks));
+                shift = first_rank;  // bit i stands for peer (i + first_rank) % G
+                there = (there >> first_rank | there << (kNumPeers - first_rank)) &
+                        (kAll >> (32 - kNumPeers));
             }
 #pragma unroll 1
             for (; there; there &= there - 1) {
                 if (skip-- > 0) continue;
                 skip = shares - 1;
                 int lane_of = __ffs(there) - 1 + shift;
-                if (kNumRanks <= 32 && lane_of >= kNumRanks) lane_of -= kNumRanks;
+                if (kNumPeers <= 32 && lane_of >= kNumPeers) lane_of -= kNumPeers;
                 const int slot = __shfl_sync(kAll, position, lane_of);
                 const int peer = group + lane_of;
                 char* const base = call.bases[peer];
@@ -199,12 +200,12 @@ struct Sender {
                     store_relaxed_system(
                         reinterpret_cast<unsigned*>(row + kScalesAt) + scales.index, scales.word);
                 if (sentinels && !stays)
-                    escape_steps(escape_words(base, call.sending, staging_slot(a.rank, slot)),
+                    escape_steps(escape_words(base, call.sending, staging_slot(source, slot)),
                                  call.sending, first, sentinels);
                 if (!kQuantized && with_scales)
                     send_scales(
                         a, row,
-                        escape_words(base, call.sending, staging_slot(a.rank, slot)) + kMaxSteps,
+                        escape_words(base, call.sending, staging_slot(source, slot)) + kMaxSteps,
                         call.sending, token);
             }
         }

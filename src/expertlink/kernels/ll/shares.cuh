@@ -5,32 +5,32 @@
 
 namespace ll {
 
-// How many rows come from each rank. In shared memory.
+// How many rows come from each source. In shared memory.
 struct RowsFrom {
-    int rows_from[kNumRanks];  // rows from each rank
-    int first_row[kNumRanks];  // rows from the ranks before
-    int most, total;           // rows of the rank that sends most, and of all
+    int rows_from[kNumSources];  // rows from each source
+    int first_row[kNumSources];  // rows from the sources before
+    int most, total;           // rows of the source with most, and of all
 
-    // One warp. Its lanes ask `rows_of` together how many rows come from a rank; it returns 0 for a
-    // rank that does not exist.
+    // One warp. Its lanes ask `rows_of` together how many rows come from a source; it returns 0
+    // for one that does not exist.
     template <typename RowsOf>
     __device__ __forceinline__ void fill(const RowsOf& rows_of) {
         const int lane = threadIdx.x % 32;
         int before = 0, largest = 0;
 #pragma unroll 1
-        for (int first = 0; first < kNumRanks; first += 32) {
-            const int rank = first + lane, rows = rows_of(rank);
+        for (int first = 0; first < kNumSources; first += 32) {
+            const int source = first + lane, rows = rows_of(source);
             int sum = rows;  // of the lanes up to this one
 #pragma unroll
-            for (int step = 1; step < min(32, kNumRanks); step *= 2) {
+            for (int step = 1; step < min(32, kNumSources); step *= 2) {
                 const int other = __shfl_up_sync(kAll, sum, step);
                 if (lane >= step) sum += other;
             }
-            if (rank < kNumRanks) {
-                rows_from[rank] = rows;
-                first_row[rank] = before + sum - rows;
+            if (source < kNumSources) {
+                rows_from[source] = rows;
+                first_row[source] = before + sum - rows;
             }
-            before += __shfl_sync(kAll, sum, min(32, kNumRanks) - 1);
+            before += __shfl_sync(kAll, sum, min(32, kNumSources) - 1);
             largest = max(largest, __reduce_max_sync(kAll, rows));
         }
         if (lane == 0) {

@@ -23,9 +23,18 @@ __device__ __forceinline__ Term term_of(const CombineArguments& a, int token) {
         }
     } else if (lane < kCopies) {
         const int code = a.slots_of_token[token * kCopies + lane];
-        if (code >= 0) term = {code, code / kMaxTokens};
+        if (code >= 0) term = {code, peer_of(code / kMaxTokens)};
     }
     return term;
+}
+
+// Where the gradients of a token's weights go.
+__device__ __forceinline__ float* grads_of(const CombineArguments& a, int token) {
+    if constexpr (kSpansHosts)
+        return reinterpret_cast<float*>(reinterpret_cast<char*>(a.grads_out) +
+                                        offset_of(a, token_at(a, token), 4 * kTopk));
+    else
+        return a.grads_out + static_cast<long long>(token) * kTopk;
 }
 
 // Exact sums: receives the weight of a term and the gradient that came with it. Lane k waits for
@@ -64,7 +73,7 @@ __device__ __forceinline__ bool receive_grads(const CombineArguments& a, const C
                         peer, kPhaseRow, bits) != kAbort;
         grad = __uint_as_float(bits);
     }
-    if (lane < kTopk) a.grads_out[static_cast<long long>(token) * kTopk + lane] = grad;
+    if (lane < kTopk) grads_of(a, token)[lane] = grad;
     return __all_sync(kAll, fine);
 }
 
@@ -100,7 +109,7 @@ struct SumItem {
     }
 
     __device__ __forceinline__ bool is_own(const CombineArguments& a, int slot) const {
-        return takes_own_rows(a) && slot / kMaxTokens == a.rank;
+        return takes_own_rows(a) && peer_of(slot / kMaxTokens) == a.rank;
     }
 
     // Polls the first of some terms, if there are any.
@@ -119,7 +128,8 @@ struct SumItem {
     __device__ __forceinline__ char* row_of(const CombineArguments& a, const Call& call,
                                             const RowsFrom& in, int slot, bool& exists) const {
         if (!is_own(a, slot)) return staged_row(call.bases[a.rank], call.watch.transfer, slot);
-        const long long own = dense_row(a, in, a.rank, slot % kMaxTokens);
+        const int source = kSpansHosts ? slot / kMaxTokens : a.rank;
+        const long long own = dense_row(a, in, source, slot % kMaxTokens);
         exists = own < a.max_slots;
         return const_cast<char*>(row_at(a, own));
     }

@@ -115,8 +115,7 @@ __device__ __forceinline__ bool receive_row_metadata(const CombineArguments& a, 
     if (!(a.flags & kGrads)) return true;
     if (!kExact) return receive_grads(a, call, term, part.token);
     if (lane < kTopk)
-        a.grads_out[static_cast<long long>(part.token) * kTopk + lane] =
-            term.slot >= 0 ? grad : 0.0f;
+        grads_of(a, part.token)[lane] = term.slot >= 0 ? grad : 0.0f;
     return true;
 }
 
@@ -173,7 +172,7 @@ __device__ __forceinline__ bool add_part(const CombineArguments& a, const Call& 
     if (a.row_bytes == 0) return true;
     uint4 sum[kSumDepth];
     sums.round(sum);
-    write_steps(static_cast<char*>(a.out) + static_cast<long long>(part.token) * a.row_bytes, sum,
+    write_steps(static_cast<char*>(a.out) + offset_of(a, token_at(a, part.token), a.row_bytes), sum,
                 mine);
     return true;
 }
@@ -192,7 +191,7 @@ __device__ __forceinline__ void add_up_few(const CombineArguments& a, const Call
         if (!receive_row_metadata(a, call, part, gone, weight)) return;
         if (!add_terms(a, call, in, part, gone, weight, sum)) return;
         const uint4 one[1] = {round_piece(sum)};
-        write_steps(static_cast<char*>(a.out) + static_cast<long long>(part.token) * a.row_bytes,
+        write_steps(static_cast<char*>(a.out) + offset_of(a, token_at(a, part.token), a.row_bytes),
                     one, lane_pieces(part.range.first, part.range.last, a.row_bytes));
     }
 }

@@ -18,7 +18,7 @@ __device__ __noinline__ unsigned long long exchange_alive(const Call* call, int 
                                                           unsigned long long now) {
     const int rank = call->watch.rank;
     Counters* const counters = call->policy.counters;
-    for (int r = 0; r < kNumRanks; ++r)
+    for (int r = 0; r < kNumPeers; ++r)
         if (load_relaxed_system(&counters->masked[r]) == 0)
             store_relaxed_system(alive_word(call->bases[r], rank), static_cast<unsigned>(now));
     const unsigned said = load_relaxed_system(alive_word(call->bases[rank], peer));
@@ -61,7 +61,7 @@ __device__ __noinline__ unsigned long long poll_slow(const Call* call, Phase pha
     const bool quiet = now - min(now, quiet_since) >= limit;
     // Each peer may have waited in vain for all others, one after the other. After that time they
     // wait for each other, as in different calls.
-    if (!quiet && now - since < kNumRanks * limit) return since;
+    if (!quiet && now - since < kNumPeers * limit) return since;
     if (quiet && kMaskLost && peer != watch.rank) {
         // Whoever waits for this rank learns it at the next poll.
         atomicExch(&policy.counters->masked[peer], 1u);
@@ -128,7 +128,7 @@ __device__ __noinline__ bool peers_have_room(const Call& call, unsigned needed) 
     bool fine = true;
     __syncwarp();  // all that is read of `call` was written by this warp
 #pragma unroll 1
-    for (int peer = threadIdx.x % 32; peer < kNumRanks; peer += 32) {
+    for (int peer = threadIdx.x % 32; peer < kNumPeers; peer += 32) {
         const unsigned* const word = credit_word(call.bases[call.watch.rank], peer);
         unsigned long long since = 0;
         for (unsigned spins = 0;; ++spins) {

@@ -6,6 +6,7 @@ import enum
 
 from expertlink.engines.nvlink.ht.arguments import OUTPUTS
 from expertlink.engines.nvlink.ll.plan import SETS
+from expertlink.domains import Domains
 from expertlink.engines.nvlink.shared import CountColumn, Form, ScaleKind, counters
 from expertlink.engines.ranks.header import Operation
 from expertlink.jit.compiler import constants, enum_declaration
@@ -27,6 +28,19 @@ class Flag(enum.IntFlag):
     """The next launch takes no SM before this one leaves it."""
     TOKEN_WEIGHTS = 64
     """Each rank has the weights of its tokens. (Without tokens they have no address.)"""
+
+
+class MessageWord(enum.IntEnum):
+    """What a message of a rail begins with, in words of 4 bytes."""
+
+    SIGNATURE = 0
+    SUBJECT = 1
+    COMMUNICATOR = 2
+    OVERFLOW = 3
+    OVERFLOW_ROWS = 4
+    ROOM = 5
+    NUMBER = 6
+    """Combines: of the transfer."""
 
 
 # A signature has in one word what must be the same on all ranks: the operation, then from these
@@ -92,6 +106,15 @@ _COMMON = (
     Field("long long*", "longest_wait_ns", "[R] statistics, or null"),
 )
 
+# What both end with. With one host they are not read.
+_RAIL = (
+    Field("int", "host", "several hosts: this one's number"),
+    Field("int", "bound", "several hosts: tokens of each message"),
+    Field("long long", "message_bytes", "several hosts: bytes from one message to the next"),
+    Field("char*", "messages", "[N] several hosts: received, or to be sent; the own host's last"),
+    Field("unsigned*", "under_way", "several hosts: calls whose messages are in this memory"),
+)
+
 DISPATCH = Struct(
     "DispatchArguments",
     (
@@ -112,6 +135,7 @@ DISPATCH = Struct(
         Field("int*", "origin", "where the number of this transfer is kept with the tables"),
         *OUTPUTS,
         Field("long long*", "tokens_stat", "[E_loc] statistics, or null"),
+        *_RAIL,
     ),
 )
 
@@ -125,18 +149,43 @@ COMBINE = Struct(
         Field("const float*", "weights", "[T, K] with kTokenWeights"),
         Field("const float*", "slot_grads", "gradients of the slots' weights"),
         Field("float*", "grads_out", "[T, K]"),
+        *_RAIL,
     ),
 )
 
 
-def declarations(num_ranks: int) -> str:
-    """C++ text of all of this."""
+def declarations(num_ranks: int, domains: Domains | None = None) -> str:
+    """C++ text of all of this.
+
+    Args:
+        num_ranks: R.
+        domains: hosts of the ranks, all of one size; None: one host.
+    """
     bits = {"kFormBit": _FORM_BIT, "kRowBit": _ROW_BIT, "kScalesBit": _SCALES_BIT}
+    num_peers = num_ranks if domains is None else len(domains.ranks_of(0))
     return (
         enum_declaration(Flag, prefix="k")
         + enum_declaration(CountColumn, prefix="kColumn")
+        + enum_declaration(MessageWord, prefix="kMessage")
         + constants(bits)
-        + counters(num_ranks, SETS).declaration
+        + counters(num_peers, SETS).declaration
+        + _places(domains)
         + DISPATCH.declaration
         + COMBINE.declaration
+    )
+
+
+def _places(domains: Domains | None) -> str:
+    """C++ text of the place of every rank: `kPeerOf` and `kHostOf` of ranks, and `kRankAt`."""
+    memory = "static __constant__ const"
+    if domains is None:  # device code names the tables, and reads none
+        memory, domains = "constexpr", Domains.one(1)
+    tables = {
+        "kPeerOf": [domains.local_of(rank) for rank in range(domains.num_ranks)],
+        "kHostOf": domains.host_of,
+        "kRankAt": [rank for host in range(domains.num_hosts) for rank in domains.ranks_of(host)],
+    }
+    return "".join(
+        f"{memory} int {name}[] = {{{', '.join(map(str, values))}}};\n"
+        for name, values in tables.items()
     )

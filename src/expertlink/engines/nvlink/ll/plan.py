@@ -60,7 +60,7 @@ class LlPlan:
     exact: bool
 
     @staticmethod
-    def of(config: MoECommunicatorConfig, num_ranks: int) -> LlPlan:
+    def of(config: MoECommunicatorConfig, num_ranks: int, num_hosts: int = 1) -> LlPlan:
         """What a communicator needs."""
         shape = RowShape.of(config)
         stride = align(shape.row + shape.scales, 128)
@@ -72,7 +72,7 @@ class LlPlan:
         max_steps = -(-shape.row // STEP_BYTES)
         columns = count_columns(config)
         sizes = {
-            "flags": 4 * _FLAG_WORDS * num_ranks,
+            "flags": 4 * _FLAG_WORDS * (num_ranks // num_hosts),
             "counts": SETS * _TAGGED * num_ranks * columns,
             "metadata": SETS * 2 * _TAGGED * slots * (config.topk + 1),
             "escapes": SETS * 4 * slots * (max_steps + 1),
@@ -110,16 +110,16 @@ class LlPlan:
         """Bytes of the whole arena."""
         return sum(self.regions().values())
 
-    def offsets(self, num_ranks: int) -> dict[str, int]:
-        """Offsets of the regions as the kernels name them."""
+    def offsets(self, num_peers: int) -> dict[str, int]:
+        """Offsets of the regions as the kernels name them; `num_peers`: ranks of a host."""
         flags, counts, metadata, escapes, rows = itertools.accumulate(
             (0, self.flags, self.counts, self.metadata, self.escapes)
         )
         return {
             "kReadyAt": flags,
-            "kCreditsAt": flags + 4 * num_ranks,
-            "kAbortsAt": self.aborts_at(num_ranks),
-            "kAliveAt": flags + 4 * (_FLAG_WORDS - 1) * num_ranks,
+            "kCreditsAt": flags + 4 * num_peers,
+            "kAbortsAt": self.aborts_at(num_peers),
+            "kAliveAt": flags + 4 * (_FLAG_WORDS - 1) * num_peers,
             "kCountsAt": counts,
             "kMetadataAt": metadata,
             "kEscapesAt": escapes,
@@ -143,7 +143,7 @@ def count_columns(config: MoECommunicatorConfig) -> int:
 
 
 def constants_of(
-    config: MoECommunicatorConfig, plan: LlPlan, *, num_ranks: int
+    config: MoECommunicatorConfig, plan: LlPlan, *, num_ranks: int, num_hosts: int = 1
 ) -> dict[str, int | bool]:
     """What a communicator fixes for its kernels; the same on all ranks."""
     steps = -(-RowShape.of(config).row // STEP_BYTES)
@@ -152,7 +152,7 @@ def constants_of(
         place_depth = place_part = tuning.LL_PLACE_SHORT
     sum_depth = tuning.LL_SUM_DEPTH
     if config.layout.expanded:
-        short = steps <= 2 * tuning.LL_FEW_STEPS and num_ranks <= 4
+        short = steps <= 2 * tuning.LL_FEW_STEPS and num_ranks <= 4 and num_hosts == 1
         short &= not config.mask_lost_peers and not plan.exact
         sum_depth = tuning.LL_SUM_DEPTH_EXPANDED_SHORT if short else tuning.LL_SUM_DEPTH_EXPANDED
     return {
@@ -176,41 +176,48 @@ def constants_of(
         "kMaxSteps": plan.max_steps,
         "kNumBlocks": num_blocks(config.hidden_size),
         "kCountWords": count_columns(config),
-        "kExpertChunk": experts_at_once(config),
+        "kExpertChunk": experts_at_once(config, num_hosts),
         "kExact": plan.exact,
         "kRefused": REFUSED,
         "kSentinelByte": _SENTINEL_BYTE,
         "kStepBytes": STEP_BYTES,
         "kMaskLost": config.mask_lost_peers,
-        **plan.offsets(num_ranks),
+        **plan.offsets(num_ranks // num_hosts),
     }
 
 
-def default_sms(config: MoECommunicatorConfig, num_ranks: int) -> tuple[int, int]:
+def default_sms(config: MoECommunicatorConfig, num_peers: int) -> tuple[int, int]:
     """SMs of a dispatch and of a combine where nobody asks for a number."""
-    if config.layout.expanded and min(config.topk, num_ranks) <= 2:
+    if config.layout.expanded and min(config.topk, num_peers) <= 2:
         return tuning.LL_DISPATCH_SMS_TWO_RANKS, tuning.LL_COMBINE_SMS_TWO_RANKS
     return tuning.LL_DISPATCH_SMS, tuning.LL_COMBINE_SMS
 
 
-def experts_at_once(config: MoECommunicatorConfig) -> int:
+def experts_at_once(config: MoECommunicatorConfig, num_hosts: int = 1) -> int:
     """Experts whose masks fit into a block's shared memory together."""
-    words = -(-config.max_tokens_per_rank // 32)
+    words = num_hosts * -(-config.max_tokens_per_rank // 32)
     return max(1, min(config.num_experts, tuning.LL_MASK_WORDS // words))
 
 
 def shared_words(
-    config: MoECommunicatorConfig, *, num_ranks: int, num_local: int, sends: bool, receives: bool
+    config: MoECommunicatorConfig,
+    *,
+    num_ranks: int,
+    num_local: int,
+    sends: bool,
+    receives: bool,
+    num_hosts: int = 1,
 ) -> int:
     """Words of dynamic shared memory of a dispatch's launch that sends, receives, or both."""
-    words = -(-config.max_tokens_per_rank // 32)
+    words = num_hosts * -(-config.max_tokens_per_rank // 32)
     arrivals = (num_ranks + 2) * num_local + 2
-    masks = config.num_experts + (num_ranks + experts_at_once(config)) * words
+    masks = num_ranks // num_hosts + experts_at_once(config, num_hosts)
+    masks = config.num_experts + masks * words
     return (arrivals if receives else 0) + (masks if sends else 0)
 
 
 def unavailable_reason(
-    config: MoECommunicatorConfig, *, num_ranks: int, num_local: int
+    config: MoECommunicatorConfig, *, num_ranks: int, num_local: int, num_hosts: int = 1
 ) -> str | None:
     """Why calls of few tokens cannot have kernels of their own, or None."""
     if config.zero_copy:
@@ -218,10 +225,15 @@ def unavailable_reason(
     if not config.layout.padded and not config.static_shapes:
         return f"the host has to learn the shape of {config.layout.value} without static_shapes"
     total = shared_words(
-        config, num_ranks=num_ranks, num_local=num_local, sends=True, receives=True
+        config,
+        num_ranks=num_ranks,
+        num_local=num_local,
+        sends=True,
+        receives=True,
+        num_hosts=num_hosts,
     )
-    words = -(-config.max_tokens_per_rank // 32)
-    if total - experts_at_once(config) * words > tuning.LL_TABLE_WORDS:
+    words = num_hosts * -(-config.max_tokens_per_rank // 32)
+    if total - experts_at_once(config, num_hosts) * words > tuning.LL_TABLE_WORDS:
         return f"tables of {total * 4} bytes exceed the shared memory of a block"
     if config.max_tokens_per_rank >= 1 << 16 or config.num_experts >= 1 << 16:
         return "positions and experts are numbered with 16 bits"

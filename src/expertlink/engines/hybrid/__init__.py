@@ -1,0 +1,1 @@
+"""The hybrid engine: NVLink inside hosts, rails between them."""
