@@ -89,6 +89,12 @@ def _switch(text: str) -> bool:
     return text.strip() == "1"
 
 
+def _thread_blocks(text: str) -> int | None:
+    if not text.strip().isdecimal() or not 1 <= int(text) <= 64:
+        raise ValueError("a whole number from 1 to 64")
+    return int(text)
+
+
 TIMEOUT = Variable(
     "EXPERTLINK_TIMEOUT",
     100.0,
@@ -122,5 +128,15 @@ DEEP_EP = Variable(
     "1: in every process of vLLM and SGLang, `import deep_ep` imports this library's drop-in",
     _switch,
 )
+RAIL_CTAS: Variable[int | None] = Variable(
+    "EXPERTLINK_RAIL_CTAS",
+    None,
+    "most thread blocks, each on an SM, of NCCL's kernels between hosts, from 1 to 64, the same on "
+    "all ranks; unset: NCCL decides",
+    _thread_blocks,
+)
 
-VARIABLES: tuple[Variable[Any], ...] = (TIMEOUT, STARTUP_TIMEOUT, CACHE_DIR, NVTX, DEEP_EP)
+VARIABLES: tuple[Variable[Any], ...] = (
+    *(TIMEOUT, STARTUP_TIMEOUT, CACHE_DIR),
+    *(NVTX, DEEP_EP, RAIL_CTAS),
+)

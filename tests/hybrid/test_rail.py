@@ -1,0 +1,149 @@
+"""Rails move every row to where it belongs, end in bounded time, and leave other groups alone."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from expertlink.engines.hybrid.rail import CopyRail, NcclRail, Rail, RailError
+from support.depth import deep
+
+CPU = torch.device("cpu")
+SIZES = (1, 2, 3, 5)
+
+
+def nccl_rail(store: Any, index: int, size: int, timeout_s: float = 20.0) -> NcclRail:
+    return NcclRail.connect(
+        store, index=index, size=size, device=CPU, max_ctas=None, timeout_s=timeout_s
+    )
+
+
+def together(size: int, job: Callable[[int], Any]) -> list[Any]:
+    """Runs a job in a thread for every rank."""
+    with ThreadPoolExecutor(size) as threads:
+        return [future.result(30) for future in [threads.submit(job, i) for i in range(size)]]
+
+
+def rails_of(kind: str, size: int) -> list[Any]:
+    if kind != "copy":
+        store = dist.HashStore()
+        return together(size, lambda index: nccl_rail(store, index, size))
+    return list(CopyRail.connected(size, timeout_s=20.0))
+
+
+def row_of(sender: int, receiver: int, number: int, call: int, width: int) -> list[int]:
+    return [(17 * sender + 5 * receiver + 3 * number + call + i) % 251 for i in range(width)]
+
+
+def use(rail: Rail, calls: list[list[list[int]]], width: int, device: str) -> None:
+    """Exchanges as many rows as the tables say, and checks them; a gather before each."""
+    me, size = rail.index, rail.size
+    for call, counts in enumerate(calls):
+        mine = torch.tensor([me, call], dtype=torch.uint8, device=device)
+        rows = torch.empty(size, 2, dtype=torch.uint8, device=device)
+        rail.gather(mine, rows)
+        assert rows.tolist() == [[other, call] for other in range(size)]
+        to, of = counts[me], [row[me] for row in counts]
+        sent = [row_of(me, d, n, call, width) for d in range(size) for n in range(to[d])]
+        received = [row_of(s, me, n, call, width) for s in range(size) for n in range(of[s])]
+
+        def table(rows: list[list[int]]) -> Tensor:
+            flat = torch.tensor(rows, dtype=torch.uint8).view(len(rows), width)
+            return flat.to(device)
+
+        send, target = table(sent), torch.zeros(len(received), width, dtype=torch.uint8)
+        target = target.to(device)
+        rail.exchange(send, target, to, of)
+        send.fill_(255)  # it may be used again at once
+        assert torch.equal(target, table(received))
+
+
+def drawn_calls(draw: random.Random, size: int) -> list[list[list[int]]]:
+    def rows(s: int, d: int) -> int:
+        return 0 if s == d else draw.choice((0, 0, 1, 3, draw.randrange(40)))
+
+    return [[[rows(s, d) for d in range(size)] for s in range(size)] for _ in range(4)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    [("copy", "cpu"), ("nccl", "cpu"), pytest.param("copy", "cuda", marks=pytest.mark.gpu)],
+)
+def test_rows_arrive(kind: str, device: str, size: int) -> None:
+    """Uneven, none, and none at all; in the order of the peers."""
+    rails = rails_of(kind, size)
+    for seed in range(deep(3)):
+        calls = drawn_calls(random.Random(seed), size)
+        together(size, lambda index: use(rails[index], calls, 16 + seed, device))  # noqa: B023
+    for rail in rails:
+        rail.close()
+        rail.close()
+
+
+@pytest.mark.parametrize("kind", ["copy", "nccl"])
+def test_an_abort_ends_a_call(kind: str) -> None:
+    rails = rails_of(kind, 2)
+    rows = torch.zeros(2, 4, dtype=torch.uint8)
+    ender = threading.Timer(0.2, rails[0].abort)
+    ender.start()
+    with pytest.raises(RailError):
+        rails[0].gather(rows[0], rows)  # nobody else comes
+    ender.join()
+    with pytest.raises(RailError):
+        rails[0].gather(rows[0], rows)
+    began = time.monotonic()
+    while rails:
+        rails.pop().close()
+    assert time.monotonic() - began < 10, "the end of the rail waited for what was aborted"
+
+
+def test_a_rank_that_leaves_is_noticed() -> None:
+    """gloo tells the others when a rank closes its connections, without waiting."""
+    rails = rails_of("nccl", 3)
+    rails.pop().close()
+    rows = torch.zeros(3, 4, dtype=torch.uint8)
+
+    def gather(index: int) -> None:
+        with pytest.raises(RailError):
+            rails[index].gather(rows[0].clone(), rows.clone())
+        rails[index].abort()
+
+    together(2, gather)
+    for rail in rails:
+        rail.close()
+
+
+def test_a_meeting_is_bounded() -> None:
+    with pytest.raises(RailError):
+        nccl_rail(dist.HashStore(), 0, 2, timeout_s=0.3)
+
+
+def test_copies_need_everybody_in_time() -> None:
+    rail = CopyRail.connected(2, timeout_s=0.1)[0]
+    with pytest.raises(RailError, match="did not come"):
+        rail.gather(torch.zeros(4), torch.zeros(2, 4))
+
+
+def test_own_groups_only() -> None:
+    """No group by name appears, and none goes, in a process that has others."""
+    before = dict(dist.distributed_c10d._world.pg_names)
+    store = dist.HashStore()
+    rails = together(2, lambda index: nccl_rail(dist.PrefixStore("a", store), index, 2))
+    others = together(2, lambda index: nccl_rail(dist.PrefixStore("b", store), index, 2))
+    assert dict(dist.distributed_c10d._world.pg_names) == before
+    for rail in rails:
+        rail.close()
+    calls = drawn_calls(random.Random(7), 2)
+    together(2, lambda index: use(others[index], calls, 8, "cpu"))
+    for rail in others:
+        rail.close()
