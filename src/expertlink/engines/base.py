@@ -45,6 +45,8 @@ class DispatchCall:
             `output_buffer`. Made by this engine for rows like these.
         return_recv_hook: only what sends is launched now; `Dispatched.finish` launches what
             receives.
+        tokens_bound: low-latency calls across hosts send so many tokens from every rank, the same
+            number on all; T may be less. None: T_max, or as many as `previous` sent.
     """
 
     x_TW: Tensor
@@ -59,6 +61,7 @@ class DispatchCall:
     quantize_to: BlockFormat | None = None
     buffers: DispatchBuffers | None = None
     return_recv_hook: bool = False
+    tokens_bound: int | None = None
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from expertlink.config import MoECommunicatorConfig
+from expertlink.domains import Domains
 from expertlink.engines.nvlink.arena import Buffer, Plan, SymmetricBuffer
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.ht.blocks import BlockShape
@@ -176,17 +177,21 @@ def make_memory(
     buffer: Buffer,
     device: torch.device,
     timeout_s: float,
+    domains: Domains | None = None,
 ) -> Memory:
     """What a rank keeps of a buffer that the plan has prepared, for communicators to share. Local.
 
     Those that share it have no more experts than this one, so a mail has room for their counts.
+    With several `domains` the buffer is that of this rank's host.
     """
-    arena = mode.make_arena(plan, rank=rank, buffer=buffer, device=device)
+    local = rank if domains is None else domains.local_of(rank)
+    arena = mode.make_arena(plan, rank=local, buffer=buffer, device=device)
     watchdog = Watchdog(
         rank=rank,
-        num_ranks=arena.num_ranks,
+        num_ranks=arena.num_ranks if domains is None else domains.num_ranks,
         num_experts=config.num_experts,
         timeout_s=timeout_s,
+        peers=None if domains is None else domains.ranks_of(domains.host_of[rank]),
     )
     return Memory(arena, watchdog)
 

@@ -30,6 +30,12 @@ class KernelName(enum.IntEnum):
     COMBINE = 2
     COMBINE_WEIGHTS = 3
     """Combine that brings weights of the tokens' ranks to the ranks that sum their rows."""
+    PACK = 4
+    """Several hosts: writes messages for other hosts."""
+    PACK_QUANTIZED = 5
+    """The same, of rows that it quantizes."""
+    SUM_HOSTS = 6
+    """Several hosts: sums what they have sent back."""
 
 
 @dataclass(frozen=True)

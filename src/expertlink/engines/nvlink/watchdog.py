@@ -81,10 +81,20 @@ class Watchdog:
         num_ranks: R.
         num_experts: E of the communicator that has most of them.
         timeout_s: bound of every wait of the device.
+        peers: ranks that kernels of this one wait for, by their index there; None: all.
     """
 
-    def __init__(self, *, rank: int, num_ranks: int, num_experts: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        num_ranks: int,
+        num_experts: int,
+        timeout_s: float,
+        peers: Sequence[int] | None = None,
+    ) -> None:
         self._rank, self._num_ranks = rank, num_ranks
+        self._peers = list(range(num_ranks)) if peers is None else list(peers)
         layout = control(num_ranks, num_experts)
         self._pinned = torch.zeros(layout.size, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.address: int = self._pinned.data_ptr()
@@ -190,11 +200,12 @@ class Watchdog:
         if phase == Phase.AGREEMENT:
             return self.disagreement(self._headers())
         if phase == Phase.ABORTED:
-            reason = self._reason_of(int(words.peer))
+            aborter = self._peers[words.peer]
+            reason = self._reason_of(aborter)
             return AbortError(
-                f"rank {words.peer} called abort: {reason or 'its reason could not be read'}. "
+                f"rank {aborter} called abort: {reason or 'its reason could not be read'}. "
                 "Close this communicator",
-                rank=int(words.peer),
+                rank=aborter,
                 reason=reason,
             )
         if phase == Phase.HALVES:
@@ -203,8 +214,8 @@ class Watchdog:
                 f"{words.expected} to send, {words.seen} to receive): a graph that was replayed "
                 "there, or a half that is missing. Close this communicator"
             )
-        peer = int(words.peer)
-        missing = (peer,) if 0 <= peer < self._num_ranks and peer != self._rank else ()
+        peer = self._peers[words.peer] if 0 <= words.peer < len(self._peers) else -1
+        missing = (peer,) if peer >= 0 and peer != self._rank else ()
         what = f"rank {peer}" if missing else "unknown"
         row = f", row {words.index}" if phase == Phase.ROW else ""
         return PeerTimeoutError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 
+from expertlink.domains import Domains
 from expertlink.engines.nvlink.ht.arguments import OUTPUTS
 from expertlink.engines.nvlink.ll.plan import SETS
-from expertlink.domains import Domains
 from expertlink.engines.nvlink.shared import CountColumn, Form, ScaleKind, counters
 from expertlink.engines.ranks.header import Operation
 from expertlink.jit.compiler import constants, enum_declaration

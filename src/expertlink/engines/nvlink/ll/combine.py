@@ -38,16 +38,18 @@ class CombinePlanner:
         num_ranks: R.
         num_sms: multiprocessors of the GPU.
         warps: warps of a block: one hears where the other ranks are, the others work.
+        num_hosts: N.
     """
 
     config: MoECommunicatorConfig
     num_ranks: int
     num_sms: int
     warps: int
+    num_hosts: int = 1
 
     def most_blocks(self, num_sms: int | None) -> int:
         """Blocks of a launch for a caller's number of SMs."""
-        _, default = default_sms(self.config, self.num_ranks)
+        _, default = default_sms(self.config, self.num_ranks // self.num_hosts)
         return min(self.num_sms, num_sms or self.config.num_sms_combine or default)
 
     def __call__(
@@ -78,6 +80,7 @@ class LlCombiner:
         num_ranks: R.
         num_sms: multiprocessors of the GPU.
         max_warps: most warps of a block.
+        num_hosts: N.
 
     Attributes:
         arguments: those of combines of dispatches that made tensors of their own.
@@ -94,6 +97,7 @@ class LlCombiner:
         num_ranks: int,
         num_sms: int,
         max_warps: int,
+        num_hosts: int = 1,
     ) -> None:
         self._topk, self._device, self._in_use = config.topk, arena.device, arena.in_use
         self._number = common["communicator"]
@@ -110,7 +114,7 @@ class LlCombiner:
         }
         self._signature_only_grads = signature(Operation.WEIGHT_GRADS, row_bytes=0, weights=True)
         warps = max(2, min(max_warps, tuning.LL_COMBINE_WARPS))
-        plan = CombinePlanner(config, num_ranks, num_sms, warps)
+        plan = CombinePlanner(config, num_ranks, num_sms, warps, num_hosts)
         self.most_blocks = plan.most_blocks
         self._launch = HalvesLauncher(arena=arena, run=run, plan=plan)
         self.arguments = COMBINE.new(**common)

@@ -56,6 +56,7 @@ class DispatchPlanner:
         num_local: E_loc.
         num_sms: multiprocessors of the GPU.
         warps: warps of a block.
+        num_hosts: N.
     """
 
     config: MoECommunicatorConfig
@@ -63,10 +64,11 @@ class DispatchPlanner:
     num_local: int
     num_sms: int
     warps: int
+    num_hosts: int = 1
 
     def most_blocks(self, num_sms: int | None) -> int:
         """Blocks of a launch for a caller's number of SMs."""
-        default, _ = default_sms(self.config, self.num_ranks)
+        default, _ = default_sms(self.config, self.num_ranks // self.num_hosts)
         return min(self.num_sms, num_sms or self.config.num_sms_dispatch or default)
 
     def __call__(
@@ -80,6 +82,7 @@ class DispatchPlanner:
             num_local=self.num_local,
             sends=sends,
             receives=receives,
+            num_hosts=self.num_hosts,
         )
         blocks = self.most_blocks(num_sms)
         senders = warps - tuning.LL_PUBLISHING_WARPS
@@ -95,8 +98,8 @@ class DispatchPlanner:
 
     def _copies_to_peers(self) -> float:
         """Peers that a token goes to, on average, if its experts are drawn evenly from all."""
-        ranks = self.num_ranks
-        return (ranks - 1) * (1.0 - (1.0 - 1.0 / ranks) ** self.config.topk)
+        peers = self.num_ranks // self.num_hosts - 1
+        return peers * (1.0 - (1.0 - 1.0 / self.num_ranks) ** self.config.topk)
 
 
 class LlDispatcher:
@@ -113,6 +116,7 @@ class LlDispatcher:
         run: queues a kernel.
         num_sms: multiprocessors of the GPU.
         max_warps: most warps of a block.
+        num_hosts: N.
 
     Attributes:
         arguments: those of dispatches that make tensors of their own.
@@ -131,15 +135,16 @@ class LlDispatcher:
         run: Run,
         num_sms: int,
         max_warps: int,
+        num_hosts: int = 1,
     ) -> None:
         self._config, self._arena, self._in_use = config, arena, arena.in_use
         self._number, self._restarts = common["communicator"], arena.restarts
         self._layout, self._device = config.layout, arena.device
         self._num_ranks, self._num_local = num_ranks, num_local
-        self.tables = LlTableLayout(config, num_ranks=num_ranks, num_local=num_local)
+        self.tables = self._table_layout(num_hosts)
         self._kinds: dict[tuple[object, ...], RowKind] = {}
         warps = max(1, min(max_warps, tuning.LL_DISPATCH_WARPS))
-        plan = DispatchPlanner(config, num_ranks, num_local, num_sms, warps)
+        plan = DispatchPlanner(config, num_ranks, num_local, num_sms, warps, num_hosts)
         self.most_blocks = plan.most_blocks
         self._launch = HalvesLauncher(arena=arena, run=run, plan=plan)
         self.arguments = DISPATCH.new(**common, num_local=num_local)
@@ -334,6 +339,10 @@ class LlDispatcher:
                 a.scale_stride = output.tokens.shape[-2]
 
     # -- memory -----------------------------------------------------------------------------------
+
+    def _table_layout(self, num_hosts: int) -> LlTableLayout:
+        """Of the tables of a routing."""
+        return LlTableLayout(self._config, num_ranks=self._num_ranks, num_local=self._num_local)
 
     def _new_route(
         self,

@@ -63,9 +63,7 @@ class HalvesLauncher:
         if not halves:
             if arena.halves.left:
                 arena.halves.finish(arena.capture())
-            launch, arguments.send_warps = self._launches[name, num_sms, True, True]
-            arguments.flags = flags | _BOTH
-            self._run(name, arguments, launch)
+            self.launch_whole(name, arguments, flags, num_sms)
             if after is not None:
                 after()
             return None
@@ -83,14 +81,34 @@ class HalvesLauncher:
             if after is not None:
                 after()
 
-        half = Half(
-            arena.halves,
-            capture=capture,
-            tables=tables,
-            launch=launch_rest,
-            follow=arena.follow,
-            capture_now=arena.capture,
-            needs=needs,
-        )
-        arena.halves.add(half)
-        return half
+        return add_half(arena, capture, launch_rest, tables=tables, needs=needs)
+
+    def launch_whole(
+        self, name: KernelName, arguments: Arguments, flags: int, num_sms: int | None
+    ) -> None:
+        """Queues both halves in one launch, whatever halves are left."""
+        launch, arguments.send_warps = self._launches[name, num_sms, True, True]
+        arguments.flags = flags | _BOTH
+        self._run(name, arguments, launch)
+
+
+def add_half(
+    arena: LlArena,
+    capture: int,
+    launch: Callable[[], None],
+    *,
+    tables: object,
+    needs: tuple[object, ...],
+) -> Half:
+    """A half of a call that is left; see `Half` for the arguments."""
+    half = Half(
+        arena.halves,
+        capture=capture,
+        tables=tables,
+        launch=launch,
+        follow=arena.follow,
+        capture_now=arena.capture,
+        needs=needs,
+    )
+    arena.halves.add(half)
+    return half

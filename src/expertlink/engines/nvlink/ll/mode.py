@@ -76,29 +76,37 @@ class LlMode:
             **common_arguments(memory, wire=wire, expert_location=self._expert_location),
             "counters": arena.counters.data_ptr(),
         }
-        warps = max_warps or tuning.LL_DISPATCH_WARPS
-        self._dispatcher = LlDispatcher(
-            config,
-            common=common,
-            num_ranks=self._num_ranks,
-            num_local=self._num_local,
-            arena=arena,
-            run=run,
-            num_sms=num_sms,
-            max_warps=warps,
-        )
-        self._combiner = LlCombiner(
-            config,
-            common=common,
-            arena=arena,
-            run=run,
-            num_ranks=placement.num_ranks,
-            num_sms=num_sms,
-            max_warps=warps,
+        self._dispatcher, self._combiner = self._callers(
+            common, run, num_sms, max_warps or tuning.LL_DISPATCH_WARPS
         )
         self._statistics: CallStatistics | None = None
         # Tables of buffers: statistics have to reach their arguments.
         self._tables: weakref.WeakSet[BufferTables] = weakref.WeakSet()
+
+    def _callers(
+        self, common: dict[str, int], run: Run, num_sms: int, max_warps: int
+    ) -> tuple[LlDispatcher, LlCombiner]:
+        """What queues dispatches and combines."""
+        dispatcher = LlDispatcher(
+            self._config,
+            common=common,
+            num_ranks=self._num_ranks,
+            num_local=self._num_local,
+            arena=self._arena,
+            run=run,
+            num_sms=num_sms,
+            max_warps=max_warps,
+        )
+        combiner = LlCombiner(
+            self._config,
+            common=common,
+            arena=self._arena,
+            run=run,
+            num_ranks=self._num_ranks,
+            num_sms=num_sms,
+            max_warps=max_warps,
+        )
+        return dispatcher, combiner
 
     # -- what a communicator needs ----------------------------------------------------------------
 

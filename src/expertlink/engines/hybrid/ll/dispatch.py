@@ -1,0 +1,280 @@
+"""Low-latency dispatch across hosts: a message on the rail, then a dispatch inside each host.
+
+First half: `ll::pack` writes this rank's tokens into a message for each other host, and the rail
+moves them. Second half: `ll::dispatch` sends the tokens of the whole rail to the ranks of the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.base import DispatchCall
+from expertlink.engines.hybrid.ll.arguments import PACK
+from expertlink.engines.hybrid.ll.memory import Messages, MessageSet
+from expertlink.engines.hybrid.ll.messages import DispatchMessage
+from expertlink.engines.hybrid.ll.tables import RailRoute, RailTableLayout
+from expertlink.engines.nvlink import tuning
+from expertlink.engines.nvlink.launch import KernelName, Launch, Run
+from expertlink.engines.nvlink.ll.arena import LlArena
+from expertlink.engines.nvlink.ll.arguments import Flag
+from expertlink.engines.nvlink.ll.dispatch import LlDispatcher
+from expertlink.engines.nvlink.ll.launch import add_half
+from expertlink.engines.nvlink.ll.plan import REFUSED
+from expertlink.engines.nvlink.ll.tables import BufferTables, LlTableLayout, said_by
+from expertlink.engines.nvlink.shared import ScaleKind
+from expertlink.engines.nvlink.tables import ORIGINS
+from expertlink.engines.outputs import without_weights
+from expertlink.jit.kernel import Arguments
+from expertlink.types import DispatchOutput
+
+_WIDE_IDS, _NEW_WEIGHTS = int(Flag.WIDE_IDS), int(Flag.NEW_WEIGHTS)
+_ALONE = int(Flag.ALONE)
+
+
+class RailDispatcher(LlDispatcher):
+    """Queues the dispatches of one rank whose group spans hosts.
+
+    Args:
+        config, common, num_ranks, num_local, arena, run, num_sms, max_warps: as `LlDispatcher`; the
+            arena is that of the host, and `common` names this rank by its index there.
+        messages: those of this rank.
+        rank_of_expert: `[E]` int32 on the device.
+
+    Attributes:
+        last_bound: tokens that ranks sent in the last dispatch: a refused one sends as many.
+    """
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        *,
+        common: dict[str, int],
+        num_ranks: int,
+        num_local: int,
+        arena: LlArena,
+        run: Run,
+        num_sms: int,
+        max_warps: int,
+        messages: Messages,
+        rank_of_expert: Tensor,
+    ) -> None:
+        super().__init__(
+            config,
+            common=common,
+            num_ranks=num_ranks,
+            num_local=num_local,
+            arena=arena,
+            run=run,
+            num_sms=num_sms,
+            max_warps=max_warps,
+            num_hosts=messages.num_hosts,
+        )
+        self._messages, self._run, self._rank_of_expert = messages, run, rank_of_expert
+        self.last_bound = config.max_tokens_per_rank
+        self._warps = max(1, min(max_warps, tuning.LL_DISPATCH_WARPS))
+        self.arguments.host = messages.host
+        self.pack = PACK.new(
+            state=common["state"],
+            control=common["control"],
+            host=messages.host,
+            rank=messages.local,
+            rank_of_expert=rank_of_expert.data_ptr(),
+        )
+
+    def bound_of(self, call: DispatchCall) -> int:
+        """B: tokens that every rank sends in a dispatch."""
+        if call.tokens_bound is not None:
+            return call.tokens_bound
+        previous = call.previous
+        return (
+            previous.bound if isinstance(previous, RailRoute) else self._config.max_tokens_per_rank
+        )
+
+    def dispatch(
+        self, call: DispatchCall, number: int
+    ) -> tuple[DispatchOutput, RailRoute, Callable[[], None] | None]:
+        """As `LlDispatcher.dispatch`."""
+        previous = call.previous
+        ids, weights = call.topk_ids_TK, call.weights_TK
+        weighted = weights is not None
+        if previous is not None:
+            assert isinstance(previous, RailRoute)
+            ids = previous.ids_TK
+            if weights is None and previous.weighted:
+                weighted = True
+                weights = previous.table("own_weights").view(torch.float32)
+        assert ids is not None
+        halves = self._arena.halves
+        capture = self._arena.capture()
+        halves.finish(capture, tuning.LL_CALLS_IN_FLIGHT - 1 if call.return_recv_hook else 0)
+        tables = None if call.buffers is None else call.buffers.tables
+        if isinstance(tables, BufferTables):  # a half that is left may read them
+            halves.finish_those_of(tables.block)
+        a, output, route = self._open(call, ids, weighted)
+        route.number, route.epoch = number, self._restarts[0]
+        if call.zero_padding and self._layout.padded:
+            output.tokens.zero_()
+            if output.scales is not None:
+                output.scales.tensor.zero_()
+        self._name_rows(a, call, output, weighted)
+        a.communicator = said_by(self._number, of=previous)
+        a.subject = None if previous is None else previous.origin
+        a.origin = route.origin
+        flags = (_ALONE if self._in_use[0] > 1 else 0) | (_NEW_WEIGHTS if weighted else 0)
+        at = self._pack(
+            a, route, ids, weights, call.num_sms, quantizes=call.quantize_to is not None
+        )
+        if call.return_recv_hook:
+            a = a.copy()  # the next call changes the arguments
+        needs = (output, route, call.x_TW, call.scales, ids, weights, at)
+
+        def forward() -> None:
+            self._launch.launch_whole(KernelName.DISPATCH, a, flags, call.num_sms)
+            if output.source_tokens is not None:
+                route.write_source_tokens(output.source_tokens)
+
+        if call.return_recv_hook:
+            return (
+                output,
+                route,
+                add_half(self._arena, capture, forward, tables=route.block, needs=needs),
+            )
+        forward()
+        return output, route, None
+
+    def refuse(self) -> None:
+        """Lets the other ranks know that this rank will not make the dispatch that they make."""
+        config = self._config
+        ids = torch.empty((0, config.topk), dtype=torch.int64, device=self._device)
+        call = DispatchCall(
+            x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
+            topk_ids_TK=ids,
+            tokens_bound=self.last_bound,
+        )
+        self._arena.halves.finish(self._arena.capture())
+        a, output, route = self._open(call, ids, weighted=False)
+        self._name_rows(a, call, output, weighted=False)
+        a.signature, a.communicator, a.subject, a.origin = REFUSED, self._number, None, route.origin
+        self._pack(a, route, ids, None, None, quantizes=False)
+        flags = _ALONE if self._in_use[0] > 1 else 0
+        self._launch.launch_whole(KernelName.DISPATCH, a, flags, None)
+
+    # -- the first half ---------------------------------------------------------------------------
+
+    def _pack(
+        self,
+        a: Arguments,
+        route: RailRoute,
+        ids: Tensor,
+        weights: Tensor | None,
+        num_sms: int | None,
+        *,
+        quantizes: bool,
+    ) -> MessageSet:
+        """Queues the messages; afterwards `a` reads what has been received instead of the input."""
+        messages, config, p = self._messages, self._config, self.pack
+        at, bound = messages.next_set(), route.bound
+        layout = DispatchMessage.of(
+            bound=bound, topk=config.topk, row_bytes=a.row_bytes, scale_bytes=a.scale_bytes
+        )
+        received = at.receive.data_ptr()
+        block, tables = route.block.data_ptr(), self.tables.at
+        for name in ("operation", "num_tokens", "row_bytes", "communicator", "signature"):
+            setattr(p, name, getattr(a, name))
+        for name in ("subject", "x", "input_bytes", "scale_kind", "scale_bytes", "scales"):
+            setattr(p, name, getattr(a, name))
+        p.flags = _WIDE_IDS if ids.dtype is torch.int64 else 0
+        p.weights = None
+        if weights is not None:
+            p.flags |= _NEW_WEIGHTS
+            p.weights = weights.data_ptr()
+        p.ids, p.ids_copy = ids.data_ptr(), route.ids_TK.data_ptr()
+        p.weights_copy, p.rows_to = block + tables["own_weights"], block + tables["rows_to"]
+        p.bound, p.message_bytes, p.under_way = bound, layout.nbytes, at.under_way.data_ptr()
+        p.ids_at, p.weights_at = layout.ids_at, layout.weights_at
+        p.scales_at, p.rows_at = layout.scales_at, layout.rows_at
+        p.send = at.send.data_ptr()
+        p.own = received + (messages.num_hosts - 1) * layout.nbytes
+        blocks = self.most_blocks(num_sms)
+        launch = Launch(blocks, 32 * self._warps, shared_bytes=0, follows=True, local=True)
+        self._run(KernelName.PACK_QUANTIZED if quantizes else KernelName.PACK, p, launch)
+        messages.exchange(at, layout.nbytes)
+        self.last_bound = bound
+        a.num_tokens, a.bound = messages.num_hosts * bound, bound
+        a.messages, a.message_bytes = received, layout.nbytes
+        a.under_way = at.under_way.data_ptr()
+        a.ids, a.ids_copy = received + layout.ids_at, block + tables["rail_ids"]
+        a.weights = received + layout.weights_at
+        a.x, a.input_bytes = received + layout.rows_at, a.row_bytes
+        a.scale_kind = ScaleKind.NOT_QUANTIZED
+        a.scales = received + layout.scales_at if a.scale_bytes else None
+        return at
+
+    # -- memory -----------------------------------------------------------------------------------
+
+    def _open(
+        self, call: DispatchCall, ids: Tensor, weighted: bool
+    ) -> tuple[Arguments, DispatchOutput, RailRoute]:
+        """Arguments that name a call's tables and outputs."""
+        num_tokens, bound = call.x_TW.shape[0], self.bound_of(call)
+        if call.buffers is None:
+            a = self.arguments
+            block = self._new_block(self._messages.num_hosts * bound)
+            output, kept = self._new_output(call, weighted), torch.empty_like(ids)
+            self._name_memory(a, block, kept, output)
+            return a, output, self._new_rail_route(output, num_tokens, bound, kept, block, weighted)
+        tables, output = call.buffers.tables, call.buffers.output
+        assert isinstance(tables, BufferTables)
+        if not weighted and output.topk_weights is not None:
+            output = without_weights(output)
+        # A cached dispatch may read the number of the dispatch before.
+        which = call.buffers.generation % ORIGINS
+        kept = tables.ids.view(-1).view(ids.dtype)[: num_tokens * ids.shape[1]].view(ids.shape)
+        route = self._new_rail_route(output, num_tokens, bound, kept, tables.block, weighted, which)
+        route.combine = tables.combine
+        return tables.dispatch, output, route
+
+    def _new_rail_route(
+        self,
+        output: DispatchOutput,
+        num_tokens: int,
+        bound: int,
+        ids: Tensor,
+        block: Tensor,
+        weighted: bool,
+        which: int = 0,
+    ) -> RailRoute:
+        return RailRoute(
+            shape=tuple(output.tokens.shape[:-1]),
+            num_tokens=num_tokens,
+            ids_TK=ids,
+            layout=self.tables,
+            block=block,
+            weights_block=None,
+            weighted=weighted,
+            counts=None,
+            origin=block.data_ptr() + self.tables.at["origin"] + 4 * which,
+            maker=self._number,
+            restarts=self._restarts,
+            bound=bound,
+        )
+
+    def new_tables(self, output: DispatchOutput, *, combine: Arguments) -> BufferTables:
+        """As `LlDispatcher.new_tables`."""
+        tables = super().new_tables(output, combine=combine)
+        most = self._messages.num_hosts * self._config.max_tokens_per_rank
+        tables.block = self._new_block(most)
+        self._name_memory(tables.dispatch, tables.block, tables.ids, output)
+        return tables
+
+    def _table_layout(self, num_hosts: int) -> LlTableLayout:
+        return RailTableLayout(
+            self._config,
+            num_ranks=self._num_ranks,
+            num_local=self._num_local,
+            num_hosts=num_hosts,
+        )
