@@ -23,8 +23,10 @@ from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.arena import Plan
 from expertlink.engines.nvlink.build import assemble, make_memory, mode_of
 from expertlink.engines.nvlink.ht.plan import HtPlan
-from expertlink.engines.nvlink.launch import KernelName, Launch, compile_program
+from expertlink.engines.nvlink.engine import NvlinkEngine
+from expertlink.engines.nvlink.launch import KernelName, Launch, Program, compile_program
 from expertlink.engines.nvlink.ll.mode import LlMode
+from expertlink.engines.nvlink.mode import Memory, Mode
 from expertlink.engines.nvlink.tuning import SHARED_BYTES, STATIC_BYTES
 from expertlink.engines.ranks.wire import Transfer, Wire
 from expertlink.engines.weighted_backward import WeightedBackward
@@ -166,8 +168,8 @@ class Fleet:
             else [int(rank) for rank in config.expert_map]
         )
         self.placement = Placement.from_ranks(owners, num_ranks=num_ranks, device=DEVICE)
-        self.mode = mode_of(config, self.placement)
-        self.plan = self.mode.plan(config, num_ranks)
+        self.mode = self._mode()
+        self.plan = self._plan()
         self._host = host
         if host is not None:
             assert host.plan.holds(self.plan)
@@ -175,8 +177,9 @@ class Fleet:
         torch.cuda.init()
         compiled = compile_program(
             config,
-            self.mode.program(config, self.plan, num_ranks=num_ranks),
+            self._program(),
             num_ranks=num_ranks,
+            num_peers=self._num_peers(),
             arch=architecture(DEVICE),
             hosted=True,
         )
@@ -187,7 +190,8 @@ class Fleet:
         self.backward_kernel = None
         if config.layout.expanded:
             self.backward_kernel = WeightedBackward(DEVICE, dtype=config.dtype)
-        self.max_warps = max_warps or (tuning.LL_DISPATCH_WARPS if self.mode is LlMode else 4)
+        few = not issubclass(self.mode, LlMode)
+        self.max_warps = max_warps or (4 if few else tuning.LL_DISPATCH_WARPS)
         self._buffers: list[Tensor] = []
         if host is not None:
             self._buffers = host._buffers
@@ -196,6 +200,38 @@ class Fleet:
             self._buffers.append(memory)
         self.addresses = [buffer.data_ptr() for buffer in self._buffers]
         self.reset()
+
+    # -- what subclasses may have otherwise -------------------------------------------------------
+
+    def _mode(self) -> type[Mode]:
+        return mode_of(self.config, self.placement)
+
+    def _plan(self) -> Plan:
+        return self.mode.plan(self.config, self.num_ranks)
+
+    def _program(self) -> Program:
+        return self.mode.program(self.config, self.plan, num_ranks=self.num_ranks)
+
+    def _num_peers(self) -> int | None:
+        return None
+
+    def make_memory(self, rank: int, timeout_s: float) -> Memory:
+        """What a rank keeps of the memory of all."""
+        return make_memory(
+            self.config,
+            self.mode,
+            self.plan,
+            rank=rank,
+            buffer=self.memory(rank),
+            device=DEVICE,
+            timeout_s=timeout_s,
+        )
+
+    def assemble(self, config: MoECommunicatorConfig, **parts: Any) -> NvlinkEngine:
+        """A rank's engine; `parts` as in `build.assemble`."""
+        return assemble(config, self.mode, **parts)
+
+    # -- calls ------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """For new communicators: flags as in fresh memory, and NaN and -1 everywhere else."""
@@ -296,22 +332,13 @@ class HostedCommunicator(MoECommunicator):
         if self._memory_of is not None:
             memory = self._memory_of._engine.memory  # type: ignore[union-attr]
         else:
-            memory = make_memory(
-                config,
-                fleet.mode,
-                fleet.plan,
-                rank=self.rank,
-                buffer=fleet.memory(self.rank),
-                device=DEVICE,
-                timeout_s=self._timeout_s,
-            )
+            memory = fleet.make_memory(self.rank, self._timeout_s)
 
         def run(name: KernelName, arguments: Arguments, launch: Launch) -> None:
             fleet.run(self.rank, name, arguments, launch)
 
-        engine = assemble(
+        engine = fleet.assemble(
             config,
-            fleet.mode,
             wire=wire,
             placement=fleet.placement,
             memory=memory,

@@ -176,6 +176,7 @@ def constants_of(
         "kMaxSteps": plan.max_steps,
         "kNumBlocks": num_blocks(config.hidden_size),
         "kCountWords": count_columns(config),
+        "kCopies": min(num_ranks // num_hosts, config.topk),
         "kExpertChunk": experts_at_once(config, num_hosts),
         "kExact": plan.exact,
         "kRefused": REFUSED,
