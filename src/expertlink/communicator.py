@@ -274,6 +274,30 @@ class MoECommunicator:
         if self._engine is not None:
             self._engine.set_timeout(self._timeout_s)
 
+    def set_tokens_bound(self, tokens_bound: int | None) -> None:
+        """Promises that no rank has more tokens than this in later dispatches.
+
+        Low-latency calls across hosts (`engine="hybrid"`, `mode="ll"`) send as many tokens from
+        every rank, whether it has them or not. A bound near the batch of a decode step saves time
+        there. Elsewhere nothing depends on it. Graphs keep the bound of their capture, and combines
+        and cached dispatches that of their handle.
+
+        Set it to the same number on all ranks, before the same call. With `check_inputs` this is
+        collective and compares them; else ranks that differ wait for each other until the time-out.
+
+        Args:
+            tokens_bound: 1 to `max_tokens_per_rank`. None: `max_tokens_per_rank`, as at first.
+
+        Raises:
+            InputError: it is another number, or with `check_inputs` that of another rank is.
+        """
+        most = self.config.max_tokens_per_rank
+        if tokens_bound is not None and not 1 <= tokens_bound <= most:
+            raise InputError(
+                f"tokens_bound={tokens_bound}; accepted: 1 to {most} (max_tokens_per_rank) or None"
+            )
+        self._ready().set_tokens_bound(tokens_bound)
+
     def _ready(self) -> Engine:
         self._life.check()
         self.initialize()

@@ -22,8 +22,8 @@ from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.arena import Plan
 from expertlink.engines.nvlink.build import assemble, make_memory, mode_of
-from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.engine import NvlinkEngine
+from expertlink.engines.nvlink.ht.plan import HtPlan
 from expertlink.engines.nvlink.launch import KernelName, Launch, Program, compile_program
 from expertlink.engines.nvlink.ll.mode import LlMode
 from expertlink.engines.nvlink.mode import Memory, Mode

@@ -45,8 +45,6 @@ class DispatchCall:
             `output_buffer`. Made by this engine for rows like these.
         return_recv_hook: only what sends is launched now; `Dispatched.finish` launches what
             receives.
-        tokens_bound: low-latency calls across hosts send so many tokens from every rank, the same
-            number on all; T may be less. None: T_max, or as many as `previous` sent.
     """
 
     x_TW: Tensor
@@ -61,7 +59,6 @@ class DispatchCall:
     quantize_to: BlockFormat | None = None
     buffers: DispatchBuffers | None = None
     return_recv_hook: bool = False
-    tokens_bound: int | None = None
 
 
 @dataclass(eq=False)
@@ -248,6 +245,14 @@ class Engine(Protocol):
 
     def compute_sms(self, operation: Operation, num_sms: int | None) -> int:
         """SMs that a dispatch or combine of so many leaves to other kernels. Local."""
+        ...
+
+    def set_tokens_bound(self, tokens_bound: int | None) -> None:
+        """Later dispatches have at most so many tokens on every rank; None: T_max.
+
+        Engines whose messages do not depend on it need not do anything. Collective where the hosts
+        agree before calls.
+        """
         ...
 
     def set_timeout(self, timeout_s: float) -> None:

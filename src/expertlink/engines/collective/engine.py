@@ -216,6 +216,9 @@ class CollectiveEngine:
         """Raises ClosedError after a failure; calls have raised the failure itself."""
         self._wire.check()
 
+    def set_tokens_bound(self, tokens_bound: int | None) -> None:
+        """Nothing: ranks tell each other how many rows they send."""
+
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds."""
         self._wire.timeout_s = timeout_s

@@ -210,6 +210,14 @@ class NvlinkEngine:
 
     # -- failures and the end ---------------------------------------------------------------------
 
+    def set_tokens_bound(self, tokens_bound: int | None) -> None:
+        """As `Engine.set_tokens_bound`: up to the mode."""
+        if self._check:
+            said = self._wire.gather_text(str(tokens_bound))
+            if len(set(said)) > 1:
+                raise InputError(f"tokens_bound differs: by rank {', '.join(said)}")
+        self._mode.set_tokens_bound(tokens_bound)
+
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds."""
         self._wire.timeout_s = timeout_s

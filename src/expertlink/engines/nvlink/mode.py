@@ -136,6 +136,10 @@ class Mode(Protocol):
         """As `Engine.source_tokens`."""
         ...
 
+    def set_tokens_bound(self, tokens_bound: int | None) -> None:
+        """As `Engine.set_tokens_bound`."""
+        ...
+
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape for such rows, and tables of one routing."""
         ...

@@ -45,7 +45,7 @@ class RailDispatcher(LlDispatcher):
         rank_of_expert: `[E]` int32 on the device.
 
     Attributes:
-        last_bound: tokens that ranks sent in the last dispatch: a refused one sends as many.
+        tokens_bound: B of new dispatches, the same on all ranks.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RailDispatcher(LlDispatcher):
             num_hosts=messages.num_hosts,
         )
         self._messages, self._run, self._rank_of_expert = messages, run, rank_of_expert
-        self.last_bound = config.max_tokens_per_rank
+        self.tokens_bound = config.max_tokens_per_rank
         self._warps = max(1, min(max_warps, tuning.LL_DISPATCH_WARPS))
         self.arguments.host = messages.host
         self.pack = PACK.new(
@@ -87,12 +87,8 @@ class RailDispatcher(LlDispatcher):
 
     def bound_of(self, call: DispatchCall) -> int:
         """B: tokens that every rank sends in a dispatch."""
-        if call.tokens_bound is not None:
-            return call.tokens_bound
         previous = call.previous
-        return (
-            previous.bound if isinstance(previous, RailRoute) else self._config.max_tokens_per_rank
-        )
+        return previous.bound if isinstance(previous, RailRoute) else self.tokens_bound
 
     def dispatch(
         self, call: DispatchCall, number: int
@@ -153,7 +149,6 @@ class RailDispatcher(LlDispatcher):
         call = DispatchCall(
             x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
             topk_ids_TK=ids,
-            tokens_bound=self.last_bound,
         )
         self._arena.halves.finish(self._arena.capture())
         a, output, route = self._open(call, ids, weighted=False)
@@ -203,7 +198,6 @@ class RailDispatcher(LlDispatcher):
         launch = Launch(blocks, 32 * self._warps, shared_bytes=0, follows=True, local=True)
         self._run(KernelName.PACK_QUANTIZED if quantizes else KernelName.PACK, p, launch)
         messages.exchange(at, layout.nbytes)
-        self.last_bound = bound
         a.num_tokens, a.bound = messages.num_hosts * bound, bound
         a.messages, a.message_bytes = received, layout.nbytes
         a.under_way = at.under_way.data_ptr()

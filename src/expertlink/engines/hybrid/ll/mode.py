@@ -146,20 +146,19 @@ class RailLlMode(LlMode):
         """Raises InputError where the kernels cannot move such rows."""
         dispatcher = self._dispatcher
         assert isinstance(dispatcher, RailDispatcher)
-        bound, most = dispatcher.bound_of(call), self._config.max_tokens_per_rank
-        if 1 <= bound <= most:
-            dispatcher.last_bound = bound
         super().check(call)
-        if not 1 <= bound <= most:
-            raise InputError(
-                f"tokens_bound={bound}; accepted: 1 to {most} (max_tokens_per_rank), the same on "
-                "all ranks"
-            )
+        bound = dispatcher.bound_of(call)
         if call.x_TW.shape[0] > bound:
             raise InputError(
-                f"{call.x_TW.shape[0]} tokens exceed tokens_bound={bound}: all ranks have to pass "
-                "a bound that holds for each of them"
+                f"{call.x_TW.shape[0]} tokens exceed the bound of {bound} that all ranks have set: "
+                "set_tokens_bound() has to hold for each of them"
             )
+
+    def set_tokens_bound(self, tokens_bound: int | None) -> None:
+        """Messages to other hosts have room for so many tokens; None: T_max."""
+        dispatcher = self._dispatcher
+        assert isinstance(dispatcher, RailDispatcher)
+        dispatcher.tokens_bound = tokens_bound or self._config.max_tokens_per_rank
 
     # -- statistics and masks ---------------------------------------------------------------------
 

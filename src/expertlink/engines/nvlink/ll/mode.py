@@ -219,6 +219,9 @@ class LlMode:
         caller = self._dispatcher if operation is Operation.DISPATCH else self._combiner
         return caller.most_blocks(num_sms)
 
+    def set_tokens_bound(self, tokens_bound: int | None) -> None:
+        """Nothing: ranks of one host send as many rows as there are."""
+
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape and tables: dispatches into them allocate nothing."""
         output = self._dispatcher.largest_output(rows)
