@@ -1,9 +1,9 @@
 // ll::pack: what a rank sends on its rail in a dispatch of few tokens: a message for every host.
 //
-// A message has a header (MessageWord), ids and weights of the tokens, their scales, their rows, each
-// where PackArguments say. Ids of experts of other hosts are -1, so are those of tokens that the rank
-// does not have. Rows are written for the hosts that they go to. The own host's message goes to where
-// the others are received.
+// A message has a header (MessageWord), ids and weights of the tokens, their scales, their rows,
+// each where PackArguments say. Ids of experts of other hosts are -1, so are those of tokens that
+// the rank does not have. Rows are written for the hosts that they go to. The own host's message
+// goes to where the others are received.
 
 #include "ll/send.cuh"
 

@@ -30,15 +30,14 @@ __device__ __forceinline__ void check_messages(const SumArguments& a) {
     const bool all = __all_sync(kAll, same);
     if (threadIdx.x % 32 != 0) return;
     const unsigned transfer = own[kMessageNumber];
-    const Watch watch = {
-        a.state, a.control, transfer, static_cast<unsigned>(a.operation), nullptr, a.rank, nullptr};
+    const Watch watch = {a.state, a.control, transfer, static_cast<unsigned>(a.operation),
+                         nullptr, a.rank,    nullptr};
     const unsigned calls = atomicSub(a.under_way, 1u);
     if (calls != 1) report(watch, kPhaseHalves, -1, calls, 1, 0, 0);
     if (all) return;
     // Ranks of other rails count as being where this one is: they tell their own rail.
     report_headers(watch, own_source(a), [&](int rank, int word) {
-        const int message =
-            peer_of(rank) == a.rank ? message_of(a, host_of(rank)) : kNumHosts - 1;
+        const int message = peer_of(rank) == a.rank ? message_of(a, host_of(rank)) : kNumHosts - 1;
         const unsigned* const said = reinterpret_cast<const unsigned*>(message_at(a, message));
         return report_word(said[kMessageSignature], said[kMessageCommunicator], transfer,
                            said[kMessageSubject], word);
@@ -50,9 +49,9 @@ __device__ __forceinline__ void pick_grads(const SumArguments& a, int token) {
     const int lane = threadIdx.x % 32;
     if (lane >= kTopk) return;
     const int message = message_of_choice(a, token, lane), at = token * kTopk + lane;
-    a.grads_out[at] =
-        message < 0 ? 0.0f
-                    : reinterpret_cast<const float*>(message_at(a, message) + a.grads_at)[at];
+    a.grads_out[at] = message < 0
+                          ? 0.0f
+                          : reinterpret_cast<const float*>(message_at(a, message) + a.grads_at)[at];
 }
 
 __device__ __forceinline__ void sum_rank(const SumArguments& a) {
@@ -67,8 +66,7 @@ __device__ __forceinline__ void sum_rank(const SumArguments& a) {
         if (part == 0 && a.flags & kGrads) pick_grads(a, token);
         if (a.row_bytes == 0) continue;
         const int message = lane < kTopk ? message_of_choice(a, token, lane) : -1;
-        const unsigned hosts =
-            __reduce_or_sync(kAll, message < 0 ? 0u : 1u << host_at(a, message));
+        const unsigned hosts = __reduce_or_sync(kAll, message < 0 ? 0u : 1u << host_at(a, message));
         const StepRange range = cut.part(part);
         const LanePieces mine = lane_pieces(range.first, range.last, a.row_bytes);
         const long long at = static_cast<long long>(token) * a.row_bytes;

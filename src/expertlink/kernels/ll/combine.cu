@@ -31,8 +31,7 @@ __device__ __forceinline__ void write_headers(const CombineArguments& a, const C
                                               unsigned subject) {
     const int lane = threadIdx.x % 32;
     for (int message = lane; message < kNumHosts; message += 32) {
-        unsigned* const said =
-            reinterpret_cast<unsigned*>(a.messages + message * a.message_bytes);
+        unsigned* const said = reinterpret_cast<unsigned*>(a.messages + message * a.message_bytes);
         said[kMessageSignature] = a.signature;
         said[kMessageSubject] = subject;
         said[kMessageCommunicator] = a.communicator;

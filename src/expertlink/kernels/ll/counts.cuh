@@ -90,8 +90,7 @@ __device__ __forceinline__ bool receive_column(const DispatchArguments& a, Call&
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             word[i] = 0;
-            if (first + i < kNumSources && !is_masked(call, peer_of(first + i)))
-                missing |= 1u << i;
+            if (first + i < kNumSources && !is_masked(call, peer_of(first + i))) missing |= 1u << i;
         }
         for (unsigned spins = 1; missing; ++spins) {
 #pragma unroll

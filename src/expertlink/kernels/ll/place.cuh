@@ -108,8 +108,8 @@ __device__ __forceinline__ bool place_part(const DispatchArguments& a, const Cal
         ahead.load_first(from, then);
         if (!own && found == kArrived) {
             int awaited = 0;
-            const PlacesOfPart places{row,   escapes, first, range.last - range.first, peer_of(source),
-                                      position};
+            const PlacesOfPart places{
+                row, escapes, first, range.last - range.first, peer_of(source), position};
             found = pieces.wait_for(call, places, kAll, awaited);
             if (found == kAbort) return false;
         }

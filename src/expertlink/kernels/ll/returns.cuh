@@ -232,7 +232,8 @@ __device__ __forceinline__ void return_row_metadata(const CombineArguments& a, c
         add_to_statistics(a, part.source, a.rows_sent, a.bytes_sent);
     if (!has_metadata(a)) return;
     return_metadata(a, call, peer_of(part.source), returned_slot(a, part.source, part.position),
-                    part.token, dense_row(a, in, part.source, part.position), part.choice, part.weight);
+                    part.token, dense_row(a, in, part.source, part.position), part.choice,
+                    part.weight);
 }
 
 // Sends back `part`, whose first row is in `piece`. Afterwards that of `ahead` is.

@@ -141,8 +141,7 @@ struct BlockChoices {
 __device__ __forceinline__ const float* weights_of(const DispatchArguments& a, int token) {
     const char* const first = reinterpret_cast<const char*>(a.weights);
     if constexpr (kSpansHosts)
-        return reinterpret_cast<const float*>(first +
-                                              offset_of(a, token_at(a, token), 4 * kTopk));
+        return reinterpret_cast<const float*>(first + offset_of(a, token_at(a, token), 4 * kTopk));
     else
         return a.weights + static_cast<long long>(token) * kTopk;
 }
@@ -256,8 +255,7 @@ __device__ __forceinline__ void publish_rail_counts(const DispatchArguments& a, 
         for (int message = 0; message < kNumHosts; ++message)
             store_tagged(count_word(call.bases[peer], call.sending, source_at(a, message),
                                     kColumnFirstCount + local_of(location)),
-                         call.sending,
-                         bits_in(part_of(masks, mask, message), masks.source_words));
+                         call.sending, bits_in(part_of(masks, mask, message), masks.source_words));
     }
 }
 
@@ -368,8 +366,7 @@ __device__ __forceinline__ void publish_item(const Arguments& a, const Call& cal
     }
     if (peer != 0) return;
     const long long to = static_cast<long long>(token) * kTopk + k;
-    if (!kSpansHosts && a.flags & kNewWeights)
-        a.weights_copy[to] = __uint_as_float(item.weight);
+    if (!kSpansHosts && a.flags & kNewWeights) a.weights_copy[to] = __uint_as_float(item.weight);
     if (!kSpansHosts && a.flags & kWideIds)
         static_cast<long long*>(a.ids_copy)[to] = item.id;
     else

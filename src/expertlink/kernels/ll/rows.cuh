@@ -160,7 +160,7 @@ struct StagedPieces {
 struct PlacesOfPart {
     const char* row;
     const unsigned* escapes;
-    int first, length;  // steps of the whole part
+    int first, length;   // steps of the whole part
     int from, position;  // peer, and which of the source's rows
 
     __device__ __forceinline__ const char* at(int i) const {

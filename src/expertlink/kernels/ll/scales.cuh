@@ -106,7 +106,8 @@ __device__ __forceinline__ WaitResult receive_scales(const DispatchArguments& a,
                     break;
                 }
                 if (spins % kSpinsBetweenPolls != 0) continue;
-                found = poll(call, kPhaseRow, peer_of(source), call.watch.transfer, 0, position, since);
+                found =
+                    poll(call, kPhaseRow, peer_of(source), call.watch.transfer, 0, position, since);
                 if (found != kArrived) break;
             }
             reinterpret_cast<unsigned*>(row + kScalesAt)[word] = kSentinel;

@@ -9,7 +9,7 @@ namespace ll {
 struct RowsFrom {
     int rows_from[kNumSources];  // rows from each source
     int first_row[kNumSources];  // rows from the sources before
-    int most, total;           // rows of the source with most, and of all
+    int most, total;             // rows of the source with most, and of all
 
     // One warp. Its lanes ask `rows_of` together how many rows come from a source; it returns 0
     // for one that does not exist.

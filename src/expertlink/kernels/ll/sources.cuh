@@ -1,5 +1,5 @@
-// Sources and peers. Sources are all ranks of the group: rows are counted and ordered by them. Peers
-// are the ranks of this host, which write into each other's memory.
+// Sources and peers. Sources are all ranks of the group: rows are counted and ordered by them.
+// Peers are the ranks of this host, which write into each other's memory.
 //
 // With one host they are the same. With several, a launch also sends what has come on its rail: the
 // tokens of the ranks with its index on the other hosts. So what belongs to a source has one writer

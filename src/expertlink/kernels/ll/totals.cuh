@@ -114,8 +114,7 @@ __device__ __forceinline__ bool receive_row_metadata(const CombineArguments& a, 
         add_to_statistics(a, term.peer, a.rows_received, a.bytes_received);
     if (!(a.flags & kGrads)) return true;
     if (!kExact) return receive_grads(a, call, term, part.token);
-    if (lane < kTopk)
-        grads_of(a, part.token)[lane] = term.slot >= 0 ? grad : 0.0f;
+    if (lane < kTopk) grads_of(a, part.token)[lane] = term.slot >= 0 ? grad : 0.0f;
     return true;
 }
 
