@@ -43,7 +43,7 @@ class HostsFleet(Fleet):
         assert unavailable_reason(config, domains, num_local=most) is None
 
     def _mode(self) -> type[Mode]:
-        return RailLlMode
+        return RailLlMode  # pyright: ignore[reportReturnType] - it takes domains and a rail too
 
     def _plan(self) -> LlPlan:
         return RailLlMode.plan_of(self.config, self.domains)
@@ -101,7 +101,7 @@ class HostsFleet(Fleet):
             wire=wire,
             placement=self.placement,
             memory=memory,
-            mode=mode,
+            mode=mode,  # pyright: ignore[reportArgumentType]
             backward_kernel=backward,
             check_inputs=check,
         )

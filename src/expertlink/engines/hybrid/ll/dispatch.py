@@ -178,10 +178,10 @@ class RailDispatcher(LlDispatcher):
         )
         received = at.receive.data_ptr()
         block, tables = route.block.data_ptr(), self.tables.at
-        for name in ("operation", "num_tokens", "row_bytes", "communicator", "signature"):
-            setattr(p, name, getattr(a, name))
-        for name in ("subject", "x", "input_bytes", "scale_kind", "scale_bytes", "scales"):
-            setattr(p, name, getattr(a, name))
+        p.operation, p.num_tokens, p.row_bytes = a.operation, a.num_tokens, a.row_bytes
+        p.communicator, p.signature, p.subject = a.communicator, a.signature, a.subject
+        p.x, p.input_bytes, p.scales = a.x, a.input_bytes, a.scales
+        p.scale_kind, p.scale_bytes = a.scale_kind, a.scale_bytes
         p.flags = _WIDE_IDS if ids.dtype is torch.int64 else 0
         p.weights = None
         if weights is not None:

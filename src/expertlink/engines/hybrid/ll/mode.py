@@ -188,6 +188,9 @@ class RailLlMode(LlMode):
         """`[R]` bool on the device: no rank is masked."""
         return torch.zeros(self._num_ranks, dtype=torch.bool, device=self._arena.device)
 
+    def clear_mask(self) -> None:
+        """There is nothing to clear."""
+
     def mask_peer(self, rank: int) -> None:
         """Raises InputError: the rails wait for every rank."""
         raise InputError(
