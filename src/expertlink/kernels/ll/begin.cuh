@@ -56,6 +56,7 @@ __device__ __forceinline__ bool begin_call(const Arguments& a, Call& call, const
             if (lane == 0) call.masked[word] = bits;
         }
     if (in_last) {
+        __syncwarp();  // the last lane has written `watch`, another one may add the transfer
         launches >>= kUnitBits;
         const unsigned number = number_of(launches + 1);
         // The transfer that peers must have received before this one is sent, and the last one
