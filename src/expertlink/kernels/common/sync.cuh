@@ -18,8 +18,8 @@ struct Watch {
     Control* control;
     unsigned transfer;
     unsigned operation;
-    const unsigned* ready;  // [kNumPeers] last transfer that each peer has begun
-    int rank;               // this one, among the peers of its host
+    const unsigned* ready;   // [kNumPeers] last transfer that each peer has begun
+    int rank;                // this one, among the peers of its host
     const unsigned* masked;  // [kNumPeers] not 0: nobody waits for that peer; or null
 };
 
