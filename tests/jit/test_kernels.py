@@ -12,6 +12,7 @@ from expertlink import EngineUnavailableError
 from expertlink.bench import ceilings, flag_latency
 from expertlink.engines import weighted_backward
 from expertlink.engines.collective import ordered_sum, send_order
+from expertlink.engines.hybrid import words
 from expertlink.jit import compiler
 from expertlink.jit.compiler import compile_kernel
 
@@ -25,6 +26,7 @@ BUDGETS = {
     "bench/flag_latency": (32, 0),
     "collective/ordered_sum": (64, 1024),
     "collective/send_order": (96, 24 << 10),
+    "hybrid/rail_mark": (16, 0),
 }
 PRELUDES = {
     "backward/weighted_backward": weighted_backward.PRELUDE,
@@ -32,9 +34,11 @@ PRELUDES = {
     "bench/flag_latency": flag_latency.ARGUMENTS.declaration,
     "collective/ordered_sum": ordered_sum.PRELUDE,
     "collective/send_order": send_order.PRELUDE,
+    "hybrid/rail_mark": words.ARGUMENTS.declaration,
 }
 INSTANCES = [
     ("bench/flag_latency", "flag_latency"),
+    ("hybrid/rail_mark", "rail_mark"),
     *(
         ("backward/weighted_backward", instance)
         for dtype in DTYPES

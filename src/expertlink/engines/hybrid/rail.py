@@ -240,8 +240,10 @@ class NcclRail:
 
     def close(self) -> None:
         """See `Rail`."""
+        if os.getpid() != self._process:  # a fork shares the connections, and has no threads
+            return
         backend, self._backend = self._backend, None
-        if backend is None or os.getpid() != self._process:  # a fork shares the connections
+        if backend is None:
             return
         ended, self._ended = self._ended, "the rail is closed"
         if not self._on_gpu:

@@ -51,12 +51,17 @@ class StatusStore:
 
     Every method raises RuntimeError where the store cannot be reached or does not answer.
 
+    Args:
+        store: of a process group.
+        answer_s: how long a query waits for it; None: `ANSWER_S`.
+
     Attributes:
         key: prefix of all names; it tells communicators apart.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, *, answer_s: float | None = None) -> None:
         self._store = store
+        self._answer_s = ANSWER_S if answer_s is None else answer_s
         self._unanswered: threading.Thread | None = None
         self.key = "expertlink"
 
@@ -106,10 +111,10 @@ class StatusStore:
             raise StoreSilentError("an earlier query has not been answered")
         query = _Query(ask)
         query.start()
-        query.join(ANSWER_S)
+        query.join(self._answer_s)
         if query.is_alive():
             self._unanswered = query
-            raise StoreSilentError(f"no answer for {ANSWER_S:g} s")
+            raise StoreSilentError(f"no answer for {self._answer_s:g} s")
         return query.answer()
 
 

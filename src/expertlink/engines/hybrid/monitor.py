@@ -1,0 +1,447 @@
+"""Notices steps of a rail that do not end, says who is missing, and ends them.
+
+In: the words of one rank (words.py) and what other ranks post in the group's store. Out: the error
+that the next call raises.
+
+Kernels of NCCL wait for ever for a host that is gone, and replays of CUDA graphs have no host code
+that could notice. So a thread compares the words with the clock. A rank that waits for long posts
+signs of life. When its time is over it looks for those of the others, posts whom it misses, and
+ends the operations of its rail. Ranks that wait elsewhere read that, and end their waits too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertlink.domains import Domains
+from expertlink.engines.hybrid.rail import Rail, RailError
+from expertlink.engines.hybrid.words import RANGE, Words
+from expertlink.engines.ranks.status import StatusStore
+from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
+
+_POLL_S = 0.05  # between two looks at the words, or less where the time-out is short
+_POLLS_PER_TIMEOUT = 20
+_BEAT_S = 0.2  # between two signs of life of a rank that waits
+_FIRST_BEAT_S = 0.25  # after which it posts the first one: short waits cost nothing
+_LONGEST_STEP_S = 1.0  # that one look counts: a process that was stopped gets its time
+_EXPIRED_GRACE_S = 0.5  # for signs, when a wait has expired: every rank had its time
+_LOST_GRACE_S = 2.0  # when a connection broke: other ranks may be on their way
+_FOLLOW_S = 0.3  # for what missing ranks post themselves
+_LONGEST_TEXT = 2048
+_FAILED = "rail failed"  # name under which the first failure is posted
+_ABORT = "abort"  # and an abort, by wire.py
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The ranks of a communicator, as messages name them.
+
+    Attributes:
+        rank: this rank.
+        domains: hosts of all ranks.
+        describe: a rank's process.
+        has_exited: whether a rank's process is known to have ended.
+    """
+
+    rank: int
+    domains: Domains
+    describe: Callable[[int], str]
+    has_exited: Callable[[int], bool]
+
+    @property
+    def rail(self) -> tuple[int, ...]:
+        """Ranks of this rank's rail, hosts ascending."""
+        return self.domains.rail(self.domains.local_of(self.rank))
+
+    def name(self, rank: int) -> str:
+        """Host, rank and process."""
+        return f"host {self.domains.host_of[rank]}, rank {rank} ({self.describe(rank)})"
+
+
+class Monitor:
+    """Watches the rail of one rank from a thread of its own, which ends with this object.
+
+    Args:
+        words: steps of the rail.
+        ranks: who the ranks are.
+        status: where ranks post; None: nowhere, so nobody can be named.
+        timeout_s: bound of a step, in seconds.
+        doing: what the host does, for messages: the call's name and its number.
+        fault: a failure inside this host that the kernels have reported, or None.
+        end: called once, from any thread, when the rail has failed: ends what is under way.
+    """
+
+    def __init__(
+        self,
+        *,
+        words: Words,
+        ranks: Neighbours,
+        status: StatusStore | None,
+        timeout_s: float,
+        doing: Callable[[], tuple[str, int]],
+        fault: Callable[[], PeerTimeoutError | None] = lambda: None,
+        end: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self._words, self._ranks, self._status = words, ranks, status
+        self._doing, self._fault, self._end = doing, fault, list(end)
+        self.timeout_s = timeout_s
+        self._failure: ExpertlinkError | None = None
+        self._raised = False
+        self._judging = threading.Lock()  # held while somebody finds out why
+        self._step = (0, 0)
+        self._waited = 0.0
+        self._looked = time.monotonic()
+        self._next_beat, self._beats = 0.0, 0
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_watch, args=(weakref.ref(self), stop), daemon=True, name="expertlink-monitor"
+        )
+        # Also at the interpreter's end, when a thread that still runs would be cut off.
+        self._stop = weakref.finalize(self, _halt, stop, thread, os.getpid())
+        thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread. Safe to repeat."""
+        self._stop()
+
+    # -- for the engine ---------------------------------------------------------------------------
+
+    @property
+    def failed(self) -> bool:
+        """Whether no further step is possible."""
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Raises what has been found out since the last check, if anything.
+
+        Raises:
+            PeerTimeoutError, AbortError: the rail has failed; raised once.
+            ClosedError: that has been raised before.
+        """
+        if self._failure is None:
+            return
+        if self._raised:
+            raise ClosedError(
+                f"this communicator is unusable after an earlier failure: {self._failure}"
+            )
+        self._raised = True
+        raise self._failure
+
+    def lost(self, error: RailError) -> ExpertlinkError:
+        """What to raise for a step that failed on the host. Waits until it is known."""
+        began = time.monotonic()
+        with self._judging:
+            if self._failure is None:
+                # This thread may have been in the step for longer than the monitor knows.
+                waited = self._waited + time.monotonic() - self._looked
+                self._fail(self._judge(waited + time.monotonic() - began, str(error)))
+        assert self._failure is not None
+        self._raised = True
+        return self._failure
+
+    # -- the thread -------------------------------------------------------------------------------
+
+    @property
+    def interval_s(self) -> float:
+        """Time between two looks."""
+        return min(_POLL_S, self.timeout_s / _POLLS_PER_TIMEOUT)
+
+    def look(self) -> None:
+        """Compares the words with the clock, once."""
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, _LONGEST_STEP_S), now
+        if self._failure is not None:
+            return
+        fault = self._fault()
+        if fault is not None:
+            with self._judging:
+                self._fail(fault)
+            return
+        step = self._words.read()
+        if step != self._step or step[0] == step[1]:
+            self._step, self._waited = step, 0.0
+            return
+        self._waited += passed
+        if self._waited > self.timeout_s:
+            with self._judging:
+                if self._failure is None and self._words.read() == step:
+                    self._fail(self._judge(self._waited, None))
+        elif self._waited > min(_FIRST_BEAT_S, self.timeout_s / 4) and now > self._next_beat:
+            with self._judging:
+                found = self._news()
+                if found is not None and self._failure is None:
+                    self._fail(found)
+
+    def _news(self) -> ExpertlinkError | None:
+        """Posts a sign of life; what other ranks have posted of a failure or an abort."""
+        status = self._status
+        if status is None:
+            return None
+        try:
+            self._beat(status)
+            return self._posted(status)
+        except RuntimeError:  # the time-out ends the wait, with an error that says more
+            return None
+        finally:
+            self._next_beat = time.monotonic() + _BEAT_S
+
+    def _beat(self, status: StatusStore) -> None:
+        self._beats += 1
+        status.publish(_sign(self._ranks.rank), f"{self._words.read()[0]} {self._beats}")
+
+    def _posted(self, status: StatusStore) -> ExpertlinkError | None:
+        aborted = status.read(_ABORT)
+        if aborted is not None:
+            rank, _, reason = aborted.split(":", 2)
+            return AbortError(
+                f"rank {rank} aborted while rank {self._ranks.rank} was in a step of its rail: "
+                f"{reason}",
+                rank=int(rank),
+                reason=reason,
+            )
+        failed = status.read(_FAILED)
+        if failed is None:
+            return None
+        rank, missing, text = failed.split(":", 2)
+        others = [other for other in _ranks_in(missing) if other != self._ranks.rank]
+        if len(others) < len(_ranks_in(missing)):
+            text = f"rank {rank} has given up this rank as late: {text}"
+        return self._error(self._waited, missing=others, text=f"rank {rank} reports: {text}")
+
+    def _fail(self, error: ExpertlinkError) -> None:
+        """Posts the failure and ends what is under way; `_judging` is held."""
+        status, missing = self._status, getattr(error, "missing", ())
+        if status is not None and isinstance(error, PeerTimeoutError):
+            text = f"{self._ranks.rank}:{_text_of(missing)}:{error}"[:_LONGEST_TEXT]
+            with contextlib.suppress(RuntimeError):
+                status.publish(_verdict(self._ranks.rank), _text_of(missing))
+                status.publish_first(_FAILED, text)
+        self._failure = error
+        for end in self._end:
+            with contextlib.suppress(Exception):  # each of them has to be tried
+                end()
+
+    # -- who is missing ---------------------------------------------------------------------------
+
+    def _judge(self, waited: float, cause: str | None) -> ExpertlinkError:
+        """The error of a step that failed (`cause`), or has taken too long."""
+        status = self._status
+        if status is None:
+            return self._error(waited, missing=[], text="nothing is known of the others")
+        text = "" if cause is None else f" Cause: {cause}."
+        try:
+            posted = self._posted(status)
+            if posted is not None:
+                return posted
+            grace_s = _EXPIRED_GRACE_S if cause is None else _LOST_GRACE_S
+            missing = self._without_sign(status, grace_s)
+            missing = self._follow(status, missing)
+            # Another rank may have been first, and all say the same.
+            posted = self._posted(status)
+            if posted is not None:
+                return posted
+        except RuntimeError as error:
+            missing = [rank for rank in self._others if self._ranks.has_exited(rank)]
+            text += (
+                " The group's store does not answer: the process that hosts it, usually rank 0 or "
+                f"the launcher, has ended or cannot be reached: {str(error).splitlines()[0]}."
+            )
+        if not missing:
+            text += " Every rank of the rail came: the network between the hosts moves nothing."
+        return self._error(waited, missing=missing, text=text)
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in self._ranks.rail if rank != self._ranks.rank]
+
+    def _without_sign(self, status: StatusStore, grace_s: float) -> list[int]:
+        """Ranks of the rail that did not come to this step, or live no more.
+
+        A rank that came posts a new sign now and then, or a verdict of its own.
+        """
+        step, silent = self._words.read()[0], self._others
+        before = {rank: status.read(_sign(rank)) for rank in silent}
+        deadline = time.monotonic() + grace_s
+        while True:
+            self._beat(status)
+            for rank in list(silent):
+                sign = status.read(_sign(rank))
+                is_new = sign is not None and sign != before[rank] and came(sign, step)
+                if is_new or status.read(_verdict(rank)) is not None:
+                    silent.remove(rank)
+            if not silent or time.monotonic() > deadline:
+                return silent
+            if all(self._ranks.has_exited(rank) for rank in silent):
+                return silent
+            time.sleep(self.interval_s)
+
+    def _follow(self, status: StatusStore, missing: list[int]) -> list[int]:
+        """Whom those that are missing miss themselves, where they say so in time.
+
+        A rank that did not come to a step may be waiting inside its host for one that is gone.
+        """
+        if not missing:
+            return missing
+        status.publish(_verdict(self._ranks.rank), _text_of(missing))
+        verdicts: dict[int, list[int]] = {self._ranks.rank: missing}
+        deadline = time.monotonic() + _FOLLOW_S
+        while True:
+            for rank in {other for ranks in verdicts.values() for other in ranks} - set(verdicts):
+                text = None if self._ranks.has_exited(rank) else status.read(_verdict(rank))
+                if text is not None:
+                    verdicts[rank] = _ranks_in(text)
+            found = follow(self._ranks.rank, verdicts)
+            if time.monotonic() > deadline or all(map(self._ranks.has_exited, found)):
+                return found
+            time.sleep(self.interval_s)
+
+    def _error(self, waited: float, *, missing: Sequence[int], text: str) -> PeerTimeoutError:
+        phase, call = self._doing()
+        ranks = self._ranks
+        names = "; ".join(ranks.name(rank) for rank in missing)
+        rail = ranks.domains.local_of(ranks.rank)
+        return PeerTimeoutError(
+            f"rank {ranks.rank} waited {waited:.1f} s of at most {self.timeout_s:g} s for other "
+            f"hosts on rail {rail} (step {self._words.read()[0]}, last call {phase} #{call}); "
+            f"missing: {names or 'unknown'}. {text.strip()}".rstrip(". ")
+            + ". Close this communicator",
+            rank=ranks.rank,
+            missing=missing,
+            phase=phase,
+            call=call,
+            waited_s=waited,
+        )
+
+
+class WatchedRail:
+    """A rail whose steps are counted and bounded; see `Rail`.
+
+    Args:
+        rail: moves the rows.
+        words: counts its steps.
+        monitor: watches the words.
+        counts: False where the kernels before and after a step count it themselves.
+    """
+
+    def __init__(self, rail: Rail, *, words: Words, monitor: Monitor, counts: bool = True) -> None:
+        self._rail, self._words, self._monitor, self._counts = rail, words, monitor, counts
+        self.index, self.size = rail.index, rail.size
+        self.capturable = rail.capturable
+        self.exact_sizes_in_graphs = rail.exact_sizes_in_graphs
+
+    def gather(self, row: Tensor, rows: Tensor, stream: torch.cuda.Stream | None = None) -> None:
+        """See `Rail`.
+
+        Raises:
+            PeerTimeoutError, AbortError, ClosedError: as `Monitor.check`.
+        """
+        self._step(lambda: self._rail.gather(row, rows, stream), stream)
+
+    def exchange(
+        self,
+        send: Tensor,
+        receive: Tensor,
+        send_rows: Sequence[int],
+        receive_rows: Sequence[int],
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        """See `Rail`.
+
+        Raises:
+            PeerTimeoutError, AbortError, ClosedError: as `Monitor.check`.
+        """
+        self._step(
+            lambda: self._rail.exchange(send, receive, send_rows, receive_rows, stream), stream
+        )
+
+    def _step(self, move: Callable[[], None], stream: torch.cuda.Stream | None) -> None:
+        self._monitor.check()
+        if self._counts:
+            self._words.begin(stream)
+        try:
+            move()
+        except RailError as error:
+            raise self._monitor.lost(error) from error
+        if self._counts:
+            self._words.end(stream)
+
+    def abort(self) -> None:
+        """See `Rail`."""
+        self._rail.abort()
+
+    def close(self) -> None:
+        """See `Rail`. Also ends the monitor."""
+        self._monitor.stop()
+        self._rail.close()
+        self._words.release()
+
+
+def came(sign: str, step: int) -> bool:
+    """Whether a rank with that sign has begun a step. Numbers wrap around."""
+    return (int(sign.split()[0]) - step) % RANGE < RANGE // 2
+
+
+def follow(rank: int, verdicts: Mapping[int, Sequence[int]]) -> list[int]:
+    """The ranks at the end of who misses whom, beginning with those that `rank` misses.
+
+    Ranks that miss each other in a circle, or nobody, are missed themselves: they live, but do not
+    come. The same for all ranks that know the same verdicts and reach the same ends.
+    """
+    ends: set[int] = set()
+    reached = {rank}
+    ahead = [*verdicts[rank]]
+    while ahead:
+        other = ahead.pop()
+        if other in reached:
+            continue
+        reached.add(other)
+        further = verdicts.get(other, ())
+        if not further:
+            ends.add(other)
+        ahead += further
+    return sorted(ends) or sorted(set(verdicts[rank]) - {rank})
+
+
+def _sign(rank: int) -> str:
+    return f"rail sign/{rank}"
+
+
+def _verdict(rank: int) -> str:
+    return f"rail verdict/{rank}"
+
+
+def _text_of(ranks: Sequence[int]) -> str:
+    return ",".join(map(str, ranks))
+
+
+def _ranks_in(text: str) -> list[int]:
+    return [int(rank) for rank in text.split(",") if rank]
+
+
+def _watch(monitor: Callable[[], Monitor | None], stop: threading.Event) -> None:
+    """Looks until stopped, or until nobody holds the monitor any more."""
+    interval_s = 0.0
+    while not stop.wait(interval_s):
+        alive = monitor()
+        if alive is None:
+            return
+        alive.look()
+        interval_s = alive.interval_s
+        del alive
+
+
+def _halt(stop: threading.Event, thread: threading.Thread, process: int) -> None:
+    if os.getpid() != process:  # a fork has no such thread
+        return
+    stop.set()
+    if thread is not threading.current_thread():
+        thread.join(2 * _LOST_GRACE_S)

@@ -1,0 +1,278 @@
+"""Steps of a rail that do not end: who is missing is named in time, and the process goes on."""
+
+from __future__ import annotations
+
+import gc
+import random
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+
+from expertlink import AbortError, ClosedError, PeerTimeoutError
+from expertlink.engines.hybrid import monitor as monitors
+from expertlink.engines.hybrid.monitor import came, follow
+from expertlink.engines.hybrid.words import RANGE
+from expertlink.launch import RankError, RankPool
+from support.depth import deep
+from support.rails import Ranks, killed_in_an_exchange, ranks_on
+
+TIMEOUT_S = 0.4
+BOUND_S = TIMEOUT_S + 1.0
+SLACK_S = 1.0  # for a machine with other things to do
+TWO_BY_TWO = (0, 0, 1, 1)
+THREE_HOSTS = (0, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def _threads_answer_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that are threads of one process need no half second for a sign of life."""
+    for name in ("_BEAT_S", "_FIRST_BEAT_S", "_EXPIRED_GRACE_S", "_LOST_GRACE_S", "_FOLLOW_S"):
+        monkeypatch.setattr(monitors, name, getattr(monitors, name) / 3)
+
+
+def errors_of(ranks: Ranks, *numbers: int) -> dict[int, tuple[BaseException, float]]:
+    return {number: future.result(30) for number, future in ranks.start(*numbers).items()}
+
+
+@pytest.mark.parametrize("kind", ["nccl", "copy"])
+def test_a_rank_that_does_not_come_is_named(kind: str) -> None:
+    """By all that wait; once, and then the communicator is closed. Others on the rail are not."""
+    with ranks_on(THREE_HOSTS, timeout_s=TIMEOUT_S, kind=kind) as ranks:
+        assert [error for error, _ in errors_of(ranks, 0, 1, 2).values()] == [None] * 3
+        for number, (error, waited) in errors_of(ranks, 0, 2).items():
+            assert isinstance(error, PeerTimeoutError)
+            assert error.missing == (1,), error
+            assert (error.rank, error.phase, error.call) == (number, "dispatch", 7)
+            assert "host 1, rank 1 (a thread)" in str(error)
+            assert waited < BOUND_S + SLACK_S
+        for number in (0, 2):
+            with pytest.raises(ClosedError, match="host 1, rank 1"):
+                ranks.all[number].step()
+            with pytest.raises(ClosedError):
+                ranks.all[number].monitor.check()
+
+
+def test_ranks_that_begin_apart_name_the_same_one() -> None:
+    """One has just come when the other's time is over: it is not taken for missing."""
+    with ranks_on(THREE_HOSTS, timeout_s=TIMEOUT_S) as ranks:
+        first = ranks.start(0)[0]
+        time.sleep(0.8 * TIMEOUT_S)
+        second = ranks.start(1)[1]
+        for future in (first, second):
+            error, _ = future.result(30)
+            assert isinstance(error, PeerTimeoutError)
+            assert error.missing == (2,), error
+
+
+def test_a_late_rank_learns_that_it_was_given_up() -> None:
+    with ranks_on((0, 1), timeout_s=TIMEOUT_S) as ranks:
+        error, _ = errors_of(ranks, 0)[0]
+        assert isinstance(error, PeerTimeoutError)
+        late, waited = errors_of(ranks, 1)[1]
+        assert isinstance(late, PeerTimeoutError)
+        assert late.missing == ()
+        assert "rank 0 has given up this rank as late" in str(late)
+        assert waited < BOUND_S + SLACK_S
+
+
+def test_a_slow_rank_is_waited_for() -> None:
+    with ranks_on((0, 1), timeout_s=5.0) as ranks:
+        first = ranks.start(0)[0]
+        time.sleep(0.6)
+        second = ranks.start(1)[1]
+        assert first.result(30)[0] is second.result(30)[0] is None
+
+
+def test_steps_may_go_on_for_longer_than_the_time_out() -> None:
+    """Each has its own time."""
+    with ranks_on((0, 1), timeout_s=0.4) as ranks:
+
+        def steps(number: int) -> None:
+            for _ in range(6):
+                time.sleep(0.1 * number)
+                assert ranks.all[number].step() == [1 - number]
+
+        for future in [ranks.threads.submit(steps, number) for number in range(2)]:
+            future.result(30)
+
+
+def test_the_cause_is_looked_for_inside_the_host() -> None:
+    """Rank 2 waits for rank 3 of its own host, and so does not come to its rail."""
+    with ranks_on(TWO_BY_TWO, timeout_s=TIMEOUT_S) as ranks:
+        waiting = ranks.start(0)
+        time.sleep(TIMEOUT_S / 2)
+        ranks.faults[2] = PeerTimeoutError(
+            "rank 2 waited for rank 3", rank=2, missing=[3], phase="dispatch", call=7, waited_s=1.0
+        )
+        error, waited = waiting[0].result(30)
+        assert isinstance(error, PeerTimeoutError)
+        assert error.missing == (3,)
+        assert waited < BOUND_S + SLACK_S
+        with pytest.raises(PeerTimeoutError, match="waited for rank 3"):
+            ranks.all[2].monitor.check()
+
+
+def test_waits_end_when_a_rank_aborts() -> None:
+    with ranks_on((0, 1), timeout_s=60.0) as ranks:
+        waiting = ranks.start(0)
+        ranks.all[1].status.publish("abort", "1:number:no room: at all")
+        error, waited = waiting[0].result(30)
+        assert isinstance(error, AbortError)
+        assert (error.rank, error.reason) == (1, "no room: at all")
+        assert waited < 5
+
+
+def test_nobody_is_named_where_all_came() -> None:
+    """A cut network: all wait in the same step."""
+    with ranks_on((0, 1), timeout_s=TIMEOUT_S) as ranks:
+        for rank in ranks.all:
+            rank.words.begin()
+        time.sleep(BOUND_S)
+        for rank in ranks.all:
+            with pytest.raises(PeerTimeoutError, match="network between the hosts") as info:
+                rank.monitor.check()
+            assert info.value.missing == ()
+
+
+def test_two_communicators_fail_apart() -> None:
+    with (
+        ranks_on((0, 1), timeout_s=TIMEOUT_S) as ranks,
+        ranks_on((0, 1), timeout_s=TIMEOUT_S) as others,
+    ):
+        error, _ = errors_of(ranks, 0)[0]
+        assert isinstance(error, PeerTimeoutError)
+        assert [error for error, _ in errors_of(others, 0, 1).values()] == [None] * 2
+
+
+def test_close_during_a_hang_ends_it() -> None:
+    with ranks_on((0, 1), timeout_s=60.0) as ranks:
+        waiting = ranks.start(0)[0]
+        time.sleep(0.1)
+        ranks.all[0].rail.abort()
+        ranks.all[0].rail.close()
+        assert waiting.result(10)[0] is not None
+
+
+def test_a_stopped_process_gets_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock jumps, the words do not move: the wait has not lasted as long as the clock says."""
+    with ranks_on((0, 1), timeout_s=30.0) as ranks:
+        rank = ranks.all[0]
+        rank.monitor.stop()
+        rank.words.begin()
+        rank.monitor.look()
+        later = time.monotonic() + 1e4
+        monkeypatch.setattr(monitors.time, "monotonic", lambda: later)
+        rank.monitor.look()
+        assert not rank.monitor.failed
+
+
+def test_dropped_ranks_leave_no_thread() -> None:
+    ranks = Ranks((0, 1), timeout_s=1.0, kind="copy")
+    gone = [weakref.ref(rank.monitor) for rank in ranks.all]
+    ranks.threads.shutdown()
+    del ranks
+    gc.collect()
+    assert all(monitor() is None for monitor in gone)
+    deadline = time.monotonic() + 5
+    while any(thread.name == "expertlink-monitor" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+_EXIT = """
+import os, sys, time
+from support.rails import Ranks
+ranks = Ranks((0, 1), timeout_s=60.0)
+ranks.start(0)
+time.sleep(0.3)
+pid = os.fork()
+if pid == 0:
+    for rank in ranks.all:
+        rank.rail.close()  # of the parent: nothing happens
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+ranks.start(1)[1].result(20)
+print("worked", flush=True)
+ranks.start(0)
+time.sleep(0.3)
+ranks.all[0].rail.abort()  # the pool waits for its threads
+"""
+
+
+def test_exit_with_open_rails_and_forks() -> None:
+    """Nobody closes: the interpreter ends cleanly. A fork neither waits nor closes connections."""
+    done = subprocess.run(
+        [sys.executable, "-c", _EXIT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "worked\n"
+
+
+def test_a_killed_rank_is_named_and_the_others_go_on() -> None:
+    """Processes: the others name it, live, and make new rails."""
+    host_of, culprit = (0, 1, 2), 1
+    with RankPool(num_ranks=len(host_of)) as pool:
+        job = pool.run(
+            killed_in_an_exchange,
+            host_of,
+            culprit,
+            TIMEOUT_S,
+            timeout_s=60,
+            return_exceptions=True,
+        )
+    died = job.pop(culprit)
+    assert isinstance(died, RankError)
+    assert died.failures[culprit].kind == "died"
+    for result, other in zip(job, (2, 0), strict=True):
+        assert isinstance(result, tuple), result
+        kind, message, missing, waited, again, found = result
+        assert kind == "PeerTimeoutError", message
+        assert missing == (culprit,), message
+        assert "host 1, rank 1 (process" in message
+        assert "has exited" in message
+        assert waited < BOUND_S + SLACK_S
+        assert again == "ClosedError"
+        assert found == [other]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "ends"),
+    [
+        ({0: [1]}, [1]),
+        ({0: [1], 1: [2]}, [2]),
+        ({0: [1, 3], 1: [2]}, [2, 3]),
+        ({0: [1], 1: []}, [1]),
+        ({0: [1], 1: [0]}, [1]),
+        ({0: [1], 1: [2], 2: [1]}, [1]),
+        ({0: [1], 1: [0, 2]}, [2]),
+    ],
+)
+def test_who_is_missed_in_the_end(verdicts: dict[int, list[int]], ends: list[int]) -> None:
+    assert follow(0, verdicts) == ends
+
+
+def test_verdicts_end_outside_of_themselves() -> None:
+    """All that reach the same ranks name the same ones, and nobody who has said whom he misses."""
+    for seed in range(deep(200)):
+        draw = random.Random(seed)
+        ranks = range(draw.randint(2, 7))
+        verdicts = {
+            rank: draw.sample(ranks, draw.randint(1, len(ranks)))
+            for rank in draw.sample(ranks, draw.randint(1, len(ranks)))
+        }
+        for rank in verdicts:
+            found = follow(rank, verdicts)
+            if any(other not in verdicts for other in found):
+                assert not set(found) & set(verdicts)
+
+
+def test_steps_are_compared_across_the_wrap() -> None:
+    assert came("5 1", 5)
+    assert came("6 9", 5)
+    assert not came("4 3", 5)
+    assert came("1 1", RANGE - 1)
+    assert not came(f"{RANGE - 1} 1", 1)
