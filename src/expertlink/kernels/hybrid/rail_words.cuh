@@ -1,4 +1,5 @@
-// The words by which the host's monitor sees that a rank is in a step of its rail (hybrid/words.py).
+// The words by which the monitor of the host sees that a rank is in a step of its rail:
+// hybrid/words.py.
 #pragma once
 
 #include "common/ptx.cuh"
