@@ -66,6 +66,8 @@ def run_checks(*, timeout_s: float = 60.0) -> list[Check]:
         ("gpus", _gpus),
         ("nvrtc", _nvrtc),
         ("symmetric memory", _symmetric_memory),
+        ("domains", _domains),
+        ("network", _network),
         ("limits", _limits),
         ("environment", _environment),
         ("command line", _command_line),
@@ -209,6 +211,63 @@ def _symmetric_memory() -> list[Check]:
         return [Check(name, "warn", sentence)]
     where = "" if _has_gpu() else ", but only GPUs need it"
     return [Check(name, "ok", f"torch has it{where}.")]
+
+
+def _domains() -> list[Check]:
+    """Which ranks of a group would count as one host, and on which rails they would be."""
+    import torch
+
+    from expertlink.engines.hybrid.discovery import HOST_ID, fabric_clique
+
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return [Check("domains", "ok", "no GPUs, so ranks are on one unless config.domains says.")]
+    pretended = os.environ.get(HOST_ID)
+    cliques = {fabric_clique(torch.device("cuda", gpu)) for gpu in range(gpus)}
+    if pretended:
+        name = f"{HOST_ID}={pretended} names this host's"
+    elif cliques != {None}:
+        cliques.discard(None)
+        name = f"fabric clique {', '.join(sorted(map(str, cliques)))}, with GPUs of other machines"
+    else:
+        name = f"machine {platform.node()}"
+    sentence = (
+        f"{name}; {gpus} GPUs, so up to {gpus} rails to other hosts with as many, rail g between "
+        "their g-th ranks."
+    )
+    found = [Check("domains", "ok", sentence)]
+    ranks, local = (os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks.isdecimal() and local.isdecimal() and int(local) and int(ranks) % int(local):
+        sentence = (
+            f"{ranks} ranks, {local} of them here: hosts have unequal numbers, so auto picks "
+            "collective."
+        )
+        found.append(Check("domains", "warn", sentence))
+    return found
+
+
+def _network() -> list[Check]:
+    """What NCCL would use between hosts."""
+    from expertlink import network
+
+    here = os.environ
+    given = [f"{name}={here[name]}" for name in network.VARIABLES if here.get(name)]
+    note = f" ({', '.join(given)})" if given else ""
+    ports, names = network.rdma_ports(here), network.interfaces(here)
+    if here.get("NCCL_NET", "").strip() and here["NCCL_NET"] not in ("IB", "Socket"):
+        return [Check("network", "ok", f"between hosts NCCL uses {here['NCCL_NET']}{note}.")]
+    if ports and here.get("NCCL_NET") != "Socket":
+        sentence = f"between hosts NCCL may use {', '.join(map(str, ports))}{note}."
+        return [Check("network", "ok", sentence)]
+    if here.get("NCCL_NET") == "IB":
+        sentence = f"NCCL is to use RDMA, but no active port was found{note}."
+        return [Check("network", "warn", sentence)]
+    if not names:
+        sentence = f"NCCL finds no interface to other hosts{note}; check NCCL_SOCKET_IFNAME."
+        return [Check("network", "warn", sentence)]
+    over = f"{', '.join(names)}, if they have an address{note}"
+    sentence = f"between hosts NCCL uses TCP over {over}; no RDMA port was found."
+    return [Check("network", "ok", sentence)]
 
 
 def _limits() -> list[Check]:

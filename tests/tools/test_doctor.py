@@ -6,18 +6,20 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from expertlink import __version__, doctor
+from expertlink import __version__, doctor, network
 from expertlink.about import NEEDED
 from expertlink.cli import app
 from expertlink.doctor import Check, exit_code, run_checks
 from expertlink.settings import TIMEOUT, VARIABLES
 
 EXPECTED = {"python", "torch", "distributed", "gpus", "engine", "environment", "round trip cpu"}
+EXPECTED |= {"domains", "network"}
 
 
 @pytest.fixture
@@ -71,6 +73,64 @@ def test_variables_are_shown_and_checked(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("_without_ranks")
+def test_the_network_of_nccl_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in network.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    for device, state, rate in (
+        ("mlx5_0", "4: ACTIVE", "400 Gb/sec (4X NDR)"),
+        ("mlx5_1", "1: DOWN", "40"),
+    ):
+        port = tmp_path / device / "ports" / "1"
+        port.mkdir(parents=True)
+        for name, text in (("state", state), ("rate", rate), ("link_layer", "InfiniBand")):
+            (port / name).write_text(text + "\n")
+    monkeypatch.setattr(network.rdma_ports, "__defaults__", (tmp_path,))
+
+    def sentence() -> tuple[str, str]:
+        [check] = doctor._network()
+        return check.status, check.sentence
+
+    assert sentence() == ("ok", "between hosts NCCL may use mlx5_0:1 (400 Gb/s InfiniBand).")
+    monkeypatch.setenv("NCCL_IB_HCA", "^mlx5_0")
+    status, text = sentence()
+    assert status == "ok"
+    assert text.startswith("between hosts NCCL uses TCP over ")
+    assert "NCCL_IB_HCA=^mlx5_0" in text
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch")
+    assert sentence()[0] == "warn"
+    monkeypatch.setenv("NCCL_NET", "IB")
+    assert sentence() == (
+        "warn",
+        "NCCL is to use RDMA, but no active port was found (NCCL_NET=IB, NCCL_IB_HCA=^mlx5_0, "
+        "NCCL_SOCKET_IFNAME=nosuch).",
+    )
+
+
+@pytest.mark.parametrize(
+    ("listed", "accepted"),
+    [
+        ("", {"eth0", "eth1", "eth10", "lo"}),
+        ("eth1", {"eth1", "eth10"}),
+        ("=eth1", {"eth1"}),
+        ("^eth1", {"eth0", "lo"}),
+        ("^=eth1,lo", {"eth0", "eth10"}),
+        ("eth0,lo", {"eth0", "lo"}),
+    ],
+)
+def test_lists_of_interfaces_are_read_as_nccl_does(listed: str, accepted: set[str]) -> None:
+    names = ("eth0", "eth1", "eth10", "lo")
+    assert {name for name in names if network.accepts(listed, name)} == accepted
+    assert set(network.interfaces({"NCCL_SOCKET_IFNAME": listed}, names)) == accepted - {
+        "lo" if not listed else ""
+    }
+
+
+def test_ports_of_devices() -> None:
+    assert network.accepts("mlx5_0:1,mlx5_1", "mlx5_0", 1)
+    assert not network.accepts("mlx5_0:1,mlx5_1", "mlx5_0", 2)
+    assert network.accepts("mlx5_0:1,mlx5_1", "mlx5_1", 2)
+
+
 def test_a_check_that_breaks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> list[Check]:
         raise OSError("no such thing\nsecond line")
