@@ -167,7 +167,7 @@ def test_a_stopped_process_gets_its_time(monkeypatch: pytest.MonkeyPatch) -> Non
         later = time.monotonic() + 1e4
         monkeypatch.setattr(monitors.time, "monotonic", lambda: later)
         rank.monitor.look()
-        assert not rank.monitor.failed
+        assert rank.monitor.failure is None
 
 
 def test_dropped_ranks_leave_no_thread() -> None:

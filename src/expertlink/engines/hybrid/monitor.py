@@ -116,9 +116,9 @@ class Monitor:
     # -- for the engine ---------------------------------------------------------------------------
 
     @property
-    def failed(self) -> bool:
-        """Whether no further step is possible."""
-        return self._failure is not None
+    def failure(self) -> ExpertlinkError | None:
+        """Why no further step is possible; None: one is."""
+        return self._failure
 
     def check(self) -> None:
         """Raises what has been found out since the last check, if anything.

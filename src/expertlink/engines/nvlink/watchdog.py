@@ -159,6 +159,14 @@ class Watchdog:
             self._logged = int(words.overflowed)
             logger.error("%s; check_health() raises this", self._overflow())
 
+    def expired_wait(self, call: int) -> PeerTimeoutError | None:
+        """What `check` would raise, if the device has reported a wait that expired."""
+        if not self._words.reported:
+            return None
+        with self._order:
+            error = self._expired(call)
+        return error if isinstance(error, PeerTimeoutError) else None
+
     def check_overflow(self) -> None:
         """Raises an overflow that has not been raised yet.
 

@@ -142,6 +142,17 @@ class Wire:
         if self._status is not None:
             self._status.key = f"expertlink/{key}"
 
+    def status_store(self, *, answer_s: float) -> StatusStore | None:
+        """What the ranks of this communicator publish, for queries beside those of this wire.
+
+        None without a group. `answer_s`: how long a query waits.
+        """
+        if self.group is None or self._status is None:
+            return None
+        status = StatusStore(self.group.get_group_store(), answer_s=answer_s)
+        status.key = self._status.key
+        return status
+
     def enter(self, phase: str, call: int) -> None:
         """Names what the following exchanges belong to, for error messages.
 
