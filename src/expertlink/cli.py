@@ -155,7 +155,9 @@ def bench(
             "graph_single.",
         ),
     ] = None,
-    engine: Annotated[str, typer.Option(metavar="LIST", help="auto, collective, nvlink.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(metavar="LIST", help="auto, collective, nvlink, hybrid.")
+    ] = "auto",
     num_sms: Annotated[
         str | None, typer.Option(metavar="LIST", help="SMs that a call may occupy.")
     ] = None,
@@ -169,6 +171,21 @@ def bench(
     ceiling_sms: Annotated[
         int, typer.Option(help="SMs of the plain bulk copies that show what the wire allows.")
     ] = 24,
+    virtual_hosts: Annotated[
+        int | None,
+        typer.Option(help="Take the ranks of this machine for so many hosts of equally many."),
+    ] = None,
+    rail: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RAIL",
+            help="What joins virtual hosts: sockets (the default; NCCL over TCP) or nvlink.",
+        ),
+    ] = None,
+    rail_ctas: Annotated[
+        int | None,
+        typer.Option(help="Most thread blocks of NCCL between hosts; few make NVLink a slow rail."),
+    ] = None,
     calls_per_graph: Annotated[
         int, typer.Option(help="ll: calls in one graph of the variant `graph`.")
     ] = 20,
@@ -259,6 +276,9 @@ def bench(
         num_sms_dispatch=num_sms_dispatch,
         num_sms_combine=num_sms_combine,
         ceiling_sms=ceiling_sms,
+        virtual_hosts=virtual_hosts,
+        rail=rail,
+        rail_ctas=rail_ctas,
         calls_per_graph=calls_per_graph,
         grid=grid,
         overlap=overlap,

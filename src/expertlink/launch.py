@@ -95,6 +95,7 @@ class RankPool:
         device: "cpu", or "cuda" for rank r on GPU r.
         backend: of torch.distributed. Default: "gloo" on CPUs, "cpu:gloo,cuda:nccl" on GPUs.
         threads: CPU threads of each rank.
+        environments: variables of each rank beside those of this process.
         startup_timeout_s: seconds until every rank must have joined.
         group_timeout_s: time-out of the default process group, in seconds.
 
@@ -111,6 +112,7 @@ class RankPool:
         device: DeviceType = "cpu",
         backend: str | None = None,
         threads: int = 1,
+        environments: Sequence[Mapping[str, str]] | None = None,
         startup_timeout_s: float = 300.0,
         group_timeout_s: float = 600.0,
     ) -> None:
@@ -139,6 +141,7 @@ class RankPool:
                         device=device,
                         backend=backend or default_backend(device),
                         threads=threads,
+                        environment={} if environments is None else dict(environments[rank]),
                         store_port=self._store.port,
                         startup_timeout_s=startup_timeout_s,
                         group_timeout_s=group_timeout_s,

@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -98,6 +98,7 @@ class WorkerSpec:
     startup_timeout_s: float
     group_timeout_s: float
     stack_file: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def torchrun_context(*, backend: str | None = None) -> RankContext | None:
@@ -152,6 +153,7 @@ def default_backend(device: DeviceType) -> str:
 
 def worker_main(spec: WorkerSpec, connection: Connection) -> None:
     """Entry point of a worker process."""
+    os.environ |= spec.environment  # before anything reads it
     # Ctrl-C reaches the whole terminal group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     folder = spec.stack_file.parent

@@ -20,6 +20,8 @@ from expertlink.workloads.routings import RoutingSpec
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MAX_RANKS = 4096
+RAILS = ("sockets", "nvlink", "network")
+"""What joins hosts: TCP or NVLink of one machine, or what NCCL finds between real hosts."""
 _SCALE_BYTES = 4
 
 
@@ -113,6 +115,9 @@ class Case:
     num_sms_dispatch: int | None = None
     num_sms_combine: int | None = None
     trace: str | None = None  # file that the routing `trace` replays
+    hosts: int = 1  # N, of equally many ranks that follow each other
+    rail: str | None = None  # what joins them: one of `RAILS`
+    rail_ctas: int | None = None  # most thread blocks of NCCL's kernels on a rail
 
     def __post_init__(self) -> None:
         named = {"dtype": _DTYPES, "mode": VARIANTS, "variant": self.variants}
@@ -121,6 +126,10 @@ class Case:
                 self._refuse(name, f"one of {', '.join(accepted)}")
         if not 1 <= self.ranks <= _MAX_RANKS:
             self._refuse("ranks", f"from 1 to {_MAX_RANKS}")
+        if self.hosts < 1 or self.ranks % self.hosts:
+            self._refuse("hosts", f"a divisor of ranks={self.ranks}")
+        if self.rail not in ((None,) if self.hosts == 1 else RAILS):
+            self._refuse("rail", "None for one host" if self.hosts == 1 else ", ".join(RAILS))
         if self.calls.zero_copy and self.layout in ("flat", "expert_major"):
             self._refuse("variant", f"token_major or rank_major rows, not layout={self.layout!r}")
         if self.calls.needs_nvlink and self.engine == "collective":
@@ -153,7 +162,13 @@ class Case:
             startup_timeout_s=timeout_s,
             zero_copy=self.calls.zero_copy,
             static_shapes=self.calls.static,
+            domains=None if self.hosts == 1 else self.host_of,
         )
+
+    @property
+    def host_of(self) -> tuple[int, ...]:
+        """The host of every rank."""
+        return tuple(rank * self.hosts // self.ranks for rank in range(self.ranks))
 
     @property
     def variants(self) -> Mapping[str, Variant]:
@@ -189,7 +204,7 @@ class Case:
     def calls_per_graph(self, plan: Plan, engine: str) -> int | None:
         """Prepared calls that one graph holds; None where calls are launched one by one."""
         calls = self.calls
-        if not calls.prepared or not (calls.graph or (calls.halves and engine == "nvlink")):
+        if not calls.prepared or not (calls.graph or (calls.halves and engine != "collective")):
             return None
         return plan.calls_per_graph if calls.chained else 1
 
@@ -220,6 +235,8 @@ class Case:
             f"T={self.tokens} H={self.hidden} K={self.topk} E={self.experts} R={self.ranks}",
             self.dtype if self.quantization is None else f"{self.dtype}->{self.quantization}",
         ]
+        if self.hosts > 1:
+            parts.append(f"{self.hosts} hosts")
         return " · ".join(parts)
 
     def _refuse(self, name: str, accepted: str) -> NoReturn:

@@ -27,7 +27,7 @@ from expertlink.jit.compiler import compile_kernel, constants
 from expertlink.jit.kernel import Field, Struct, load_kernel
 
 Moves = dict[tuple[str, str], Callable[[], object]]
-"""What moves the rows of an input, by phase and kind: "raw", "put" or "get"."""
+"""What moves the rows of an input, by phase and kind: "raw", "put", "get" or "rail"."""
 KINDS = ("put", "get")
 
 ARGUMENTS = Struct(

@@ -143,7 +143,7 @@ class Times:
     """What this rank measured by variant, phase and kind, in the order of the rounds.
 
     Kinds are "time", "host", "memory", "idle", "idle host", "idle loop" and "hot host"; and, under
-    the variant "" because all variants are compared with them, "raw", "put" and "get".
+    the variant "" because all variants are compared with them, "raw", "put", "get" and "rail".
     """
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,13 @@ from expertlink.bench.options import (
     BenchOptions,
     build_cases,
     device_and_ranks,
+    hosts_of,
     make_plan,
+    rail_of,
     under_torchrun,
 )
 from expertlink.bench.overlap import OverlapRecord, measure_overlaps
+from expertlink.bench.rails import rail_environment
 from expertlink.bench.records import Record, latest, read_records, write_records
 from expertlink.bench.runner import CaseResult, Job, Measure, run_on_own_ranks, run_under_torchrun
 from expertlink.bench.terminal import (
@@ -47,6 +51,8 @@ class _UnwritableError(Exception):
 
 def run_bench(options: BenchOptions, console: Console) -> int:
     """`expertlink bench`: measures, writes records, shows a table. Returns the exit code."""
+    if under_torchrun():
+        _pretend_hosts(options)
     context = torchrun_context() if under_torchrun() else None
     if context is not None and context.rank != 0:
         console = Console(quiet=True)
@@ -65,6 +71,7 @@ def _run_bench(options: BenchOptions, context: RankContext | None, console: Cons
     if options.host_time:
         measure = measure_host_times
     if options.layer:
+        hosts_of(options, ranks)  # refuses several
         measure, cases = measure_layers, build_layer_cases(options, device=device, ranks=ranks)
     else:
         cases = build_cases(options, device=device, ranks=ranks)
@@ -88,6 +95,19 @@ def _run_bench(options: BenchOptions, context: RankContext | None, console: Cons
         if options.verbose and result.details:
             console.print(result.details, markup=False, highlight=False, soft_wrap=True)
     return FAILED if failed else OK
+
+
+def _pretend_hosts(options: BenchOptions) -> None:
+    """Sets what NCCL of this rank of torchrun reads when it starts."""
+    rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if rank.isdecimal() and ranks.isdecimal() and (options.virtual_hosts or options.rail_ctas):
+        os.environ |= rail_environment(
+            int(rank),
+            ranks=int(ranks),
+            hosts=options.virtual_hosts or 2,
+            rail=rail_of(options),
+            ctas=options.rail_ctas,
+        )
 
 
 def run_plot(results: Sequence[Path], out: Path, console: Console) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -23,6 +23,7 @@ from expertlink.bench.ceilings import Ceilings, Moves
 from expertlink.bench.clock import Clock, Times, capture
 from expertlink.bench.inputs import Input, agree_on_results, prepare_inputs
 from expertlink.bench.measured import Measured, gather_traffic, make_records
+from expertlink.bench.rails import RailCeiling
 from expertlink.bench.records import Record
 from expertlink.bench.steps import Caller, Step
 from expertlink.communicator import MoECommunicator
@@ -52,8 +53,12 @@ def measure_batch(
     """
     with open_communicator(context, cases[0], plan) as comm:
         clock = Clock(context.device, control)
-        with Ceilings(cases[0], plan, clock) as ceilings, no_garbage_collection():
-            batch = _Batch(plan, on_progress, clock, comm, ceilings)
+        with (
+            Ceilings(cases[0], plan, clock) as ceilings,
+            closing(RailCeiling(cases[0], plan, clock)) as rail,
+            no_garbage_collection(),
+        ):
+            batch = _Batch(plan, on_progress, clock, comm, ceilings, rail)
             buffers = comm.create_buffers() if cases[0].calls.prepared else None
             for _, group in groupby(cases, key=lambda case: case.situation):
                 yield from batch.measure(list(group), buffers)
@@ -76,7 +81,7 @@ def open_communicator(context: RankContext, case: Case, plan: Plan) -> MoECommun
 
 def _check_engine(comm: MoECommunicator, case: Case) -> None:
     """Refuses a variant that the communicator's engine does not have."""
-    if not case.calls.needs_nvlink or comm.engine_name == "nvlink":
+    if not case.calls.needs_nvlink or comm.engine_name != "collective":
         return
     others = [name for name, calls in case.variants.items() if not calls.needs_nvlink]
     raise ConfigurationError(
@@ -94,6 +99,7 @@ class _Batch:
     clock: Clock
     comm: MoECommunicator
     ceilings: Ceilings
+    rail: RailCeiling
 
     def measure(
         self, cases: Sequence[Case], buffers: DispatchBuffers | None
@@ -102,7 +108,9 @@ class _Batch:
         # As in serving: with gradients enabled, padding would be zeroed for the experts' backward.
         with torch.no_grad():
             inputs = prepare_inputs(self.comm, cases[0], self.plan, self.clock)
-        moves = self.ceilings.moves(self.comm.rank, [item.wire.rows_to for item in inputs])
+        copies = self.ceilings.moves(self.comm.rank, [item.wire.rows_to for item in inputs])
+        rails = self.rail.moves([item.topk_ids_TK for item in inputs])
+        moves = [{**of_item, **rail} for of_item, rail in zip(copies, rails, strict=True)]
         gc.collect()
         for case in cases:
             _check_engine(self.comm, case)

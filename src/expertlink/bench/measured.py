@@ -14,11 +14,12 @@ from expertlink.bench.ceilings import KINDS, Floor
 from expertlink.bench.clock import Clock, TimesOfRanks
 from expertlink.bench.environment import describe_environment
 from expertlink.bench.inputs import WireRows
+from expertlink.bench.rails import KIND as RAIL
 from expertlink.bench.records import PHASES, Record, Summary, slowest_rank, summarize
 
 _NOTHING_LEAVES = "rows are there before a receiving half begins"
 _SAME = ("mode", "layout", "dtype", "quantization", "ranks", "tokens", "hidden", "topk", "experts")
-_SAME += ("max_tokens_per_rank", "uneven")
+_SAME += ("max_tokens_per_rank", "uneven", "hosts", "rail", "rail_ctas")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ def _record(name: str, phase: str, case: Case, plan: Plan, measured: Measured) -
         wire_gbps=_gbps(sent.mean(), time_us),
         **_ceilings(name, phase, plan, measured, time_us, sent.mean()),
         **_floor(case, phase, measured, time_us),
+        **_rail(name, phase, measured, time_us),
         environment=describe_environment(measured.device),
         wire_bytes_max=round(float(sent.max())),
         wire_bytes_received_max=round(float(received.max())),
@@ -145,6 +147,15 @@ def _floor(case: Case, phase: str, measured: Measured, time_us: Summary) -> dict
         "floor_gbps": round(floor.gbps, 4),
         "flag_us": round(floor.flag_us, 3),
     }
+
+
+def _rail(name: str, phase: str, measured: Measured, time_us: Summary) -> dict[str, Any]:
+    """The fields of a record that say how close to the rail alone a phase is."""
+    parts = _parts(phase)
+    if name == RECV or ("", parts[0], RAIL) not in measured.times:
+        return {}
+    rail_us = _compared(measured.times, dict.fromkeys(parts, RAIL))
+    return {"rail_us": rail_us, "rail_ratio": _ratio(rail_us.median, time_us)}
 
 
 def _parts(phase: str) -> tuple[str, ...]:

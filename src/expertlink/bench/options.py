@@ -23,7 +23,7 @@ _DEFAULT_CPU_RANKS = 4
 _LEAST_MAX_TOKENS = 128
 _WHOLE = ("tokens", "hidden", "topk", "experts")
 _LEAST = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1, "ceiling_sms": 1}
-_LEAST |= {"calls_per_graph": 1}
+_LEAST |= {"calls_per_graph": 1, "rail_ctas": 1}
 
 # What is measured where nothing else is asked for. CUDA: the model shape that the field publishes
 # figures for. CPU: one that a laptop measures in seconds.
@@ -84,6 +84,9 @@ class BenchOptions:
     num_sms_dispatch: str | None = None
     num_sms_combine: str | None = None
     ceiling_sms: int = 24
+    virtual_hosts: int | None = None
+    rail: str | None = None
+    rail_ctas: int | None = None
     calls_per_graph: int = 20
     grid: bool = False
     overlap: bool = False
@@ -115,6 +118,7 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     engines = parse_names(options.engine, name="engine")
     modes = parse_names(options.mode, name="mode")
     recorded = {} if options.trace is None else recorded_shape(options.trace)
+    hosts = hosts_of(options, ranks)
     found: list[Case] = []
     for (dispatch, combine), engine, mode in product(parse_budgets(options), engines, modes):
         lists = _lists(options, device, engine, mode, recorded)
@@ -132,6 +136,9 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
                 num_sms_dispatch=dispatch,
                 num_sms_combine=combine,
                 max_tokens_per_rank=most_tokens,
+                hosts=hosts,
+                rail=rail_of(options) if hosts > 1 else None,
+                rail_ctas=options.rail_ctas,
                 **dict(zip(lists, values, strict=True)),
             )
             found.append(case)
@@ -157,6 +164,37 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
         check_device(case, device)
         check_trace(case, recorded)
     return cases
+
+
+def hosts_of(options: BenchOptions, ranks: int) -> int:
+    """Hosts that the ranks are on: pretended ones, or those of torchrun.
+
+    Raises:
+        ConfigurationError: ranks do not divide into so many hosts, or options of rails are given
+            where there is one host.
+    """
+    hosts, local = options.virtual_hosts, os.environ.get("LOCAL_WORLD_SIZE", "")
+    if hosts is None:
+        # Ranks of torchrun follow each other on a host.
+        hosts = ranks // int(local) if under_torchrun() and local.isdecimal() else 1
+        hosts = hosts if hosts and local.isdecimal() and hosts * int(local) == ranks else 1
+        if options.rail is not None:
+            raise ConfigurationError(f"rail={options.rail!r} needs --virtual-hosts")
+    elif hosts < 2 or ranks % hosts:
+        raise ConfigurationError(
+            f"virtual_hosts={hosts} cannot be measured on {ranks} ranks; accepted: at least 2, "
+            "with equally many ranks each"
+        )
+    if hosts == 1 and options.rail_ctas is not None:
+        raise ConfigurationError(f"rail_ctas={options.rail_ctas} needs several hosts")
+    if hosts > 1 and options.layer:
+        raise ConfigurationError("hosts cannot be told apart with --layer; accepted: one host")
+    return hosts
+
+
+def rail_of(options: BenchOptions) -> str:
+    """What joins the hosts, if there are several."""
+    return "network" if options.virtual_hosts is None else options.rail or "sockets"
 
 
 def check_device(case: Case, device: str) -> None:

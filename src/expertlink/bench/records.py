@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_args, get_ori
 
 from torch import Tensor
 
-from expertlink.bench.cases import VARIANTS, recorded_as
+from expertlink.bench.cases import RAILS, VARIANTS, recorded_as
 from expertlink.config import MODES
 from expertlink.errors import InputError
 
@@ -27,12 +27,13 @@ _ACCEPTED = {
     "variant": (*VARIANTS["ht"], *_PREPARED),
     "mode": MODES,
     "ceiling": (None, "put", "get", "put+put", "put+get"),
+    "rail": (None, *RAILS),
 }
-_COUNTS = ("ranks", "tokens", "hidden", "topk", "experts", "iterations", "inputs")
+_COUNTS = ("ranks", "tokens", "hidden", "topk", "experts", "iterations", "inputs", "hosts")
 _KEY = (
     *("engine", "mode", "phase", "variant", "layout", "dtype", "quantization", "routing"),
     *("uneven", "ranks", "tokens", "hidden", "topk", "experts", "num_sms"),
-    *("num_sms_dispatch", "num_sms_combine", "max_tokens_per_rank"),
+    *("num_sms_dispatch", "num_sms_combine", "max_tokens_per_rank", "hosts", "rail", "rail_ctas"),
 )
 _MAX_LINE_BYTES = 1 << 20
 RECORD_KIND = "call"
@@ -190,6 +191,13 @@ class Record(Checked):
     floor_ratio: float | None = None  # `floor_us` over `time_us`
     floor_gbps: float | None = None  # what leaves a rank while all put 160 MiB to each other
     flag_us: float | None = None  # a flag from one GPU to another, measured in the same run
+    hosts: int = 1  # N, of equally many ranks
+    rail: str | None = None  # what joins them, see `cases.RAILS`; None: one host
+    rail_ctas: int | None = None  # most thread blocks of NCCL's kernels on a rail; None: its choice
+    # The rails alone: one row per (token, other host), in the chunks of the hybrid engine,
+    # alternating with the calls; for a pair the sum of both directions.
+    rail_us: Summary | None = None
+    rail_ratio: float | None = None  # `rail_us` over `time_us`
     max_tokens_per_rank: int | None = None  # T_max of the communicator; None: `tokens`
     calls_per_graph: int | None = None  # in the replayed graph; None: no graph, or one call ("ht")
     num_sms_dispatch: int | None = None  # pair only
@@ -338,7 +346,7 @@ def latest(records: Iterable[OneKeyed]) -> list[OneKeyed]:
 WORDS: dict[str, Callable[[Record], object]] = {
     "on": lambda record: record.hardware,
     "mode": lambda record: record.mode,
-    "R": lambda record: record.ranks,
+    "R": lambda record: _ranks_of(record),
     "H": lambda record: record.hidden,
     "K": lambda record: record.topk,
     "E": lambda record: record.experts,
@@ -351,6 +359,16 @@ WORDS: dict[str, Callable[[Record], object]] = {
     "T": lambda record: record.tokens,
 }
 """What tells cases apart in tables and pictures, in the order in which they are told apart."""
+
+
+def _ranks_of(record: Record) -> str:
+    """Their number, or of several hosts "2x8 sockets", with their rails."""
+    if record.hosts == 1:
+        return str(record.ranks)
+    ctas = "" if record.rail_ctas is None else f" {record.rail_ctas} CTAs"
+    return f"{record.hosts}x{record.ranks // record.hosts} {record.rail}{ctas}"
+
+
 _BARE = ("mode", "layout", "routing", "format", "engine", "variant")  # values that name themselves
 
 

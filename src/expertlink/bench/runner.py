@@ -14,6 +14,7 @@ import torch.distributed as dist
 from expertlink.bench.cases import Case, Plan, batches
 from expertlink.bench.environment import usable_cores
 from expertlink.bench.measure import measure_batch
+from expertlink.bench.rails import rail_environment
 from expertlink.bench.records import Checked
 from expertlink.errors import ClosedError, ExpertlinkError, PeerTimeoutError
 from expertlink.launch import LaunchError, RankContext, RankError, RankPool
@@ -98,6 +99,7 @@ def run_on_own_ranks(
                         num_ranks=ranks,
                         device=device,
                         threads=threads or max(1, usable_cores() // ranks - 1),
+                        environments=[_environment(job.cases[0], rank) for rank in range(ranks)],
                         startup_timeout_s=_STARTUP_TIMEOUT_S,
                         # It also bounds the start.
                         group_timeout_s=max(plan.timeout_s, _SHORTEST_GROUP_TIMEOUT_S),
@@ -116,6 +118,12 @@ def run_on_own_ranks(
         if pool is not None:
             pool.close()
     return job.results
+
+
+def _environment(case: Case, rank: int) -> dict[str, str]:
+    return rail_environment(
+        rank, ranks=case.ranks, hosts=case.hosts, rail=case.rail, ctas=case.rail_ctas
+    )
 
 
 def _measure_on_rank(

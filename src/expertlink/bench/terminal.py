@@ -28,6 +28,8 @@ _NUMBERS: dict[str, tuple[Callable[[Record], Summary | float | None], str]] = {
     "x raw": (lambda record: record.raw_ratio, ""),
     "put": (lambda record: record.put_ratio, "put, get: plain copies over med, 1 is the wire"),
     "get": (lambda record: record.get_ratio, ""),
+    "rail": (lambda record: record.rail_us, "rail: the same rows between the hosts alone"),
+    "/ rail": (lambda record: record.rail_ratio, "/ rail: rail over med"),
     "floor": (lambda record: record.floor_us, "floor: bytes at full bandwidth, two flags a call"),
 }
 """What a column shows, and its line of the legend; columns without a value are left out."""
