@@ -16,6 +16,7 @@ from expertlink.bench.cases import Case
 from expertlink.bench.options import BenchOptions, build_cases
 from expertlink.bench.records import PHASES, read_records
 from expertlink.cli import app
+from expertlink.engines.hybrid import schedule
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext, RankPool
 from support.depth import deep
@@ -126,10 +127,17 @@ def test_a_host_gets_a_token_once() -> None:
         assert rails.rows_to_hosts(table, case).tolist() == expected
 
 
-def test_exchanges_of_a_case() -> None:
-    rows_NN = [[9, 16], [4, 9]]
-    case = Case(**SHAPE, hosts=2, rail="sockets")
-    assert rails.parts_of(case, rows_NN, 0, 128) == [([0, 16], [0, 4])]
-    assert rails.parts_of(case, rows_NN, 1, 128) == [([4, 0], [16, 0])]
-    case = Case(**SHAPE, hosts=2, rail="sockets", mode="ll", variant="eager", layout="expert_major")
-    assert rails.parts_of(case, rows_NN, 0, 128) == [([0, 16], [0, 16])]
+def test_rows_are_in_the_chunk_of_their_token() -> None:
+    shape = {**SHAPE, "tokens": 300, "hidden": 1 << 18, "topk": 1, "hosts": 4, "rail": "sockets"}
+    case = Case(**shape, dtype="float32", routing="balanced")
+    ids = torch.zeros(299, 1, dtype=torch.int64)
+    ids[256:] = 7
+    assert schedule.chunk_sizes(300, most=300) == [300]
+    assert rails.rows_of_chunks(ids, case).tolist() == [[256, 0, 0, 43]]
+    shape |= {"tokens": 1024}
+    rows = rails.rows_of_chunks(torch.zeros(1024, 1, dtype=torch.int64), Case(**shape))
+    assert rows[:, 0].tolist() == schedule.chunk_sizes(1024, most=2048 // 3)
+    assert not rows[:, 1:].any()
+    few = {**SHAPE, "hosts": 2, "rail": "sockets", "mode": "ll", "variant": "eager"}
+    rows = rails.rows_of_chunks(ids[:3], Case(**few, layout="expert_major"))
+    assert rows.tolist() == [[16, 16]]

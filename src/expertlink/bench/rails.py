@@ -7,6 +7,7 @@ with few thread blocks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,10 +18,9 @@ from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import Moves
 from expertlink.bench.clock import Clock
 from expertlink.domains import Domains
-from expertlink.engines.hybrid import schedule as schedules
 from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
 from expertlink.engines.hybrid.rail import NcclRail, Rail
-from expertlink.engines.hybrid.schedule import Chunk
+from expertlink.engines.hybrid.schedule import chunk_sizes, rows_per_chunk, splits
 from expertlink.engines.hybrid.words import HostWords
 from expertlink.routing import even_blocks
 from expertlink.settings import RAIL_CTAS
@@ -88,24 +88,26 @@ class RailCeiling:
         """
         if self._rail is None:
             return [{} for _ in ids_of_inputs]
-        mine = torch.stack([rows_to_hosts(ids_TK, self._case).cpu() for ids_TK in ids_of_inputs])
+        mine = torch.stack([rows_of_chunks(ids_TK.cpu(), self._case) for ids_TK in ids_of_inputs])
         everyone = self._clock.gather(mine)
         own = self.domains.rail(self.domains.local_of(dist.get_rank()))
-        rows_INN = everyone[list(own)].transpose(0, 1)
-        return [self._moves_of(rows_NN.tolist()) for rows_NN in rows_INN]
+        return [
+            self._moves_of(rows_CNN.tolist())
+            for rows_CNN in everyone[list(own)].permute(1, 2, 0, 3)  # inputs, chunks, from, to
+        ]
 
-    def _moves_of(self, rows_NN: list[list[int]]) -> Moves:
+    def _moves_of(self, rows_CNN: list[list[list[int]]]) -> Moves:
         case = self._case
-        back_NN = [list(column) for column in zip(*rows_NN, strict=True)]
+        back_CNN = [[list(column) for column in zip(*rows, strict=True)] for rows in rows_CNN]
         return {
             (phase, KIND): self._exchanges(rows, case.row_bytes(phase))
-            for phase, rows in (("dispatch", rows_NN), ("combine", back_NN))
+            for phase, rows in (("dispatch", rows_CNN), ("combine", back_CNN))
         }
 
-    def _exchanges(self, rows_NN: list[list[int]], row_bytes: int) -> Callable[[], None]:
+    def _exchanges(self, rows_CNN: list[list[list[int]]], row_bytes: int) -> Callable[[], None]:
         rail, device = self._rail, self._clock.device
         assert rail is not None
-        parts = parts_of(self._case, rows_NN, self._host, row_bytes)
+        parts = [splits(rows_NN, self._host) for rows_NN in rows_CNN]
         most = max((max(sum(to), sum(of)) for to, of in parts), default=0)
         send, receive = (
             torch.zeros((most, row_bytes), dtype=torch.uint8, device=device) for _ in range(2)
@@ -125,21 +127,18 @@ class RailCeiling:
             rail.close()
 
 
-def parts_of(
-    case: Case, rows_NN: Sequence[Sequence[int]], host: int, row_bytes: int
-) -> list[tuple[list[int], list[int]]]:
-    """Rows to and from every host in each exchange that the hybrid engine would make.
+def rows_of_chunks(ids_TK: Tensor, case: Case) -> Tensor:
+    """`[C, N]` int64 rows that a rank's tokens send to every host in each chunk of a call.
 
-    In mode "ll" one message to each host, with room for all tokens.
+    Chunks are those of the hybrid engine. In mode "ll" there is one, with room for all tokens.
     """
     if case.mode == "ll":
-        rows = schedules.static_splits(case.hosts, Chunk(0, case.tokens), host)
-        return [(rows, rows)]
-    most = schedules.rows_per_chunk(
-        case.hosts, row_bytes=row_bytes, max_tokens=case.max_tokens_per_rank or case.tokens
-    )
-    chunks = schedules.schedule(rows_NN, most=most, least=schedules.least_rows(row_bytes))
-    return [schedules.splits(rows_NN, chunk, host) for chunk in chunks]
+        return torch.full((1, case.hosts), case.tokens)
+    row_bytes, max_tokens = case.row_bytes("combine"), case.max_tokens_per_rank or case.tokens
+    most = rows_per_chunk(case.hosts, row_bytes=row_bytes, max_tokens=max_tokens)
+    starts = itertools.accumulate(chunk_sizes(max_tokens, most=most), initial=0)
+    parts = [ids_TK[begin:end] for begin, end in itertools.pairwise(starts)]
+    return torch.stack([rows_to_hosts(part_TK, case) for part_TK in parts])
 
 
 def _bounded(rail: NcclRail, domains: Domains, rank: int, timeout_s: float) -> Rail:
