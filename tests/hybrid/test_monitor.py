@@ -11,14 +11,16 @@ import time
 import weakref
 
 import pytest
+import torch
 
 from expertlink import AbortError, ClosedError, PeerTimeoutError
+from expertlink.bench.rails import rail_environment
 from expertlink.engines.hybrid import monitor as monitors
 from expertlink.engines.hybrid.monitor import came, follow
-from expertlink.engines.hybrid.words import RANGE
+from expertlink.engines.hybrid.words import RANGE, DeviceWords
 from expertlink.launch import RankError, RankPool
 from support.depth import deep
-from support.rails import Ranks, killed_in_an_exchange, ranks_on
+from support.rails import Ranks, captured_steps_on_gpus, killed_in_an_exchange, ranks_on
 
 TIMEOUT_S = 0.4
 BOUND_S = TIMEOUT_S + 1.0
@@ -237,6 +239,49 @@ def test_a_killed_rank_is_named_and_the_others_go_on() -> None:
         assert waited < BOUND_S + SLACK_S
         assert again == "ClosedError"
         assert found == [other]
+
+
+@pytest.mark.gpu
+def test_replays_are_counted() -> None:
+    """Steps of a graph are counted by its replays, in the order of their stream."""
+    device = torch.device("cuda", 0)
+    words = DeviceWords(device)
+    side = torch.cuda.Stream()
+    words.begin()
+    torch.cuda.synchronize()
+    assert words.read() == (1, 0)
+    words.end(side)
+    torch.cuda.synchronize()
+    assert words.read() == (1, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            words.begin()
+            words.end()
+        words.begin()
+    assert words.read() == (1, 1)
+    for replays in range(1, 4):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert words.read() == (1 + 4 * replays, 1 + 3 * replays)
+    words.release()
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("rail", ["sockets", "nvlink"])
+def test_a_replay_that_one_rank_makes_alone_ends_in_time(rail: str) -> None:
+    """Over NCCL: the missing rank is named, the context lives, a new rail works."""
+    timeout_s = 3.0
+    environments = [
+        rail_environment(rank, ranks=2, hosts=2, rail=rail, ctas=None) for rank in range(2)
+    ]
+    with RankPool(num_ranks=2, device="cuda", environments=environments) as pool:
+        first, late = pool.run(captured_steps_on_gpus, timeout_s, timeout_s=120)
+    message, missing, waited = first
+    assert missing == (1,), message
+    assert "host 1, rank 1 (process" in message
+    assert waited < timeout_s + 1 + SLACK_S
+    assert late[1] == (), late[0]
 
 
 @pytest.mark.parametrize(

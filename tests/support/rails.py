@@ -18,7 +18,7 @@ import torch.distributed as dist
 from expertlink.domains import Domains
 from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
 from expertlink.engines.hybrid.rail import CopyRail, NcclRail
-from expertlink.engines.hybrid.words import HostWords
+from expertlink.engines.hybrid.words import DeviceWords, HostWords
 from expertlink.engines.ranks.status import StatusStore
 from expertlink.engines.ranks.wire import Peer
 from expertlink.errors import PeerTimeoutError
@@ -35,7 +35,7 @@ class Rank:
     number: int
     rail: WatchedRail
     monitor: Monitor
-    words: HostWords
+    words: Any
     status: StatusStore
 
     def step(self) -> list[int]:
@@ -66,6 +66,7 @@ def make_rank(
     rail: Any = None,
     fault: Fault = lambda: None,
     peers: list[Peer] | None = None,
+    device: torch.device = CPU,
 ) -> Rank:
     """Local but for the rail, which ranks of it make together where none is given."""
     local = domains.local_of(number)
@@ -74,11 +75,12 @@ def make_rank(
             dist.PrefixStore(f"rail {local}", store),
             index=domains.host_of[number],
             size=domains.num_hosts,
-            device=CPU,
+            device=device,
             max_ctas=None,
-            timeout_s=20.0,
+            timeout_s=60.0 if device.type == "cuda" else 20.0,
         )
-    words, status = HostWords(), StatusStore(store, answer_s=0.5)
+    words: Any = DeviceWords(device) if device.type == "cuda" else HostWords()
+    status = StatusStore(store, answer_s=0.5)
     ranks = Neighbours(
         rank=number,
         domains=domains,
@@ -178,3 +180,70 @@ def killed_in_an_exchange(
         rank.rail.close()
     missing = getattr(error, "missing", None)
     return type(error).__name__, str(error), missing, waited, type(again).__name__, found
+
+
+def captured_steps_on_gpus(ctx: RankContext, timeout_s: float) -> tuple[Any, ...]:
+    """Rails over NCCL: uneven rows, replays with new data, a replay that one rank makes alone."""
+    device, group = ctx.device, dist.group.WORLD
+    assert group is not None
+    peers: list[Any] = [None] * ctx.num_ranks
+    dist.all_gather_object(peers, Peer.here())
+    domains = Domains(tuple(range(ctx.num_ranks)))
+    store = dist.PrefixStore(f"gpu {timeout_s}", group.get_group_store())
+    rank = make_rank(store, ctx.rank, domains, timeout_s=timeout_s, peers=peers, device=device)
+    uneven = [
+        [0 if s == d else 3 * s + d for d in range(ctx.num_ranks)] for s in range(ctx.num_ranks)
+    ]
+    to, of = uneven[ctx.rank], [row[ctx.rank] for row in uneven]
+    send = torch.zeros(sum(to), 1024, dtype=torch.uint8, device=device)
+    receive = torch.zeros(sum(of), 1024, dtype=torch.uint8, device=device)
+    from_whom = torch.repeat_interleave(
+        torch.arange(ctx.num_ranks, device=device), torch.tensor(of, device=device)
+    )
+    side = torch.cuda.Stream()
+
+    def exchange() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        rank.rail.exchange(send, receive, to, of, side)
+        torch.cuda.current_stream().wait_stream(side)
+
+    def check(number: int) -> None:
+        torch.cuda.synchronize()
+        expected = (from_whom * 10 + number).to(torch.uint8)
+        assert torch.equal(receive, expected[:, None].expand_as(receive))
+
+    send.fill_(ctx.rank * 10)
+    exchange()
+    check(0)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        exchange()
+    assert rank.words.read() == (1, 1)  # a capture is no step
+    for number in range(1, 5):
+        send.fill_(ctx.rank * 10 + number)
+        graph.replay()
+        check(number)
+    assert rank.words.read() == (5, 5)
+    dist.barrier()
+    if ctx.rank == 1:
+        time.sleep(timeout_s + 3)
+    graph.replay()  # all but rank 1 wait for it
+    began = time.monotonic()
+    torch.cuda.synchronize()
+    waited, error = time.monotonic() - began, None
+    deadline = time.monotonic() + 2 * timeout_s + 5
+    while error is None and time.monotonic() < deadline:
+        try:
+            rank.monitor.check()
+        except PeerTimeoutError as found:
+            error = found
+        time.sleep(0.01)
+    assert torch.ones(3, device=device).sum() == 3  # the context lives
+    rank.rail.close()
+    store = dist.PrefixStore(f"gpu again {timeout_s}", group.get_group_store())
+    rank = make_rank(store, ctx.rank, domains, timeout_s=timeout_s, peers=peers, device=device)
+    exchange()
+    check(4)
+    rank.rail.close()
+    return str(error), getattr(error, "missing", None), waited
