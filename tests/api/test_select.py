@@ -233,6 +233,7 @@ def hybrid(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[Domains]:
         raise EngineUnavailableError("the ranks are on several hosts")
 
     monkeypatch.setattr(select, "build_hybrid", build_hybrid)
+    monkeypatch.setattr(select, "discover", lambda wire: Domains.of([p.host for p in wire.peers]))
     monkeypatch.setattr(select.build, "build", no_nvlink)
     monkeypatch.setattr(select, "CollectiveEngine", lambda *_, **__: "collective")
     return built

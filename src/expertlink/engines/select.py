@@ -17,6 +17,7 @@ from expertlink.config import NOT_COLLECTIVE, MoECommunicatorConfig
 from expertlink.domains import Domains
 from expertlink.engines.base import Engine
 from expertlink.engines.collective.engine import CollectiveEngine
+from expertlink.engines.hybrid.discovery import discover
 from expertlink.engines.nvlink import build
 from expertlink.engines.ranks.handshake import cannot_move
 from expertlink.engines.ranks.wire import Wire
@@ -133,13 +134,14 @@ def build_engine(
             return choice, engine
         except EngineUnavailableError as error:
             refused["nvlink"] = str(error)
-    if domains is None:
-        domains = Domains.of([peer.host for peer in wire.peers] or [""])
+    if domains is None and (choice.name == "hybrid" or (config.engine == "auto" and refused)):
+        domains = discover(wire)
     if choice.name == "hybrid" or (config.engine == "auto" and refused and _several(domains)):
         reason = hybrid_reason(config, device=device, group=group, domains=domains)
         reason = _anybodys(wire, reason)
         if reason is None:
             assert build_hybrid is not None
+            assert domains is not None
             try:
                 engine = build_hybrid(
                     config,
