@@ -105,6 +105,8 @@ class _Batch:
         self, cases: Sequence[Case], buffers: DispatchBuffers | None
     ) -> Iterator[list[Record]]:
         """Measures cases that differ in their variant only."""
+        if cases[0].hosts > 1:
+            self.comm.set_tokens_bound(cases[0].tokens)
         # As in serving: with gradients enabled, padding would be zeroed for the experts' backward.
         with torch.no_grad():
             inputs = prepare_inputs(self.comm, cases[0], self.plan, self.clock)
