@@ -1,4 +1,4 @@
-"""Several hosts in one process on one GPU, in mode "ll": see hosted.py.
+"""Several hosts in one process on one GPU: see hosted.py.
 
 The ranks of a host know each other's memory only. Rails between hosts copy from thread to thread.
 """
@@ -11,13 +11,15 @@ import torch
 
 from expertlink import MoECommunicatorConfig
 from expertlink.domains import Domains
+from expertlink.engines.hybrid.ht.mode import RailHtMode
+from expertlink.engines.hybrid.ht.plan import HybridPlan
 from expertlink.engines.hybrid.ll.mode import RailLlMode, unavailable_reason
 from expertlink.engines.hybrid.rail import CopyRail
+from expertlink.engines.nvlink.arena import Plan
 from expertlink.engines.nvlink.build import make_memory
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.launch import Program
-from expertlink.engines.nvlink.ll.plan import LlPlan
-from expertlink.engines.nvlink.mode import Memory, Mode
+from expertlink.engines.nvlink.mode import Memory
 from support import hosted
 from support.cases import LL, SMS
 from support.hosted import Fleet, HostedBuffer
@@ -33,24 +35,34 @@ class HostsFleet(Fleet):
     Args:
         config: of every rank's communicator.
         domains: hosts of the ranks.
+        chunk_rows: mode "ht": most tokens of a chunk; None: as many as usual.
         options: as `Fleet`.
     """
 
-    def __init__(self, config: MoECommunicatorConfig, domains: Domains, **options: Any) -> None:
-        self.domains = domains
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        domains: Domains,
+        *,
+        chunk_rows: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.domains, self._chunk_rows = domains, chunk_rows
         super().__init__(config, domains.num_ranks, **options)
         most = max(len(experts) for experts in self.placement.experts_of_rank)
-        assert unavailable_reason(config, domains, num_local=most) is None
+        if self.mode is RailLlMode:
+            assert unavailable_reason(config, domains, num_local=most) is None
 
-    def _mode(self) -> type[Mode]:
-        return RailLlMode  # pyright: ignore[reportReturnType] - it takes domains and a rail too
+    def _mode(self) -> Any:
+        return RailLlMode if self.config.mode == "ll" else RailHtMode
 
-    def _plan(self) -> LlPlan:
-        return RailLlMode.plan_of(self.config, self.domains)
+    def _plan(self) -> Plan:
+        if self.config.mode == "ll":
+            return RailLlMode.plan_of(self.config, self.domains)
+        return HybridPlan.across(self.config, self.domains, chunk_rows=self._chunk_rows)
 
     def _program(self) -> Program:
-        assert isinstance(self.plan, LlPlan)
-        return RailLlMode.program_of(self.config, self.plan, self.domains)
+        return self._mode().program_of(self.config, self.plan, self.domains)
 
     def _num_peers(self) -> int | None:
         return self.domains.ranks_per_host
@@ -89,7 +101,7 @@ class HostsFleet(Fleet):
         check, backward = parts.pop("check_inputs"), parts.pop("backward_kernel")
         host, local = self.domains.host_of[wire.rank], self.domains.local_of(wire.rank)
         properties = torch.cuda.get_device_properties(hosted.DEVICE)
-        mode = RailLlMode(
+        mode = self._mode()(
             config,
             **parts,
             num_sms=properties.multi_processor_count,
@@ -101,7 +113,7 @@ class HostsFleet(Fleet):
             wire=wire,
             placement=self.placement,
             memory=memory,
-            mode=mode,  # pyright: ignore[reportArgumentType]
+            mode=mode,
             backward_kernel=backward,
             check_inputs=check,
         )
@@ -113,8 +125,11 @@ class HostsFleet(Fleet):
             rail[0].abort()
 
 
-def hosts_fleet_of(case: Case, **fields: Any) -> HostsFleet:
+def hosts_fleet_of(
+    case: Case, *, mode: str = "ll", chunk_rows: int | None = None, **fields: Any
+) -> HostsFleet:
     """Hosted ranks of several hosts for the configuration of a case; `fields` of it."""
-    usual = {**LL, **SMS, "engine": "hybrid", **fields}
+    usual = {**(LL if mode == "ll" else {}), **SMS, "engine": "hybrid", **fields}
     assert case.domains is not None
-    return HostsFleet(config_of(case, hosted.DEVICE, **usual), Domains(case.domains))
+    config = config_of(case, hosted.DEVICE, **usual)
+    return HostsFleet(config, Domains(case.domains), chunk_rows=chunk_rows)

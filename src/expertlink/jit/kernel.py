@@ -101,6 +101,7 @@ class Struct:
 
     Attributes:
         name: its C++ name.
+        fields: its members.
         size: bytes, with the padding at its end.
         declaration: C++ text; it does not compile where the compiler's layout is another one.
 
@@ -120,7 +121,7 @@ class Struct:
             if not field.name.isidentifier() or len(field.meaning.splitlines()) > 1:
                 raise ValueError(f"struct {name}: {field} has no proper name or meaning")
         members = [(field.name, _ctypes_type(name, field)) for field in fields]
-        self.name = name
+        self.name, self.fields = name, tuple(fields)
         self._fields = {field.name: field for field in fields}
         self._type: type[Arguments] = type(
             name, (Arguments,), {"__slots__": (), "_fields_": members}

@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
 from expertlink.engines.hybrid.engine import Connection, HybridEngine
+from expertlink.engines.hybrid.ht import mode as ht
 from expertlink.engines.hybrid.ll import mode as ll
 from expertlink.engines.hybrid.mode import HybridMode
 from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
@@ -47,9 +48,10 @@ def mode_of(
         EngineUnavailableError: there is none.
     """
     if config.mode != "ll":
-        raise EngineUnavailableError(
-            f"mode={config.mode!r} has no kernels for several hosts in this version; mode='ll' has"
-        )
+        reason = ht.unavailable_reason(config, domains)
+        if reason is not None:
+            raise EngineUnavailableError(f"mode='ht' cannot be served across hosts: {reason}")
+        return ht.RailHtMode
     most = max(len(experts) for experts in placement.experts_of_rank)
     reason = ll.unavailable_reason(config, domains, num_local=most)
     if reason is not None:

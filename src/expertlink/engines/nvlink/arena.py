@@ -106,6 +106,11 @@ class Plan(Protocol):
         """Bytes of the whole arena."""
         ...
 
+    @property
+    def rail_words(self) -> int:
+        """As in `shared.control`: 0 on one host."""
+        ...
+
     def regions(self) -> dict[str, int]:
         """Bytes by region, in the order of their offsets."""
         ...

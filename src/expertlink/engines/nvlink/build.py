@@ -192,6 +192,7 @@ def make_memory(
         num_experts=config.num_experts,
         timeout_s=timeout_s,
         peers=None if domains is None else domains.ranks_of(domains.host_of[rank]),
+        rail_words=plan.rail_words,
     )
     return Memory(arena, watchdog)
 

@@ -36,6 +36,10 @@ class KernelName(enum.IntEnum):
     """The same, of rows that it quantizes."""
     SUM_HOSTS = 6
     """Several hosts: sums what they have sent back."""
+    COUNT = 7
+    """Several hosts: where the tokens of a rank go."""
+    PLAN = 8
+    """Several hosts: slots of all rows, and in which chunks they move."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ class Program:
         constants: what a communicator fixes, by the names in device code; alike on all ranks.
         declarations: C++ text of what a launch tells the kernels.
         kernels: the kernels.
+        rail_words: as in `shared.control`.
     """
 
     constants: dict[str, int | bool]
     declarations: str
     kernels: tuple[KernelSource, ...]
+    rail_words: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +165,8 @@ def compile_program(
     """
     common = common_constants(config, num_ranks=num_ranks, num_peers=num_peers)
     fixed = {**common, **program.constants}
-    prelude = constants(fixed) + shared.declarations(num_ranks, config.num_experts)
+    prelude = constants(fixed)
+    prelude += shared.declarations(num_ranks, config.num_experts, program.rail_words)
     prelude += program.declarations
     suffix = "_hosted" if hosted else ""
     return {

@@ -109,12 +109,16 @@ STATE = Struct(
 
 
 @cache
-def control(num_ranks: int, num_experts: int) -> Struct:
+def control(num_ranks: int, num_experts: int, rail_words: int = 0) -> Struct:
     """Host memory of one rank that its kernels write. The mail is from `mail_number` on.
 
     Communicators with fewer experts can use the memory of one with more: only the last member
-    depends on E.
+    depends on E. `rail_words`: across hosts, [C, 2, N].
     """
+    rail = (
+        Field("int", "mail_chunks", "chunks up to the last one that holds a row"),
+        Field("int", "mail_rail", "[C, 2, N] rows to and from every host", max(1, rail_words)),
+    )
     return Struct(
         "Control",
         (
@@ -141,6 +145,7 @@ def control(num_ranks: int, num_experts: int) -> Struct:
             Field("int", "mail_slots", "rows of an expanded layout, alignment gaps included"),
             Field("int", "headers", "[R, kHeaderWords] of all ranks", num_ranks * HEADER_WORDS),
             Field("int", "mail_rows_from", "[R] rows from each rank", num_ranks),
+            *(rail if rail_words else ()),
             Field("int", "mail_counts", "[E_loc] choices of local experts", num_experts),
         ),
     )
@@ -168,8 +173,8 @@ def counters(num_ranks: int, num_sets: int) -> Struct:
     )
 
 
-def declarations(num_ranks: int, num_experts: int) -> str:
-    """C++ text of what the kernels of both modes know."""
+def declarations(num_ranks: int, num_experts: int, rail_words: int = 0) -> str:
+    """C++ text of what the kernels of both modes know; `rail_words` as in `control`."""
     return (
         enum_declaration(HeaderWord, ExtraWord, prefix="k")
         + enum_declaration(Form, prefix="kForm")
@@ -188,7 +193,7 @@ def declarations(num_ranks: int, num_experts: int) -> str:
             }
         )
         + STATE.declaration
-        + control(num_ranks, num_experts).declaration
+        + control(num_ranks, num_experts, rail_words).declaration
     )
 
 

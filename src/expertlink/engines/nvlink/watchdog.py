@@ -60,6 +60,8 @@ class Mail(NamedTuple):
         headers: `[R][HEADER_WORDS]` DISAGREE: of every rank.
         rows_from: `[R]` rows from each rank.
         counts: `[E_loc]` choices of each local expert.
+        chunks: across hosts: chunks up to the last one that holds a row of any rank.
+        rail: `[C * 2 * N]` across hosts: rows of each chunk to, then from, every host.
     """
 
     verdict: Verdict
@@ -71,6 +73,8 @@ class Mail(NamedTuple):
     headers: list[list[int]]
     rows_from: list[int]
     counts: list[int]
+    chunks: int = 0
+    rail: Sequence[int] = ()
 
 
 class Watchdog:
@@ -81,7 +85,9 @@ class Watchdog:
         num_ranks: R.
         num_experts: E of the communicator that has most of them.
         timeout_s: bound of every wait of the device.
-        peers: ranks that kernels of this one wait for, by their index there; None: all.
+        peers: ranks whose memory this one's kernels address, in the order in which kernels number
+            them. None: all.
+        rail_words: as in `shared.control`.
     """
 
     def __init__(
@@ -92,10 +98,11 @@ class Watchdog:
         num_experts: int,
         timeout_s: float,
         peers: Sequence[int] | None = None,
+        rail_words: int = 0,
     ) -> None:
         self._rank, self._num_ranks = rank, num_ranks
-        self._peers = list(range(num_ranks)) if peers is None else list(peers)
-        layout = control(num_ranks, num_experts)
+        self._peers, self._rail_words = peers or range(num_ranks), rail_words
+        layout = control(num_ranks, num_experts, rail_words)
         self._pinned = torch.zeros(layout.size, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.address: int = self._pinned.data_ptr()
         self._words = layout.at(self.address)
@@ -207,13 +214,13 @@ class Watchdog:
         operation = title_of(words.operation)
         if phase == Phase.AGREEMENT:
             return self.disagreement(self._headers())
+        peer = self._peers[words.peer] if 0 <= words.peer < len(self._peers) else -1
         if phase == Phase.ABORTED:
-            aborter = self._peers[words.peer]
-            reason = self._reason_of(aborter)
+            reason = self._reason_of(peer)
             return AbortError(
-                f"rank {aborter} called abort: {reason or 'its reason could not be read'}. "
+                f"rank {peer} called abort: {reason or 'its reason could not be read'}. "
                 "Close this communicator",
-                rank=aborter,
+                rank=peer,
                 reason=reason,
             )
         if phase == Phase.HALVES:
@@ -222,7 +229,6 @@ class Watchdog:
                 f"{words.expected} to send, {words.seen} to receive): a graph that was replayed "
                 "there, or a half that is missing. Close this communicator"
             )
-        peer = self._peers[words.peer] if 0 <= words.peer < len(self._peers) else -1
         missing = (peer,) if peer >= 0 and peer != self._rank else ()
         what = f"rank {peer}" if missing else "unknown"
         row = f", row {words.index}" if phase == Phase.ROW else ""
@@ -335,4 +341,6 @@ class Watchdog:
                 self._headers() if verdict is Verdict.DISAGREE else [],
                 words.mail_rows_from[:],
                 words.mail_counts[:num_local],
+                words.mail_chunks if self._rail_words else 0,
+                words.mail_rail[: self._rail_words] if self._rail_words else (),
             )

@@ -26,8 +26,8 @@ __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
                       a.control,
                       a.state->sent + 1,
                       static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[a.rank], 0),
-                      a.rank,
+                      ready_word(a.bases[own_peer(a)], 0),
+                      own_peer(a),
                       nullptr};
     if (__syncthreads_or(threadIdx.x == 0 && has_failed(watch))) return;
     if (!run_halves(a, watch, shared, ring)) return;

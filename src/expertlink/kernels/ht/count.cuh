@@ -2,19 +2,15 @@
 // destination, and for every choice its place among this rank's choices of that expert.
 //
 // Every block takes a range of tokens. 32 tokens, one per lane, set one bit each in a mask per
-// column. A column is a destination rank or an expert. A position is the count of bits below a
-// token's own. Bits do not depend on the order in which they are set, so the result is always the
-// same.
+// column. A column is a destination rank, an expert, or across hosts a host. A position is the
+// count of bits below a token's own. Bits do not depend on the order in which they are set, so the
+// result is always the same.
 #pragma once
 
 #include "common/choices.cuh"
-#include "ht/peers.cuh"
+#include "ht/chunk.cuh"
 
 namespace ht {
-
-struct TokenRange {
-    int begin, end;
-};
 
 // Tokens of this block; all ranges but the last are multiples of 32.
 __device__ __forceinline__ TokenRange token_range(const DispatchArguments& a) {
@@ -22,6 +18,15 @@ __device__ __forceinline__ TokenRange token_range(const DispatchArguments& a) {
     const int size = (share + 31) / 32 * 32;
     const int begin = min(static_cast<int>(blockIdx.x) * size, a.num_tokens);
     return {begin, min(begin + size, a.num_tokens)};
+}
+
+constexpr int kHostsAt = kNumSources + kNumExperts;  // column of host 0
+
+// Across hosts: the bit of a token that goes to a rank, in the column of that rank's host.
+template <typename Arguments>
+__device__ __forceinline__ void mark_host(const Arguments& a, unsigned* row, int rank,
+                                          unsigned bit) {
+    if constexpr (kSpansHosts) atomicOr(&row[kHostsAt + seat_of(a, rank) / kNumPeers], bit);
 }
 
 // Sets the bits of up to `groups` * 32 tokens from `first` on. Returns whether ids were faulty.
@@ -46,7 +51,8 @@ __device__ __forceinline__ bool fill_masks(const DispatchArguments& a, unsigned*
             for (int k = 0; k < kChunk; ++k) {
                 if (choices.expert[k] < 0) continue;
                 atomicOr(&row[rank_of(locations[k])], bit);
-                const unsigned before = atomicOr(&row[kNumRanks + choices.expert[k]], bit);
+                mark_host(a, row, rank_of(locations[k]), bit);
+                const unsigned before = atomicOr(&row[kNumSources + choices.expert[k]], bit);
                 faulty |= (before & bit) != 0;  // chosen twice
             }
         }
@@ -71,7 +77,7 @@ __device__ __forceinline__ void place_token(const DispatchArguments& a, const un
         return running[column] + bits_before(masks, group, column) + __popc(row[column] & below);
     };
     int found = 0;
-    for (int rank = 0; rank < kNumRanks; ++rank) {
+    for (int rank = 0; rank < kNumSources; ++rank) {
         if (!(row[rank] >> lane & 1u)) continue;
         const int position = place(rank);
         a.slots_of_token[token * kCopies + found++] = rank * kMaxTokens + position;
@@ -86,7 +92,7 @@ __device__ __forceinline__ void place_token(const DispatchArguments& a, const un
             for (int k = 0; k < kChunk; ++k) {
                 if (begin + k >= kTopk) break;
                 a.ordinals[static_cast<long long>(token) * kTopk + begin + k] =
-                    choices.expert[k] < 0 ? -1 : place(kNumRanks + choices.expert[k]);
+                    choices.expert[k] < 0 ? -1 : place(kNumSources + choices.expert[k]);
             }
         }
     }
@@ -95,8 +101,8 @@ __device__ __forceinline__ void place_token(const DispatchArguments& a, const un
 // Publishes this rank's count row: one block for each peer.
 __device__ __forceinline__ bool publish_counts(const DispatchArguments& a, const Watch& watch,
                                                const int* totals) {
-    for (int step = blockIdx.x; step < kNumRanks; step += gridDim.x) {
-        const int peer = (a.rank + step) % kNumRanks;
+    for (int step = blockIdx.x; step < kNumPeers; step += gridDim.x) {
+        const int peer = (a.rank + step) % kNumPeers;
         __shared__ bool has_room;
         // The peer may still be reading the count row of the last transfer.
         if (threadIdx.x == 0)
@@ -143,9 +149,14 @@ __device__ __forceinline__ void add_blocks(const DispatchArguments& a, int* runn
     __syncthreads();
 }
 
-// All blocks of the grid. Shared memory: (groups + 2) * kColumns words.
+// All blocks of the grid. Shared memory: (groups + 2) * kColumns words. `publish(totals)` says how
+// many rows and choices there are, `place(masks, running, token, group, lane)` writes the positions
+// of a token: its place in a column is the number of tokens of the blocks and groups before it, in
+// `running`, and of the bits before its own in the masks.
+template <typename Publish, typename Place>
 __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const Watch& watch,
-                                             unsigned* shared) {
+                                             unsigned* shared, const Publish& publish,
+                                             const Place& place) {
     unsigned* const masks = shared;
     int* const running = reinterpret_cast<int*>(shared + a.groups * kColumns);
     int* const totals = running + kColumns;
@@ -167,14 +178,14 @@ __device__ __forceinline__ bool count_tokens(const DispatchArguments& a, const W
     if (kCheckInputs && faulty) atomicOr(a.faulty, 1);
     if (!grid_barrier(watch)) return false;
     add_blocks(a, running, totals);
-    if (!publish_counts(a, watch, totals)) return false;
+    if (!publish(totals)) return false;
 
     // Second pass: positions.
     for (int first = range.begin; first < range.end; first += step) {
         // If one pass was enough, the masks are still those of the first loop.
         if (range.end - range.begin > step) fill_masks(a, masks, first, range.end);
         for (int i = threadIdx.x; i < step && first + i < range.end; i += blockDim.x)
-            place_token(a, masks, running, first + i, i / 32, i % 32);
+            place(masks, running, first + i, i / 32, i % 32);
         __syncthreads();
         if (first + step >= range.end) break;
         for (int c = threadIdx.x; c < kColumns; c += blockDim.x)

@@ -41,7 +41,11 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
                                            char* shared, Ring& ring) {
     const int block = blockIdx.x, blocks = gridDim.x;
     if (a.flags & kCount) {
-        if (!count_tokens(a, watch, reinterpret_cast<unsigned*>(shared))) return false;
+        const auto publish = [&](const int* totals) { return publish_counts(a, watch, totals); };
+        const auto place = [&](const unsigned* masks, const int* running, int token, int group,
+                               int lane) { place_token(a, masks, running, token, group, lane); };
+        if (!count_tokens(a, watch, reinterpret_cast<unsigned*>(shared), publish, place))
+            return false;
         // A launch that places what this one has no room for may run beside the sending half.
         if (kWantsMail) let_follower_start();
         if (block == blocks - 1 && !plan_slots(a, watch, reinterpret_cast<int*>(shared)))
@@ -69,8 +73,8 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
                       a.control,
                       (sends ? a.state->sent : a.state->received) + 1,
                       static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[a.rank], 0),
-                      a.rank,
+                      ready_word(a.bases[own_peer(a)], 0),
+                      own_peer(a),
                       nullptr};
     const bool over = __syncthreads_or(threadIdx.x == 0 && has_failed(watch));
     const bool done = !over && run_halves(a, watch, shared, ring);

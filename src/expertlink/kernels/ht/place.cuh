@@ -2,27 +2,35 @@
 // its ids, weights and scales. With zero copy the rows are in place already.
 //
 // Warps take batches of rows in the order in which they are sent: the first row of every source,
-// the second row, and so on. Blocks that send join in when they have sent everything. Rows of this
-// rank's own tokens come straight from the input. In expanded layouts lane (b, k) carries the b-th
-// row to the slot of its choice k; in others lane (b, 0) carries it to its only slot.
+// the second row, and so on. A transfer of a chunk has some of the sources, and some of their rows.
+// Blocks that send join in when they have sent everything. Rows of this rank's own tokens come
+// straight from the input. In expanded layouts lane (b, k) carries the b-th row to the slot of its
+// choice k; in others lane (b, 0) carries it to its only slot.
 #pragma once
 
+#include "ht/chunk.cuh"
 #include "ht/count.cuh"
 #include "ht/ring.cuh"
 
 namespace ht {
 
 struct Arrival {
-    int source;    // rank that sent it
+    int source;    // rank whose token it is
     int position;  // among the rows of that rank
+    int staged;    // across hosts: where it is staged
     int row;       // among all rows: where its choices and weights are kept
     int token;     // of this rank, if it is an own row
 };
 
+// The staging slot of a row.
+__device__ __forceinline__ int slot_of(const Arrival& arrival) {
+    return kSpansHosts ? arrival.staged : arrival.source * kMaxTokens + arrival.position;
+}
+
 // Tables that every row needs. In shared memory.
 struct Groups {
-    int rows_from[kNumRanks];
-    int first_row[kNumRanks];
+    Sources sources;
+    int first_row[kNumSources];  // by seat
     int most;  // rows of the source that sends most, or of every source if padding is cleared
     const int* slots;  // [R, E_loc] first slot of each source's rows of each local expert
 };
@@ -31,17 +39,17 @@ __device__ __forceinline__ void load_groups(const DispatchArguments& a, Groups& 
                                             int* shared_slots) {
     const bool fits = kExpanded && shared_slots != nullptr && !(a.flags & kCached);
     if (threadIdx.x == 0) {
-        groups.most = kLayoutIsRankMajor ? kMaxTokens : 0;
+        groups.most = kLayoutIsRankMajor && !kSpansHosts ? kMaxTokens : 0;
         groups.slots = fits ? shared_slots : a.first_slot;
     }
     __syncthreads();
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
-        groups.rows_from[r] = load_fresh(&a.rows_from[r]);
-        groups.first_row[r] = load_fresh(&a.first_row[r]);
-        atomicMax(&groups.most, groups.rows_from[r]);
+    for (int s = threadIdx.x; s < kNumSources; s += blockDim.x) {
+        load_source(a, groups.sources, s);
+        groups.first_row[s] = load_fresh(&a.first_row[rank_at(a, s)]);
+        atomicMax(&groups.most, groups.sources.rows[s]);
     }
     if (fits)
-        for (int i = threadIdx.x; i < kNumRanks * a.num_local; i += blockDim.x)
+        for (int i = threadIdx.x; i < kNumSources * a.num_local; i += blockDim.x)
             shared_slots[i] = load_fresh(&a.first_slot[i]);
     __syncthreads();
 }
@@ -54,21 +62,30 @@ __device__ __forceinline__ int load_slot(const Groups& groups, int at) {
 // The nth row in the order of arrival. False where there is none.
 __device__ __forceinline__ bool arrival_at(const DispatchArguments& a, const Groups& groups,
                                            int nth, Arrival& arrival) {
-    arrival.position = nth / kNumRanks;
-    arrival.source = (nth + a.rank) % kNumRanks;
+    const Turn turn = turn_at(a, nth);
+    arrival.source = rank_at(a, turn.seat);
+    arrival.position = turn.index;
+    if constexpr (kSpansHosts) {
+        arrival.position += groups.sources.before[turn.seat];
+        arrival.staged = staged_slot(turn.seat, turn.index);
+    }
     arrival.row = kLayoutIsRankMajor ? arrival.source * kMaxTokens + arrival.position
-                                     : groups.first_row[arrival.source] + arrival.position;
-    return arrival.position < groups.rows_from[arrival.source];
+                                     : groups.first_row[turn.seat] + arrival.position;
+    return turn.index < groups.sources.rows[turn.seat];
 }
 
 __device__ __forceinline__ unsigned* flag_of(const DispatchArguments& a, const Arrival& arrival) {
-    return arrival_flag(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position);
+    return arrival_flag(a.bases[own_peer(a)], slot_of(arrival));
 }
 
 __device__ __forceinline__ const char* metadata_of(const DispatchArguments& a,
                                                    const Arrival& arrival) {
-    return staged_metadata(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position,
-                           a.row_bytes);
+    return staged_metadata(a.bases[own_peer(a)], slot_of(arrival), a.row_bytes);
+}
+
+// The peer that stages a row here.
+__device__ __forceinline__ int writer_of(const DispatchArguments& a, const Arrival& arrival) {
+    return kSpansHosts ? arrival.staged / kWriterSlots : arrival.source;
 }
 
 // Reads the metadata of choice k of a row, and keeps them. Returns the choice's slot (expanded
@@ -185,7 +202,7 @@ __device__ __forceinline__ bool place_staged(const DispatchArguments& a, const W
                                              const Groups& groups, Slots slots) {
     const int lane = threadIdx.x % 32, b = lane / kRowLanes, k = lane % kRowLanes;
     const int batch = kMostBatch == 1 ? 1 : a.batch;
-    const int arrivals = groups.most * kNumRanks;
+    const int arrivals = groups.most * num_sources(a);
     int ticket = take(&a.state->next_place, batch);
     for (int first = taken(ticket); first < arrivals; first = taken(ticket)) {
         ticket = take(&a.state->next_place, batch);
@@ -193,22 +210,22 @@ __device__ __forceinline__ bool place_staged(const DispatchArguments& a, const W
         const bool in_batch = b < batch && nth < arrivals;
         Arrival arrival;
         const bool exists = arrival_at(a, groups, nth, arrival) && in_batch;
-        if (kLayoutIsRankMajor && in_batch && !exists && k < kTopk) clear_choice(a, arrival, k);
+        if (kLayoutIsRankMajor && !kSpansHosts && in_batch && !exists && k < kTopk)
+            clear_choice(a, arrival, k);
         const bool own = arrival.source == a.rank, leads = exists && k == 0;
         arrival.token = exists && own ? load_fresh(&a.own_tokens[arrival.position]) : 0;
         bool here = true;
         if (leads && !own)
-            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow, arrival.source,
-                              arrival.position);
+            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow,
+                              writer_of(a, arrival), arrival.position);
         if (!__all_sync(0xffffffffu, here)) return false;
         bulk_wait_read();
         __syncwarp();  // every lane may read what one of them has acquired
         if (leads) fence_global_to_bulk();
-        slots.load(
-            leads, b,
-            own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
-                : staged_row(a.bases[a.rank], arrival.source * kMaxTokens + arrival.position),
-            a.row_bytes);
+        slots.load(leads, b,
+                   own ? a.x + static_cast<long long>(arrival.token) * a.row_bytes
+                       : staged_row(a.bases[own_peer(a)], slot_of(arrival)),
+                   a.row_bytes);
         int target = exists && k < kTopk ? read_metadata(a, groups, arrival, k) : -1;
         if (!kExpanded && leads && arrival.row < a.max_slots) target = arrival.row;
         if (kSourceTokens && target >= 0) place_source_token(a, arrival, target);
@@ -227,7 +244,7 @@ __device__ __forceinline__ bool place_staged(const DispatchArguments& a, const W
 __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, const Watch& watch,
                                                  const Groups& groups) {
     const int lane = threadIdx.x % 32, k = lane % kRowLanes;
-    const int arrivals = groups.most * kNumRanks;
+    const int arrivals = groups.most * num_sources(a);
     int ticket = take(&a.state->next_place, kMostBatch);
     for (int first = taken(ticket); first < arrivals; first = taken(ticket)) {
         ticket = take(&a.state->next_place, kMostBatch);
@@ -236,8 +253,8 @@ __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, con
         const bool exists = arrival_at(a, groups, nth, arrival) && nth < arrivals;
         bool here = true;
         if (exists)
-            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow, arrival.source,
-                              arrival.position);
+            here = wait_until(flag_of(a, arrival), watch.transfer, watch, kPhaseRow,
+                              writer_of(a, arrival), arrival.position);
         if (!__all_sync(0xffffffffu, here)) return false;
         if (exists) {
             arrival.token =
@@ -256,6 +273,20 @@ __device__ __forceinline__ bool receive_in_place(const DispatchArguments& a, con
     return true;
 }
 
+// Clears what no row fills, where the contract says how it reads.
+__device__ __forceinline__ void clear_rest(const DispatchArguments& a, int warp, int num_warps) {
+    if (kClearsRest) {
+        const int last = kNumSources - 1;
+        const int rows = load_fresh(&a.first_row[last]) + load_fresh(&a.rows_from[last]);
+        for (int row = rows + warp; row < a.max_slots; row += num_warps) clear_choices(a, row);
+    }
+    if (kLayoutIsRankMajor && kSpansHosts)
+        for (int row = warp; row < kNumSources * kMaxTokens; row += num_warps)
+            if (row % kMaxTokens >= load_fresh(&a.rows_from[row / kMaxTokens]))
+                clear_choices(a, row);
+    if (kExpanded && !kPadded && kAlignment > 1) zero_gaps(a, warp, num_warps);
+}
+
 // Any block of the grid, as soon as it has nothing else to do. The last warp of a block moves
 // nothing.
 __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Watch& watch,
@@ -264,20 +295,15 @@ __device__ __forceinline__ bool place_rows(const DispatchArguments& a, const Wat
     __shared__ int first_slots[kExpanded ? kMostSharedSlots : 1];
     const int movers = blockDim.x / 32 - 1;
     const Slots slots = open_slots(ring, shared, a.slot_bytes, a.warp_bytes);
-    load_groups(a, groups, kNumRanks * a.num_local <= kMostSharedSlots ? first_slots : nullptr);
+    load_groups(a, groups, kNumSources * a.num_local <= kMostSharedSlots ? first_slots : nullptr);
     bool fine = true;
     if (threadIdx.x / 32 < movers) {
         fine =
             kZeroCopy ? receive_in_place(a, watch, groups) : place_staged(a, watch, groups, slots);
         const int num_warps = movers * gridDim.x;
         const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-        if (fine && kClearsRest) {
-            const int last = kNumRanks - 1;
-            for (int row = groups.first_row[last] + groups.rows_from[last] + warp;
-                 row < a.max_slots; row += num_warps)
-                clear_choices(a, row);
-        }
-        if (fine && kExpanded && !kPadded && kAlignment > 1) zero_gaps(a, warp, num_warps);
+        // Of a call in several transfers the first one sees to slots that no row fills.
+        if (fine && (!kSpansHosts || a.flags & kClear)) clear_rest(a, warp, num_warps);
         bulk_wait_written();
     }
     // The last warp of the grid moves nothing: it checks the headers.

@@ -5,54 +5,59 @@
 
 #include "common/scan.cuh"
 #include "ht/count.cuh"
+#include "hybrid/ht_chunks.cuh"
 
 namespace ht {
 
 // Words of all ranks' count rows. They are read once into shared memory if they fit there.
-constexpr int kTableWords = kNumRanks * kCountWords;
+constexpr int kTableWords = kNumSources * kCountWords;
 
-// Shared memory: 2 * kNumRanks + num_local + 1 words, and the table.
+// Shared memory: 2 * kNumSources + num_local + 1 words, and the table.
 __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Watch& watch,
                                            int* shared) {
-    char* const base = a.bases[a.rank];
+    char* const base = a.bases[own_peer(a)];
     const int* const arrived = count_row(base, 0);
+    // A word of the count row of a source.
+    const auto arrived_at = [&](int source, int index) {
+        return load_fresh(&arrived[seat_of(a, source) * kCountStride + index]);
+    };
     const unsigned* const ready = reinterpret_cast<const unsigned*>(base + kReadyAt);
     bool here = true;
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
-        here &= wait_until(&ready[r], watch.transfer, watch, kPhaseReady, r);
+    for (int p = threadIdx.x; p < kNumPeers; p += blockDim.x)
+        here &= wait_until(&ready[p], watch.transfer, watch, kPhaseReady, p);
     if (!__syncthreads_and(here)) return false;
+    plan_chunks(a, watch);
 
     int* const arrivals = shared;                  // [R] rows from each rank
-    int* const groups = arrivals + kNumRanks;      // [E_loc] rows of each local expert
+    int* const groups = arrivals + kNumSources;    // [E_loc] rows of each local expert
     int* const needed = groups + a.num_local + 1;  // [R] rows each rank would receive
-    int* const table = needed + kNumRanks;
+    int* const table = needed + kNumSources;
     __shared__ int num_arrivals, num_slots, disagree, verdict, worst, room;
     if (kTableIsShared)
         for (int i = threadIdx.x; i < kTableWords; i += blockDim.x)
-            table[i] = load_fresh(&arrived[i / kCountWords * kCountStride + i % kCountWords]);
+            table[i] = arrived_at(i / kCountWords, i % kCountWords);
     __syncthreads();
     const auto word = [&](int source, int index) {
-        return kTableIsShared ? table[source * kCountWords + index]
-                              : load_fresh(&arrived[source * kCountStride + index]);
+        return kTableIsShared ? table[source * kCountWords + index] : arrived_at(source, index);
     };
     // Counts become addresses, so a peer's word is clamped to what is possible.
     const auto count = [&](int source, int column) {
         return min(max(word(source, kHeaderWords + column), 0), kMaxTokens);
     };
     if (threadIdx.x == 0) disagree = worst = room = 0;
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+    for (int r = threadIdx.x; r < kNumSources; r += blockDim.x) {
         arrivals[r] = count(r, a.rank);
         needed[r] = 0;
         if (!kExpanded)
-            for (int s = 0; s < kNumRanks; ++s) needed[r] += count(s, r);
+            for (int s = 0; s < kNumSources; ++s) needed[r] += count(s, r);
     }
     __syncthreads();
 
     // Where the rows of each source rank start inside the group of each local expert.
     for (int e = threadIdx.x; e < a.num_local; e += blockDim.x) {
         int sum = 0;
-        for (int s = 0; s < kNumRanks; ++s) {
-            const int own = count(s, kNumRanks + a.experts[e]);
+        for (int s = 0; s < kNumSources; ++s) {
+            const int own = count(s, kNumSources + a.experts[e]);
             if (kExpanded) a.first_slot[s * a.num_local + e] = sum;
             sum += own;
         }
@@ -62,10 +67,10 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     if (kExpanded && !kPadded)
         for (int e = threadIdx.x; e < kNumExperts; e += blockDim.x) {
             int sum = 0;
-            for (int s = 0; s < kNumRanks; ++s) sum += count(s, kNumRanks + e);
+            for (int s = 0; s < kNumSources; ++s) sum += count(s, kNumSources + e);
             atomicAdd(&needed[rank_of(a.expert_location[e])], align_up(sum));
         }
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+    for (int r = threadIdx.x; r < kNumSources; r += blockDim.x) {
         if (!is_same_call(a, watch, [&](int i) { return word(r, i); })) atomicOr(&disagree, 1);
     }
     __syncthreads();
@@ -74,9 +79,9 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     if (kWantsMail) {
         for (int e = threadIdx.x; e < a.num_local; e += blockDim.x)
             control->mail_counts[e] = groups[e];
-        for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x)
+        for (int r = threadIdx.x; r < kNumSources; r += blockDim.x)
             control->mail_rows_from[r] = arrivals[r];
-        for (int i = threadIdx.x; i < kNumRanks * kHeaderWords; i += blockDim.x)
+        for (int i = threadIdx.x; i < kNumSources * kHeaderWords; i += blockDim.x)
             control->headers[i] = word(i / kHeaderWords, i % kHeaderWords);
     }
     __syncthreads();  // counts of experts become offsets below
@@ -85,7 +90,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         for (int e = threadIdx.x; e < a.num_local; e += 32) groups[e] = align_up(groups[e]);
         __syncwarp();
         const int slots = scan_exclusive(groups, a.num_local);
-        const int total = scan_exclusive(arrivals, kNumRanks);
+        const int total = scan_exclusive(arrivals, kNumSources);
         if (threadIdx.x == 0) {
             groups[a.num_local] = slots;
             num_arrivals = total;
@@ -95,23 +100,23 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     __syncthreads();
 
     if (kExpanded) {
-        for (int i = threadIdx.x; i < kNumRanks * a.num_local; i += blockDim.x) {
+        for (int i = threadIdx.x; i < kNumSources * a.num_local; i += blockDim.x) {
             const int e = i % a.num_local;
-            a.first_slot[i] += kPadded ? e * kNumRanks * kMaxTokens : groups[e];
+            a.first_slot[i] += kPadded ? e * kNumSources * kMaxTokens : groups[e];
         }
         for (int e = threadIdx.x; e <= a.num_local; e += blockDim.x)
             a.expert_offsets[e] = a.offsets_out[e] = groups[e];
     }
     if (threadIdx.x == 0) {
         verdict = disagree ? kDisagree : kFine;
-        for (int r = 0; r < kNumRanks && verdict == kFine; ++r) {
+        for (int r = 0; r < kNumSources && verdict == kFine; ++r) {
             room = word(r, kCapacity);
             worst = r;
             if (room >= 0 && needed[r] > room) verdict = kOverflow;
         }
     }
     __syncthreads();
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+    for (int r = threadIdx.x; r < kNumSources; r += blockDim.x) {
         a.first_row[r] = arrivals[r];
         const int own = count(r, a.rank);
         a.rows_from[r] = a.rows_from_out[r] = own;

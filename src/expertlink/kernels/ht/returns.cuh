@@ -2,6 +2,7 @@
 // which it arrived. Deduplicated layouts return rows as they are, expanded ones partial sums.
 #pragma once
 
+#include "ht/chunk.cuh"
 #include "ht/sum.cuh"
 
 namespace ht {
@@ -20,32 +21,38 @@ __device__ __forceinline__ bool exists(const CombineArguments& a, long long row)
 
 // A row that arrived here.
 struct Arrival {
-    int source, position;
+    int source;  // rank whose token it is
+    int peer;    // where it goes: that rank, or the peer that passes it on to its host
+    int slot;    // among those that this rank writes there
     long long row;
     bool returns;  // something goes back
 
-    // What goes back, as it is announced to its rank.
+    // What goes back, as it is announced to the peer.
     __device__ __forceinline__ int code() const {
-        return returns ? source * kMaxTokens + position : -1;
+        return returns ? peer * kWriterSlots + slot : -1;
     }
 };
 
 // The nth arrival; `taken`: there may be one.
-__device__ __forceinline__ Arrival arrival_at(const CombineArguments& a, const int* rows_from,
+__device__ __forceinline__ Arrival arrival_at(const CombineArguments& a, const Sources& sources,
                                               int nth, bool taken) {
+    const Turn turn = turn_at(a, nth);
     Arrival arrival;
-    arrival.position = nth / kNumRanks;
-    arrival.source = (nth + a.rank) % kNumRanks;
+    arrival.source = rank_at(a, turn.seat);
+    arrival.peer = kSpansHosts ? turn.seat % kNumPeers : turn.seat;
+    arrival.slot = writer_slot(turn.seat, turn.index);
     // Own rows of deduplicated layouts are partial sums already: nothing to copy.
     const bool stays = arrival.source == a.rank && !kExpanded && !(a.flags & kGrads);
-    arrival.returns = taken && arrival.position < rows_from[arrival.source] && !stays;
-    arrival.row = arrival.returns ? row_of(a, arrival.source, arrival.position) : 0;
+    arrival.returns = taken && turn.index < sources.rows[turn.seat] && !stays;
+    int position = turn.index;
+    if constexpr (kSpansHosts) position += sources.before[turn.seat];
+    arrival.row = arrival.returns ? row_of(a, arrival.source, position) : 0;
     return arrival;
 }
 
 // Where the partial sum of an arrival goes. The gradients of weights follow it.
 __device__ __forceinline__ char* target_of(const CombineArguments& a, const Arrival& arrival) {
-    return staged_row(a.bases[arrival.source], a.rank * kMaxTokens + arrival.position);
+    return staged_row(a.bases[arrival.peer], own_peer(a) * kWriterSlots + arrival.slot);
 }
 
 // Writes the gradient of the weight of an arrival's k-th choice.
@@ -94,20 +101,20 @@ __device__ __forceinline__ void sum_choices(const CombineArguments& a, const Sta
 // Expanded layouts: sums up what goes back. While one arrival is summed up, the choices of the next
 // one are loaded, and the one after that is taken.
 __device__ __forceinline__ void return_sums(const CombineArguments& a, ReturnRing& ring,
-                                            const Stages& stages, const int* rows_from,
+                                            const Stages& stages, const Sources& sources,
                                             int arrivals) {
     const int lane = threadIdx.x % 32;
     unsigned posts = 0;
     int nth = taken(take(&a.state->next_send));
     int ticket = take(&a.state->next_send);
-    Arrival arrival = arrival_at(a, rows_from, nth, nth < arrivals);
+    Arrival arrival = arrival_at(a, sources, nth, nth < arrivals);
     Choice choice = choice_of(a, arrival);
     while (nth < arrivals) {
         const Arrival current = arrival;
         const Choice terms = choice;
         nth = taken(ticket);
         ticket = take(&a.state->next_send);
-        arrival = arrival_at(a, rows_from, nth, nth < arrivals);
+        arrival = arrival_at(a, sources, nth, nth < arrivals);
         choice = choice_of(a, arrival);
         if (!current.returns) continue;
         sum_choices(a, stages, terms, target_of(a, current));
@@ -120,7 +127,7 @@ __device__ __forceinline__ void return_sums(const CombineArguments& a, ReturnRin
 // Returns rows as they are, or gradients alone, a batch at a time. Lane (b, k) sees to the k-th
 // choice of the b-th arrival; lane (b, 0) moves it.
 __device__ __forceinline__ void return_copies(const CombineArguments& a, ReturnRing& ring,
-                                              Slots slots, const int* rows_from, int arrivals) {
+                                              Slots slots, const Sources& sources, int arrivals) {
     const int lane = threadIdx.x % 32, b = lane / kRowLanes;
     const bool leads = lane % kRowLanes == 0;
     const int batch = kMostBatch == 1 ? 1 : a.batch;
@@ -130,7 +137,7 @@ __device__ __forceinline__ void return_copies(const CombineArguments& a, ReturnR
     for (int first = taken(ticket); first < arrivals; first = taken(ticket)) {
         ticket = take(&a.state->next_send, batch);
         const int nth = first + b;
-        const Arrival arrival = arrival_at(a, rows_from, nth, b < batch && nth < arrivals);
+        const Arrival arrival = arrival_at(a, sources, nth, b < batch && nth < arrivals);
         if (!__any_sync(0xffffffffu, arrival.returns)) continue;
         const bool loads = leads && arrival.returns && !kExpanded && a.row_bytes != 0 &&
                            arrival.source != a.rank && exists(a, arrival.row);
@@ -156,26 +163,26 @@ __device__ __forceinline__ void return_copies(const CombineArguments& a, ReturnR
 // Blocks that send.
 __device__ __forceinline__ bool return_rows(const CombineArguments& a, const Watch& watch,
                                             char* shared, ReturnRing& ring, const Stages& stages) {
-    __shared__ int rows_from[kNumRanks];
+    __shared__ Sources sources;
     __shared__ int most;
     const int movers = blockDim.x / 32 - 1;
     const Slots slots = open_slots(ring, shared, a.slot_bytes, a.warp_bytes);
     if (threadIdx.x == 0) most = 0;
     if (!peers_have_room(a, watch, false)) return false;
-    for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
-        rows_from[r] = a.rows_from[r];
-        atomicMax(&most, rows_from[r]);
+    for (int s = threadIdx.x; s < kNumSources; s += blockDim.x) {
+        load_source(a, sources, s);
+        atomicMax(&most, sources.rows[s]);
     }
     __syncthreads();
     if (threadIdx.x / 32 < movers) {
-        const int arrivals = most * kNumRanks;
+        const int arrivals = most * num_sources(a);
         if (kExpanded && a.row_bytes != 0)
-            return_sums(a, ring, stages, rows_from, arrivals);
+            return_sums(a, ring, stages, sources, arrivals);
         else
-            return_copies(a, ring, slots, rows_from, arrivals);
+            return_copies(a, ring, slots, sources, arrivals);
         finish_posting(ring);
     } else {
-        announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
+        announce_rows(ring, a.bases, own_peer(a), watch.transfer, movers);
     }
     close_slots(ring);
     return true;

@@ -45,7 +45,7 @@ template <int kWarps>
 struct RingOf {
     static_assert(kWarps <= 32, "the announcing warp has a lane for every mailbox");
     unsigned long long barriers[kWarps];
-    int codes[kWarps][kMailboxDepth][32];  // rank * kMaxTokens + position of announced rows
+    int codes[kWarps][kMailboxDepth][32];  // peer * kWriterSlots + slot of announced rows
     unsigned posted[kWarps];               // batches put into the mailbox
     unsigned taken[kWarps];                // batches taken out of it
     unsigned finished;                     // warps that will post no more
@@ -76,6 +76,8 @@ __device__ __forceinline__ void close_slots(RingOf<kWarps>& ring) {
     __syncthreads();
 }
 
+// Every peer writes kWriterSlots staged rows, those from its number * kWriterSlots on. On one host
+// it has a slot for every token.
 __device__ __forceinline__ char* staged_row(char* base, int slot) {
     return base + kStagingAt + static_cast<long long>(slot) * kStagingStride;
 }
@@ -108,7 +110,8 @@ __device__ __forceinline__ void copy_bytes(char* target, const char* source, int
 // A release at system scope takes longer than a row does. So the warps that move rows only post
 // those whose bytes are written. One warp announces the rows of all of them after one fence.
 
-// Posts a batch. Every lane: `code` is a row at a destination, which has been written, or -1.
+// Posts a batch. Every lane: `code` is peer * kWriterSlots + slot of a row that has been written
+// there, or -1.
 template <int kWarps>
 __device__ __forceinline__ void post(RingOf<kWarps>& ring, int code, unsigned& count) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -131,7 +134,7 @@ __device__ __forceinline__ void finish_posting(RingOf<kWarps>& ring) {
 
 // The announcing warp: raises arrival flags until `num_warps` warps have finished posting.
 template <int kWarps>
-__device__ __forceinline__ void announce_rows(RingOf<kWarps>& ring, char* const* bases, int rank,
+__device__ __forceinline__ void announce_rows(RingOf<kWarps>& ring, char* const* bases, int peer,
                                               unsigned transfer, int num_warps) {
     const int lane = threadIdx.x % 32;
     unsigned done = 0;  // batches of warp `lane` that have been announced
@@ -155,8 +158,8 @@ __device__ __forceinline__ void announce_rows(RingOf<kWarps>& ring, char* const*
             for (unsigned n = __shfl_sync(0xffffffffu, done, warp); n != until; ++n) {
                 const int code = ring.codes[warp][n % kMailboxDepth][lane];
                 if (code < 0) continue;
-                const int at = rank * kMaxTokens + code % kMaxTokens;
-                store_relaxed_system(arrival_flag(bases[code / kMaxTokens], at), transfer);
+                const int at = peer * kWriterSlots + code % kWriterSlots;
+                store_relaxed_system(arrival_flag(bases[code / kWriterSlots], at), transfer);
             }
         }
         __syncwarp();

@@ -6,6 +6,7 @@
 // is being loaded.
 #pragma once
 
+#include "ht/chunk.cuh"
 #include "ht/count.cuh"
 #include "ht/ring.cuh"
 
@@ -41,32 +42,40 @@ __device__ __forceinline__ void write_metadata(const DispatchArguments& a, const
     fence_shared_to_bulk();
 }
 
+// Where the row of a token goes as its d-th copy: peer * kWriterSlots + slot there, or -1. Rows for
+// experts of this rank are placed from the input, unless all rows go to the pool.
+template <typename Arguments>
+__device__ __forceinline__ int code_of(const Arguments& a, int token, int d) {
+    const int code = load_fresh(&a.slots_of_token[token * kCopies + d]);
+    const bool placed = !kZeroCopy && code / kMaxTokens == a.rank;
+    if constexpr (kSpansHosts) return code < 0 || placed ? -1 : chunk_code(a, code);
+    return placed ? -1 : code;
+}
+
 // Sends the tokens that this warp takes.
 __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ring, Slots slots,
                                             const int* pools) {
     const int lane = threadIdx.x % 32, b = lane / kRowLanes, d = lane % kRowLanes;
     const int batch = kMostBatch == 1 ? 1 : a.batch;
+    const TokenRange tokens = tokens_of_chunk(a);
     const auto destination = [&](int first) {
         const int token = first + b;
-        if (b >= batch || d >= kCopies || token >= a.num_tokens) return -1;
-        const int code = load_fresh(&a.slots_of_token[token * kCopies + d]);
-        // Rows for experts of this rank are placed from the input, unless all rows go to the pool.
-        const bool placed = !kZeroCopy && code / kMaxTokens == a.rank;
-        return placed ? -1 : code;
+        if (b >= batch || d >= kCopies || token >= tokens.end) return -1;
+        return code_of(a, token, d);
     };
 
-    int first = taken(take(&a.state->next_send, batch));
-    int next = taken(take(&a.state->next_send, batch));
+    int first = tokens.begin + taken(take(&a.state->next_send, batch));
+    int next = tokens.begin + taken(take(&a.state->next_send, batch));
     int written = -1;    // of the batch before: the row at this lane's destination
     unsigned posts = 0;  // batches posted
-    for (int next_code = destination(first); first < a.num_tokens;) {
+    for (int next_code = destination(first); first < tokens.end;) {
         const int token = first + b, code = next_code;
         const int ticket = take(&a.state->next_send, batch);
         next_code = destination(next);
         first = next;
         const unsigned going = __ballot_sync(0xffffffffu, code >= 0);
         if (going == 0) {
-            next = taken(ticket);
+            next = tokens.begin + taken(ticket);
             continue;
         }
         const bool sends = (going & lanes_of_row(b)) != 0;
@@ -75,14 +84,13 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
         slots.load(sends && d == 0, b, a.x + static_cast<long long>(token) * a.row_bytes,
                    a.row_bytes);
         if (a.metadata_bytes) write_metadata(a, slots, token, sends);
-        const int rank = max(code, 0) / kMaxTokens, position = max(code, 0) % kMaxTokens;
-        const int at = a.rank * kMaxTokens + position;
-        char* const base = a.bases[rank];
+        const int peer = max(code, 0) / kWriterSlots, slot = max(code, 0) % kWriterSlots;
+        const int at = own_peer(a) * kWriterSlots + slot;
+        char* const base = a.bases[peer];
         char* target = staged_row(base, at);
         if (kZeroCopy)
-            target =
-                base + kPoolAt + pools[rank] * kPoolBytes +
-                static_cast<long long>(load_fresh(&a.first_sent[rank]) + position) * a.row_bytes;
+            target = base + kPoolAt + pools[peer] * kPoolBytes +
+                     static_cast<long long>(load_fresh(&a.first_sent[peer]) + slot) * a.row_bytes;
         bulk_wait_written();
         post(ring, written, posts);
         slots.loaded();
@@ -95,7 +103,7 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
             bulk_commit();
         }
         written = code;
-        next = taken(ticket);
+        next = tokens.begin + taken(ticket);
     }
     bulk_wait_written();
     post(ring, written, posts);
@@ -104,14 +112,14 @@ __device__ __forceinline__ void send_tokens(const DispatchArguments& a, Ring& ri
 
 __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watch& watch,
                                           char* shared, Ring& ring) {
-    __shared__ int pools[kNumRanks];
+    __shared__ int pools[kNumPeers];
     if (!peers_have_room(a, watch, kZeroCopy)) return false;
     if (kZeroCopy) {
         // Every rank announces which pool its view of this dispatch is in. A rank in another call
         // may be reading its pools: then nothing is sent, and whoever compares the headers reports
         // it.
         bool same = true;
-        for (int r = threadIdx.x; r < kNumRanks; r += blockDim.x) {
+        for (int r = threadIdx.x; r < kNumPeers; r += blockDim.x) {
             const int* const header = count_row(a.bases[a.rank], r);
             pools[r] = load_fresh(&header[kPool]) & 1;
             same &= is_same_call(a, watch, [&](int word) { return load_fresh(&header[word]); });
@@ -123,7 +131,7 @@ __device__ __forceinline__ bool send_rows(const DispatchArguments& a, const Watc
     if (threadIdx.x / 32 < movers)
         send_tokens(a, ring, slots, pools);
     else
-        announce_rows(ring, a.bases, a.rank, watch.transfer, movers);
+        announce_rows(ring, a.bases, own_peer(a), watch.transfer, movers);
     close_slots(ring);
     return true;
 }

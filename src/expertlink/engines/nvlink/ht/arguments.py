@@ -25,6 +25,10 @@ class Flag(enum.IntFlag):
     """Weights travel. (A rank without tokens has no address for them.)"""
     GRADS = 128
     """Gradients of the slots' weights travel."""
+    WITHIN_HOST = 256
+    """Across hosts: the rows of this host's own tokens move, else those of other hosts."""
+    CLEAR = 512
+    """Across hosts: this transfer clears the slots that no row of the call fills."""
 
 
 # What both kernels begin with: peers.cuh reads these.

@@ -44,6 +44,7 @@ class BlockShape:
     Args:
         config: the communicator's.
         num_ranks: R.
+        num_hosts: N, which those are on.
         num_local: E_loc.
         max_warps: most warps of a block that move rows; None: as many as tuned.
 
@@ -59,13 +60,14 @@ class BlockShape:
         num_ranks: int,
         num_local: int,
         max_warps: int | None = None,
+        num_hosts: int = 1,
     ) -> None:
         self.most_copies = min(config.topk, num_ranks)
         self.default_sms = default_sms(config, num_ranks)
         self._metadata = RowShape.of(config).metadata
         self._room = tuning.SHARED_BYTES - tuning.STATIC_BYTES
-        self._columns = count_columns(config, num_ranks)
-        table = shared_table_words(config, num_ranks)
+        self._columns = count_columns(config, num_ranks, num_hosts)
+        table = shared_table_words(config, num_ranks, num_hosts)
         self._plan_bytes = 4 * (2 * num_ranks + num_local + 1 + table)
         self._most_warps = max_warps or 32
         self._max_warps = min(self._most_warps, tuning.HT_MAX_WARPS)

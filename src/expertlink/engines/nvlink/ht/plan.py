@@ -14,8 +14,8 @@ from expertlink.engines.nvlink.shared import HEADER_WORDS
 from expertlink.layouts import align
 from expertlink.types import DispatchLayout
 
-_FLAG_WORDS = 3  # of each rank: ready, credit and abort
-_ALIGNMENT = 1024
+FLAG_WORDS = 3  # of each rank: ready, credit and abort
+ARENA_ALIGNMENT = 1024
 LEAST_SUM_BYTES = 8192  # shared memory of a warp that sums
 
 
@@ -51,13 +51,13 @@ class HtPlan:
         slots = num_ranks * config.max_tokens_per_rank
         words = HEADER_WORDS + count_columns(config, num_ranks)
         sizes = {
-            "flags": 4 * (_FLAG_WORDS * num_ranks + slots),
+            "flags": 4 * (FLAG_WORDS * num_ranks + slots),
             "counts": 4 * num_ranks * words,
             "metadata": slots * shape.metadata if config.zero_copy else 0,
             "rows": slots * shape.staged,
             "pool": slots * shape.row if config.zero_copy else 0,
         }
-        rounded = {name: align(size, _ALIGNMENT) for name, size in sizes.items()}
+        rounded = {name: align(size, ARENA_ALIGNMENT) for name, size in sizes.items()}
         return HtPlan(
             **rounded,
             count_words=words,
@@ -71,6 +71,11 @@ class HtPlan:
             return False
         same = (self.max_tokens, self.stride) == (other.max_tokens, other.stride)
         return same and all(getattr(self, name) >= size for name, size in vars(other).items())
+
+    @property
+    def rail_words(self) -> int:
+        """The mail says nothing of rails."""
+        return 0
 
     def regions(self) -> dict[str, int]:
         """Bytes by region, in the order of their offsets."""
@@ -87,16 +92,16 @@ class HtPlan:
         """Bytes of the whole arena."""
         return sum(self.regions().values())
 
-    def offsets(self, num_ranks: int) -> dict[str, int]:
+    def offsets(self, num_peers: int) -> dict[str, int]:
         """Offsets of the regions as the kernels name them."""
         flags, counts, metadata, rows, _ = itertools.accumulate(
             (0, self.flags, self.counts, self.metadata, self.rows)
         )
         return {
             "kReadyAt": flags,
-            "kCreditsAt": flags + 4 * num_ranks,
-            "kAbortsAt": self.aborts_at(num_ranks),
-            "kFlagsAt": flags + 4 * _FLAG_WORDS * num_ranks,
+            "kCreditsAt": flags + 4 * num_peers,
+            "kAbortsAt": self.aborts_at(num_peers),
+            "kFlagsAt": flags + 4 * FLAG_WORDS * num_peers,
             "kCountsAt": counts,
             "kCountStride": self.count_words,
             "kMetadataAt": metadata,
@@ -107,7 +112,7 @@ class HtPlan:
 
     def aborts_at(self, num_ranks: int) -> int:
         """Offset of the abort words."""
-        return 4 * (_FLAG_WORDS - 1) * num_ranks
+        return 4 * (FLAG_WORDS - 1) * num_ranks
 
     def prepare(self, memory: Tensor) -> None:
         """Makes an arena what it has to be before the first call."""
@@ -118,14 +123,14 @@ class HtPlan:
         return self.flags + self.counts + self.metadata + self.rows + index * self.pool
 
 
-def count_columns(config: MoECommunicatorConfig, num_ranks: int) -> int:
-    """Counts of a count row: rows for each rank, then choices of each expert."""
-    return num_ranks + config.num_experts
+def count_columns(config: MoECommunicatorConfig, num_ranks: int, num_hosts: int = 1) -> int:
+    """Counts of a count row: rows for each rank, choices of each expert, rows for each host."""
+    return num_ranks + config.num_experts + (num_hosts if num_hosts > 1 else 0)
 
 
-def shared_table_words(config: MoECommunicatorConfig, num_ranks: int) -> int:
+def shared_table_words(config: MoECommunicatorConfig, num_ranks: int, num_hosts: int = 1) -> int:
     """Words of shared memory for the count rows of all ranks; 0 where planning reads the arena."""
-    words = num_ranks * (HEADER_WORDS + count_columns(config, num_ranks))
+    words = num_ranks * (HEADER_WORDS + count_columns(config, num_ranks, num_hosts))
     return words if words <= tuning.HT_SHARED_TABLE else 0
 
 
@@ -140,10 +145,11 @@ def combine_warps(config: MoECommunicatorConfig) -> int:
 
 
 def constants_of(
-    config: MoECommunicatorConfig, plan: HtPlan, *, num_ranks: int
+    config: MoECommunicatorConfig, plan: HtPlan, *, num_ranks: int, num_hosts: int = 1
 ) -> dict[str, int | bool]:
     """What a communicator fixes for its kernels; the same on all ranks."""
     shape = RowShape.of(config)
+    table_words = shared_table_words(config, num_ranks, num_hosts)
     return {
         "kStagingStride": shape.staged,
         "kMetadataStride": shape.metadata,
@@ -152,8 +158,11 @@ def constants_of(
         "kSourceAt": shape.source_at,
         "kScalesAt": shape.scales_at,
         "kSourceTokens": config.source_tokens,
-        "kColumns": count_columns(config, num_ranks),
-        "kTableIsShared": shared_table_words(config, num_ranks) > 0,
+        "kColumns": count_columns(config, num_ranks, num_hosts),
+        "kNumChunks": 1,
+        "kChunkRows": config.max_tokens_per_rank,
+        "kWriterSlots": config.max_tokens_per_rank,
+        "kTableIsShared": table_words > 0,
         "kMaxWarps": tuning.HT_MAX_WARPS,
         "kCombineWarps": combine_warps(config),
         "kLeastSumBytes": LEAST_SUM_BYTES,
@@ -166,5 +175,5 @@ def constants_of(
         "kCheckInputs": bool(config.check_inputs),
         "kWantsMail": not config.static_shapes,
         "kClearsRest": config.static_shapes and config.layout is DispatchLayout.TOKEN_MAJOR,
-        **plan.offsets(num_ranks),
+        **plan.offsets(num_ranks // num_hosts),
     }

@@ -95,6 +95,11 @@ class LlPlan:
         """Whether a communicator that needs `other` can share this arena."""
         return self == other
 
+    @property
+    def rail_words(self) -> int:
+        """The mail says nothing of rails."""
+        return 0
+
     def regions(self) -> dict[str, int]:
         """Bytes by region, in the order of their offsets."""
         return {

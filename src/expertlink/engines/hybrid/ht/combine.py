@@ -1,0 +1,158 @@
+"""High-throughput combine across hosts of one rank: chunks, messages, arguments, launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.base import CombineCall
+from expertlink.engines.hybrid.ht.arguments import COMBINE
+from expertlink.engines.hybrid.ht.dispatch import message_of, tell_chunk, tell_tables
+from expertlink.engines.hybrid.ht.messages import Messages
+from expertlink.engines.hybrid.ht.order import Step, combine_steps
+from expertlink.engines.hybrid.ht.plan import RailRow
+from expertlink.engines.hybrid.ht.tables import HybridRoute, HybridTables
+from expertlink.engines.nvlink.ht.arguments import Flag
+from expertlink.engines.nvlink.ht.blocks import BlockShape
+from expertlink.engines.nvlink.ht.combine import CombinePlanner
+from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
+from expertlink.engines.nvlink.mode import ALIGNMENT
+from expertlink.engines.ranks.header import Operation
+
+_GRADS, _WITHIN_HOST = int(Flag.GRADS), int(Flag.WITHIN_HOST)
+_HEADER_ROWS = 1  # of a message
+
+
+class ChunkLaunches(NamedTuple):
+    """Launches of a combine, and what the kernels are told of them."""
+
+    num_senders: int
+    slot_bytes: int
+    warp_bytes: int
+    batch: int
+    move: Launch
+    add: Launch
+
+
+@dataclass(frozen=True)
+class HybridCombinePlanner:
+    """Plans launches. `inside` plans those inside a host."""
+
+    inside: CombinePlanner
+
+    def __call__(self, row_bytes: int, num_sms: int | None) -> ChunkLaunches:
+        """The launches for rows of a size (0: gradients only) and a caller's number of SMs."""
+        *told, move = self.inside(row_bytes, num_sms)
+        # Sums of hosts: all warps add up.
+        add = Launch(
+            grid=move.grid, block=move.block - 32, shared_bytes=move.shared_bytes, local=True
+        )
+        return ChunkLaunches(*told, move=move, add=add)
+
+
+class HybridCombiner:
+    """Queues the combines of one rank.
+
+    Args:
+        config: the communicator's.
+        common: arguments that all calls share, by name.
+        messages: what the rail carries.
+        run: queues a kernel.
+        blocks: shape of the blocks.
+        num_sms: multiprocessors of the GPU.
+
+    Attributes:
+        most_blocks: of the planner.
+    """
+
+    def __init__(
+        self,
+        config: MoECommunicatorConfig,
+        *,
+        common: dict[str, int],
+        messages: Messages,
+        run: Run,
+        blocks: BlockShape,
+        num_sms: int,
+    ) -> None:
+        self._topk, self._run, self._messages = config.topk, run, messages
+        self._row_bytes = config.hidden_size * config.dtype.itemsize
+        self._host = common["seat"] // messages.plan.num_peers
+        self._arguments = COMBINE.new(**common)
+        inside = CombinePlanner(config, blocks, num_sms)
+        self.most_blocks = inside.most_blocks
+        self._launches: Launches[ChunkLaunches] = Launches(HybridCombinePlanner(inside))
+
+    def combine(self, call: CombineCall, route: HybridRoute) -> Tensor | None:
+        """Queues a combine; returns the weight gradients if the call asks for them."""
+        rows = call.rows
+        if rows.data_ptr() % ALIGNMENT:  # bulk copies do not accept that
+            rows = rows.clone()
+        a = self._arguments
+        a.rows, a.out = rows.data_ptr(), call.out_TH.data_ptr()
+        a.weights_of_row = route.weights_address() if call.weighted else None
+        return self._return(
+            route, Operation.COMBINE, self._row_bytes, grads=call.weight_grads, num_sms=call.num_sms
+        )
+
+    def weight_grads(self, route: HybridRoute, grads: Tensor) -> Tensor:
+        """Queues the return of per-slot gradients: `[T, K]` float32."""
+        self._arguments.weights_of_row = None
+        returned = self._return(route, Operation.WEIGHT_GRADS, 0, grads=grads, num_sms=None)
+        assert returned is not None
+        return returned
+
+    def _return(
+        self,
+        route: HybridRoute,
+        operation: Operation,
+        row_bytes: int,
+        *,
+        grads: Tensor | None,
+        num_sms: int | None,
+    ) -> Tensor | None:
+        """Writes what all calls say, and moves the chunks."""
+        a, block, layout = self._arguments, route.block, route.layout
+        assert isinstance(layout, HybridTables)
+        grads_TK, flags, grad_bytes = None, 0, 0
+        if grads is not None:
+            grads = grads.to(torch.float32).contiguous()
+            grads_TK = torch.empty(
+                (route.num_tokens, self._topk), dtype=torch.float32, device=block.device
+            )
+            a.slot_grads, a.grads_out = grads.data_ptr(), grads_TK.data_ptr()
+            flags, grad_bytes = _GRADS, 4 * self._topk
+        a.operation, a.row_bytes, a.flags = int(operation), row_bytes, flags
+        a.header_metadata_bytes = grad_bytes
+        a.subject, a.maker = route.origin, route.maker
+        a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
+        tell_tables(a, layout, block.data_ptr(), route.num_tokens)
+        a.rail_stride = a.sum_stride = RailRow(row_bytes, 0, grad_bytes).stride
+        a.own_sums, a.head_rows = self._messages.own_sums.data_ptr(), _HEADER_ROWS
+        self._move(route, self._launches[row_bytes, num_sms])
+        return grads_TK
+
+    def _move(self, route: HybridRoute, launches: ChunkLaunches) -> None:
+        a, messages, plan = self._arguments, self._messages, self._messages.plan
+        a.num_senders, a.slot_bytes, a.warp_bytes, a.batch = launches[:4]
+        flags = a.flags
+        num_chunks = plan.num_chunks if route.rows is None else len(route.rows)
+        for step, chunk in combine_steps(num_chunks):
+            tell_chunk(a, messages, chunk)
+            if step is Step.DRAIN:
+                messages.wait(chunk)
+                self._run(KernelName.SUM_HOSTS, a, launches.add)
+                continue
+            a.flags = flags | (_WITHIN_HOST if step is Step.OWN else 0)
+            self._run(KernelName.COMBINE, a, launches.move)
+            a.flags = flags
+            if step is Step.FILL:
+                rows = message_of(
+                    plan, chunk, route.rows, host=self._host, head=_HEADER_ROWS, back=True
+                )
+                messages.exchange(chunk, rows, a.rail_stride)

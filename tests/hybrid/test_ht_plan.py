@@ -1,0 +1,114 @@
+"""Chunks, messages and steps of mode "ht" across hosts: pure functions."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from expertlink import MoECommunicatorConfig
+from expertlink.domains import Domains
+from expertlink.engines.hybrid.ht.dispatch import message_of
+from expertlink.engines.hybrid.ht.mode import seats_of, unavailable_reason
+from expertlink.engines.hybrid.ht.order import Step, combine_steps, dispatch_steps
+from expertlink.engines.hybrid.ht.plan import (
+    RING,
+    HybridPlan,
+    chunk_starts,
+    head_rows,
+    message,
+)
+
+MODEL = {"num_experts": 256, "hidden_size": 7168, "topk": 8, "max_tokens_per_rank": 4096}
+TWO_BY_EIGHT = Domains((0,) * 8 + (1,) * 8)
+
+
+def plan_of(domains: Domains = TWO_BY_EIGHT, **fields: object) -> HybridPlan:
+    chunk_rows = fields.pop("chunk_rows", None)
+    config = MoECommunicatorConfig(device="cpu", **{**MODEL, **fields})  # type: ignore[arg-type]
+    assert chunk_rows is None or isinstance(chunk_rows, int)
+    return HybridPlan.across(config, domains, chunk_rows=chunk_rows)
+
+
+def test_chunks_hold_every_token_once() -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        tokens, most = rng.randint(1, 9000), rng.randint(1, 3000)
+        starts = chunk_starts(tokens, most=most)
+        sizes = [end - begin for begin, end in itertools.pairwise(starts)]
+        assert starts[0] == 0
+        assert starts[-1] == tokens
+        assert all(0 < size <= most for size in sizes)
+
+
+@pytest.mark.parametrize("steps_of", [dispatch_steps, combine_steps])
+def test_no_message_is_written_before_the_last_one_there_was_read(steps_of: object) -> None:
+    for num_chunks in range(1, 3 * RING + 2):
+        steps = list(steps_of(num_chunks))  # type: ignore[operator]
+        place = {step: index for index, step in enumerate(steps)}
+        assert len(place) == len(steps) == 3 * num_chunks
+        for chunk in range(num_chunks):
+            assert place[Step.FILL, chunk] < place[Step.DRAIN, chunk]
+            assert place[Step.OWN, chunk] < place[Step.DRAIN, chunk]
+            if chunk >= RING:
+                assert place[Step.DRAIN, chunk - RING] < place[Step.FILL, chunk]
+
+
+def test_own_sums_of_a_combine_are_used_before_the_next_ones_are_made() -> None:
+    steps = [step for step in combine_steps(7) if step[0] is not Step.FILL]
+    assert steps == [(step, chunk) for chunk in range(7) for step in (Step.OWN, Step.DRAIN)]
+
+
+def test_messages_have_a_head_and_nothing_for_the_own_host() -> None:
+    lengths = message([5, 9, 0], [1, 9, 2], host=1, head=1)
+    assert (lengths.send, lengths.receive) == ((6, 0, 1), (2, 0, 3))
+
+
+def test_what_came_goes_back_in_a_combine() -> None:
+    plan = plan_of(Domains((0, 1, 2)), chunk_rows=512)
+    rows = [([4, 0, 7], [1, 0, 2])]
+    there = message_of(plan, 0, rows, host=1, head=1)
+    back = message_of(plan, 0, rows, host=1, head=1, back=True)
+    assert (there.send, there.receive) == (back.receive, back.send) == ((5, 0, 8), (2, 0, 3))
+    static = message_of(plan, 0, None, host=1, head=1)
+    size = plan.starts[1] + 1
+    assert static.send == static.receive == (size, 0, size)
+
+
+def test_heads_are_whole_rows() -> None:
+    assert [head_rows(words, 64) for words in (1, 16, 17, 33)] == [1, 1, 2, 3]
+
+
+def test_seats_are_neighbours_on_a_host() -> None:
+    assert seats_of(Domains((0, 1, 1, 0))) == [0, 2, 3, 1]
+
+
+def test_memory_has_room_for_the_largest_messages() -> None:
+    plan = plan_of()
+    shape = plan.stride
+    assert plan.rows == 16 * plan.chunk_rows * shape
+    assert plan.messages >= plan.chunk_rows * 14336 + 4 * plan.count_words
+    assert plan.total == sum(plan.regions().values())
+    assert plan.holds(plan_of(num_experts=128))
+    assert not plan.holds(plan_of(num_experts=512))
+    assert not plan.holds(plan_of(chunk_rows=512))
+
+
+@pytest.mark.parametrize(
+    ("domains", "fields", "text"),
+    [
+        ((0, 0), {}, "one host"),
+        ((0, 0, 1), {}, "different numbers"),
+        ((0, 1), {"zero_copy": True, "output_layout": "token_major"}, "zero_copy"),
+        ((0, 1), {"combine_precision": "exact"}, "exact"),
+        ((0, 1), {}, None),
+    ],
+)
+def test_what_is_not_served(
+    domains: tuple[int, ...], fields: dict[str, object], text: str | None
+) -> None:
+    config = MoECommunicatorConfig(device="cpu", **{**MODEL, **fields})  # type: ignore[arg-type]
+    reason = unavailable_reason(config, Domains(domains))
+    assert (reason is None) == (text is None)
+    assert text is None or text in str(reason)
