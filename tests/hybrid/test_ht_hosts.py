@@ -51,6 +51,7 @@ def edges(shape: Shape) -> list[Case]:
         shape.case((CHUNK,) * ranks, only_rank=0, seed=13),
         shape.case((CHUNK + 1,) * ranks, only_rank=ranks - 1, masked=0.3, seed=14),
         shape.case((0,) * (ranks - 1) + (33,), seed=15),
+        shape.case((40,) * ranks, masked=0.97, seed=16),
     ]
 
 

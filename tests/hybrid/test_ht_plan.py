@@ -19,6 +19,7 @@ from expertlink.engines.hybrid.ht.plan import (
     head_rows,
     message,
 )
+from expertlink.engines.nvlink.shared import HEADER_WORDS
 
 MODEL = {"num_experts": 256, "hidden_size": 7168, "topk": 8, "max_tokens_per_rank": 4096}
 TWO_BY_EIGHT = Domains((0,) * 8 + (1,) * 8)
@@ -77,6 +78,7 @@ def test_what_came_goes_back_in_a_combine() -> None:
 
 
 def test_heads_are_whole_rows() -> None:
+    assert head_rows(HEADER_WORDS, 16) * 16 >= 4 * HEADER_WORDS, "rows of gradients are as short"
     assert [head_rows(words, 64) for words in (1, 16, 17, 33)] == [1, 1, 2, 3]
 
 

@@ -15,17 +15,17 @@ from expertlink.engines.hybrid.ht.arguments import COMBINE
 from expertlink.engines.hybrid.ht.dispatch import message_of, tell_chunk, tell_tables
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.order import Step, combine_steps
-from expertlink.engines.hybrid.ht.plan import RailRow
+from expertlink.engines.hybrid.ht.plan import RailRow, head_rows
 from expertlink.engines.hybrid.ht.tables import HybridRoute, HybridTables
 from expertlink.engines.nvlink.ht.arguments import Flag
 from expertlink.engines.nvlink.ht.blocks import BlockShape
 from expertlink.engines.nvlink.ht.combine import CombinePlanner
 from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
 from expertlink.engines.nvlink.mode import ALIGNMENT
+from expertlink.engines.nvlink.shared import HEADER_WORDS
 from expertlink.engines.ranks.header import Operation
 
 _GRADS, _WITHIN_HOST = int(Flag.GRADS), int(Flag.WITHIN_HOST)
-_HEADER_ROWS = 1  # of a message
 
 
 class ChunkLaunches(NamedTuple):
@@ -95,6 +95,7 @@ class HybridCombiner:
             rows = rows.clone()
         a = self._arguments
         a.rows, a.out = rows.data_ptr(), call.out_TH.data_ptr()
+        call.out_TH[self._moved(route) :].zero_()
         a.weights_of_row = route.weights_address() if call.weighted else None
         return self._return(
             route, Operation.COMBINE, self._row_bytes, grads=call.weight_grads, num_sms=call.num_sms
@@ -125,6 +126,7 @@ class HybridCombiner:
             grads_TK = torch.empty(
                 (route.num_tokens, self._topk), dtype=torch.float32, device=block.device
             )
+            grads_TK[self._moved(route) :].zero_()
             a.slot_grads, a.grads_out = grads.data_ptr(), grads_TK.data_ptr()
             flags, grad_bytes = _GRADS, 4 * self._topk
         a.operation, a.row_bytes, a.flags = int(operation), row_bytes, flags
@@ -133,9 +135,15 @@ class HybridCombiner:
         a.num_tokens, a.max_slots = route.num_tokens, math.prod(route.shape)
         tell_tables(a, layout, block.data_ptr(), route.num_tokens)
         a.rail_stride = a.sum_stride = RailRow(row_bytes, 0, grad_bytes).stride
-        a.own_sums, a.head_rows = self._messages.own_sums.data_ptr(), _HEADER_ROWS
+        a.own_sums = self._messages.own_sums.data_ptr()
+        a.head_rows = head_rows(HEADER_WORDS, a.rail_stride)
         self._move(route, self._launches[row_bytes, num_sms])
         return grads_TK
+
+    def _moved(self, route: HybridRoute) -> int:
+        """First token behind the chunks that move: nothing comes back for it."""
+        starts = self._messages.plan.starts
+        return starts[-1 if route.rows is None else len(route.rows)]
 
     def _move(self, route: HybridRoute, launches: ChunkLaunches) -> None:
         a, messages, plan = self._arguments, self._messages, self._messages.plan
@@ -152,7 +160,6 @@ class HybridCombiner:
             self._run(KernelName.COMBINE, a, launches.move)
             a.flags = flags
             if step is Step.FILL:
-                rows = message_of(
-                    plan, chunk, route.rows, host=self._host, head=_HEADER_ROWS, back=True
-                )
+                head, host = a.head_rows, self._host
+                rows = message_of(plan, chunk, route.rows, host=host, head=head, back=True)
                 messages.exchange(chunk, rows, a.rail_stride)

@@ -28,7 +28,7 @@ from expertlink.engines.nvlink.ht.blocks import BlockShape
 from expertlink.engines.nvlink.ht.dispatch import DispatchPlanner, Started
 from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
 from expertlink.engines.nvlink.rows import RowShape
-from expertlink.engines.nvlink.shared import Verdict
+from expertlink.engines.nvlink.shared import HEADER_WORDS, Verdict
 from expertlink.engines.nvlink.watchdog import Mail, Watchdog
 from expertlink.engines.outputs import OutputTensors, PublicCounts
 from expertlink.engines.ranks import capacity, metadata
@@ -41,7 +41,6 @@ from expertlink.types import DispatchLayout
 _MOVES, _WITHIN_HOST = int(Flag.SEND | Flag.PLACE), int(Flag.WITHIN_HOST)
 _CLEAR = int(Flag.CLEAR)
 _Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
-_HEADER_ROWS = 1  # of a message that brings no counts
 
 
 class ChunkLaunches(NamedTuple):
@@ -321,9 +320,8 @@ class HybridDispatcher:
 
     def _head(self, chunk: int, *, cached: bool) -> int:
         """Rows in front of a message: with static shapes the first ones bring the counts."""
-        if self._mails or cached or chunk:
-            return _HEADER_ROWS
-        return head_rows(self._plan.count_words, self._arguments.rail_stride)
+        words = HEADER_WORDS if self._mails or cached or chunk else self._plan.count_words
+        return head_rows(words, self._arguments.rail_stride)
 
     def _rows_of(self, mail: Mail) -> list[tuple[list[int], list[int]]]:
         hosts, words = self._plan.num_hosts, mail.rail
