@@ -82,6 +82,12 @@ def test_heads_are_whole_rows() -> None:
     assert [head_rows(words, 64) for words in (1, 16, 17, 33)] == [1, 1, 2, 3]
 
 
+def test_communicators_of_other_rows_cut_alike() -> None:
+    """So that a routing serves them all."""
+    hosts = Domains(tuple(range(32)))
+    assert plan_of(hosts, hidden_size=64).starts == plan_of(hosts, hidden_size=7168).starts
+
+
 def test_seats_are_neighbours_on_a_host() -> None:
     assert seats_of(Domains((0, 1, 1, 0))) == [0, 2, 3, 1]
 

@@ -26,7 +26,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
     for (int p = threadIdx.x; p < kNumPeers; p += blockDim.x)
         here &= wait_until(&ready[p], watch.transfer, watch, kPhaseReady, p);
     if (!__syncthreads_and(here)) return false;
-    plan_chunks(a, watch);
+    plan_chunks(a, watch.control);
 
     int* const arrivals = shared;                  // [R] rows from each rank
     int* const groups = arrivals + kNumSources;    // [E_loc] rows of each local expert

@@ -17,8 +17,8 @@ __device__ __forceinline__ int rows_before_chunk(const int* row, int column, int
 
 // The block that plans, once all count rows are here; before the mail is complete. Fills the tables
 // of the chunks, and tells the host the lengths of the messages and how many chunks hold anything.
-template <typename Arguments>
-__device__ __forceinline__ void plan_chunks(const Arguments& a, const Watch& watch) {
+template <typename Arguments, typename Mail>
+__device__ __forceinline__ void plan_chunks(const Arguments& a, Mail* mail) {
     if constexpr (kSpansHosts) {
         __shared__ int used;
         if (threadIdx.x == 0) used = 1;
@@ -52,13 +52,13 @@ __device__ __forceinline__ void plan_chunks(const Arguments& a, const Watch& wat
             // [C, 2, N]: rows that each host gets from this rank, and rows that come from it.
             for (int i = threadIdx.x; i < kNumChunks * kNumHosts; i += blockDim.x) {
                 const int chunk = i / kNumHosts, host = i % kNumHosts;
-                int* const out = watch.control->mail_rail + chunk * 2 * kNumHosts + host;
+                int* const out = mail->mail_rail + chunk * 2 * kNumHosts + host;
                 const int* const sent = a.sent + i;
                 const int* const relayed = a.relayed + host * kBounds + chunk;
                 out[0] = host == own ? 0 : sent[kNumHosts] - sent[0];
                 out[kNumHosts] = host == own ? 0 : relayed[1] - relayed[0];
             }
-            if (threadIdx.x == 0) watch.control->mail_chunks = used;
+            if (threadIdx.x == 0) mail->mail_chunks = used;
         }
         __syncthreads();
     }

@@ -27,6 +27,7 @@ RING = 3
 """Chunks whose messages are in memory at a time: one is packed, one is on the rail, one is passed
 on. Not measured."""
 
+_USUAL_ROW = 14336  # bytes; cuts do not follow the rows: those of any size can use a routing
 _ALIGNMENT = 16  # of rows in a message: bulk copies move multiples
 
 
@@ -129,7 +130,7 @@ class HybridPlan(HtPlan):
         shape = RowShape.of(config)
         if chunk_rows is None:
             chunk_rows = rows_per_chunk(
-                num_hosts, row_bytes=shape.row, max_tokens=config.max_tokens_per_rank
+                num_hosts, row_bytes=_USUAL_ROW, max_tokens=config.max_tokens_per_rank
             )
         starts = tuple(chunk_starts(config.max_tokens_per_rank, most=chunk_rows))
         most = max(end - begin for begin, end in itertools.pairwise(starts))
