@@ -153,9 +153,9 @@ class RailCombiner(LlCombiner):
         self._launch.launch_whole(KernelName.COMBINE, a, flags, num_sms)
         messages.exchange(at, size)
         s = self._sum.copy() if halves else self._sum
-        wide = route.ids_TK.dtype is torch.int64
+        wide = route.ids().dtype is torch.int64
         s.flags, s.operation = (_WIDE_IDS if wide else 0) | (flags & _GRADS), a.operation
-        s.num_tokens, s.row_bytes, s.ids = route.num_tokens, a.row_bytes, route.ids_TK.data_ptr()
+        s.num_tokens, s.row_bytes, s.ids = route.num_tokens, a.row_bytes, route.ids().data_ptr()
         s.under_way, s.message_bytes = at.under_way.data_ptr(), size
         s.rows_at, s.grads_at = layout.rows_at, layout.grads_at
         s.receive, s.own = at.receive.data_ptr(), sent + (messages.num_hosts - 1) * size

@@ -187,7 +187,7 @@ class RailDispatcher(LlDispatcher):
         if weights is not None:
             p.flags |= _NEW_WEIGHTS
             p.weights = weights.data_ptr()
-        p.ids, p.ids_copy = ids.data_ptr(), route.ids_TK.data_ptr()
+        p.ids, p.ids_copy = ids.data_ptr(), route.ids().data_ptr()
         p.weights_copy, p.rows_to = block + tables["own_weights"], block + tables["rows_to"]
         p.bound, p.message_bytes, p.under_way = bound, layout.nbytes, at.under_way.data_ptr()
         p.ids_at, p.weights_at = layout.ids_at, layout.weights_at
