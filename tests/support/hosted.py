@@ -320,7 +320,12 @@ class HostedCommunicator(MoECommunicator):
         share_with: HostedCommunicator | None = None,
         **fields: Any,
     ) -> None:
-        super().__init__(dataclasses.replace(fleet.config, **fields))
+        config = dataclasses.replace(fleet.config, **fields)
+        chosen = config
+        if config.engine == "hybrid":  # the choice would ask for a process group
+            chosen = dataclasses.replace(config, engine="nvlink", domains=None)
+        super().__init__(chosen)
+        self.config = self._groupless = config
         self._fleet, self._memory_of = fleet, share_with
         self.rank, self.num_ranks = rank, fleet.num_ranks
 
