@@ -95,7 +95,8 @@ def register(
         for field in dataclasses.fields(MoECommunicatorConfig)
         if field.name not in ("group", "timeout_s", "startup_timeout_s")
     ]
-    never_waits = engine.numbers_by_max_tokens  # the kernels of mode "ll"
+    # The kernels of mode "ll". Routes of mode "ht" across hosts also hold lengths of messages.
+    never_waits = engine.numbers_by_max_tokens and config.mode == "ll"
     static = engine.name == "nvlink" and (config.static_shapes or never_waits)
     facts += [engine.routing_form, str(num_local), str(comm.num_ranks), str(comm.device)]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -323,7 +323,7 @@ class HybridDispatcher:
         words = HEADER_WORDS if self._mails or cached or chunk else self._plan.count_words
         return head_rows(words, self._arguments.rail_stride)
 
-    def _rows_of(self, mail: Mail) -> list[tuple[list[int], list[int]]]:
+    def _rows_of(self, mail: Mail) -> _Rows:
         hosts, words = self._plan.num_hosts, mail.rail
         return [
             (words[at : at + hosts], words[at + hosts : at + 2 * hosts])

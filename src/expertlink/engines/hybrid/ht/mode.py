@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
-from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, nothing_left
 from expertlink.engines.hybrid.ht import arguments
 from expertlink.engines.hybrid.ht.combine import HybridCombiner
 from expertlink.engines.hybrid.ht.dispatch import HybridDispatcher
@@ -27,7 +27,6 @@ from expertlink.engines.nvlink.mode import (
     ALIGNMENT,
     Memory,
     common_arguments,
-    nothing_left,
 )
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.shared import expert_locations
@@ -36,7 +35,7 @@ from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import EngineUnavailableError
 from expertlink.routing import Placement
-from expertlink.types import DispatchBuffers, RowKind
+from expertlink.types import DispatchBuffers, QuantScales, RowKind
 
 
 def unavailable_reason(config: MoECommunicatorConfig, domains: Domains) -> str | None:
@@ -172,7 +171,10 @@ class RailHtMode(HtMode):
         if output is None or route is None:
             self._raise_verdict(call, started)
         if call.buffers is None:
-            output = in_scale_order(self._config, output)
+            if output.scales is not None:
+                tensor = in_scale_order(self._config, output.scales.tensor)
+                scales = QuantScales(tensor, output.scales.format)
+                output = dataclasses.replace(output, scales=scales)
         else:
             output, fill = into_buffers(call.buffers, output)
             fill()
