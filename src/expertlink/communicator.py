@@ -437,6 +437,41 @@ class MoECommunicator:
             without_gradients(started.finish)
         return started.output, handle
 
+    def dispatch_in_line(
+        self,
+        input: Tensor,
+        topk_ids: Tensor | None,
+        weights: Tensor | None,
+        scales: Tensor | None,
+        previous_handle: DispatchHandle | None,
+        num_sms: int | None,
+    ) -> _Received:
+        """`dispatch` on the current stream, with a number of SMs, for callers with grad mode off.
+
+        It is what `dispatch_async` with such settings and its `wait()` do, for less of the host's
+        time.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            return uncompiled(
+                self.dispatch_in_line, input, topk_ids, weights, scales, previous_handle, num_sms
+            )
+        engine = self._engine
+        if engine is None:
+            engine = self._ready()
+        try:
+            call = self._calls.dispatch(
+                input, topk_ids, weights, scales, None, previous_handle, False, False, num_sms
+            )
+        except ExpertlinkError as error:
+            raise _refused(engine, _dispatch_operation(previous_handle), error) from None
+        started = engine.dispatch(call)
+        handle = self._calls.handle(call, started, previous_handle, topk_ids)
+        if started.finish is not nothing_left:
+            started.finish()
+        return started.output, handle
+
     def dispatch_async(
         self,
         input: Tensor,
@@ -710,6 +745,28 @@ class MoECommunicator:
         if started.weight_grads_TK is None:
             return started.out_TH
         return _sums_of(started)
+
+    def combine_in_line(
+        self, expert_output: Tensor, handle: DispatchHandle, num_sms: int | None
+    ) -> Tensor:
+        """`combine` as `dispatch_in_line` is `dispatch`."""
+        if torch.compiler.is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            return uncompiled(self.combine_in_line, expert_output, handle, num_sms)
+        engine = self._engine
+        if engine is None:
+            engine = self._ready()
+        try:
+            call = self._calls.combine(
+                expert_output, handle, None, None, None, None, False, False, num_sms
+            )
+        except ExpertlinkError as error:
+            raise _refused(engine, Operation.COMBINE, error) from None
+        started = engine.combine(call)
+        if started.finish is not nothing_left:
+            started.finish()
+        return started.out_TH
 
     @overload
     def combine_async(

@@ -130,7 +130,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
         if value.is_cuda:
             yield value
     elif isinstance(value, LazyOutput) and value.source is not None:
-        for member in (value.tokens, value.scales, value.source_tokens, *value.source.memories):
+        for member in (value.tokens, value.scales, *value.source.memories):
             yield from tensors_in(member)
     elif dataclasses.is_dataclass(value):
         for member in vars(value).values():

@@ -10,6 +10,7 @@ import torch
 
 from expertlink import EngineUnavailableError
 from expertlink.bench import ceilings, flag_latency
+from expertlink.compat.deep_ep import layout
 from expertlink.engines import weighted_backward
 from expertlink.engines.collective import ordered_sum, send_order
 from expertlink.engines.hybrid import words
@@ -27,6 +28,7 @@ BUDGETS = {
     "collective/ordered_sum": (64, 1024),
     "collective/send_order": (96, 24 << 10),
     "hybrid/rail_mark": (16, 0),
+    "compat/token_layout": (64, 64),
 }
 PRELUDES = {
     "backward/weighted_backward": weighted_backward.PRELUDE,
@@ -35,6 +37,7 @@ PRELUDES = {
     "collective/ordered_sum": ordered_sum.PRELUDE,
     "collective/send_order": send_order.PRELUDE,
     "hybrid/rail_mark": words.ARGUMENTS.declaration,
+    "compat/token_layout": layout.PRELUDE,
 }
 INSTANCES = [
     ("bench/flag_latency", "flag_latency"),
@@ -52,6 +55,7 @@ INSTANCES = [
     ),
     *(("collective/send_order", instance) for instance in send_order.count_instances().values()),
     *(("collective/send_order", instance) for instance in send_order.order_instances().values()),
+    *(("compat/token_layout", instance) for instance in layout.instances().values()),
 ]
 
 

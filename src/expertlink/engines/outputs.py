@@ -211,6 +211,10 @@ class OutputSource(Protocol):
         """The tensor of a field of `DispatchOutput`, or None where there is none."""
         ...
 
+    def without_rows(self) -> OutputSource:
+        """The same without ids and weights, for whoever keeps the rest longer than the rows."""
+        ...
+
 
 class _Part:
     """A field of a `LazyOutput`: made when it is first read, an ordinary attribute from then on."""
@@ -227,7 +231,7 @@ class _Part:
 
 
 class LazyOutput(DispatchOutput):
-    """A `DispatchOutput` whose counts, ids and weights are made when they are first read.
+    """A `DispatchOutput` of which all but rows and scales is made when it is first read.
 
     Nobody can tell otherwise: `vars` and the functions of `dataclasses` see tensors, and copies are
     ordinary outputs.
@@ -245,7 +249,6 @@ class LazyOutput(DispatchOutput):
         tokens: Tensor,
         scales: QuantScales | None,
         per_expert: list[int] | None,
-        source_tokens: Tensor | None,
     ) -> LazyOutput:
         """An output with these tensors and those that `source` makes."""
         output = object.__new__(LazyOutput)
@@ -255,7 +258,6 @@ class LazyOutput(DispatchOutput):
         put(output, "tokens", tokens)
         put(output, "scales", scales)
         put(output, "num_tokens_per_expert_list", per_expert)
-        put(output, "source_tokens", source_tokens)
         return output
 
     @property
@@ -273,6 +275,7 @@ for _name in (
     "topk_ids",
     "topk_weights",
     "num_tokens_per_rank",
+    "source_tokens",
 ):
     setattr(LazyOutput, _name, _Part(_name))
 
@@ -299,7 +302,7 @@ class OutputSizes(NamedTuple):
 
 
 class MemorySource:
-    """Counts, ids and weights of a dispatch in int32 memory.
+    """Counts and source tokens of a dispatch in int32 memory; ids and weights of its rows.
 
     Tensors are no views in autograd's sense, so they can be changed in place as others can.
 
@@ -307,56 +310,99 @@ class MemorySource:
         sizes: of the communicator.
         memory: where the counts are: `[E_loc]`, `[E_loc + 1]` and `[R]`, one after the other.
         counts_at: word at which they start.
-        rows_memory: where ids and weights are.
-        ids_at: word at which the ids start, `[*shape, K]` int64; -1: there are none.
-        weights_at: likewise of the weights, float32.
+        ids: `[*shape, K]` int64, or None.
+        weights: `[*shape, K]`, or None.
+        sources: `[*shape]` int32 source tokens, where they are a tensor of their own.
+        rows_memory: where they are if not.
+        sources_at: word at which they start there, `[N]`; -1: they do not.
         shape: leading dimensions of the output.
     """
 
-    __slots__ = ("_at", "_memory", "_rows_memory", "_sizes", "shape")
+    __slots__ = (
+        "_counts_at",
+        "_ids",
+        "_memory",
+        "_rows_memory",
+        "_shape",
+        "_sizes",
+        "_sources",
+        "_sources_at",
+        "_weights",
+    )
 
     def __init__(
         self,
         sizes: OutputSizes,
         memory: Tensor,
         counts_at: int,
+        ids: Tensor | None,
+        weights: Tensor | None,
+        sources: Tensor | None,
         rows_memory: Tensor,
-        ids_at: int,
-        weights_at: int,
+        sources_at: int,
         shape: tuple[int, ...],
     ) -> None:
-        self._sizes, self._memory, self._rows_memory = sizes, memory, rows_memory
-        self._at, self.shape = (counts_at, ids_at, weights_at), shape
+        self._sizes, self._memory, self._counts_at = sizes, memory, counts_at
+        self._ids, self._weights, self._sources = ids, weights, sources
+        self._rows_memory, self._sources_at, self._shape = rows_memory, sources_at, shape
 
     @property
     def memories(self) -> Iterator[Tensor]:
         """As `OutputSource.memories`."""
         yield self._memory
-        yield self._rows_memory
+        if self._rows_memory is not self._memory:
+            yield self._rows_memory
+        for tensor in (self._ids, self._weights, self._sources):
+            if tensor is not None:
+                yield tensor
+
+    def cut(self, rows: int) -> None:
+        """Leaves the first rows of what was made larger."""
+        if self._shape[0] == rows:
+            return
+        self._shape = (rows,)
+        if self._ids is not None:
+            self._ids.resize_(rows, self._sizes.topk)  # keeps its memory, and is no view
+        if self._weights is not None:
+            self._weights.resize_(rows, self._sizes.topk)
+        if self._sources is not None:
+            self._sources.resize_(rows)
+
+    def without_rows(self) -> MemorySource:
+        """As `OutputSource.without_rows`."""
+        return MemorySource(
+            self._sizes,
+            self._memory,
+            self._counts_at,
+            None,
+            None,
+            self._sources,
+            self._rows_memory,
+            self._sources_at,
+            self._shape,
+        )
 
     def make(self, name: str) -> Tensor | None:
         """As `OutputSource.make`."""
-        counts_at, ids_at, weights_at = self._at
+        if name == "topk_ids":
+            return self._ids
+        if name == "topk_weights":
+            return self._weights
         num_local, num_ranks, _, is_flat = self._sizes
-        offsets_at = counts_at + num_local
+        offsets_at = self._counts_at + num_local
         if name == "num_tokens_per_expert":
-            return self._words(counts_at, num_local)
+            return self._words(self._counts_at, num_local)
         if name == "expert_offsets":
             return self._words(offsets_at, num_local + 1) if is_flat else None
         if name == "num_tokens_per_rank":
             return self._words(offsets_at + num_local + 1, num_ranks)
-        if name == "topk_ids":
-            return self._choices(ids_at, torch.int64)
-        assert name == "topk_weights"
-        return self._choices(weights_at, torch.float32)
+        assert name == "source_tokens"
+        if self._sources_at < 0:
+            return self._sources
+        return part_of(self._rows_memory, self._sources_at, self._shape, torch.int32)
 
     def _words(self, start: int, count: int) -> Tensor:
         return part_of(self._memory, start, (count,), torch.int32)
-
-    def _choices(self, start: int, dtype: torch.dtype) -> Tensor | None:
-        if start < 0:
-            return None
-        return part_of(self._rows_memory, start, (*self.shape, self._sizes.topk), dtype)
 
 
 class BufferSource:
@@ -368,24 +414,32 @@ class BufferSource:
         shape: leading dimensions of the output.
     """
 
-    __slots__ = ("_largest", "_weighted", "shape")
+    __slots__ = ("_largest", "_rows", "_weighted")
 
     def __init__(self, largest: DispatchOutput, weighted: bool, shape: tuple[int, ...]) -> None:
-        self._largest, self._weighted, self.shape = largest, weighted, shape
+        self._largest, self._weighted, self._rows = largest, weighted, shape[0]
 
     @property
     def memories(self) -> Iterator[Tensor]:
         """As `OutputSource.memories`."""
         yield from _tensors_but_tokens(self._largest)
 
+    def cut(self, rows: int) -> None:
+        """Leaves the first rows of what is larger."""
+        self._rows = rows
+
+    def without_rows(self) -> BufferSource:
+        """As `OutputSource.without_rows`: the buffers are there anyway."""
+        return self
+
     def make(self, name: str) -> Tensor | None:
         """As `OutputSource.make`."""
         tensor: Tensor | None = getattr(self._largest, name)
-        if tensor is None or name not in ("topk_ids", "topk_weights"):
+        if tensor is None or name not in ("topk_ids", "topk_weights", "source_tokens"):
             return tensor
         if name == "topk_weights" and not self._weighted:
             return None
-        return tensor[: self.shape[0]]
+        return tensor[: self._rows]
 
 
 def with_tensors(
@@ -401,7 +455,6 @@ def with_tensors(
         tokens,
         output.scales,
         output.num_tokens_per_expert_list,
-        output.source_tokens,
     )
     object.__setattr__(replaced, "topk_weights", topk_weights)
     return replaced

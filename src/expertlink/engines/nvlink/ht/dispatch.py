@@ -83,25 +83,22 @@ class _Rows:
         shape: leading dimensions.
         tokens: rows.
         scales: row-major scales of quantized rows, or None.
-        source_tokens: -1 everywhere at first; where configured.
         source: makes the rest.
     """
 
     shape: tuple[int, ...]
     tokens: Tensor
     scales: Tensor | None
-    source_tokens: Tensor | None
     source: MemorySource | BufferSource
 
     def cut(self, rows: int) -> None:
         """Leaves the first rows of what was made larger."""
-        self.shape = self.source.shape = (rows,)
+        self.shape = (rows,)
+        self.source.cut(rows)
         if self.tokens.shape[0] != rows:
             self.tokens = self.tokens[:rows]
         if self.scales is not None and self.scales.shape[0] != rows:
             self.scales = self.scales[:rows]
-        if self.source_tokens is not None and self.source_tokens.shape[0] != rows:
-            self.source_tokens = self.source_tokens[:rows]
 
 
 class DispatchLaunch(NamedTuple):
@@ -211,7 +208,7 @@ class HtDispatcher:
         self._topk, self._source_tokens = config.topk, config.source_tokens
         self._scales_at = RowShape.of(config).scales_at
         largest = capacity.largest_shape(config, num_ranks=num_ranks, num_local=self._num_local)
-        self._limit = math.prod(largest)
+        self._limit, self._mails = math.prod(largest), not config.static_shapes
         # Leading dimensions of outputs that do not depend on the counts.
         self._fixed: tuple[int, ...] | None = None
         if self._padded:
@@ -229,10 +226,12 @@ class HtDispatcher:
         self._sizes = OutputSizes(self._num_local, num_ranks, config.topk, is_flat)
         planner = DispatchPlanner(config, blocks, num_sms)
         self.most_blocks, self._launches = planner.most_blocks, Launches(planner)
+        # Where every row of an output is some token's, the kernel writes all source tokens.
+        self._gapless = self._mails and not self._padded and config.expert_alignment == 1
         # Rows that recent calls needed.
         self._needed: collections.deque[int] = collections.deque(maxlen=tuning.HT_CALLS_REMEMBERED)
         self._number, self._max_tokens = common["communicator"], config.max_tokens_per_rank
-        self._mails, self._zero_copy = not config.static_shapes, config.zero_copy
+        self._zero_copy = config.zero_copy
         self._experts = torch.tensor(experts or (0,), dtype=torch.int32, device=self._device)
         columns = self._num_ranks + config.num_experts
         self._histogram = torch.empty(num_sms * columns, dtype=torch.int32, device=self._device)
@@ -266,11 +265,11 @@ class HtDispatcher:
         shape = self._expected_shape(call)
         counts_at = rows_at = 0
         if buffers is None:
-            # One piece of memory: tables, ids, the caller's counts, ids and weights of the rows.
+            # One piece of memory: tables, ids, the caller's counts, source tokens of the rows.
             ids_at = tables.ids_at(num_tokens)
             counts_at = ids_at // 4 + (num_tokens * self._topk << wide)
             rows_at = align(counts_at + self._counted, 4)
-            block = self._new_words(rows_at + self._row_words(shape, weighted))
+            block = self._new_words(rows_at + self._source_words(shape))
             base = block.data_ptr()
             origin = base + tables.at["origin"]
             self._name_counts(base + 4 * counts_at)
@@ -305,7 +304,8 @@ class HtDispatcher:
                 if rows is None or rows.shape[0] < needed:
                     shape = (needed,)
                     try:
-                        more = self._new_words(self._row_words(shape, weighted))
+                        words = self._source_words(shape)
+                        more = self._new_words(words) if words else block
                         rows = self._make_rows(
                             call, shape, weighted, pool_at, block, counts_at, more, 0
                         )
@@ -341,9 +341,9 @@ class HtDispatcher:
         weights_block, weighted = old.weights_block, old.weighted or new_weights
         rows_at = 0
         if buffers is None:
-            # One piece of memory: the caller's counts, the transfer's number, ids and weights.
+            # One piece: the caller's counts, the transfer's number, source tokens.
             rows_at = align(self._counted + 1, 4)
-            memory = self._new_words(rows_at + self._row_words(old.shape, weighted))
+            memory = self._new_words(rows_at + self._source_words(old.shape))
             base = memory.data_ptr()
             origin = base + 4 * self._counted
             self._name_counts(base)
@@ -431,11 +431,11 @@ class HtDispatcher:
         """Memory of int32 words."""
         return torch.empty(words, dtype=torch.int32, device=self._device)
 
-    def _row_words(self, shape: tuple[int, ...] | None, weighted: bool) -> int:
-        """Words of the ids and weights of an output; the ids come first."""
-        if self._expanded or shape is None:
+    def _source_words(self, shape: tuple[int, ...] | None) -> int:
+        """Words of the source tokens of an output, where the kernel writes all of them."""
+        if shape is None or not self._gapless or not self._source_tokens:
             return 0
-        return math.prod(shape) * self._topk * (3 if weighted else 2)
+        return math.prod(shape)
 
     def _announced(self, call: DispatchCall) -> int:
         """Rows that this rank has room for, or UNBOUNDED."""
@@ -538,14 +538,18 @@ class HtDispatcher:
     ) -> _Rows:
         """Allocates what a dispatch of a leading shape returns, and tells the kernel.
 
-        Counts start at a word of `memory`, ids and weights of rows at one of `rows_memory`, unless
-        all of that is in buffers.
+        Counts start at a word of `memory`, source tokens at one of `rows_memory`, unless all of
+        that is in buffers.
         """
-        a, x, buffers = self._arguments, call.x_TW, call.buffers
-        scales = source_tokens = None
+        a, x, buffers, count = self._arguments, call.x_TW, call.buffers, math.prod(shape)
+        scales = None
         if buffers is not None:
             largest = buffers.output
-            tokens, source_tokens = largest.tokens, largest.source_tokens
+            tokens = largest.tokens
+            if largest.source_tokens is not None:
+                if not self._gapless:
+                    largest.source_tokens.fill_(-1)
+                a.source_tokens = largest.source_tokens.data_ptr()
             if largest.scales is not None and self._config.scale_order == "row_major":
                 scales = largest.scales.tensor
             if largest.topk_ids is not None:
@@ -563,32 +567,45 @@ class HtDispatcher:
                 tokens = pool.view(x.dtype).view(full)
             else:
                 tokens = x.new_empty((*shape, x.shape[1]))
-            ids_at = weights_at = -1
+            ids = weights = sources = None
             if not self._expanded:
-                ids_at, base = rows_at, rows_memory.data_ptr()
-                a.topk_ids, a.topk_weights = base + 4 * ids_at, None
+                # Of their own: callers free what they have used, and tables must outlive that.
+                choices = (*shape, self._topk)
+                ids = x.new_empty(choices, dtype=torch.int64)
+                a.topk_ids, a.topk_weights = ids.data_ptr(), None
                 if weighted:
-                    weights_at = ids_at + 2 * math.prod(shape) * self._topk
-                    a.topk_weights = base + 4 * weights_at
+                    weights = x.new_empty(choices, dtype=torch.float32)
+                    a.topk_weights = weights.data_ptr()
+            sources_at = -1
+            if self._source_tokens:
+                if self._gapless:
+                    sources_at = rows_at
+                    a.source_tokens = rows_memory.data_ptr() + 4 * rows_at
+                else:
+                    sources = torch.full(shape, -1, dtype=torch.int32, device=self._device)
+                    a.source_tokens = sources.data_ptr()
             source = MemorySource(
-                self._sizes, memory, counts_at, rows_memory, ids_at, weights_at, shape
+                self._sizes,
+                memory,
+                counts_at,
+                ids,
+                weights,
+                sources,
+                rows_memory,
+                sources_at,
+                shape,
             )
         if call.scales is not None:
             if scales is None:
                 columns = call.scales.shape[1]
                 scales = call.scales.new_empty((*shape, columns))
             a.scales_out = scales.data_ptr()
-        if self._source_tokens:
-            if source_tokens is None:
-                source_tokens = torch.empty(shape, dtype=torch.int32, device=self._device)
-            source_tokens.fill_(-1)
-            a.source_tokens = source_tokens.data_ptr()
-        a.tokens, a.max_slots = tokens.data_ptr(), math.prod(shape)
+        a.tokens, a.max_slots = tokens.data_ptr(), count
         if call.zero_padding and self._padded:
             tokens.zero_()
             if scales is not None:
                 scales.zero_()
-        return _Rows(shape, tokens, scales, source_tokens, source)
+        return _Rows(shape, tokens, scales, source)
 
     def _output(
         self, call: DispatchCall, rows: _Rows, weighted: bool, counts: list[int] | None
@@ -605,9 +622,7 @@ class HtDispatcher:
                     tensor = buffers.output.scales.tensor[: rows.shape[0]].copy_(tensor)
             scales = QuantScales(tensor, call.scale_format)
         per_expert = None if counts is None else list(counts)
-        return LazyOutput.of(
-            rows.source, self._layout, rows.tokens, scales, per_expert, rows.source_tokens
-        )
+        return LazyOutput.of(rows.source, self._layout, rows.tokens, scales, per_expert)
 
     def _launch(self, call: DispatchCall, *, sends: bool) -> None:
         """Queues one kernel; without `sends` it places what the one before it has sent."""
