@@ -25,6 +25,10 @@ class Queue:
         self.name = name
         self.waits: list[str] = []
 
+    @property
+    def cuda_stream(self) -> int:
+        return id(self)
+
     def wait_stream(self, other: Queue) -> None:
         self.waits.append(other.name)
 
@@ -70,7 +74,10 @@ def comm(monkeypatch: pytest.MonkeyPatch) -> Queue:
     patch(torch.cuda, "is_initialized", lambda: True)
     patch(torch.cuda, "Event", Event)
     patch(torch.cuda, "current_stream", lambda *_: Gpu.current)
+    patch(torch.cuda, "current_device", lambda: GPU.index)
+    patch(torch.cuda, "set_stream", lambda queue: setattr(Gpu, "current", queue))
     patch(torch.cuda, "stream", made_current)
+    patch(streams, "raw_stream", lambda _: lambda: Gpu.current.cuda_stream)
     patch(torch.cuda, "is_current_stream_capturing", lambda: Gpu.capturing)
     patch(streams, "comm_stream", lambda _: stream)
     return stream
@@ -78,17 +85,17 @@ def comm(monkeypatch: pytest.MonkeyPatch) -> Queue:
 
 def run(order: Streams, **options: Any) -> tuple[str, EventOverlap]:
     """The stream that a call ran on, and its event."""
-    return order.run(lambda: Gpu.current.name, (), device=GPU, **options)
+    return order.run(lambda: Gpu.current.name, (), **options)
 
 
 def test_a_plain_call_runs_on_the_current_stream(comm: Queue) -> None:
-    where, event = run(Streams())
+    where, event = run(Streams(GPU))
     assert (where, event.event) == ("main", None)
     assert Gpu.current.waits == comm.waits == []
 
 
 def test_an_asynchronous_call_runs_beside_the_current_stream(comm: Queue) -> None:
-    where, event = run(Streams(), async_finish=True)
+    where, event = run(Streams(GPU), async_finish=True)
     assert where == "comm"
     assert comm.waits == ["main"]
     assert Gpu.current.waits == [], "nobody waits before the caller does"
@@ -101,7 +108,7 @@ def test_an_asynchronous_call_runs_beside_the_current_stream(comm: Queue) -> Non
 def test_a_call_waits_for_its_event_alone(comm: Queue, kind: Any) -> None:
     with made_current(Queue("other")):
         event = kind()
-    where, after = run(Streams(), previous_event=event)
+    where, after = run(Streams(GPU), previous_event=event)
     assert where == "comm"
     assert comm.waits == ["event on other"]
     assert after.event is None
@@ -109,12 +116,12 @@ def test_a_call_waits_for_its_event_alone(comm: Queue, kind: Any) -> None:
 
 
 def test_an_event_of_a_finished_call_means_the_current_stream() -> None:
-    where, _ = run(Streams(), previous_event=EventOverlap())
+    where, _ = run(Streams(GPU), previous_event=EventOverlap())
     assert where == "main"
 
 
 def test_calls_on_different_streams_take_turns(comm: Queue) -> None:
-    order = Streams()
+    order = Streams(GPU)
     run(order, async_finish=True)
     run(order)
     assert Gpu.current.waits == ["comm"]
@@ -126,7 +133,7 @@ def test_calls_on_different_streams_take_turns(comm: Queue) -> None:
 
 
 def test_a_capture_waits_for_nothing_outside(comm: Queue) -> None:
-    order = Streams()
+    order = Streams(GPU)
     run(order, async_finish=True)
     Gpu.capturing = True
     run(order)
@@ -137,26 +144,26 @@ def test_a_capture_waits_for_nothing_outside(comm: Queue) -> None:
 
 def test_what_is_no_event_is_refused() -> None:
     with pytest.raises(AssertionError, match="an EventOverlap or an EventHandle is expected"):
-        run(Streams(), previous_event=object())
+        run(Streams(GPU), previous_event=object())
 
 
 def test_a_call_that_fails_keeps_the_order(comm: Queue) -> None:
     def fail() -> None:
         raise KeyError("x")
 
-    order = Streams()
+    order = Streams(GPU)
     with pytest.raises(KeyError):
-        order.run(fail, (), device=GPU, async_finish=True)
+        order.run(fail, (), async_finish=True)
     assert Gpu.current.name == "main"
     run(order)
     assert Gpu.current.waits == ["comm"]
 
 
 def test_a_hook_runs_on_the_stream_of_its_call() -> None:
-    main, seen = Gpu.current, []
+    seen: list[str] = []
     half: Any = ReceivingHalf(
         lambda: seen.append(Gpu.current.name),
-        main,  # type: ignore[arg-type]
+        Streams(GPU),
         lambda: seen.append("counted"),
     )
     with made_current(Queue("other")):

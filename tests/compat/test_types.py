@@ -85,23 +85,19 @@ def test_events() -> None:
 class _Handle(TensorTuple):
     KEY = 1
 
+    made: list[int]
+
+    def _make(self, position: int) -> torch.Tensor:
+        self.made.append(position)
+        return torch.full((2,), position)
+
 
 def handle_with(known: object, count: int) -> tuple[_Handle, list[int]]:
-    made: list[int] = []
-
-    def maker(position: int) -> Any:
-        def make() -> torch.Tensor:
-            made.append(position)
-            return torch.full((2,), position)
-
-        return make
-
     handle = _Handle((None,) * count)
     handle.known = known
     handle.kept = ()
-    handle._made = {}
-    handle._makers = tuple(maker(i) for i in range(count))
-    return handle, made
+    handle._made, handle.made = {}, []
+    return handle, handle.made
 
 
 def test_tensors_of_a_handle_are_made_once_and_when_asked_for() -> None:

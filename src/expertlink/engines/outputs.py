@@ -442,6 +442,39 @@ class BufferSource:
         return tensor[: self._rows]
 
 
+class TensorSource:
+    """Counts and source tokens that are tensors.
+
+    Args:
+        output: has them.
+    """
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, output: DispatchOutput) -> None:
+        names = ("num_tokens_per_expert", "expert_offsets", "num_tokens_per_rank", "source_tokens")
+        self._tensors: dict[str, Tensor | None] = {name: getattr(output, name) for name in names}
+
+    @property
+    def memories(self) -> Iterator[Tensor]:
+        """As `OutputSource.memories`."""
+        yield from (tensor for tensor in self._tensors.values() if tensor is not None)
+
+    def make(self, name: str) -> Tensor | None:
+        """As `OutputSource.make`."""
+        return self._tensors.get(name)
+
+    def without_rows(self) -> TensorSource:
+        """As `OutputSource.without_rows`."""
+        return self
+
+
+def lasting_source(output: DispatchOutput) -> OutputSource:
+    """What makes the counts and source tokens of an output, without keeping its rows."""
+    source = output.source if isinstance(output, LazyOutput) else None
+    return TensorSource(output) if source is None else source.without_rows()
+
+
 def with_tensors(
     output: DispatchOutput, *, tokens: Tensor, topk_weights: Tensor | None
 ) -> DispatchOutput:

@@ -16,7 +16,7 @@ from expertlink.compat.deep_ep.config import Config
 from expertlink.compat.deep_ep.errors import REFUSALS, CallError, UnsupportedError, expect
 from expertlink.compat.deep_ep.events import AnyEvent, EventHandle, EventOverlap
 from expertlink.compat.deep_ep.handles import Dispatched
-from expertlink.compat.deep_ep.layout import dispatch_counts
+from expertlink.compat.deep_ep.layout import LayoutCounter
 from expertlink.compat.deep_ep.life import until_exit
 from expertlink.compat.deep_ep.low_latency import (
     Hook,
@@ -105,9 +105,10 @@ class Buffer:
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._streams = Streams()
         self.runtime: Pool | None = pools.connect(group)
         self._device = self.runtime.device
+        self._streams = Streams(self._device)
+        self._count = LayoutCounter(self._device, self.group_size)
         self._normal = NormalCalls(self.runtime, rank=self.rank, num_ranks=self.group_size)
         self._low_latency: LowLatencyCalls | None = None
         if low_latency_mode:
@@ -211,16 +212,13 @@ class Buffer:
             is_token_in_rank [T, R] bool, event)`.
         """
         self._check_experts(num_experts)
-        expect(
-            topk_idx.dim() == 2 and topk_idx.is_contiguous(),
-            f"topk_idx must be [T, K] and contiguous, not {list(topk_idx.shape)}",
-        )
-        counts, event = self._streams.run(
-            lambda: dispatch_counts(topk_idx, num_experts=num_experts, num_ranks=self.group_size),
-            (topk_idx,),
-            device=topk_idx.device,
-            previous_event=previous_event,
-            async_finish=async_finish,
+        if topk_idx.dim() != 2 or not topk_idx.is_contiguous():
+            raise CallError(f"topk_idx must be [T, K] and contiguous, not {list(topk_idx.shape)}")
+        streams = self._streams
+        if topk_idx.device != self._device:  # this call moves nothing, so ids may be anywhere
+            streams = Streams(topk_idx.device)
+        counts, event = streams.run(
+            lambda: self._count(topk_idx, num_experts), (topk_idx,), previous_event, async_finish
         )
         return counts.per_rank, None, counts.per_expert, counts.is_token_in_rank, event
 
@@ -273,7 +271,7 @@ class Buffer:
         """
         self._check_alive()
         rows, scales = x if isinstance(x, tuple) else (x, None)
-        num_sms = Buffer.num_sms if config is None else config.num_sms
+        num_sms = (Buffer.num_sms if config is None else config.num_sms) or None
         if handle is not None:
             known = None
             try:
@@ -289,10 +287,9 @@ class Buffer:
                 ) from None
             (recv_x, recv_scales), event = self._streams.run(
                 lambda: self._normal.dispatch_cached(rows, sent, scales, known, num_sms),
-                (rows, scales, known.handle),
-                device=rows.device,
-                previous_event=previous_event,
-                async_finish=async_finish,
+                (rows, scales, known),
+                previous_event,
+                async_finish,
             )
             received = recv_x if recv_scales is None else (recv_x, recv_scales)
             return received, None, None, None, None, event
@@ -310,11 +307,11 @@ class Buffer:
             sent = rows_of(rows, scales)
             num_experts = num_tokens_per_expert.shape[0]
             self._check_experts(num_experts)
-            expect(
-                is_token_in_rank.shape == (rows.shape[0], self.group_size),
-                f"is_token_in_rank has shape {list(is_token_in_rank.shape)}; "
-                f"[{rows.shape[0]}, {self.group_size}] is expected",
-            )
+            if is_token_in_rank.shape != (rows.shape[0], self.group_size):
+                raise CallError(
+                    f"is_token_in_rank has shape {list(is_token_in_rank.shape)}; "
+                    f"[{rows.shape[0]}, {self.group_size}] is expected"
+                )
             check_routing(rows, topk_idx, topk_weights, num_experts)
             expect(
                 not num_worst_tokens or topk_idx is not None,
@@ -346,9 +343,8 @@ class Buffer:
                 num_sms=num_sms,
             ),
             (rows, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
-            device=rows.device,
-            previous_event=previous_event,
-            async_finish=async_finish,
+            previous_event,
+            async_finish,
         )
         received = recv_x if recv_scales is None else (recv_x, recv_scales)
         return received, ids, weights, counts, new_handle, event
@@ -388,7 +384,7 @@ class Buffer:
             ExpertlinkError: see `MoECommunicator.combine`.
         """
         self._check_alive()
-        num_sms = Buffer.num_sms if config is None else config.num_sms
+        num_sms = (Buffer.num_sms if config is None else config.num_sms) or None
         known: Dispatched | None = None
         try:
             known = known_normal(handle)
@@ -402,10 +398,9 @@ class Buffer:
             ) from None
         (combined_x, combined_weights), event = self._streams.run(
             lambda: self._normal.combine(x, known, topk_weights, bias, num_sms),
-            (x, topk_weights, bias, known.handle),
-            device=x.device,
-            previous_event=previous_event,
-            async_finish=async_finish,
+            (x, topk_weights, bias, known),
+            previous_event,
+            async_finish,
         )
         return combined_x, combined_weights, event
 
@@ -637,19 +632,18 @@ class Buffer:
     # -- checks -----------------------------------------------------------------------------------
 
     def _refused(self, refuse: Callable[[], NoReturn]) -> ExpertlinkError:
-        return self._streams.refused(refuse, device=self._device)
+        return self._streams.refused(refuse)
 
     def _check_alive(self) -> None:
         expect(self.runtime is not None, _DESTROYED)
 
     def _check_experts(self, num_experts: int) -> None:
-        expect(
-            num_experts > 0 and num_experts % self.group_size == 0,
-            f"num_experts={num_experts} is not a multiple of the group's {self.group_size} ranks",
-        )
+        if num_experts <= 0 or num_experts % self.group_size:
+            raise CallError(
+                f"num_experts={num_experts} is not a multiple of the group's {self.group_size} "
+                "ranks"
+            )
 
     def _check_tensor(self, name: str, tensor: Tensor) -> None:
-        expect(
-            tensor.device == self._device,
-            f"{name} is on {tensor.device}; this buffer works on {self._device}",
-        )
+        if tensor.device != self._device:
+            raise CallError(f"{name} is on {tensor.device}; this buffer works on {self._device}")

@@ -120,9 +120,9 @@ class ElasticBuffer:
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self.nccl_comm_handle = None
-        self._streams = Streams()
         self.runtime: Pool | None = pools.connect(group)
         self._device = self.runtime.device
+        self._streams = Streams(self._device)
         self._calls: ElasticCalls | None = ElasticCalls(
             self.runtime,
             rank=self.rank_idx,
@@ -215,7 +215,6 @@ class ElasticBuffer:
                 routing, rows.shape[1], self.num_ranks, lambda comm: comm.dispatch(rows, ranks)
             ),
             (rows, ranks),
-            device=self._device,
         )
         if with_cpu_sync and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -357,7 +356,6 @@ class ElasticBuffer:
         result, event = self._streams.run(
             run,
             (rows, scales, ids, topk_weights, handle),
-            device=self._device,
             previous_event=previous_event,
             async_finish=async_with_compute_stream,
         )
@@ -432,7 +430,6 @@ class ElasticBuffer:
         (combined, weights), event = self._streams.run(
             run,
             (x, topk_weights, bias, known.handle),
-            device=self._device,
             previous_event=previous_event,
             async_finish=async_with_compute_stream,
         )
@@ -469,7 +466,7 @@ class ElasticBuffer:
         )
 
     def _refused(self, refuse: Callable[[], NoReturn]) -> ExpertlinkError:
-        return self._streams.refused(refuse, device=self._device)
+        return self._streams.refused(refuse)
 
     def _alive(self) -> ElasticCalls:
         if self._calls is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -13,21 +14,18 @@ from expertlink.communicator import MoECommunicator
 from expertlink.compat.deep_ep import apart
 from expertlink.compat.deep_ep.elastic_handle import EPHandle, Geometry, worst_rows
 from expertlink.compat.deep_ep.errors import expect
-from expertlink.compat.deep_ep.handles import Dispatched
+from expertlink.compat.deep_ep.handles import Dispatched, with_rows
 from expertlink.compat.deep_ep.normal import (
     ROW_BYTES,
-    bounded,
-    combined_by,
     hidden_of,
     hidden_of_returned,
     refuse_with_handle,
     topk_of,
-    with_rows,
 )
 from expertlink.compat.deep_ep.pool import Pool, Routing
 from expertlink.errors import EngineUnavailableError, ExpertlinkError
 from expertlink.layouts import align
-from expertlink.types import DispatchHandle, DispatchOutput
+from expertlink.types import CommOverlapConfig, DispatchHandle, DispatchOutput
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +86,9 @@ class ElasticCalls:
             geometry.num_experts, topk_ids.shape[1], geometry.expert_alignment, expanded=expanded
         )
         comm, routing = self._communicator(routing, rows.shape[1], geometry)
-        output, handle = comm.dispatch_async(
-            rows, topk_ids, topk_weights, scales, overlap=bounded("dispatch", geometry.num_sms)
-        ).wait()
+        output, handle = comm.dispatch_in_line(
+            rows, topk_ids, topk_weights, scales, None, geometry.num_sms or None
+        )
         received = padded = output.tokens.shape[0]
         if not geometry.synced:
             padded = worst_rows(geometry, topk_ids.shape[1], do_expand=expanded)
@@ -195,14 +193,9 @@ class ElasticCalls:
             return self._in_other_layout(rows, scales, topk_weights, handle, num_sms)
         known = handle.known
         comm = self._pool.member(known.routing, rows.shape[1], known.capacity)
-        output, again = comm.dispatch_async(
-            rows,
-            None,
-            topk_weights,
-            scales,
-            previous_handle=known.handle,
-            overlap=bounded("dispatch", num_sms),
-        ).wait()
+        output, again = comm.dispatch_in_line(
+            rows, None, topk_weights, scales, known.handle, num_sms or None
+        )
         return _brought(comm, output, again, handle, weighted=topk_weights is not None)
 
     def _in_other_layout(
@@ -247,12 +240,12 @@ class ElasticCalls:
                 rows,
                 known.handle,
                 weight_grads=cut(topk_weights, known.rows),
-                overlap=bounded("combine", num_sms),
+                overlap=bounded_combine(num_sms),
             ).wait()
         if bias is not None:
             return self._from_bias(rows, handle, bias, num_sms), combined_weights
         if combined is None:
-            combined = combined_by(comm, rows, known.handle, num_sms)
+            combined = comm.combine_in_line(rows, known.handle, num_sms or None)
         return combined, combined_weights
 
     def refuse_combine(
@@ -288,7 +281,7 @@ class ElasticCalls:
         comm = self._pool.member(known.routing, width, known.capacity)
         terms_TRH = apart.rows_apart(
             rows,
-            lambda wide: combined_by(comm, wide, known.handle, num_sms),
+            lambda wide: comm.combine_in_line(wide, known.handle, num_sms or None),
             rank=self._rank,
             num_ranks=ranks,
             width=width,
@@ -336,6 +329,12 @@ def _brought(
         weights=None if weights is None else with_rows(weights, rows, 0),
         handle=made,
     )
+
+
+@functools.cache
+def bounded_combine(num_sms: int) -> CommOverlapConfig:
+    """Settings of a combine on the current stream with that many SMs; 0: as many as it likes."""
+    return CommOverlapConfig("combine", None, (), num_sms or None)
 
 
 def column_major(scales: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ that callers make as plain tuples are recognized by one of the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from expertlink.compat.deep_ep.errors import CallError
 from expertlink.compat.deep_ep.pool import Routing
+from expertlink.engines.outputs import OutputSource, lasting_source
+from expertlink.overlap import tensors_in
 from expertlink.types import DispatchHandle, DispatchOutput
 
 Known = TypeVar("Known")
@@ -34,7 +36,6 @@ class TensorTuple(tuple):
 
     known: Any
     kept: tuple[Tensor, ...]
-    _makers: tuple[Callable[[], Any], ...]
     _made: dict[int, Any]
 
     def __getitem__(self, index: Any) -> Any:
@@ -58,10 +59,14 @@ class TensorTuple(tuple):
 
     def _element(self, position: int) -> Any:
         if position not in self._made:
-            self._made[position] = self._makers[position]()
+            self._made[position] = self._make(position)
             if position == self.KEY:
                 _plain_copies[self._made[position]] = self.known
         return self._made[position]
+
+    def _make(self, position: int) -> Any:
+        """The element at a position, when it is first looked at."""
+        raise NotImplementedError
 
 
 _plain_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -93,9 +98,9 @@ def known_of(kind: type[Known], handle: object, *, key: int, length: int) -> Kno
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Dispatched:
-    """What a normal dispatch leaves for later calls.
+    """What a normal dispatch leaves for later calls. Not frozen, which takes four times as long.
 
     Attributes:
         handle: the library's own.
@@ -111,6 +116,13 @@ class Dispatched:
     capacity: int
     rows: int
     padded_rows: int
+    _tensors: tuple[Tensor, ...] | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of `handle` that are on a GPU."""
+        if self._tensors is None:
+            self._tensors = tuple(tensors_in(self.handle))
+        return self._tensors
 
 
 class NormalHandle(TensorTuple):
@@ -128,47 +140,55 @@ class NormalHandle(TensorTuple):
     LENGTH = 6
 
     known: Dispatched
+    _source: OutputSource
+    _rank: int
 
     @staticmethod
     def of(
-        dispatched: Dispatched,
-        output: DispatchOutput,
-        source_tokens: Tensor,
-        is_token_in_rank: Tensor,
-        rank: int,
+        dispatched: Dispatched, output: DispatchOutput, is_token_in_rank: Tensor, rank: int
     ) -> NormalHandle:
         """The handle of a dispatch.
 
         Args:
             dispatched: what the library knows of it.
-            output: of the dispatch; only its counts are kept.
-            source_tokens: `[N]` int32.
+            output: of the dispatch; only its counts and source tokens are kept.
             is_token_in_rank: `[T, R]` bool, the caller's.
             rank: this rank.
         """
-        handle = NormalHandle((None,) * NormalHandle.LENGTH)
-        handle.known = dispatched
-        per_rank = output.num_tokens_per_rank
-        assert per_rank is not None
-        num_tokens, num_ranks = is_token_in_rank.shape
-
-        def prefixes() -> Tensor:
-            matrix = _unknown((num_ranks, num_ranks), per_rank)
-            matrix[:, rank] = per_rank.cumsum(0)
-            return matrix
-
-        handle.kept = (per_rank, source_tokens)
+        handle = NormalHandle(_SIX)
+        handle.known, handle._rank = dispatched, rank
+        handle._source = source = lasting_source(output)
+        handle.kept = tuple(source.memories)
         handle._made = {4: is_token_in_rank}
-        handle._makers = (
-            prefixes,
-            lambda: _unknown((num_ranks, 1), per_rank),
-            lambda: _unknown((num_ranks, 1), per_rank),
-            lambda: source_tokens,
-            lambda: is_token_in_rank,
-            lambda: _unknown((num_tokens, num_ranks), per_rank),
-        )
         return handle
 
+    def _make(self, position: int) -> Tensor:
+        sources = self._source.make("source_tokens")
+        assert sources is not None
+        if position == self.KEY:
+            return with_rows(sources, self.known.padded_rows, -1)
+        num_tokens, num_ranks = self._made[4].shape
+        shape = {0: (num_ranks, num_ranks), 5: (num_tokens, num_ranks)}.get(
+            position, (num_ranks, 1)
+        )
+        made = torch.full(shape, -1, dtype=torch.int32, device=sources.device)
+        if position == 0:
+            per_rank = self._source.make("num_tokens_per_rank")
+            assert per_rank is not None
+            made[:, self._rank] = per_rank.cumsum(0)
+        return made
 
-def _unknown(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.full(shape, -1, dtype=torch.int32, device=like.device)
+
+_SIX = (None,) * NormalHandle.LENGTH
+
+
+def with_rows(tensor: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
+    """The tensor with that many rows; those behind its own hold `fill`, or anything."""
+    missing = num_rows - tensor.shape[0]
+    if missing == 0:
+        return tensor
+    padded = tensor.new_empty((num_rows, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    if fill is not None:
+        padded[tensor.shape[0] :] = fill
+    return padded

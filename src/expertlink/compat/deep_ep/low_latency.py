@@ -19,7 +19,7 @@ from expertlink.compat.deep_ep.errors import CallError, UnsupportedError, expect
 from expertlink.compat.deep_ep.events import EventOverlap
 from expertlink.compat.deep_ep.handles import TensorTuple, known_of
 from expertlink.compat.deep_ep.pool import Pool, refuse_through
-from expertlink.compat.deep_ep.streams import Streams, on
+from expertlink.compat.deep_ep.streams import Streams, on, without_tracking
 from expertlink.errors import ExpertlinkError
 from expertlink.types import DispatchHandle, DispatchOutput
 
@@ -47,9 +47,9 @@ class Form:
     scratch: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Received:
-    """What a low-latency dispatch leaves for its combines.
+    """What a low-latency dispatch leaves for its combines. Not frozen, which takes longer.
 
     Attributes:
         form: its shapes.
@@ -76,23 +76,25 @@ class LowLatencyHandle(TensorTuple):
     @staticmethod
     def of(received: Received, output: DispatchOutput) -> LowLatencyHandle:
         """The handle of a dispatch; of its output at most the source tokens are kept."""
-        handle = LowLatencyHandle((None,) * LowLatencyHandle.LENGTH)
+        handle = LowLatencyHandle(_FIVE)
         handle.known = received
-        comm, sources = received.form.comm, output.source_tokens
+        sources = output.source_tokens
         handle.kept = () if sources is None else (sources,)
-
-        def src_info() -> Tensor:
-            return comm.source_tokens(received.handle) if sources is None else sources
-
-        def layout_range() -> Tensor:
-            starts, counts = comm.expert_ranges(received.handle)
-            return counts.long() | (starts.long() << 32)
-
-        config = comm.config
-        numbers = config.max_tokens_per_rank, config.hidden_size, config.num_experts
-        handle._made = dict(enumerate(numbers, start=2))
-        handle._makers = (src_info, layout_range)
+        handle._made = {}
         return handle
+
+    def _make(self, position: int) -> Tensor | int:
+        comm, handle = self.known.form.comm, self.known.handle
+        if position == 0:
+            return self.kept[0] if self.kept else comm.source_tokens(handle)
+        if position == 1:
+            starts, counts = comm.expert_ranges(handle)
+            return counts.long() | (starts.long() << 32)
+        config = comm.config
+        return (config.max_tokens_per_rank, config.hidden_size, config.num_experts)[position - 2]
+
+
+_FIVE = (None,) * LowLatencyHandle.LENGTH
 
 
 class ReceivingHalf:
@@ -100,20 +102,20 @@ class ReceivingHalf:
 
     Args:
         hook: launches it on the current stream.
-        stream: that of the call; None where there are no streams.
+        streams: the buffer's.
         afterwards: called once it has been launched.
     """
 
-    __slots__ = ("_afterwards", "_hook", "_stream")
+    __slots__ = ("_afterwards", "_hook", "_stream", "_streams")
 
-    def __init__(
-        self, hook: Hook, stream: torch.cuda.Stream | None, afterwards: Hook | None
-    ) -> None:
-        self._hook, self._stream, self._afterwards = hook, stream, afterwards
+    def __init__(self, hook: Hook, streams: Streams, afterwards: Hook | None) -> None:
+        self._hook, self._afterwards = hook, afterwards
+        self._streams, self._stream = streams, streams.current()
 
     def __call__(self) -> None:
         """Safe to repeat."""
-        if self._stream is None or self._stream == torch.cuda.current_stream(self._stream.device):
+        current = self._streams.current()
+        if current is self._stream or current == self._stream:
             self._launch()
         else:
             with on(self._stream):
@@ -175,30 +177,25 @@ class LowLatencyCalls:
         """See `Buffer.low_latency_dispatch`."""
         comm = form.comm
         if return_recv_hook:
-            stream = torch.cuda.current_stream(self._pool.device) if self._on_gpu else None
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    output, handle, launch = comm.dispatch(x, topk_ids, return_recv_hook=True)
-            else:
-                output, handle, launch = comm.dispatch(x, topk_ids, return_recv_hook=True)
+            output, handle, launch = without_tracking(
+                lambda: comm.dispatch(x, topk_ids, return_recv_hook=True)
+            )
             count = None
             if received_stats is not None:
                 per_expert = output.num_tokens_per_expert
                 count = lambda: _add(received_stats, per_expert)  # noqa: E731
-            hook = ReceivingHalf(launch, stream, count)
+            hook = ReceivingHalf(launch, self._streams, count)
             event = EventOverlap()
         else:
             hook = None
 
             def call() -> tuple[DispatchOutput, DispatchHandle]:
-                made = comm.dispatch(x, topk_ids)
+                made = comm.dispatch_in_line(x, topk_ids, None, None, None, None)
                 if received_stats is not None:
                     _add(received_stats, made[0].num_tokens_per_expert)
                 return made
 
-            (output, handle), event = self._streams.run(
-                call, (x, topk_ids), device=self._pool.device, async_finish=async_finish
-            )
+            (output, handle), event = self._streams.run(call, (x, topk_ids), None, async_finish)
             if async_finish:
                 event.extra_tensors = (x, topk_ids)
         rows: Rows = output.tokens
@@ -290,18 +287,18 @@ class LowLatencyCalls:
         """See `Buffer.low_latency_combine`."""
         comm = known.form.comm
         if return_recv_hook:
-            stream = torch.cuda.current_stream(self._pool.device) if self._on_gpu else None
-            with torch.no_grad():
-                combined, launch = comm.combine(
+            combined, launch = without_tracking(
+                lambda: comm.combine(
                     x, known.handle, out=out, topk_weights=topk_weights, return_recv_hook=True
                 )
+            )
             assert isinstance(combined, Tensor)
-            return combined, EventOverlap(), ReceivingHalf(launch, stream, None)
+            return combined, EventOverlap(), ReceivingHalf(launch, self._streams, None)
         combined, event = self._streams.run(
             lambda: comm.combine(x, known.handle, out=out, topk_weights=topk_weights),
             (x, topk_weights, out, known.handle),
-            device=self._pool.device,
-            async_finish=async_finish,
+            None,
+            async_finish,
         )
         if async_finish:
             event.extra_tensors = (x, topk_weights)
@@ -361,10 +358,8 @@ def known_low_latency(handle: object) -> Received:
 
 def check_halves(*, async_finish: bool, return_recv_hook: bool) -> None:
     """Refuses a call that is to be both asynchronous and in halves."""
-    expect(
-        not (async_finish and return_recv_hook),
-        "async_finish and return_recv_hook exclude each other",
-    )
+    if async_finish and return_recv_hook:
+        raise CallError("async_finish and return_recv_hook exclude each other")
 
 
 def zero_copy_rows(x: Tensor, known: Received) -> Tensor:

@@ -6,7 +6,6 @@ same length, so that one communicator serves every dtype, and the combine as wel
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NoReturn
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 from expertlink.communicator import MoECommunicator
 from expertlink.compat.deep_ep import apart
 from expertlink.compat.deep_ep.errors import CallError, expect
-from expertlink.compat.deep_ep.handles import Dispatched, NormalHandle, known_of
+from expertlink.compat.deep_ep.handles import Dispatched, NormalHandle, known_of, with_rows
 from expertlink.compat.deep_ep.layout import ranks_as_experts
 from expertlink.compat.deep_ep.pool import Pool, Routing
 from expertlink.errors import EngineUnavailableError, ExpertlinkError
 from expertlink.layouts import align
-from expertlink.types import CommOverlapConfig, DispatchHandle, DispatchOutput
+from expertlink.types import DispatchHandle, DispatchOutput
 
 ROW_BYTES = 16  # rows are multiples of this
 _IDS = (torch.int64, torch.int32)
@@ -53,86 +52,68 @@ class NormalCalls:
         topk_weights: Tensor | None,
         expert_alignment: int,
         num_worst_tokens: int,
-        num_sms: int,
+        num_sms: int | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[int], NormalHandle]:
         """`(recv_x, recv_scales, recv_topk_ids, recv_topk_weights, counts, handle)`.
 
         `rows` are `rows_of(x, scales)`.
         """
-        num_experts = num_tokens_per_expert.shape[0]
-        ids = ranks_as_experts(is_token_in_rank) if topk_ids is None else topk_ids
-        routing = Routing(
-            num_experts=self._num_ranks if topk_ids is None else num_experts,
-            topk=ids.shape[1],
-        )
+        if topk_ids is None:
+            ids = ranks_as_experts(is_token_in_rank)
+            routing = Routing(self._num_ranks, ids.shape[1])
+        else:
+            ids = topk_ids
+            routing = Routing(num_tokens_per_expert.shape[0], ids.shape[1])
         if num_worst_tokens:
             routing = self._routing_of_worst(routing, num_worst_tokens)
+        num_tokens, hidden = rows.shape
 
         def call(comm: MoECommunicator) -> tuple[DispatchOutput, DispatchHandle]:
-            return comm.dispatch_async(
-                rows, ids, topk_weights, scales, overlap=bounded("dispatch", num_sms)
-            ).wait()
+            return comm.dispatch_in_line(rows, ids, topk_weights, scales, None, num_sms)
 
         try:
-            (output, handle), capacity = self._pool.dispatch(
-                routing, rows.shape[1], rows.shape[0], call
-            )
+            (output, handle), capacity = self._pool.dispatch(routing, hidden, num_tokens, call)
         except EngineUnavailableError:
             if not routing.static_tokens:
                 raise
             self._static = False  # raised on every rank, so all of them go on without
             routing = Routing(routing.num_experts, routing.topk)
-            (output, handle), capacity = self._pool.dispatch(
-                routing, rows.shape[1], rows.shape[0], call
-            )
-        sources = output.source_tokens
-        assert sources is not None
+            (output, handle), capacity = self._pool.dispatch(routing, hidden, num_tokens, call)
         received = output.tokens.shape[0]
         padded = num_worst_tokens or received
-        expect(
-            padded >= received,
-            f"num_worst_tokens={num_worst_tokens}, but rank {self._rank} receives {received} rows",
-        )
+        if padded < received:
+            raise CallError(
+                f"num_worst_tokens={num_worst_tokens}, but rank {self._rank} receives {received} "
+                "rows"
+            )
         known = Dispatched(handle, routing, capacity, received, padded)
         recv_ids = recv_weights = None
         counts: list[int] = []
         if topk_ids is not None:
-            recv_ids = output.topk_ids
+            recv_ids, recv_weights = output.topk_ids, output.topk_weights
             assert recv_ids is not None
-            recv_ids = with_rows(recv_ids.to(topk_ids.dtype), padded, -1)
-            if output.topk_weights is not None:
-                recv_weights = with_rows(output.topk_weights, padded, 0)
-            if not num_worst_tokens:
+            if topk_ids.dtype is not torch.int64:
+                recv_ids = recv_ids.to(topk_ids.dtype)
+            if num_worst_tokens:
+                recv_ids = with_rows(recv_ids, padded, -1)
+                if recv_weights is not None:
+                    recv_weights = with_rows(recv_weights, padded, 0)
+            else:
                 per_expert = output.num_tokens_per_expert_list
                 assert per_expert is not None
-                counts = [align(count, expert_alignment) for count in per_expert]
+                counts = aligned(per_expert, expert_alignment)
         elif not num_worst_tokens:
             counts = self._own_counts(num_tokens_per_expert, expert_alignment)
         recv_x, recv_scales = self._received(output, x, padded)
-        return (
-            recv_x,
-            recv_scales,
-            recv_ids,
-            recv_weights,
-            counts,
-            NormalHandle.of(
-                known, output, with_rows(sources, padded, -1), is_token_in_rank, self._rank
-            ),
-        )
+        new_handle = NormalHandle.of(known, output, is_token_in_rank, self._rank)
+        return recv_x, recv_scales, recv_ids, recv_weights, counts, new_handle
 
     def dispatch_cached(
-        self, x: Tensor, rows: Tensor, scales: Tensor | None, known: Dispatched, num_sms: int
+        self, x: Tensor, rows: Tensor, scales: Tensor | None, known: Dispatched, num_sms: int | None
     ) -> tuple[Tensor, Tensor | None]:
         """`(recv_x, recv_scales)` for the routing of an earlier dispatch."""
         comm = self._pool.member(known.routing, rows.shape[1], known.capacity)
-        output, _ = comm.dispatch_async(
-            rows,
-            None,
-            None,
-            scales,
-            previous_handle=known.handle,
-            overlap=bounded("dispatch", num_sms),
-        ).wait()
+        output, _ = comm.dispatch_in_line(rows, None, None, scales, known.handle, num_sms)
         return self._received(output, x, known.padded_rows)
 
     def refuse_dispatch(
@@ -203,7 +184,7 @@ class NormalCalls:
         routing = Routing(num_experts=self._num_ranks, topk=1)
         output, _ = self._pool.dispatch(routing, 2 * width, self._num_ranks, call)
         received = output.tokens.view(torch.int32)[:, :num_local].sum(dim=0).tolist()
-        return [align(count, alignment) for count in received]
+        return aligned(received, alignment)
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -213,16 +194,18 @@ class NormalCalls:
         known: Dispatched,
         topk_weights: Tensor | None,
         bias: Tensor | tuple[Tensor, ...] | None,
-        num_sms: int,
+        num_sms: int | None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(combined_x, combined_topk_weights)`."""
-        x, hidden = x[: known.rows], x.shape[1]
+        if known.padded_rows != known.rows:
+            x = x[: known.rows]
+            topk_weights = None if topk_weights is None else topk_weights[: known.rows]
         combined_weights = None
         if topk_weights is not None:
-            combined_weights = self._sum_of_weights(topk_weights[: known.rows], known, num_sms)
+            combined_weights = self._sum_of_weights(topk_weights, known, num_sms)
         if bias is None:
-            comm = self._pool.member(known.routing, hidden, known.capacity)
-            return combined_by(comm, x, known.handle, num_sms), combined_weights
+            comm = self._pool.member(known.routing, x.shape[1], known.capacity)
+            return comm.combine_in_line(x, known.handle, num_sms), combined_weights
         rows_TRH = self.rows_apart(x, known, num_sms)
         total = apart.sum_in_order(rows_TRH, apart.sum_of_biases(bias))
         return total.to(x.dtype), combined_weights
@@ -247,14 +230,14 @@ class NormalCalls:
         """Columns of a combine in which every rank has `part` of its own."""
         return align(part, ROW_BYTES // 2) * self._num_ranks
 
-    def _sum_of_weights(self, topk_weights: Tensor, known: Dispatched, num_sms: int) -> Tensor:
+    def _sum_of_weights(self, topk_weights: Tensor, known: Dispatched, num_sms: int | None) -> Tensor:
         """`[T, K]` sums over all ranks that a token went to, also of lanes that are -1 there."""
         rows = apart.floats_as_rows(topk_weights)
         rows_TRW = self.rows_apart(rows, known, num_sms, at_once=True)
         return apart.sum_in_order(apart.rows_as_floats(rows_TRW))
 
     def rows_apart(
-        self, rows: Tensor, known: Dispatched, num_sms: int, *, at_once: bool = False
+        self, rows: Tensor, known: Dispatched, num_sms: int | None, *, at_once: bool = False
     ) -> Tensor:
         """Every rank's row of every token, `[T, R, H]`.
 
@@ -269,22 +252,16 @@ class NormalCalls:
         comm = self._pool.member(known.routing, width, known.capacity)
         return apart.rows_apart(
             rows,
-            lambda wide: combined_by(comm, wide, known.handle, num_sms),
+            lambda wide: comm.combine_in_line(wide, known.handle, num_sms),
             rank=self._rank,
             num_ranks=self._num_ranks,
             width=width,
         )
 
 
-@functools.cache
-def bounded(operation: str, num_sms: int) -> CommOverlapConfig:
-    """Settings of a call on the current stream with that many SMs; 0: as many as it likes."""
-    return CommOverlapConfig(operation, None, (), num_sms or None)
-
-
-def combined_by(comm: MoECommunicator, x: Tensor, handle: DispatchHandle, num_sms: int) -> Tensor:
-    """One unweighted combine on the current stream."""
-    return comm.combine_async(x, handle, overlap=bounded("combine", num_sms)).wait()
+def aligned(counts: list[int], alignment: int) -> list[int]:
+    """The counts, rounded up to multiples."""
+    return counts if alignment == 1 else [align(count, alignment) for count in counts]
 
 
 def known_normal(handle: object) -> Dispatched:
@@ -298,19 +275,18 @@ def rows_of(x: Tensor, scales: Tensor | None) -> Tensor:
     Raises:
         CallError: rows that cannot be moved.
     """
-    expect(x.dim() == 2 and x.is_contiguous(), f"x must be [T, H] and contiguous, not {_form(x)}")
+    # Messages are made where they are raised: making one takes longer than all checks.
+    if x.dim() != 2 or not x.is_contiguous():
+        raise CallError(f"x must be [T, H] and contiguous, not {_form(x)}")
     row_bytes = x.shape[1] * x.element_size()
-    expect(
-        row_bytes > 0 and row_bytes % ROW_BYTES == 0,
-        f"rows of x have {row_bytes} bytes; a multiple of {ROW_BYTES} is needed",
-    )
+    if row_bytes == 0 or row_bytes % ROW_BYTES:
+        raise CallError(f"rows of x have {row_bytes} bytes; a multiple of {ROW_BYTES} is needed")
     if scales is None:
         return x if x.dtype is torch.bfloat16 else x.view(torch.bfloat16)
-    expect(x.element_size() == 1, f"x has scales, so its elements must be bytes, not {x.dtype}")
-    expect(
-        scales.dim() == 2 and scales.shape[0] == x.shape[0] and scales.element_size() == 4,
-        f"scales must be [{x.shape[0]}, S] of 4 bytes each, not {_form(scales)}",
-    )
+    if x.element_size() != 1:
+        raise CallError(f"x has scales, so its elements must be bytes, not {x.dtype}")
+    if scales.dim() != 2 or scales.shape[0] != x.shape[0] or scales.element_size() != 4:
+        raise CallError(f"scales must be [{x.shape[0]}, S] of 4 bytes each, not {_form(scales)}")
     return x
 
 
@@ -372,20 +348,19 @@ def check_routing(
     if topk_ids is None:
         expect(topk_weights is None, "topk_weights are given, but no topk_idx")
         return
-    expect(
-        topk_ids.dim() == 2 and topk_ids.shape[0] == x.shape[0] and topk_ids.is_contiguous(),
-        f"topk_idx must be [{x.shape[0]}, K] and contiguous, not {_form(topk_ids)}",
-    )
-    expect(topk_ids.dtype in _IDS, f"topk_idx is {topk_ids.dtype}, not int64 or int32")
-    expect(
-        0 < topk_ids.shape[1] <= num_experts,
-        f"topk_idx has {topk_ids.shape[1]} choices of {num_experts} experts",
-    )
-    if topk_weights is not None:
-        expect(
-            topk_weights.shape == topk_ids.shape and topk_weights.dtype is torch.float32,
-            f"topk_weights must be float32 {list(topk_ids.shape)}, not {_form(topk_weights)}",
+    shape = topk_ids.shape
+    if len(shape) != 2 or shape[0] != x.shape[0] or not topk_ids.is_contiguous():
+        raise CallError(
+            f"topk_idx must be [{x.shape[0]}, K] and contiguous, not {_form(topk_ids)}"
         )
+    if topk_ids.dtype not in _IDS:
+        raise CallError(f"topk_idx is {topk_ids.dtype}, not int64 or int32")
+    if not 0 < shape[1] <= num_experts:
+        raise CallError(f"topk_idx has {shape[1]} choices of {num_experts} experts")
+    if topk_weights is not None and (
+        topk_weights.shape != shape or topk_weights.dtype is not torch.float32
+    ):
+        raise CallError(f"topk_weights must be float32 {list(shape)}, not {_form(topk_weights)}")
 
 
 def check_combine(
@@ -400,17 +375,19 @@ def check_combine(
     Raises:
         CallError: one of them does not.
     """
-    expect(
-        x.dim() == 2 and x.shape[0] == num_rows and x.is_contiguous(),
-        f"x must be [{num_rows}, H] and contiguous, not {_form(x)}",
-    )
-    expect(x.dtype is torch.bfloat16, f"x is {x.dtype}; combine takes bfloat16")
-    row_bytes = 2 * x.shape[1]
-    expect(row_bytes > 0 and row_bytes % ROW_BYTES == 0, f"rows of x have {row_bytes} bytes")
-    if topk_weights is not None:
-        expect(
-            topk_weights.shape == weights_shape and topk_weights.dtype is torch.float32,
-            f"topk_weights must be float32 {list(weights_shape)}, not {_form(topk_weights)}",
+    shape = x.shape
+    if len(shape) != 2 or shape[0] != num_rows or not x.is_contiguous():
+        raise CallError(f"x must be [{num_rows}, H] and contiguous, not {_form(x)}")
+    if x.dtype is not torch.bfloat16:
+        raise CallError(f"x is {x.dtype}; combine takes bfloat16")
+    row_bytes = 2 * shape[1]
+    if row_bytes == 0 or row_bytes % ROW_BYTES:
+        raise CallError(f"rows of x have {row_bytes} bytes")
+    if topk_weights is not None and (
+        topk_weights.shape != weights_shape or topk_weights.dtype is not torch.float32
+    ):
+        raise CallError(
+            f"topk_weights must be float32 {list(weights_shape)}, not {_form(topk_weights)}"
         )
 
 
@@ -428,18 +405,6 @@ def check_bias(bias: Any, shape: tuple[int, int]) -> None:
         fits = isinstance(one, Tensor) and one.shape == shape and one.dtype is torch.bfloat16
         if not fits:
             raise CallError(f"a bias must be bfloat16 {list(shape)}, not {_form(one)}")
-
-
-def with_rows(tensor: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
-    """The tensor with that many rows; those behind its own hold `fill`, or anything."""
-    missing = num_rows - tensor.shape[0]
-    if missing == 0:
-        return tensor
-    padded = tensor.new_empty((num_rows, *tensor.shape[1:]))
-    padded[: tensor.shape[0]] = tensor
-    if fill is not None:
-        padded[tensor.shape[0] :] = fill
-    return padded
 
 
 def _form(value: object) -> str:
