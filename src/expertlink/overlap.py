@@ -16,8 +16,9 @@ from expertlink.engines.ranks.header import Operation
 from expertlink.errors import InputError
 from expertlink.gradients import in_current_mode, without_gradients
 from expertlink.requests import Life
-from expertlink.types import CommOverlapConfig
+from expertlink.types import CommOverlapConfig, RoutingScope
 
+_WITHOUT_TENSORS = (type(None), int, str, tuple, list, dict, RoutingScope)
 _OPERATIONS = {"dispatch": Operation.DISPATCH, "combine": Operation.COMBINE}
 
 
@@ -124,14 +125,24 @@ def check_operation(overlap: CommOverlapConfig | None, operation: Operation) -> 
         raise InputError(f"overlap was created for {overlap.operation}; this is {operation.title}")
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> list[Tensor]:
     """Every CUDA tensor that a record, or a record inside it, holds."""
+    found: list[Tensor] = []
+    _find_tensors(value, found)
+    return found
+
+
+def _find_tensors(value: object, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         if value.is_cuda:
-            yield value
-    elif isinstance(value, LazyOutput) and value.source is not None:
-        for member in (value.tokens, value.scales, *value.source.memories):
-            yield from tensors_in(member)
+            found.append(value)
+        return
+    if isinstance(value, LazyOutput) and value.source is not None:
+        members = (value.tokens, value.scales, *value.source.memories)
     elif dataclasses.is_dataclass(value):
-        for member in vars(value).values():
-            yield from tensors_in(member)
+        members = tuple(vars(value).values())
+    else:
+        return
+    for member in members:
+        if not isinstance(member, _WITHOUT_TENSORS):  # most are: not worth a call
+            _find_tensors(member, found)

@@ -59,6 +59,7 @@ class FakeGpu:
         capture: number of the capture that every call is in, 0 for none.
         launched: name and some of the arguments of every launch, oldest first.
         kernel: what every launch does, with its arguments and the words that the host reads.
+        cuda_calls: names of the functions of torch.cuda that have been called, oldest first.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +67,24 @@ class FakeGpu:
         self.launched: list[dict[str, Any]] = []
         self.mails = True
         self.kernel: Callable[[KernelName, Arguments, Any], None] = lambda *_: None
+        self.cuda_calls: list[str] = []
         stream = _Stream()
         patch = monkeypatch.setattr
+
+        def note(name: str, result: Any = None) -> None:
+            def called(*_: object) -> Any:
+                self.cuda_calls.append(name)
+                return result
+
+            patch(torch.cuda, name, called)
+
+        note("stream", contextlib.nullcontext())
+        note("device", contextlib.nullcontext())
+        note("current_stream", stream)
+        note("current_device", 0)
+        note("set_stream")
+        note("is_current_stream_capturing", False)
         patch(torch.cuda, "Stream", _Stream)
-        patch(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-        patch(torch.cuda, "current_stream", lambda *_: stream)
         patch(torch.cuda, "synchronize", lambda *_: None)
         properties = types.SimpleNamespace(multi_processor_count=SMS)
         patch(torch.cuda, "get_device_properties", lambda _: properties)

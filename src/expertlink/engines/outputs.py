@@ -7,7 +7,6 @@ are views of one piece of memory, made when somebody reads them (`LazyOutput`).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

@@ -230,7 +230,9 @@ class NormalCalls:
         """Columns of a combine in which every rank has `part` of its own."""
         return align(part, ROW_BYTES // 2) * self._num_ranks
 
-    def _sum_of_weights(self, topk_weights: Tensor, known: Dispatched, num_sms: int | None) -> Tensor:
+    def _sum_of_weights(
+        self, topk_weights: Tensor, known: Dispatched, num_sms: int | None
+    ) -> Tensor:
         """`[T, K]` sums over all ranks that a token went to, also of lanes that are -1 there."""
         rows = apart.floats_as_rows(topk_weights)
         rows_TRW = self.rows_apart(rows, known, num_sms, at_once=True)
@@ -350,9 +352,7 @@ def check_routing(
         return
     shape = topk_ids.shape
     if len(shape) != 2 or shape[0] != x.shape[0] or not topk_ids.is_contiguous():
-        raise CallError(
-            f"topk_idx must be [{x.shape[0]}, K] and contiguous, not {_form(topk_ids)}"
-        )
+        raise CallError(f"topk_idx must be [{x.shape[0]}, K] and contiguous, not {_form(topk_ids)}")
     if topk_ids.dtype not in _IDS:
         raise CallError(f"topk_idx is {topk_ids.dtype}, not int64 or int32")
     if not 0 < shape[1] <= num_experts:
