@@ -185,7 +185,8 @@ class Operations(TorchDispatchMode):
 @LAYOUTS
 @torch.no_grad()
 def test_operations_of_torch_in_a_call(gpu: FakeGpu, layout: DispatchLayout, static: bool) -> None:
-    """Rows, one piece of memory for the rest, and a cut where more rows were expected."""
+    """Rows, their ids and weights, one piece of memory for the rest; cuts where more rows were
+    expected."""
     comm = gpu.communicator(output_layout=layout.value, static_shapes=static)
     x, ids, weights = inputs()
     buffers, result = comm.create_buffers(), torch.empty_like(x)
@@ -198,9 +199,13 @@ def test_operations_of_torch_in_a_call(gpu: FakeGpu, layout: DispatchLayout, sta
     for into in (None, buffers):
         made = ["empty", "new_empty"] if into is None else []
         cut = [] if static or layout.padded else ["slice"]
+        resized = []
+        if into is None and not layout.expanded:
+            made += ["new_empty"] * 2
+            resized = ["resize_"] * 2 if cut else []
         with Operations() as seen:
             out, handle = comm.dispatch(x, ids, weights, output_buffer=into)
-        assert seen.names == [*made, *cut]
+        assert seen.names == [*made, *resized, *cut]
         with Operations() as seen:
             out, handle = comm.dispatch(x, None, previous_handle=handle, output_buffer=into)
         assert seen.names == [*made, *(cut if into else [])]
@@ -377,6 +382,7 @@ def test_a_piece_of_memory_has_room_for_all(gpu: FakeGpu) -> None:
                 (a.ids_copy, wide * 5 * K),
                 (a.topk_ids, 8 * a.max_slots * K),
                 (a.topk_weights, 4 * a.max_slots * K),
+                (a.source_tokens, 4 * a.max_slots),
             ]
         )
 
@@ -384,7 +390,7 @@ def test_a_piece_of_memory_has_room_for_all(gpu: FakeGpu) -> None:
     x, ids, weights = inputs()
     for layout in ("token_major", "rank_major"):
         for kind in (torch.int32, torch.int64):
-            comm = gpu.communicator(output_layout=layout)
+            comm = gpu.communicator(output_layout=layout, source_tokens=True)
             buffers = comm.create_buffers()
             comm.dispatch(x, ids, weights)  # of rows that nobody expected
             spans.clear()

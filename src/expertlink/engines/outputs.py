@@ -1,12 +1,13 @@
 """What a dispatch returns: the one place where its tensors and its `DispatchOutput` are made.
 
-Making a tensor takes the host as long as a kernel's launch. Where that matters, all but the rows
-are views of one piece of memory, made when somebody reads them (`LazyOutput`).
+Making a tensor takes the host as long as a kernel's launch. Where that matters, all but the rows,
+ids and weights are parts of one piece of memory, made when somebody reads them (`LazyOutput`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
