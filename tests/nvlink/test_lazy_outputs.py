@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertlink import DispatchLayout, DispatchOutput, MoECommunicator
 from expertlink.engines.nvlink.ht.arguments import Flag
@@ -22,6 +21,7 @@ from expertlink.engines.outputs import LazyOutput, MemorySource
 from expertlink.jit.kernel import Arguments
 from expertlink.overlap import tensors_in
 from support.fake_gpu import T_MAX, E, FakeGpu, H, K, inputs
+from support.operations import Operations
 
 LAYOUTS = pytest.mark.parametrize("layout", list(DispatchLayout), ids=lambda one: one.value)
 SHAPES = pytest.mark.parametrize("static", [False, True], ids=["", "static"])
@@ -165,20 +165,6 @@ def test_what_is_not_read_is_not_made(gpu: FakeGpu, monkeypatch: pytest.MonkeyPa
     assert made == ["topk_ids", "expert_offsets"]
     check(out, DispatchLayout.TOKEN_MAJOR)
     assert sorted(made) == sorted(LAZY)
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations that torch carries out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @SHAPES
