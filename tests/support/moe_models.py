@@ -1,0 +1,203 @@
+"""Tiny MoE models of transformers with random weights, and jobs that spread their experts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from expertlink.integrations import transformers as integration
+from expertlink.integrations.growing import Communicators
+from expertlink.launch import RankContext
+
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe")
+NUM_EXPERTS, VOCABULARY, LAYERS = 8, 48, 2
+EXPERTS = ".experts."
+
+
+def build(family: str) -> Any:
+    """A model in float32, the same on every rank; routings differ from token to token."""
+    import transformers
+
+    torch.manual_seed(FAMILIES.index(family))
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 3,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    if family == "mixtral":
+        config = transformers.MixtralConfig(
+            **common, intermediate_size=16, num_local_experts=NUM_EXPERTS
+        )
+    elif family == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(
+            **common,
+            head_dim=16,
+            intermediate_size=16,
+            moe_intermediate_size=16,
+            num_experts=NUM_EXPERTS,
+            norm_topk_prob=True,
+        )
+    elif family == "deepseek_v3":
+        config = transformers.DeepseekV3Config(
+            **common,
+            intermediate_size=16,
+            moe_intermediate_size=16,
+            n_routed_experts=NUM_EXPERTS,
+            n_group=2,
+            topk_group=2,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+        )
+    elif family == "gpt_oss":
+        config = transformers.GptOssConfig(
+            **common,
+            head_dim=16,
+            intermediate_size=16,
+            num_local_experts=NUM_EXPERTS,
+            sliding_window=4,
+        )
+    else:
+        config = transformers.OlmoeConfig(**common, intermediate_size=16, num_experts=NUM_EXPERTS)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_bias", ".bias", "sinks")):
+            nn.init.normal_(parameter, std=0.2)
+    return model.float()
+
+
+def batch_of(rank: int) -> Tensor:
+    """A rank's tokens; their number differs from rank to rank."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    return torch.randint(VOCABULARY, (2, 3 + 2 * rank), generator=generator)
+
+
+@dataclass
+class Outcome:
+    """How far a spread model is from the whole one.
+
+    Attributes:
+        logits: largest difference of this rank's logits.
+        gradients: largest difference, by name of the parameter.
+        largest: largest value among the gradients of experts, and among all others.
+    """
+
+    logits: float
+    gradients: dict[str, float]
+    largest: tuple[float, float]
+
+
+def reference(model: Any, ranks: list[int]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Logits by rank, and gradients of the sum of all ranks' losses, of the unmodified model."""
+    logits = {}
+    for rank in ranks:
+        logits[rank] = model(batch_of(rank)).logits
+        loss_of(logits[rank]).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {rank: values.detach() for rank, values in logits.items()}, gradients
+
+
+def loss_of(logits: Tensor) -> Tensor:
+    """Something that reaches every parameter, with gradients that are not small."""
+    return (logits.square().mean() + logits[..., 0].sum()) * 0.5
+
+
+def compare(
+    logits: Tensor, found: dict[str, Tensor], expected: tuple[Tensor, dict[str, Tensor]]
+) -> Outcome:
+    """The differences of one rank, whose gradients were gathered."""
+    expected_logits, gradients = expected
+    assert set(found) == set(gradients)
+    differences = {n: (found[n] - gradients[n]).abs().max().item() for n in gradients}
+    largest = tuple(
+        max(g.abs().max().item() for n, g in gradients.items() if (EXPERTS in n) is routed)
+        for routed in (True, False)
+    )
+    return Outcome((logits - expected_logits).abs().max().item(), differences, largest)
+
+
+@contextlib.contextmanager
+def counted_dispatches() -> Iterator[list[torch.Size]]:
+    """The shapes of what is dispatched inside."""
+    shapes: list[torch.Size] = []
+    original = Communicators.dispatch
+
+    def dispatch(self: Communicators, x_TH: Tensor, *rest: Tensor) -> Any:
+        shapes.append(x_TH.shape)
+        return original(self, x_TH, *rest)
+
+    with mock.patch.object(Communicators, "dispatch", dispatch):
+        yield shapes
+
+
+# -- jobs ------------------------------------------------------------------------------------------
+
+
+def cut_by_hand(ctx: RankContext, family: str, size: int) -> Outcome:
+    """`parallelize` over groups of `size` ranks; backward of every rank's own tokens."""
+    mesh = dist.init_device_mesh("cpu", (ctx.num_ranks // size, size), mesh_dim_names=("dp", "ep"))
+    group = mesh.get_group("ep")
+    ranks = dist.get_process_group_ranks(group)
+    expected_logits, gradients = reference(build(family), ranks)
+    model = integration.parallelize(build(family), mesh["ep"])
+    logits = model(batch_of(ctx.rank)).logits
+    loss_of(logits).backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if EXPERTS in name:
+            parts = [torch.empty_like(grad) for _ in ranks]
+            dist.all_gather(parts, grad, group=group)
+            found[name] = torch.cat(parts)
+        else:
+            dist.all_reduce(grad, group=group)
+            found[name] = grad
+    return compare(logits.detach(), found, (expected_logits[ctx.rank], gradients))
+
+
+def loaded(ctx: RankContext, family: str, path: Path, sizes: dict[str, int]) -> Outcome:
+    """`from_pretrained` with a configuration that names the registered implementation."""
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    integration.register()
+    config = DistributedConfig(**sizes, ep_implementation="expertlink")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, distributed_config=config, dtype=torch.float32
+    )
+    batch = ctx.rank // config.tp_size  # ranks of a tensor-parallel group have the same tokens
+    batches = list(range(ctx.num_ranks // config.tp_size))
+    expected_logits, gradients = reference(build(family), batches)
+    with counted_dispatches() as calls:
+        logits = model(batch_of(batch)).logits
+    assert len(calls) == LAYERS - (family == "deepseek_v3")  # whose first layer is dense
+    loss_of(logits).backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            full = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            found[name] = full * len(batches)  # FSDP takes the mean
+    return compare(logits.detach(), found, (expected_logits[batch], gradients))
+
+
+Job = Callable[..., Outcome]
