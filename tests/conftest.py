@@ -88,13 +88,16 @@ def rank_pools() -> Iterator[RankPools]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forked_ranks() -> Iterator[None]:
+def forked_ranks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Rank processes on CPUs start without importing torch; those of the launcher's own tests do.
 
-    Commands and examples that tests run as processes of their own start ranks as users do.
+    Nor do they import what tests mark with `preload`. Commands and examples that tests run as
+    processes of their own start ranks as users do.
     """
+    marks = [item.get_closest_marker("preload") for item in request.session.items]
+    modules = {name: None for mark in marks if mark is not None for name in mark.args}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "multiprocessing", ForkedRanks())
+        patch.setattr(launch, "multiprocessing", ForkedRanks(list(modules)))
         yield
 
 

@@ -16,6 +16,7 @@ import pytest
 from expertlink import ConfigurationError
 from expertlink.compat.deep_ep import Buffer, EventOverlap, installing
 from expertlink.compat.deep_ep.installing import OtherDeepEPError, install, install_if_asked
+from expertlink.integrations import sglang
 
 NAMES = [
     "Buffer",
@@ -126,8 +127,11 @@ def test_a_value_that_is_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_entry_points_name_the_plug_in() -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    target = f"{installing.__name__}:{install_if_asked.__name__}"
-    for group in ("vllm.general_plugins", "sglang.srt.plugins"):
+    targets = {
+        "vllm.general_plugins": f"{installing.__name__}:{install_if_asked.__name__}",
+        "sglang.srt.plugins": f"{sglang.__name__}:{sglang.plugin.__name__}",
+    }
+    for group, target in targets.items():
         _, _, after = text.partition(f'[project.entry-points."{group}"]\n')
         assert after.splitlines()[0] == f'expertlink_deep_ep = "{target}"'
 

@@ -1,4 +1,4 @@
-"""The plug-in for flashinfer: with flashinfer where it can be imported, else with its signatures."""
+"""The plug-in for flashinfer: inside flashinfer where it is installed, else its signatures."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""The plug-in for torchtitan: with torchtitan where it is installed, else with what it published."""
+"""The plug-in for torchtitan: inside torchtitan where it is installed, else its signatures."""
 
 from __future__ import annotations
 
 import pytest
 
-from expertlink.integrations import versions
 from expertlink.integrations.versions import FrameworkVersionError
 from support import frameworks
 
@@ -40,5 +39,3 @@ def test_other_versions(found: dict[str, str], said: str) -> None:
         module.dispatcher_class.cache_clear()
         with pytest.raises(FrameworkVersionError, match=said):
             module.dispatcher_class()
-
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -17,12 +17,16 @@ _MODULES = ["torch", "torch.distributed", "torch._dynamo"]  # the last as optimi
 
 
 class ForkedRanks:
-    """What `expertlink.launch` takes for the module `multiprocessing`."""
+    """What `expertlink.launch` takes for the module `multiprocessing`.
 
-    def __init__(self) -> None:
+    Args:
+        modules: what the server imports beside torch.
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
         self._spawn = multiprocessing.get_context("spawn")
         self._fork = multiprocessing.get_context("forkserver")
-        self._fork.set_forkserver_preload(_MODULES)
+        self._fork.set_forkserver_preload([*_MODULES, *modules])
         self.Pipe = self._spawn.Pipe
 
     def get_context(self, method: str) -> ForkedRanks:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from expertlink import ClosedError
 from expertlink.integrations import transformers as integration
 from expertlink.integrations.growing import Communicators
 from expertlink.launch import RankContext
@@ -24,7 +27,7 @@ EXPERTS = ".experts."
 
 def build(family: str) -> Any:
     """A model in float32, the same on every rank; routings differ from token to token."""
-    import transformers
+    transformers: Any = importlib.import_module("transformers")
 
     torch.manual_seed(FAMILIES.index(family))
     common: dict[str, Any] = {
@@ -125,11 +128,10 @@ def compare(
     expected_logits, gradients = expected
     assert set(found) == set(gradients)
     differences = {n: (found[n] - gradients[n]).abs().max().item() for n in gradients}
-    largest = tuple(
-        max(g.abs().max().item() for n, g in gradients.items() if (EXPERTS in n) is routed)
-        for routed in (True, False)
-    )
-    return Outcome((logits - expected_logits).abs().max().item(), differences, largest)
+    routed = [g.abs().max().item() for n, g in gradients.items() if EXPERTS in n]
+    others = [g.abs().max().item() for n, g in gradients.items() if EXPERTS not in n]
+    difference = (logits - expected_logits).abs().max().item()
+    return Outcome(difference, differences, (max(routed), max(others)))
 
 
 @contextlib.contextmanager
@@ -173,15 +175,22 @@ def cut_by_hand(ctx: RankContext, family: str, size: int) -> Outcome:
     return compare(logits.detach(), found, (expected_logits[ctx.rank], gradients))
 
 
+def written(ctx: RankContext, family: str, path: Path) -> None:
+    """A checkpoint for `loaded`."""
+    if ctx.rank == 0:
+        build(family).save_pretrained(path)
+    dist.barrier()
+
+
 def loaded(ctx: RankContext, family: str, path: Path, sizes: dict[str, int]) -> Outcome:
     """`from_pretrained` with a configuration that names the registered implementation."""
     from torch.distributed.tensor import DTensor
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
+
+    transformers: Any = importlib.import_module("transformers")
 
     integration.register()
-    config = DistributedConfig(**sizes, ep_implementation="expertlink")
-    model = AutoModelForCausalLM.from_pretrained(
+    config = transformers.distributed.DistributedConfig(**sizes, ep_implementation="expertlink")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         path, distributed_config=config, dtype=torch.float32
     )
     batch = ctx.rank // config.tp_size  # ranks of a tensor-parallel group have the same tokens
@@ -200,4 +209,55 @@ def loaded(ctx: RankContext, family: str, path: Path, sizes: dict[str, int]) -> 
     return compare(logits.detach(), found, (expected_logits[batch], gradients))
 
 
-Job = Callable[..., Outcome]
+def longer_and_longer(ctx: RankContext) -> list[int]:
+    """Forwards of more tokens than before, and backward of the first one after all of them."""
+    torch.manual_seed(0)
+    whole, model = build("mixtral"), integration.parallelize(build("mixtral"))
+    tokens, outputs = torch.empty(0), []
+    for length in (2, 5, 40, 3):
+        tokens = torch.full((2, length), ctx.rank) + torch.arange(length)
+        outputs.append(model(tokens).logits)
+        torch.testing.assert_close(outputs[-1], whole(tokens).logits, rtol=0, atol=1e-5)
+    copy_of_model = copy.deepcopy(model)
+    torch.testing.assert_close(copy_of_model(tokens).logits, outputs[-1], rtol=0, atol=0)
+    for output in outputs:
+        loss_of(output).backward()
+    experts = model.model.layers[0].mlp.experts
+    communicators = experts.forward._communicators
+    assert communicators is model.model.layers[1].mlp.experts.forward._communicators
+    sizes = [comm.config.max_tokens_per_rank for comm in communicators._outgrown]
+    assert torch.isfinite(experts.down_proj.grad).all()
+    communicators.close()
+    try:
+        model(tokens)
+    except ClosedError:
+        return sizes
+    raise AssertionError("a forward after close()")
+
+
+def refusals(ctx: RankContext, path: Path) -> dict[str, str]:
+    """What wrong sizes, plans and names say."""
+    transformers: Any = importlib.import_module("transformers")
+    integration.register()
+    said = {}
+    cases: dict[str, dict[str, Any]] = {
+        "size": {"fsdp_size": 4, "ep_size": 3},
+        "name": {"fsdp_size": 4, "ep_size": 4, "ep_implementation": "expertlynk"},
+        "plan": {
+            "fsdp_size": 4,
+            "ep_size": 4,
+            "ep_plan": {
+                "model.layers.*.mlp.experts.gate_up_proj": "replicate",
+                "model.layers.*.mlp.experts.down_proj": "replicate",
+            },
+        },
+    }
+    for case, fields in cases.items():
+        try:
+            config = transformers.distributed.DistributedConfig(
+                **{"ep_implementation": "expertlink", **fields}
+            )
+            transformers.AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
+        except ValueError as error:
+            said[case] = f"{type(error).__name__}: {error}"
+    return said

@@ -70,9 +70,8 @@ def register() -> type:
             self._config: ExpertlinkCommConfig = config or ExpertlinkCommConfig()
             self._handle: DispatchHandle | None = None
             self._comm: MoECommunicator | None = _communicator(bootstrap, params, self._config)
-            self.supports_cuda_graph = (
-                self._comm.engine_name == "nvlink" and self._config.mode == "ll"
-            )
+            captures = self._comm.engine_name == "nvlink" and self._config.mode == "ll"
+            vars(self)["supports_cuda_graph"] = captures
 
         @classmethod
         def is_platform_supported(cls) -> bool:

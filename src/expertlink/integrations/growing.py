@@ -90,6 +90,10 @@ class Communicators:
         self._outgrown.clear()
         self.group, self._closed = None, True
 
+    def __deepcopy__(self, memo: object) -> Communicators:
+        """Copies of a model share them, as they share a communicator."""
+        return self
+
     def _largest(self, x_TH: Tensor) -> int:
         """The largest T of all ranks, at least 1. Collective."""
         self._check_open()

@@ -12,6 +12,7 @@ is there already. Tested with 5.17.0 and 5.23.0.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def register(name: str = "expertlink", *, max_tokens_per_rank: int | None = None
     """
     remedy = "; before 5.23 use parallelize(model, group)"
     require("transformers", since=REGISTRY, before=UNTESTED, remedy=remedy)
-    from transformers.distributed import expert_parallel
+    expert_parallel: Any = importlib.import_module("transformers.distributed.expert_parallel")
 
     class ExpertlinkEP(expert_parallel.EPImplementation):
         """One per experts module; those of a model share their communicators."""
@@ -82,7 +83,9 @@ def register(name: str = "expertlink", *, max_tokens_per_rank: int | None = None
     return ExpertlinkEP
 
 
-def parallelize(model: Model, group: Any = None, *, max_tokens_per_rank: int | None = None) -> Model:
+def parallelize(
+    model: Model, group: Any = None, *, max_tokens_per_rank: int | None = None
+) -> Model:
     """Spreads the experts of a model over the ranks of a group, in place. Local.
 
     Every rank calls it with the same weights loaded, before an optimizer or FSDP takes the

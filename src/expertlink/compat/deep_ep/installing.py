@@ -67,14 +67,19 @@ def install(*, replace: bool = False) -> None:
         _alias(_NAME + suffix, importlib.import_module(_HOME + suffix))
 
 
-def install_if_asked() -> None:
-    """`install()` where EXPERTLINK_DEEP_EP=1. vLLM and SGLang call this in each of their processes.
+def install_if_asked() -> bool:
+    """`install()` where EXPERTLINK_DEEP_EP=1. vLLM calls this in each of its processes.
+
+    Returns:
+        Whether it was asked for.
 
     Raises:
         OtherDeepEPError: there is another `deep_ep`.
     """
-    if DEEP_EP.read():
+    asked = DEEP_EP.read()
+    if asked:
         install()
+    return bool(asked)
 
 
 def _alias(name: str, source: ModuleType) -> None:
