@@ -42,8 +42,9 @@ format: $(STAMP) ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) ## write docs/reference from the sources and docs/results from the records
+docs: $(STAMP) ## write docs/reference, docs/results and build/api from sources and records
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/api.py
 	$(BIN)/expertlink report
 
 bench: $(STAMP) ## measure dispatch and combine

@@ -16,6 +16,14 @@ def test_the_communication_keeps_the_contract(rank_pools, num_ranks: int, mode: 
     assert results == ["expertlink"] * num_ranks
 
 
+@pytest.mark.gpu(4)
+@pytest.mark.parametrize("mode", ["ll", "ht"])
+def test_on_gpus(rank_pools, mode: str) -> None:
+    """bfloat16 rows, so that the nvlink engine serves."""
+    pool = rank_pools(4, "cuda")
+    assert pool.run(frameworks.flashinfer_calls, mode, [3, 0, 5], timeout_s=100)
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
     [

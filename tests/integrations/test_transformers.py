@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,33 +10,10 @@ import torch
 from torch import nn
 
 from expertlink.integrations import transformers as integration
-from expertlink.integrations import versions
 from expertlink.integrations.versions import FrameworkVersionError, UnsupportedModelError
 from support import frameworks, moe_models
 from support.depth import deep
-from support.moe_models import FAMILIES, Outcome
-
-MODULES = [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
-
-
-def missing(since: str) -> str:
-    """Why transformers cannot be used here; empty where it can."""
-    if find_spec("transformers") is None:
-        return "transformers is not installed"
-    try:
-        versions.require("transformers", since=since, before=integration.UNTESTED)
-    except FrameworkVersionError as error:
-        return str(error)
-    return ""
-
-
-needs_transformers = pytest.mark.skipif(
-    bool(missing(integration.OLDEST)), reason=missing(integration.OLDEST) or "-"
-)
-needs_registry = pytest.mark.skipif(
-    bool(missing(integration.REGISTRY)), reason=missing(integration.REGISTRY) or "-"
-)
-preloads = pytest.mark.preload("torch.distributed.tensor", "torch.distributed.fsdp", *MODULES)
+from support.moe_models import FAMILIES, Outcome, needs_registry, needs_transformers, preloads
 
 
 def check(outcomes: list[Outcome]) -> None:
@@ -72,6 +48,18 @@ def test_from_pretrained(rank_pools, family: str, tmp_path: Path) -> None:
     number = FAMILIES.index(family) % len(cases)
     for sizes in cases[number : number + 1] if deep(1) == 1 else cases:
         check(pool.run(moe_models.loaded, family, tmp_path, sizes, timeout_s=100))
+
+
+@needs_transformers
+@pytest.mark.gpu(4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parallelize_on_gpus(rank_pools, family: str) -> None:
+    """float32 over NCCL; then bfloat16, where both engines give the same bits."""
+    pool = rank_pools(4, "cuda")
+    for size in (2, 4):
+        check(pool.run(moe_models.cut_by_hand, family, size, timeout_s=100))
+    names = pool.run(moe_models.engines_alike, family, timeout_s=200)
+    assert names == [["nvlink"]] * 4
 
 
 @needs_transformers

@@ -7,22 +7,47 @@ import copy
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from expertlink import ClosedError
+from expertlink import ClosedError, MoECommunicatorConfig
+from expertlink.integrations import growing, versions
 from expertlink.integrations import transformers as integration
 from expertlink.integrations.growing import Communicators
+from expertlink.integrations.versions import FrameworkVersionError
 from expertlink.launch import RankContext
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe")
 NUM_EXPERTS, VOCABULARY, LAYERS = 8, 48, 2
 EXPERTS = ".experts."
+
+
+def missing(since: str) -> str:
+    """Why transformers cannot be used here; empty where it can."""
+    if find_spec("transformers") is None:
+        return "transformers is not installed"
+    try:
+        versions.require("transformers", since=since, before=integration.UNTESTED)
+    except FrameworkVersionError as error:
+        return str(error)
+    return ""
+
+
+needs_transformers = pytest.mark.skipif(
+    bool(missing(integration.OLDEST)), reason=missing(integration.OLDEST) or "-"
+)
+needs_registry = pytest.mark.skipif(
+    bool(missing(integration.REGISTRY)), reason=missing(integration.REGISTRY) or "-"
+)
+_MODULES = [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
+preloads = pytest.mark.preload("torch.distributed.tensor", "torch.distributed.fsdp", *_MODULES)
 
 
 def build(family: str) -> Any:
@@ -110,7 +135,7 @@ def reference(model: Any, ranks: list[int]) -> tuple[dict[int, Tensor], dict[str
     """Logits by rank, and gradients of the sum of all ranks' losses, of the unmodified model."""
     logits = {}
     for rank in ranks:
-        logits[rank] = model(batch_of(rank)).logits
+        logits[rank] = model(batch_of(rank).to(model.device)).logits
         loss_of(logits[rank]).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {rank: values.detach() for rank, values in logits.items()}, gradients
@@ -153,12 +178,14 @@ def counted_dispatches() -> Iterator[list[torch.Size]]:
 
 def cut_by_hand(ctx: RankContext, family: str, size: int) -> Outcome:
     """`parallelize` over groups of `size` ranks; backward of every rank's own tokens."""
-    mesh = dist.init_device_mesh("cpu", (ctx.num_ranks // size, size), mesh_dim_names=("dp", "ep"))
+    device = ctx.device
+    shape = (ctx.num_ranks // size, size)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ep"))
     group = mesh.get_group("ep")
     ranks = dist.get_process_group_ranks(group)
-    expected_logits, gradients = reference(build(family), ranks)
-    model = integration.parallelize(build(family), mesh["ep"])
-    logits = model(batch_of(ctx.rank)).logits
+    expected_logits, gradients = reference(build(family).to(device), ranks)
+    model = integration.parallelize(build(family).to(device), mesh["ep"])
+    logits = model(batch_of(ctx.rank).to(device)).logits
     loss_of(logits).backward()
     found = {}
     for name, parameter in model.named_parameters():
@@ -173,6 +200,31 @@ def cut_by_hand(ctx: RankContext, family: str, size: int) -> Outcome:
             dist.all_reduce(grad, group=group)
             found[name] = grad
     return compare(logits.detach(), found, (expected_logits[ctx.rank], gradients))
+
+
+def engines_alike(ctx: RankContext, family: str) -> list[str]:
+    """A model in bfloat16 gives the same bits with the engine chosen for it as with `collective`.
+
+    Returns:
+        The chosen engine's name.
+    """
+    results, names = [], []
+    for engine in ("collective", "auto"):
+
+        def configuration(engine: str = engine, **fields: Any) -> MoECommunicatorConfig:
+            return MoECommunicatorConfig(engine=engine, **fields)  # pyright: ignore[reportArgumentType]
+
+        with mock.patch.object(growing, "MoECommunicatorConfig", configuration):
+            model = integration.parallelize(build(family).bfloat16().to(ctx.device))
+            logits = model(batch_of(ctx.rank).to(ctx.device)).logits
+        loss_of(logits.float()).backward()
+        experts = model.model.layers[-1].mlp.experts
+        results.append((logits, *(p.grad for p in experts.parameters())))
+        communicators = experts.forward._communicators
+        names = [comm.engine_name for comm in communicators._members.values()]
+        communicators.close()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return names
 
 
 def written(ctx: RankContext, family: str, path: Path) -> None:

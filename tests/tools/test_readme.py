@@ -12,20 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from support.pages import marked_blocks
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "docs" / "guide").glob("*.md"))
+OTHERS = sorted(
+    page
+    for page in (ROOT / "docs").rglob("*.md")
+    if page not in GUIDES and "```python" in page.read_text(encoding="utf-8")
+)
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GENERATED = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
-
-GPU = "<!-- GPU -->\n"
-BLOCK = re.compile(rf"^({re.escape(GPU)})?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, *, gpu: bool) -> list[str]:
     """Python blocks of a page; those that need GPUs only where asked for."""
-    found = BLOCK.findall(page.read_text(encoding="utf-8"))
-    return [code for marked, code in found if gpu or not marked]
+    return [code for mark, code in marked_blocks(page) if not mark or (gpu and mark == "GPU")]
 
 
 EXAMPLE = blocks(README, gpu=False)[0]
@@ -86,6 +89,21 @@ def test_the_example_runs_for_other_models(change: str, tmp_path: Path) -> None:
     code = EXAMPLE.replace("num_experts=8,", f"{change},")
     code = code.replace("(16, 8,", "(16, config.num_experts,")
     assert run(code, tmp_path, num_ranks=3).count("rank ") == 3
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
+def test_blocks_of_other_pages_run(page: Path) -> None:
+    """On one rank, each page for itself."""
+    code = "\n".join(blocks(page, gpu=False))
+    exec(compile(code, page.name, "exec"), {})
+
+
+def test_marks_are_known() -> None:
+    """Blocks of frameworks run in tests/integrations/test_frameworks_page.py."""
+    marks = {page.stem: {mark for mark, _ in marked_blocks(page)} for page in (README, *GUIDES)}
+    frameworks = marks.pop("frameworks")
+    assert frameworks == {"torchrun", "torchtitan", "flashinfer"}
+    assert set().union(*marks.values()) <= {"", "GPU"}
 
 
 def test_guides_go_on_from_the_example(tmp_path: Path) -> None:

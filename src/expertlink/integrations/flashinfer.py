@@ -101,7 +101,8 @@ def register() -> type:
             rows, scales = hidden_states, hidden_states_scale
             if not plain:
                 rows = hidden_states.contiguous().view(torch.uint8)
-                scales = rows.new_zeros(rows.shape[0], 1) if scales is None else scales
+                if scales is None:  # one that nobody reads
+                    scales = torch.zeros(rows.shape[0], 1, device=rows.device)
             received, self._handle = comm.dispatch(rows, topk_ids, topk_weights, scales)
             assert received.topk_ids is not None
             ids = received.topk_ids.flatten(0, 1)
