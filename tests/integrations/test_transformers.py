@@ -70,6 +70,13 @@ def test_forwards_of_more_tokens_than_before(rank_pools) -> None:
     assert results == [[4, 10]] * 2
 
 
+@needs_transformers
+@preloads
+def test_models_one_after_the_other(rank_pools) -> None:
+    """What ranks have does not depend on when their garbage is collected."""
+    assert all(rank_pools(2).run(moe_models.one_after_the_other, timeout_s=60))
+
+
 @needs_registry
 @preloads
 def test_what_transformers_is_told_wrong(rank_pools, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -285,6 +286,17 @@ def longer_and_longer(ctx: RankContext) -> list[int]:
     except ClosedError:
         return sizes
     raise AssertionError("a forward after close()")
+
+
+def one_after_the_other(ctx: RankContext) -> bool:
+    """Models over one group, where rank 0 keeps the first and the others have forgotten it."""
+    tokens, kept = torch.full((2, 3), ctx.rank), []
+    for family in ("mixtral", "mixtral"):
+        model = integration.parallelize(build(family))
+        kept.append((model(tokens).logits, model if ctx.rank == 0 else None))
+        del model
+        gc.collect()
+    return torch.equal(kept[0][0], kept[1][0])
 
 
 def refusals(ctx: RankContext, path: Path) -> dict[str, str]:

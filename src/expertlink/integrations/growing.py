@@ -126,17 +126,22 @@ class Communicators:
             raise ClosedError("these communicators are closed")
 
 
-def shared(group: Any, **fields: Any) -> Communicators:
-    """The communicators that all layers with these arguments of `Communicators` have in common.
+def shared(mesh: Any, **fields: Any) -> Communicators:
+    """The communicators that all layers with this mesh and these arguments have in common.
 
-    They live as long as one of the layers holds them.
+    The mesh holds them, and meshes that are equal have each their own. So whether there are some
+    already depends on what the program did, which is the same on all ranks. It must not depend on
+    when a rank's garbage is collected: a rank that finds none asks the others, who have to ask too.
+
+    Args:
+        mesh: device mesh of one dimension.
+        fields: arguments of `Communicators`.
     """
-    group = group_of(group)
-    key = (id(group), *sorted(fields.items()))
-    found = _shared.get(key)
-    if found is None or found.group is not group:  # an id may be used again
-        found = _shared[key] = Communicators(group, **fields)
-    return found
+    held: dict[Any, Communicators] = vars(mesh).setdefault("_expertlink_communicators", {})
+    key = tuple(sorted(fields.items()))
+    if key not in held:
+        held[key] = Communicators(mesh, **fields)
+    return held[key]
 
 
 def group_of(group: Any) -> Any:
@@ -148,7 +153,6 @@ def group_of(group: Any) -> Any:
     return group
 
 
-_shared: weakref.WeakValueDictionary[Any, Communicators] = weakref.WeakValueDictionary()
 _alive: weakref.WeakSet[Communicators] = weakref.WeakSet()
 
 

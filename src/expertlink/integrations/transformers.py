@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from expertlink.integrations.experts import DispatchedExperts, slice_of, whole
-from expertlink.integrations.growing import group_of, shared
+from expertlink.integrations.growing import Communicators, group_of, shared
 from expertlink.integrations.versions import UnsupportedModelError, require
 
 OLDEST, REGISTRY, UNTESTED = "5.17", "5.23", "5.24"
@@ -117,15 +117,19 @@ def parallelize(
         )
     for name, block in named:
         _check_block(name, block, size)
+    communicators: dict[int, Communicators] = {}
     for _, block in named:
         block: Any
-        fields = {"num_experts": block.num_experts, "max_tokens_per_rank": max_tokens_per_rank}
-        count = block.num_experts // size
+        total, count = block.num_experts, block.num_experts // size
+        if total not in communicators:
+            communicators[total] = Communicators(
+                group, num_experts=total, max_tokens_per_rank=max_tokens_per_rank
+            )
         for name, parameter in list(block.named_parameters(recurse=False)):
             own = parameter.detach()[rank * count : (rank + 1) * count].clone()
             setattr(block, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
         block.num_experts = count
-        block.forward = DispatchedExperts(block.forward, shared(group, **fields))
+        block.forward = DispatchedExperts(block.forward, communicators[total])
     return model
 
 
