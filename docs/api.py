@@ -17,6 +17,10 @@ import pdoc
 MODULES = (
     "expertlink",
     "expertlink.launch",
+    "expertlink.metrics",
+    "expertlink.nn",
+    "expertlink.ops",
+    "expertlink.placement",
     "expertlink.compat.deep_ep",
     "expertlink.integrations.flashinfer",
     "expertlink.integrations.sglang",
