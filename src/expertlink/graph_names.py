@@ -196,8 +196,10 @@ def tables_of(comm: MoECommunicator, handle: DispatchHandle) -> list[Tensor]:
     """
     route = handle.state
     assert isinstance(route, Route)
-    tables = [route.block, apart(route.ids())]
-    tables += [table for table in (route.keeps, route.weights_block) if table is not None]
+    # Without what else lies behind the tables: shapes are those that graphs were told.
+    tables = [route.block[: route.layout.words(route.num_tokens)], apart(route.ids())]
+    keeps = None if route.keeps is None else route.keeps[: sum(route.layout.public) + 1]
+    tables += [table for table in (keeps, route.weights_block) if table is not None]
     base = route.block if route.keeps is None else route.keeps
     absent: Any = None
     without = {"block": absent, "ids_TK": absent, "keeps": absent, "weights_block": absent}

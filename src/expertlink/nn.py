@@ -226,7 +226,7 @@ class GroupedExperts(nn.Module):
         slot_NK, ends_E = _slots_of_choices(ids_NK, len(self.expert_ids), none=most)
         rows = torch.arange(num_rows, device=ids_NK.device).repeat_interleave(topk)
         row_of_slot = rows.new_full((most + 1,), num_rows).scatter_(0, slot_NK.flatten(), rows)
-        row_of_slot[most] = num_rows  # choices of other ranks have been there
+        row_of_slot[most:].fill_(num_rows)  # choices of other ranks have been there
         copies_MH = _with_none(rows_NH)[row_of_slot[:most]]
         outputs_MH = _with_none(self._grouped(copies_MH, ends_E, alignment=_GROUP_ROWS))
         wide = torch.promote_types(rows_NH.dtype, torch.float32)

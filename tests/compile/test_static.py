@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from expertlink import HandleError, MoECommunicator
 from expertlink.engines.nvlink.tables import Route
@@ -123,3 +125,32 @@ def test_which_operators_graphs_of_cuda_may_hold() -> None:
     for op in (*DISPATCH_OPS, *COMBINE_OPS):
         unsafe = torch.Tag.cudagraph_unsafe in op.tags
         assert unsafe != op.name().endswith("_static")
+
+
+@FIELDS
+@pytest.mark.parametrize("source_tokens", [False, True])
+def test_results_have_the_shapes_that_graphs_are_told(
+    gpu: FakeGpu, fields: dict[str, Any], source_tokens: bool
+) -> None:
+    """Inductor checks that on GPUs alone."""
+    comm = gpu.communicator(**fields, source_tokens=source_tokens)
+    form = comm._graph_form
+    assert form is not None
+    x, ids, weights = inputs()
+    ops: Any = torch.ops.expertlink
+    first = (form.name, x, ids, weights, None, "", False)
+    made = ops.dispatch_static(*first)
+    handle = made[-2:]
+    later = (handle, len(x), len(made[0]), True)
+    same = (form.name, form.name, x, None, None, False, None, "", False, *later)
+    others = (form.name, form.name, x, None, weights, True, None, "", False, *later)
+    calls = [(ops.dispatch_static, first, made)]
+    for arguments in (same, others):
+        op = ops.cached_dispatch_static
+        calls.append((op, arguments, op(*arguments)))
+    for op, arguments, real in calls:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = tree_map_only(Tensor, mode.from_tensor, arguments)
+            told = op(*fakes)
+        forms = [[(t.shape, t.stride(), t.dtype) for t in some] for some in (told, real)]
+        assert forms[0] == forms[1], op
