@@ -233,6 +233,7 @@ def hybrid(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[Domains]:
         raise EngineUnavailableError("the ranks are on several hosts")
 
     monkeypatch.setattr(select, "build_hybrid", build_hybrid)
+    monkeypatch.setattr(select, "AUTO_TAKES_HYBRID", True)
     monkeypatch.setattr(select, "discover", lambda wire: Domains.of([p.host for p in wire.peers]))
     monkeypatch.setattr(select.build, "build", no_nvlink)
     monkeypatch.setattr(select, "CollectiveEngine", lambda *_, **__: "collective")
@@ -320,20 +321,17 @@ def test_nvlink_stays_inside_a_host(hopper: None) -> None:
         choose_engine(config_with(engine="nvlink", domains=TWO_HOSTS), device=CUDA, group=NCCL)
 
 
-def test_a_version_without_the_hybrid_engine(hopper: None, monkeypatch) -> None:
-    """Several hosts are served, one by one, and those who ask for more are told."""
-    monkeypatch.setattr(select, "build_hybrid", None)
-    missing = "this version of expertlink does not have it yet"
-    with pytest.raises(EngineUnavailableError, match=f"engine='hybrid' cannot be used: {missing}"):
-        choose_engine(config_with(engine="hybrid"), device=CUDA, group=NCCL)
+def test_the_hybrid_engine_is_asked_for(hopper: None) -> None:
+    """Several hosts are served without, and those who need more are told."""
+    asked = "it serves where engine='hybrid' asks for it"
+    assert choose_engine(config_with(engine="hybrid"), device=CUDA, group=NCCL).name == "hybrid"
     choice = choose_engine(config_with(domains=TWO_HOSTS), device=CUDA, group=NCCL)
     assert choice.name == "collective"
     assert choice.reason == (
-        f"the nvlink engine cannot be used: {NO_NVLINK}; "
-        f"the hybrid engine cannot be used: {missing}"
+        f"the nvlink engine cannot be used: {NO_NVLINK}; the hybrid engine cannot be used: {asked}"
     )
     static = config_with(domains=TWO_HOSTS, static_shapes=True)
-    with pytest.raises(EngineUnavailableError, match=f"static_shapes=True.*{NO_NVLINK}.*{missing}"):
+    with pytest.raises(EngineUnavailableError, match=f"static_shapes=True.*{NO_NVLINK}.*{asked}"):
         choose_engine(static, device=CUDA, group=NCCL)
 
 

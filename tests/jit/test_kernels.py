@@ -69,6 +69,8 @@ def test_every_kernel_is_covered() -> None:
     }
     others = {f"{mode}/{call}" for mode in ("ht", "ll") for call in ("dispatch", "combine")}
     others |= {"hybrid/ll_pack", "hybrid/ll_sum"}
+    steps = ("pack", "count", "plan", "dispatch", "combine", "sum")
+    others |= {f"hybrid/ht_{step}" for step in steps}
     assert names - others == set(BUDGETS) == {name for name, _ in INSTANCES}
 
 
