@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from expertlink import DispatchLayout
 from support import compiled
@@ -36,7 +37,7 @@ def test_graph_trees(fields: dict[str, Any]) -> None:
 def test_calls_that_wait_stay_outside_of_graphs(layout: str) -> None:
     """Not in parts either: torch hands the list of an operator's results to the next graph."""
     comm = Rank(World(1), 0, output_layout=layout)
-    whole = torch._inductor.config.patch(graph_partition=False)
+    whole = inductor_config.patch(graph_partition=False)
     with compiled.exact_kernels(), compiled.counting(), whole:
         layer = compiled.Layer(comm)
         fast = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
