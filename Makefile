@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 DEPTH  ?= 1
+# Test files are run side by side by so many processes; one after the other where GPUs are shared.
+WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -30,7 +32,7 @@ demo: $(STAMP) ## show what the library does, on this machine
 	$(BIN)/expertlink demo $(ARGS)
 
 test: $(STAMP) ## run the tests; GPU ones skip themselves elsewhere; DEPTH=10: ten times the drawn cases
-	EXPERTLINK_TEST_DEPTH=$(DEPTH) $(BIN)/python -m pytest $(ARGS)
+	EXPERTLINK_TEST_DEPTH=$(DEPTH) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and pyright
 	$(BIN)/ruff check .
