@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expertlink.engines.hybrid import rail as rail_module
 from expertlink.engines.hybrid.rail import CopyRail, NcclRail, Rail, RailError
 from support.depth import deep
 
@@ -147,3 +150,16 @@ def test_own_groups_only() -> None:
     together(2, lambda index: use(others[index], calls, 8, "cpu"))
     for rail in others:
         rail.close()
+
+
+def test_a_rail_that_a_graph_holds_is_left_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NCCL destroys no communicator whose calls are in a CUDA graph, and says nothing."""
+    released = threading.Event()
+    backend = types.SimpleNamespace(rank=lambda: 0, size=lambda: 2, shutdown=released.wait)
+    monkeypatch.setattr(rail_module, "_CLOSING_S", 0.05)
+    with caplog.at_level(logging.WARNING, logger="expertlink"):
+        NcclRail(backend, device=torch.device("cuda")).close()
+    released.set()
+    assert "a CUDA graph holds calls of its communicator" in caplog.text

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import threading
 import time
@@ -25,6 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
+logger = logging.getLogger("expertlink")
+
+_CLOSING_S = 10.0
 _SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
 _FOREVER = datetime.timedelta(days=3650)  # the monitor bounds the waits of a rail
 _SHORT = datetime.timedelta(milliseconds=1)
@@ -112,7 +116,7 @@ class Rail(Protocol):
         ...
 
     def close(self) -> None:
-        """Releases everything. Nothing may be under way. Local; safe to repeat."""
+        """Releases everything. Nothing may be under way. Local, bounded; safe to repeat."""
         ...
 
 
@@ -249,8 +253,7 @@ class NcclRail:
         if not self._on_gpu:
             self._disconnect(backend)
         elif ended is None:  # aborted communicators are gone
-            with contextlib.suppress(RuntimeError):
-                backend.shutdown()
+            _shut_down(backend)
 
     def _disconnect(self, backend: Any = None) -> None:
         """Ends an operation of gloo, which has no abort: a receive that expires closes connections.
@@ -333,6 +336,24 @@ class CopyRail:
 
     def close(self) -> None:
         """See `Rail`."""
+
+
+def _shut_down(backend: Any) -> None:
+    """Destroys communicators of NCCL, which waits until no CUDA graph holds a call of theirs."""
+
+    def shut_down() -> None:
+        with contextlib.suppress(RuntimeError):
+            backend.shutdown()
+
+    thread = threading.Thread(target=shut_down, name="expertlink rail end", daemon=True)
+    thread.start()
+    thread.join(_CLOSING_S)
+    if thread.is_alive():
+        logger.warning(
+            "a rail could not be closed within %g s: a CUDA graph holds calls of its communicator; "
+            "delete graphs before you close it",
+            _CLOSING_S,
+        )
 
 
 class _Meeting:
