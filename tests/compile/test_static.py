@@ -144,7 +144,7 @@ def test_results_have_the_shapes_that_graphs_are_told(
     later = (handle, len(x), len(made[0]), True)
     same = (form.name, form.name, x, None, None, False, None, "", False, *later)
     others = (form.name, form.name, x, None, weights, True, None, "", False, *later)
-    calls = [(ops.dispatch_static, first, made)]
+    calls: list[tuple[Any, Any, Any]] = [(ops.dispatch_static, first, made)]
     for arguments in (same, others):
         op = ops.cached_dispatch_static
         calls.append((op, arguments, op(*arguments)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import subprocess
 import sys
@@ -208,7 +209,12 @@ ranks.all[0].rail.abort()  # the pool waits for its threads
 def test_exit_with_open_rails_and_forks() -> None:
     """Nobody closes: the interpreter ends cleanly. A fork neither waits nor closes connections."""
     done = subprocess.run(
-        [sys.executable, "-c", _EXIT], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", _EXIT],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "worked\n"
