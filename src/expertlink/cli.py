@@ -208,7 +208,9 @@ def bench(
     layer: Annotated[
         bool,
         typer.Option(
-            "--layer", help="Measure whole MoE layers of models instead; variants: eager, graph."
+            "--layer",
+            help="Measure whole MoE layers of models instead; variants: eager, graph, "
+            "micro_batches.",
         ),
     ] = False,
     model: Annotated[

@@ -25,8 +25,11 @@ from expertlink.bench.layer_model import (
     MoELayer,
     Recorder,
     dense_layer,
+    in_one_piece,
+    in_turn,
 )
 from expertlink.bench.layer_plots import draw_exposed, draw_timeline
+from expertlink.bench.layer_turns import calls_alone, limited_products
 from expertlink.bench.records import RecordError, latest, read_records, write_records
 from expertlink.cli import app
 from expertlink.communicator import MoECommunicator
@@ -84,6 +87,83 @@ def test_uneven_tokens_of_a_skewed_routing(rank_pools: RankPools) -> None:
     assert nothing == []
 
 
+def test_two_micro_batches_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    options = ("--device", "cpu", "--layers", "2", "--variant", "eager,micro_batches")
+    result = CliRunner().invoke(app, [*QUICK, *options, "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "x longer: layer over the longer of compute and calls" in " ".join(result.output.split())
+    eager, both = (read_records(path, LayerRecord)[first : first + 2] for first in (0, 2))
+    for whole, halves in zip(eager, both, strict=True):
+        assert (whole.variant, halves.variant) == ("eager", "micro_batches")
+        assert whole.phase == halves.phase
+        assert whole.communication_us is whole.overlap_ratio is whole.compute_sms is None
+        assert halves.wire_bytes == whole.wire_bytes
+        assert halves.communication_us is not None
+        longer = max(halves.compute_us.median, halves.communication_us.median)
+        assert halves.overlap_ratio == pytest.approx(halves.time_us.median / longer, abs=1e-3)
+        assert halves.exposed_us == pytest.approx(
+            halves.time_us.median - halves.compute_us.median, abs=0.01
+        )
+        assert halves.compute_sms is None  # CPUs have none
+        assert list(halves.phases_us) == list(whole.phases_us)
+
+
+def started_calls(context: RankContext, case: LayerCase) -> tuple[list[str], list[bool]]:
+    """Runs on a rank: the calls of two micro-batches in turn, and which of their tensors have the
+    bits of one after the other."""
+    made: list[str] = []
+
+    class Noted(MoECommunicator):
+        def dispatch_async(self, *args: Any, **kwargs: Any) -> Any:
+            made.append(f"dispatch {len(args[0])}")
+            return super().dispatch_async(*args, **kwargs)
+
+        def combine_async(self, *args: Any, **kwargs: Any) -> Any:
+            made.append("combine")
+            return super().combine_async(*args, **kwargs)
+
+    with Noted(case.config(context.device, timeout_s=30.0)) as comm:
+        drawn = [
+            LayerWeights(shape=TINY, layer=layer, seed=3, dtype=torch.float32, device=CPU)
+            for layer in range(case.layers)
+        ]
+        layers = [MoELayer(weights, comm.local_experts) for weights in drawn]
+        ids_LTK = [case.choices(layer)[comm.rank] for layer in range(case.layers)]
+        torch.manual_seed(comm.rank)
+        x_TH = torch.randn(len(ids_LTK[0]), TINY.hidden)
+        calls = [comm] * case.layers
+        results: list[list[Tensor]] = []
+        for turns in (True, False):
+            inputs, several = [], []
+            for part in case.micro_batches(len(x_TH)):
+                inputs.append(x_TH[part].clone().requires_grad_())
+                stack = LayerStack(layers, [ids_TK[part] for ids_TK in ids_LTK])
+                several.append(stack.parts(inputs[-1], calls))
+            out = in_turn(several) if turns else [in_one_piece(parts) for parts in several]
+            wanted = [*inputs, *(weight for one in layers for weight in one.parameters())]
+            ones = [torch.ones_like(one) for one in out]
+            results.append([*out, *torch.autograd.grad(out, wanted, ones)])
+        same = [torch.equal(*pair) for pair in zip(*results, strict=True)]
+    return made, same
+
+
+def test_micro_batches_take_turns_and_keep_their_bits(rank_pools: RankPools) -> None:
+    case = layer_case(variant="micro_batches", tokens=7, layers=2, routing="masked:0.5")
+    for made, same in rank_pools(2).run(started_calls, case):
+        assert made == ["dispatch 4", "dispatch 3", "combine", "combine"] * 2
+        assert len(same) == 2 + 2 + 2 * 5  # results, their tokens, weights of two layers
+        assert all(same)
+
+
+def test_a_rank_without_tokens_takes_its_turns(rank_pools: RankPools) -> None:
+    case = layer_case(variant="micro_batches", uneven=True, routing="masked:0.5", dtype="bfloat16")
+    assert 0 in case.token_counts()
+    records, nothing = rank_pools(2).run(measure, case)
+    assert [record.phase for record in records] == list(LAYER_PHASES)
+    assert nothing == []
+
+
 def measure(context: RankContext, case: LayerCase) -> list[LayerRecord]:
     """Runs on a rank."""
     [records] = measure_layers(context, [case], Plan(iters=2), on_progress=lambda _: None)
@@ -95,14 +175,23 @@ def doubled_combine(comm: MoECommunicator, *args: Any, **kwargs: Any) -> Any:
     return result * (2 if comm.rank == 0 else 1)
 
 
+def shifted_combine_async(comm: MoECommunicator, *args: Any, **kwargs: Any) -> Any:
+    request = _COMBINE_ASYNC(comm, *args, **kwargs)
+    wait = request.wait
+    request.wait = lambda: wait() * (1 + 2**-20)  # well within tolerances, but not the same bits
+    return request
+
+
 def doubled_weight_grads(engine: CollectiveEngine, *args: Any) -> Tensor:
     return 2 * _WEIGHT_GRADS(engine, *args)
 
 
 _COMBINE, _WEIGHT_GRADS = MoECommunicator.combine, CollectiveEngine.weight_grads
+_COMBINE_ASYNC = MoECommunicator.combine_async
 WRONG: dict[str, tuple[type, str, Any]] = {
     "combine": (MoECommunicator, "combine", doubled_combine),
     "gradient": (CollectiveEngine, "weight_grads", doubled_weight_grads),
+    "turns": (MoECommunicator, "combine_async", shifted_combine_async),
 }
 
 
@@ -110,7 +199,7 @@ def measure_what_is_wrong(context: RankContext, wrong: str) -> str:
     """Runs on a rank."""
     with mock.patch.object(*WRONG[wrong]):
         try:
-            measure(context, layer_case())
+            measure(context, layer_case(variant="micro_batches" if wrong == "turns" else "eager"))
         except WrongResultError as error:
             return str(error)
     return ""
@@ -122,27 +211,32 @@ def test_wrong_layers_are_not_timed(rank_pools: RankPools) -> None:
     assert "ranks [0]" in elsewhere
     for message in rank_pools(2).run(measure_what_is_wrong, "gradient"):
         assert message.startswith("the gradient of layer 0")
+    for message in rank_pools(2).run(measure_what_is_wrong, "turns"):
+        assert message.startswith("layer_forward: 2 of 2 tensors have other bits")
 
 
 def rows_that_arrive(context: RankContext, case: LayerCase) -> list[int]:
-    """Runs on a rank: rows of every layer, with room for no more than `most_rows` of them."""
-    static = replace(case, variant="graph")
-    room = static.config(CPU, timeout_s=30.0).max_recv_tokens_per_rank
-    config = replace(case.config(context.device, timeout_s=30.0), max_recv_tokens_per_rank=room)
+    """Runs on a rank: rows of every dispatch, with room for no more than `most_rows` of them."""
+    config = case.config(context.device, timeout_s=30.0)
+    config = replace(config, max_recv_tokens_per_rank=case.most_rows(), static_shapes=False)
     rows: list[int] = []
     with MoECommunicator(config) as comm:
         for layer in range(case.layers):
             ids_TK = case.choices(layer)[comm.rank]
-            received, _ = comm.dispatch(torch.zeros(len(ids_TK), case.hidden), ids_TK)
-            rows.append(len(received.tokens))
+            for part in case.micro_batches(len(ids_TK)):
+                x_TH = torch.zeros(len(ids_TK[part]), case.hidden)
+                received, _ = comm.dispatch(x_TH, ids_TK[part])
+                rows.append(len(received.tokens))
     return rows
 
 
+@pytest.mark.parametrize("variant", ["graph", "micro_batches"])
 @pytest.mark.parametrize("routing", ["balanced", "zipf:1.5", "masked:0.7", "one_hot"])
 def test_static_shapes_have_room_for_the_rows_that_arrive(
-    routing: str, rank_pools: RankPools
+    routing: str, variant: str, rank_pools: RankPools
 ) -> None:
-    case = layer_case(routing=routing, layers=2, uneven=routing == "zipf:1.5")
+    uneven = routing == "zipf:1.5"
+    case = layer_case(routing=routing, layers=2, uneven=uneven, variant=variant, tokens=15)
     rows = rank_pools(2).run(rows_that_arrive, case)
     assert max(map(max, rows)) == case.most_rows()
 
@@ -206,17 +300,64 @@ def test_compute_alone_makes_the_same_products_and_no_calls(comm: MoECommunicato
     assert shapes[0] == shapes[1]
 
 
+def test_micro_batches_do_not_wait_for_counts_where_the_engine_can() -> None:
+    for engine, where, static in (
+        ("nvlink", "cuda", True),
+        ("auto", "cuda", True),
+        ("collective", "cuda", False),
+        ("auto", "cpu", False),
+    ):
+        case = layer_case(variant="micro_batches", engine=engine, tokens=15)
+        config = case.config(torch.device(where), timeout_s=30.0)
+        room = case.most_rows() if static else None
+        assert (config.static_shapes, config.max_recv_tokens_per_rank) == (static, room)
+        assert config.max_tokens_per_rank == 8
+        assert room is None or 0 < room < replace(case, variant="eager").most_rows()
+
+
+def test_calls_alone_move_rows_there_and_back(comm: MoECommunicator) -> None:
+    ids_LTK = [torch.rand(16, TINY.experts).topk(TINY.topk).indices for _ in range(2)]
+    weights_TK = torch.full((16, TINY.topk), 1 / TINY.topk)
+    x_TH = torch.randn(16, TINY.hidden)
+    y_TH = in_one_piece(calls_alone(comm, x_TH, ids_LTK, [weights_TK] * 2))
+    torch.testing.assert_close(y_TH, x_TH)
+
+
+def carve_out() -> int | None:
+    return torch._C._get_sm_carveout_experimental()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_products_are_limited_for_as_long_as_they_are_measured(comm: MoECommunicator) -> None:
+    with limited_products(comm) as sms:
+        assert sms is carve_out() is None  # CPUs have no SMs
+    on_gpu = mock.Mock(device=torch.device("cuda"))
+    properties = mock.Mock(multi_processor_count=132)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+        for left, limit, free in (((108, 100), 100, 32), ((132, 132), None, None)):
+            on_gpu.compute_sms = dict(zip(("dispatch", "combine"), left, strict=True)).get
+            with pytest.raises(KeyboardInterrupt), limited_products(on_gpu) as sms:  # noqa: PT012
+                assert (sms, carve_out()) == (limit, free)
+                raise KeyboardInterrupt
+            assert carve_out() is None
+
+
 @pytest.mark.gpu
 def test_a_step_is_captured_on_one_gpu(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    options = ("--ranks", "1", "--device", "cuda", "--engine", "nvlink", "--variant", "eager,graph")
+    variants = ("eager", "graph", "micro_batches")
+    options = ("--ranks", "1", "--device", "cuda", "--engine", "nvlink")
+    options += ("--variant", ",".join(variants))
     result = CliRunner().invoke(app, [*QUICK, *options, "--uneven", "--out", str(path)])
     assert result.exit_code == 0, result.output
     records = read_records(path, LayerRecord)
     assert [(record.variant, record.phase) for record in records] == [
-        (variant, phase) for variant in ("eager", "graph") for phase in LAYER_PHASES
+        (variant, phase) for variant in variants for phase in LAYER_PHASES
     ]
+    total = torch.cuda.get_device_properties(0).multi_processor_count
+    assert [record.compute_sms for record in records[:4]] == [None] * 4
+    assert all(0 < (record.compute_sms or 0) < total for record in records[4:])
     for record in records:
+        assert (record.overlap_ratio is None) == (record.variant != "micro_batches")
         assert record.floor_note == "one rank sends nothing to others"
         assert record.memory_peak_bytes
 
@@ -224,14 +365,24 @@ def test_a_step_is_captured_on_one_gpu(tmp_path: Path) -> None:
 @pytest.mark.gpu(2)
 def test_two_gpus_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    for engine, variant in (("nvlink,collective", "eager"), ("nvlink", "graph")):
+    for engine, variant in (
+        ("nvlink,collective", "eager"),
+        ("nvlink", "graph"),
+        ("nvlink,collective", "micro_batches"),
+    ):
         options = ("--device", "cuda", "--engine", engine, "--variant", variant, "--layers", "2")
         result = CliRunner().invoke(app, [*QUICK, *options, "--out", str(path), "--append"])
         assert result.exit_code == 0, result.output
     records = read_records(path, LayerRecord)
     assert [(one.engine, one.variant, one.phase) for one in records] == [
         (engine, variant, phase)
-        for engine, variant in (("nvlink", "eager"), ("collective", "eager"), ("nvlink", "graph"))
+        for engine, variant in (
+            ("nvlink", "eager"),
+            ("collective", "eager"),
+            ("nvlink", "graph"),
+            ("nvlink", "micro_batches"),
+            ("collective", "micro_batches"),
+        )
         for phase in LAYER_PHASES
     ]
     for record in records:
@@ -259,6 +410,9 @@ def test_two_gpus_end_to_end(tmp_path: Path) -> None:
         (("--overlap",), "either --layer or --overlap"),
         (("--variant", "cached"), "variant='cached' cannot be measured; accepted: one of eager"),
         (("--variant", "graph"), "variant='graph' cannot be measured on CPU ranks"),
+        (("--variant", "micro_batches", "--tokens", "1"), "tokens=1 cannot be measured with"),
+        (("--variant", "micro_batches,graph"), "variant='graph' cannot be measured on CPU ranks"),
+        (("--variant", "micro_batches", "--mode", "ll"), "mode='ll' cannot be measured with"),
         (("--variant", "graph", "--engine", "collective"), "engine='collective'"),
         (("--routing", "trace"), "--trace"),
         (("--tokens", "0"), "max_tokens_per_rank=0"),
@@ -298,6 +452,9 @@ class TestRecords:
             {"phases_us": {"gate": "soon"}},
             {"kind": "other"},
             {"tokens": None},
+            {"communication_us": -1.0},
+            {"overlap_ratio": -0.5},
+            {"compute_sms": 1.5},
         ],
     )
     def test_wrong_records_are_refused(self, change: dict[str, Any], tmp_path: Path) -> None:
@@ -330,6 +487,20 @@ def test_bars_are_compute_and_what_is_exposed(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plot", str(path), "--out", str(tmp_path / "plots")])
     assert result.exit_code == 0, result.output
     assert {one.name for one in (tmp_path / "plots").iterdir()} == {"layers.png", "timeline.png"}
+
+
+def test_columns_of_micro_batches_stand_where_there_are_some(tmp_path: Path) -> None:
+    summary = make_layer_record(50.0).time_us
+    changes = {"communication_us": summary, "overlap_ratio": 1.25, "compute_sms": 108}
+    turns = make_layer_record(variant="micro_batches", **changes)
+    for name, records in (("a", [make_layer_record()]), ("b", [make_layer_record(), turns])):
+        (tmp_path / name).mkdir()
+        write_records(tmp_path / name / "layer-here.jsonl", records)
+        done = CliRunner().invoke(app, ["report", str(tmp_path / name), "--out", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        text = (tmp_path / "layer.md").read_text()
+        assert ("x longer" in text) == ("calls: dispatch" in text) == (name == "b")
+    assert "| nvlink | forward | 100 | 60 | 40 | 50 | 1.25 | 108 |" in text
 
 
 def test_layers_have_a_page(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 communication (`expertlink bench --layer`).
 
 The layer and its stand-in without communication (`layer_model.StandIn`) take turns. Exposed is
-the difference of their medians.
+the difference of their medians. Where two halves of the tokens overlap (`micro_batches`), the calls
+alone take part as well.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from expertlink.bench.layer_model import (
     MoELayer,
     Recorder,
     dense_layer,
+    in_one_piece,
+    in_turn,
 )
+from expertlink.bench.layer_turns import calls_alone, limited_products
 from expertlink.bench.measure import no_garbage_collection, open_communicator, time_steps
 from expertlink.bench.records import (
     Checked,
@@ -59,6 +63,11 @@ _TIMELINES = 10
 _END = ""
 _TOLERANCE = {torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.03  # of a token's norm; a row that is lost or wrong changes it by a tenth
+
+Run = Callable[[], tuple[Tensor, ...]]
+"""Results of the micro-batches, or the gradients of their tokens and of all weights."""
+Forward = Callable[[Sequence[Tensor]], list[Tensor]]
+"""From the tokens of each micro-batch, `[T, H]`, to results of the same shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +100,12 @@ class LayerRecord(Checked):
     compute_us: Summary  # the same products on the same rows; dispatch and combine do nothing
     exposed_us: float  # medians: `time_us` - `compute_us`
     exposed_ratio: float | None = None  # `exposed_us` over `floor_us`
+    # `micro_batches` only. The calls of both halves without anything in between, and `time_us` over
+    # the longer one of `compute_us` and that: 1.0 is a layer that hides all of the other one.
+    communication_us: Summary | None = None
+    overlap_ratio: float | None = None
+    # SMs that products were limited to, those of `compute_us` as well; None: no limit.
+    compute_sms: int | None = None
     # For every call, bytes of the rank that sends or receives most over `floor_gbps`, and two
     # flags. None: rows do not cross NVLink, see `floor_note`.
     floor_us: float | None = None
@@ -156,7 +171,11 @@ def _measure(
     with Ceilings(case, plan, clock) as ceilings:
         floor, note = ceilings.floor, ceilings.note
     with open_communicator(context, case, plan) as comm:
-        return _LayerBench(case, plan, clock, comm).records(floor, note, on_progress)
+        bench = _LayerBench(case, plan, clock, comm)
+        if not case.calls.turns:
+            return bench.records(floor, note, on_progress)
+        with limited_products(comm) as compute_sms:
+            return bench.records(floor, note, on_progress, compute_sms)
 
 
 class Timeline:
@@ -184,6 +203,15 @@ class Timeline:
         return found
 
 
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Tokens of this rank that go through the layers together."""
+
+    stack: LayerStack
+    x_TH: Tensor
+    grad_TH: Tensor
+
+
 class _LayerBench:
     """The layers of a case on this rank, with all that is timed. Every method is collective."""
 
@@ -205,24 +233,38 @@ class _LayerBench:
         ]
         layers = [MoELayer(weights, comm.local_experts) for weights in self._weights]
         ids_LTK = [case.choices(layer)[comm.rank].to(device) for layer in range(case.layers)]
-        self._stack = LayerStack(layers, ids_LTK)
         generator = torch.Generator().manual_seed(case.seed * 1_000_003 + comm.rank)
-        size = (2, case.token_counts()[comm.rank], case.hidden)
+        tokens = case.token_counts()[comm.rank]
+        size = (2, tokens, case.hidden)
         drawn = torch.randn(size, generator=generator, dtype=torch.float32)
-        self._x_TH, self._grad_TH = drawn.to(dtype).to(device)
+        x_TH, grad_TH = drawn.to(dtype).to(device)
+        self._batches = [
+            _MicroBatch(
+                LayerStack(layers, [ids_TK[part] for ids_TK in ids_LTK]), x_TH[part], grad_TH[part]
+            )
+            for part in case.micro_batches(tokens)
+        ]
+        self._parameters = self._batches[0].stack.parameters()
 
     def records(
-        self, floor: Floor | None, note: str | None, on_progress: Callable[[int], None]
+        self,
+        floor: Floor | None,
+        note: str | None,
+        on_progress: Callable[[int], None],
+        compute_sms: int | None = None,
     ) -> list[LayerRecord]:
-        """Checks, times and describes the layers."""
+        """Checks, times and describes the layers. `compute_sms`: what products are limited to."""
         case, plan, clock = self._case, self._plan, self._clock
-        kept = self._check()
+        kept = [self._check(batch) for batch in self._batches]
         traffic = self._traffic(kept)
-        real: list[Calls] = [self._comm] * case.layers
-        alone = kept.stand_ins()
-        runs = {phase: self._run(phase, real) for phase in LAYER_PHASES}
+        real: list[Sequence[Calls]] = [[self._comm] * case.layers for _ in self._batches]
+        alone = [one.stand_ins() for one in kept]
+        layers = self._forward(real, turns=case.calls.turns)
+        runs = {phase: self._run(phase, layers) for phase in LAYER_PHASES}
+        if case.calls.turns:
+            self._check_turns(runs, self._forward(real))
         expected = {phase: run()[0].clone() for phase, run in runs.items()}
-        computes = {phase: self._run(phase, alone) for phase in LAYER_PHASES}
+        computes = {phase: self._run(phase, self._forward(alone)) for phase in LAYER_PHASES}
         kept_bytes: dict[str, int] = dict.fromkeys(LAYER_PHASES, 0)
         if case.calls.graph:
             for phase in LAYER_PHASES:
@@ -235,6 +277,9 @@ class _LayerBench:
             layer = Step(variant=case.variant, phase=phase, run=runs[phase])
             compute = Step(variant="", phase=phase, kind="compute", run=computes[phase])
             steps.append([layer, compute])
+            if case.calls.turns:
+                run = self._communication(phase)
+                steps[-1].append(Step(variant="", phase=phase, kind="communication", run=run))
         with no_garbage_collection():
             times = time_steps([steps], plan, clock, on_progress).gather(clock)
         self._comm.check_health()
@@ -266,6 +311,8 @@ class _LayerBench:
                 host_us=host_us,
                 compute_us=compute_us,
                 exposed_us=exposed_us,
+                **_overlap(times.get(("", phase, "communication")), time_us, compute_us),
+                compute_sms=compute_sms,
                 **_floor(floor, note, rounds, traffic, exposed_us),
                 wire_bytes=round(float(traffic[:, :, :, 0].sum(dim=(1, 2)).mean()) * rounds),
                 phases_us=phases_us[phase],
@@ -281,33 +328,79 @@ class _LayerBench:
 
     # -- what is run ------------------------------------------------------------------------------
 
-    def _run(
-        self, phase: str, calls: Sequence[Calls], mark: Mark | None = None
-    ) -> Callable[[], tuple[Tensor, ...]]:
-        """A run of all layers: the result, or the gradients of the tokens and all weights."""
+    def _forward(
+        self,
+        calls: Sequence[Sequence[Calls]],
+        mark: Mark | None = None,
+        *,
+        turns: bool = False,
+    ) -> Forward:
+        """All layers, with the calls of every micro-batch and layer; the micro-batches one after
+        the other or in turn."""
 
-        def forward() -> tuple[Tensor, ...]:
+        def forward(inputs: Sequence[Tensor]) -> list[Tensor]:
+            given = zip(self._batches, inputs, calls, strict=True)
+            several = [batch.stack.parts(x_TH, own, mark) for batch, x_TH, own in given]
+            return in_turn(several, mark) if turns else [in_one_piece(parts) for parts in several]
+
+        return forward
+
+    def _run(
+        self,
+        phase: str,
+        forward: Forward,
+        mark: Mark | None = None,
+        *,
+        parameters: Sequence[Tensor] | None = None,
+    ) -> Run:
+        """A run of a phase; `parameters` that have gradients are those of the layers."""
+        wanted = self._parameters if parameters is None else parameters
+
+        def inference() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                y_TH = self._stack(self._x_TH, calls, mark)
+                results = forward([batch.x_TH for batch in self._batches])
             if mark is not None:
                 mark(_END)
-            return (y_TH,)
+            return tuple(results)
 
         def step() -> tuple[Tensor, ...]:
-            x_TH = self._x_TH.detach().requires_grad_()
+            inputs = [batch.x_TH.detach().requires_grad_() for batch in self._batches]
             with torch.enable_grad():
-                y_TH = self._stack(x_TH, calls, mark)
+                results = forward(inputs)
             # Not backward(), whose accumulation would tie a captured run to earlier ones.
-            gradients = torch.autograd.grad(y_TH, (x_TH, *self._stack.parameters()), self._grad_TH)
+            gradients = torch.autograd.grad(
+                results, (*inputs, *wanted), [batch.grad_TH for batch in self._batches]
+            )
             if mark is not None:
                 mark(_END)
             return gradients
 
-        return forward if phase == FORWARD else step
+        return inference if phase == FORWARD else step
 
-    def _captured(
-        self, run: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Callable[[], tuple[Tensor, ...]], int]:
+    def _communication(self, phase: str) -> Run:
+        """The calls of all layers without anything in between."""
+        tracked, topk = phase == STEP, self._case.topk
+        weights = [
+            [
+                torch.full(ids_TK.shape, 1 / topk, device=ids_TK.device, requires_grad=tracked)
+                for ids_TK in batch.stack.ids_LTK
+            ]
+            for batch in self._batches
+        ]
+
+        def forward(inputs: Sequence[Tensor]) -> list[Tensor]:
+            given = zip(self._batches, inputs, weights, strict=True)
+            return in_turn(
+                [
+                    calls_alone(self._comm, x_TH, batch.stack.ids_LTK, own)
+                    for batch, x_TH, own in given
+                ]
+            )
+
+        every = [weights_TK for own in weights for weights_TK in own]
+        return self._run(phase, forward, parameters=every)
+
+    def _captured(self, run: Run) -> tuple[Run, int]:
         """A replay of a run, and the device memory that its graph keeps."""
         results: list[tuple[Tensor, ...]] = []
         torch.cuda.synchronize()
@@ -322,13 +415,14 @@ class _LayerBench:
 
         return replay, memory
 
-    def _timeline(self, phase: str, calls: Sequence[Calls]) -> dict[str, float]:
+    def _timeline(self, phase: str, calls: Sequence[Sequence[Calls]]) -> dict[str, float]:
         """Microseconds by phase: mean over ranks, median over runs."""
         found: list[dict[str, float]] = []
         with no_garbage_collection():
             for _ in range(min(_TIMELINES, self._plan.iters)):
                 timeline = Timeline(self._clock.on_gpu)
-                self._clock.sample(self._run(phase, calls, timeline.mark))
+                forward = self._forward(calls, timeline.mark, turns=self._case.calls.turns)
+                self._clock.sample(self._run(phase, forward, timeline.mark))
                 found.append(timeline.phases_us())
         names = list(found[0])
         mine = torch.tensor([[one[name] for name in names] for one in found], dtype=torch.float64)
@@ -351,36 +445,45 @@ class _LayerBench:
 
     # -- what is checked --------------------------------------------------------------------------
 
-    def _check(self) -> Recorder:
+    def _check(self, batch: _MicroBatch) -> Recorder:
         """Runs every layer once and compares some tokens with a dense layer; and the gradient of
         the first layer's tokens. Returns what dispatch and combine returned."""
         kept = Recorder(self._comm)
         problem: str | None = None
-        x_TH, some = self._x_TH, slice(_CHECKED_TOKENS)
+        x_TH, some = batch.x_TH, slice(_CHECKED_TOKENS)
         for weights, layer, ids_TK in zip(
-            self._weights, self._stack.layers, self._stack.ids_LTK, strict=True
+            self._weights, batch.stack.layers, batch.stack.ids_LTK, strict=True
         ):
             with torch.no_grad():
                 y_TH = layer(x_TH, ids_TK, kept)
                 expected = dense_layer(weights, x_TH[some], ids_TK[some])
                 problem = problem or self._problem(y_TH[some], expected, f"layer {weights.layer}")
                 x_TH = x_TH + y_TH
-        leaf_TH = self._x_TH.detach().requires_grad_()
+        leaf_TH, ids_TK = batch.x_TH.detach().requires_grad_(), batch.stack.ids_LTK[0]
         with torch.enable_grad():
-            y_TH = self._stack.layers[0](leaf_TH, self._stack.ids_LTK[0], self._comm)
-            [grad_TH] = torch.autograd.grad(y_TH, leaf_TH, self._grad_TH)
-            few_TH = self._x_TH[some].detach().requires_grad_()
-            expected = dense_layer(self._weights[0], few_TH, self._stack.ids_LTK[0][some])
-            [expected] = torch.autograd.grad(expected, few_TH, self._grad_TH[some].float())
+            y_TH = batch.stack.layers[0](leaf_TH, ids_TK, self._comm)
+            [grad_TH] = torch.autograd.grad(y_TH, leaf_TH, batch.grad_TH)
+            few_TH = batch.x_TH[some].detach().requires_grad_()
+            expected = dense_layer(self._weights[0], few_TH, ids_TK[some])
+            [expected] = torch.autograd.grad(expected, few_TH, batch.grad_TH[some].float())
         problem = problem or self._problem(grad_TH[some], expected, "the gradient of layer 0")
         agree_on_results(problem, self._clock)
         return kept
 
-    def _check_runs(
-        self,
-        runs: dict[str, Callable[[], tuple[Tensor, ...]]],
-        expected: dict[str, Tensor],
-    ) -> None:
+    def _check_turns(self, runs: dict[str, Run], one_by_one: Forward) -> None:
+        """Compares all results and gradients with those of one micro-batch after the other."""
+        problem: str | None = None
+        for phase, run in runs.items():
+            pairs = [*zip(run(), self._run(phase, one_by_one)(), strict=True)]
+            wrong = [not torch.equal(found, expected) for found, expected in pairs]
+            if any(wrong):
+                problem = problem or (
+                    f"{phase}: {sum(wrong)} of {len(wrong)} tensors have other bits with two "
+                    "micro-batches in turn than with one after the other"
+                )
+        agree_on_results(problem, self._clock)
+
+    def _check_runs(self, runs: dict[str, Run], expected: dict[str, Tensor]) -> None:
         """Compares the results of replays with those of the same calls launched one by one."""
         problem: str | None = None
         for phase, run in runs.items():
@@ -401,15 +504,27 @@ class _LayerBench:
             f"{float(expected_TH[token].float().norm()):.3g}"
         )
 
-    def _traffic(self, kept: Recorder) -> Tensor:
-        """`[R, layers, 2, 2]` float64 bytes of rows that a rank sends and receives, in the
-        dispatch and in the combine of each layer."""
+    def _traffic(self, kept: Sequence[Recorder]) -> Tensor:
+        """`[R, calls, 2, 2]` float64 bytes of rows that a rank sends and receives, in the dispatch
+        and in the combine of each layer and micro-batch."""
         mine = []
-        for handle in kept.handles:
+        for handle in (handle for one in kept for handle in one.handles):
             rows_to, rows_from = self._comm.wire_rows(handle)
             wire = WireRows(self._comm.rank, list(rows_to), list(rows_from))
             mine.append([part[:2] for part in wire.traffic(self._case)[:2]])
         return self._clock.gather(torch.tensor(mine, dtype=torch.float64))
+
+
+def _overlap(times_RI: Tensor | None, time_us: Summary, compute_us: Summary) -> dict[str, Any]:
+    """The fields of a record that compare a layer with its longer part."""
+    if times_RI is None:
+        return {}
+    communication_us = summarize(slowest_rank(times_RI))
+    longer_us = max(compute_us.median, communication_us.median)
+    return {
+        "communication_us": communication_us,
+        "overlap_ratio": round(time_us.median / longer_us, 4),
+    }
 
 
 def _floor(

@@ -26,7 +26,11 @@ from expertlink.errors import ConfigurationError
 from expertlink.routing import even_blocks
 from expertlink.workloads.routings import RoutingSpec, draw_routing, draw_token_counts
 
-LAYER_VARIANTS = {"eager": Variant(), "graph": Variant(static=True, graph=True)}
+LAYER_VARIANTS = {
+    "eager": Variant(),
+    "graph": Variant(static=True, graph=True),
+    "micro_batches": Variant(turns=True),
+}
 _DEFAULT_MODEL = {"cpu": "tiny", "cuda": "qwen3-30b-a3b"}
 # Options that a layer does not have, and what is there instead.
 _EXCLUDED = {
@@ -51,11 +55,28 @@ class LayerCase(Case):
     layers: int = 1
     seed: int = 0  # of routings, tokens and weights
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calls.turns and self.tokens < 2:
+            raise ConfigurationError(
+                f"tokens={self.tokens} cannot be measured with variant={self.variant!r}, which "
+                "has two halves of them; accepted: at least 2"
+            )
+
     def config(self, device: torch.device, *, timeout_s: float) -> MoECommunicatorConfig:
-        """Of the communicator; where shapes are static, with room for the rows that arrive."""
+        """Of the communicator, for what goes through the layers together; where shapes are static,
+        with room for the rows that arrive."""
         config = super().config(device, timeout_s=timeout_s)
-        room = max(self.most_rows(), 1) if self.calls.static else None
-        return replace(config, expert_alignment=ROW_ALIGNMENT, max_recv_tokens_per_rank=room)
+        # A host that waits for counts lets the GPU run dry. Only `collective` has to.
+        turns = self.calls.turns and device.type == "cuda" and self.engine != "collective"
+        static = self.calls.static or turns
+        return replace(
+            config,
+            max_tokens_per_rank=self.micro_batches(self.tokens)[0].stop,
+            expert_alignment=ROW_ALIGNMENT,
+            static_shapes=static,
+            max_recv_tokens_per_rank=max(self.most_rows(), 1) if static else None,
+        )
 
     @property
     def variants(self) -> Mapping[str, Variant]:
@@ -86,12 +107,23 @@ class LayerCase(Case):
         )
         return [routing.topk_ids_TK for routing in drawn]
 
+    def micro_batches(self, tokens: int) -> list[slice]:
+        """What of a rank's tokens goes through the layers together: all, or two halves."""
+        if not self.calls.turns:
+            return [slice(0, tokens)]
+        half = (tokens + 1) // 2
+        return [slice(0, half), slice(half, tokens)]
+
     def most_rows(self) -> int:
-        """Rows that the busiest rank receives in any of the layers, alignment gaps included."""
+        """Rows that the busiest rank receives in any dispatch of the layers, alignment gaps
+        included."""
         rank_of_E = torch.tensor(even_blocks(self.experts, self.ranks))
         most = 0
-        for layer in range(self.layers):
-            ids = torch.cat([ids_TK.flatten() for ids_TK in self.choices(layer)])
+        parts = [self.micro_batches(tokens) for tokens in self.token_counts()]
+        choices = map(self.choices, range(self.layers))
+        for ids_RTK, own in product(choices, zip(*parts, strict=True)):
+            chosen = zip(ids_RTK, own, strict=True)
+            ids = torch.cat([ids_TK[part].flatten() for ids_TK, part in chosen])
             rows_E = torch.bincount(ids[ids >= 0], minlength=self.experts)
             padded_E = -(-rows_E // ROW_ALIGNMENT) * ROW_ALIGNMENT
             rows_R = torch.zeros(self.ranks, dtype=torch.int64)

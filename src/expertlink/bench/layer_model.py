@@ -7,9 +7,9 @@ expert would have returned (`dense_layer`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,65 @@ ROW_ALIGNMENT = 8
 
 Mark = Callable[[str], None]
 """Is called with the name of a phase when it begins."""
+
+
+class Call(NamedTuple):
+    """A call that a layer cannot go on without."""
+
+    calls: Any  # who makes it: `Calls`
+    name: str  # "dispatch" or "combine"
+    args: tuple[Any, ...]
+
+    def make(self) -> Any:
+        """What the call returns."""
+        return getattr(self.calls, self.name)(*self.args)
+
+    def start(self) -> Any:
+        """A request; its `wait()` gives the same. Of communicators only."""
+        return getattr(self.calls, f"{self.name}_async")(*self.args)
+
+
+Parts = Generator[Call, Any, Tensor]
+"""Layers in parts: yields each call, is sent what it returns, and returns `[T, H]`."""
+
+
+def in_one_piece(parts: Parts) -> Tensor:
+    """Makes each call when it is due, and returns `[T, H]`."""
+    call = _next_call(parts, None)
+    while isinstance(call, Call):
+        call = _next_call(parts, call.make())
+    return call
+
+
+def in_turn(several: Sequence[Parts], mark: Mark | None = None) -> list[Tensor]:
+    """Starts each call when it is due, and goes on with the next one of `several` while rows
+    travel. All ranks have to pass equally many. Returns `[T, H]` of each."""
+    watch = _Watch(mark)
+    started: dict[int, tuple[str, Any]] = {}
+    results: dict[int, Tensor] = {}
+    while len(results) < len(several):
+        for place, parts in enumerate(several):
+            if place in results:
+                continue
+            arrived = None
+            if place in started:
+                name, request = started.pop(place)
+                watch.begin(name)  # what has to be waited for belongs to the call
+                arrived = request.wait()
+            call = _next_call(parts, arrived)
+            if isinstance(call, Call):
+                started[place] = call.name, call.start()
+            else:
+                results[place] = call
+    return [results[place] for place in range(len(several))]
+
+
+def _next_call(parts: Parts, arrived: Any) -> Call | Tensor:
+    """What `parts` yields next, or returns."""
+    try:
+        return parts.send(arrived)
+    except StopIteration as end:
+        return end.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +177,11 @@ class MoELayer(nn.Module):
     def forward(
         self, x_TH: Tensor, ids_TK: Tensor, calls: Calls, mark: Mark | None = None
     ) -> Tensor:
-        """`[T, H]`. The gate makes its choice, and `ids_TK` take its place: the routing is that of
+        """`[T, H]`, see `parts`."""
+        return in_one_piece(self.parts(x_TH, ids_TK, calls, mark))
+
+    def parts(self, x_TH: Tensor, ids_TK: Tensor, calls: Calls, mark: Mark | None = None) -> Parts:
+        """The layer. The gate makes its choice, and `ids_TK` take its place: the routing is that of
         the benchmark, the work is that of a gate."""
         watch = _Watch(mark)
         watch.begin("gate")
@@ -127,7 +190,7 @@ class MoELayer(nn.Module):
         weights_TK = _weights_of(scores_TE, ids_TK)
         watch.begin("dispatch")
         given_TH = watch.backward_begins("gate_backward", x_TH)
-        received, handle = calls.dispatch(given_TH, ids_TK, weights_TK)
+        received, handle = yield Call(calls, "dispatch", (given_TH, ids_TK, weights_TK))
         watch.begin("products")
         tokens = watch.backward_begins("dispatch_backward", received.tokens)
         rows = self.experts(replace(received, tokens=tokens))
@@ -138,7 +201,8 @@ class MoELayer(nn.Module):
             shared_TH = self.shared(x_TH)
             shared_TH = watch.backward_begins("shared_backward", shared_TH)
         watch.begin("combine")
-        y_TH = watch.backward_begins("combine_backward", calls.combine(rows, handle))
+        y_TH = yield Call(calls, "combine", (rows, handle))
+        y_TH = watch.backward_begins("combine_backward", y_TH)
         watch.begin("rest")
         return y_TH if shared_TH is None else y_TH + shared_TH
 
@@ -152,8 +216,12 @@ class LayerStack:
 
     def __call__(self, x_TH: Tensor, calls: Sequence[Calls], mark: Mark | None = None) -> Tensor:
         """`[T, H]`; `calls` has those of every layer."""
+        return in_one_piece(self.parts(x_TH, calls, mark))
+
+    def parts(self, x_TH: Tensor, calls: Sequence[Calls], mark: Mark | None = None) -> Parts:
+        """The layers; `calls` as above."""
         for layer, ids_TK, own in zip(self.layers, self.ids_LTK, calls, strict=True):
-            x_TH = x_TH + layer(x_TH, ids_TK, own, mark)
+            x_TH = x_TH + (yield from layer.parts(x_TH, ids_TK, own, mark))
         return x_TH
 
     def parameters(self) -> list[Tensor]:
@@ -184,7 +252,9 @@ class _Watch:
 
 def _weights_of(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
     """`[T, K]`: scores of the chosen experts, which add up to 1; -1 has one that nobody reads."""
-    chosen_TK = scores_TE.gather(1, ids_TK.clamp(min=0))
+    # For every -1 another one: two gradients at most meet in a score, so their order is no matter.
+    columns_K = torch.arange(ids_TK.shape[1], device=ids_TK.device)
+    chosen_TK = scores_TE.gather(1, torch.where(ids_TK < 0, columns_K, ids_TK))
     return chosen_TK / chosen_TK.sum(dim=1, keepdim=True)
 
 

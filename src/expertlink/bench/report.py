@@ -15,13 +15,14 @@ from expertlink.bench.terminal import (
     HOST_TIME_HEADER,
     HOST_TIME_NOTE,
     LAYER_HEADER,
-    LAYER_NOTE,
     OVERLAP_HEADER,
     host_time_row,
+    layer_note,
     layer_row,
     number,
     overlap_row,
     text_of,
+    without_empty,
 )
 from expertlink.errors import InputError
 
@@ -275,10 +276,11 @@ def _layer_part(path: Path, pictures_at: str) -> list[str]:
     every = read_records(path, LayerRecord)
     records = latest(every)
     titles = (("layers", "Compute and exposed communication"), ("timeline", "Phases"))
-    lines = [*_head(path, every), f"{LAYER_NOTE}.", ""]
+    lines = [*_head(path, every), f"{layer_note(records)}.", ""]
     for name, title in titles:
         lines += [f"![{title}]({pictures_at}/{path.stem}/{name}.png)", ""]
-    return [*lines, *_markdown(LAYER_HEADER, [layer_row(record) for record in records])]
+    table = without_empty(LAYER_HEADER, [layer_row(record) for record in records])
+    return [*lines, *_markdown(*table)]
 
 
 _Records = (

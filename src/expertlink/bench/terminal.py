@@ -136,13 +136,24 @@ def print_host_times(records: Sequence[HostTimeRecord], console: Console) -> Non
 
 
 LAYER_HEADER = (
-    *("case", "engine", "phase", "layer", "compute", "exposed", "floor", "x floor", "MiB"),
+    *("case", "engine", "phase", "layer", "compute", "exposed", "floor", "x floor"),
+    *("calls", "x longer", "SMs", "MiB"),
 )
-LAYER_NOTE = (
+_LAYER_NOTE = (
     "µs, median of the slowest rank; compute: the same products without dispatch and combine; "
     "exposed: layer - compute; floor: bytes at full bandwidth, two flags a call; MiB: most memory "
     "beyond weights and inputs"
 )
+_TURNS_NOTE = (
+    "; calls: dispatch and combine without products; x longer: layer over the longer of compute "
+    "and calls; SMs: what products were limited to"
+)
+
+
+def layer_note(records: Sequence[LayerRecord]) -> str:
+    """What the columns of `LAYER_HEADER` are that have a value."""
+    turns = any(record.communication_us is not None for record in records)
+    return _LAYER_NOTE + (_TURNS_NOTE if turns else "")
 
 
 def layer_name(record: LayerRecord) -> str:
@@ -158,16 +169,28 @@ def layer_name(record: LayerRecord) -> str:
 def layer_row(record: LayerRecord) -> list[str]:
     """Cells under `LAYER_HEADER`."""
     values = (record.time_us, record.compute_us, record.exposed_us, record.floor_us)
-    ratio = "" if record.exposed_ratio is None else f"{record.exposed_ratio:.2f}"
+    ratios = (record.exposed_ratio, record.overlap_ratio)
+    exposed, overlap = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+    turns = [text_of(record.communication_us), overlap, text_of(record.compute_sms)]
     peak = record.memory_peak_bytes
     memory = "" if peak is None else f"{peak / (1 << 20):.0f}"
     phase = record.phase.removeprefix("layer_")
-    return [layer_name(record), record.engine, phase, *map(text_of, values), ratio, memory]
+    numbers = [*map(text_of, values), exposed, *turns, memory]
+    return [layer_name(record), record.engine, phase, *numbers]
 
 
 def print_layers(records: Sequence[LayerRecord], console: Console) -> None:
     """Prints one row per record."""
-    _print_rows(LAYER_HEADER, [layer_row(record) for record in records], LAYER_NOTE, console)
+    rows = [layer_row(record) for record in records]
+    _print_rows(LAYER_HEADER, rows, layer_note(records), console)
+
+
+def without_empty(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns that have a value."""
+    places = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    return [header[place] for place in places], [[row[place] for place in places] for row in rows]
 
 
 def _print_rows(
@@ -177,11 +200,11 @@ def _print_rows(
     if not rows:
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    places = [place for place in range(len(header)) if any(row[place] for row in rows)]
-    for place in places:
-        left = header[place] in ("case", "engine", "phase", "outputs")
-        table.add_column(header[place], justify="left" if left else "right", overflow="fold")
+    header, rows = without_empty(header, rows)
+    for name in header:
+        left = name in ("case", "engine", "phase", "outputs")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(row[place] for place in places))
+        table.add_row(*row)
     console.print(table)
     console.print(note, style="dim")
