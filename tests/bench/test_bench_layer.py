@@ -307,11 +307,11 @@ def test_micro_batches_do_not_wait_for_counts_where_the_engine_can() -> None:
         ("collective", "cuda", False),
         ("auto", "cpu", False),
     ):
-        case = layer_case(variant="micro_batches", engine=engine, tokens=15)
+        case = layer_case(variant="micro_batches", engine=engine, tokens=63)
         config = case.config(torch.device(where), timeout_s=30.0)
         room = case.most_rows() if static else None
         assert (config.static_shapes, config.max_recv_tokens_per_rank) == (static, room)
-        assert config.max_tokens_per_rank == 8
+        assert config.max_tokens_per_rank == 32
         assert room is None or 0 < room < replace(case, variant="eager").most_rows()
 
 

@@ -38,9 +38,7 @@ class Variant:
     prepared: bool = False  # calls write into outputs that were made once, as a decode loop does
     chained: bool = False  # a graph holds `Plan.calls_per_graph` calls, one after the other
     halves: bool = False  # what sends and what receives are timed apart
-    turns: bool = (
-        False  # a layer's tokens in two halves: one computes while rows of the other travel
-    )
+    turns: bool = False  # a layer's tokens in two halves, see `layer_model.in_turn`
 
     @property
     def needs_nvlink(self) -> bool:
