@@ -126,10 +126,18 @@ class HostsFleet(Fleet):
 
 
 def hosts_fleet_of(
-    case: Case, *, mode: str = "ll", chunk_rows: int | None = None, **fields: Any
+    case: Case,
+    *,
+    mode: str = "ll",
+    chunk_rows: int | None = None,
+    warps: int | None = None,
+    **fields: Any,
 ) -> HostsFleet:
-    """Hosted ranks of several hosts for the configuration of a case; `fields` of it."""
+    """Hosted ranks of several hosts for the configuration of a case; `fields` of it.
+
+    `warps`: most of a block; None: as many as fit.
+    """
     usual = {**(LL if mode == "ll" else {}), **SMS, "engine": "hybrid", **fields}
     assert case.domains is not None
     config = config_of(case, hosted.DEVICE, **usual)
-    return HostsFleet(config, Domains(case.domains), chunk_rows=chunk_rows)
+    return HostsFleet(config, Domains(case.domains), chunk_rows=chunk_rows, max_warps=warps)

@@ -1,0 +1,83 @@
+"""Kernels of both modes on CPUs, on one host and on several, bit for bit against the oracle.
+
+What each case is like is drawn; small sizes keep compiling and running short.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from expertlink import DispatchLayout
+from support import emulator, jobs
+from support.cases import Shape
+from support.depth import deep
+from support.hosted import fleet_of, run_hosted
+from support.hosted_hosts import hosts_fleet_of
+from support.oracle import Case
+
+pytestmark = emulator.needs_compiler()
+SMS = {"num_sms_dispatch": 2, "num_sms_combine": 2}
+HOSTS = [(0, 0, 1, 1), (0, 1), (0, 1, 0, 1), (0, 0, 1, 1, 2, 2)]
+
+
+@pytest.fixture(autouse=True)
+def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator.emulate(monkeypatch)
+
+
+def drawn(number: int, layout: DispatchLayout, domains: tuple[int, ...] | None) -> list[Case]:
+    """Cases of one shape that differ in their routings; the same for one number."""
+    draw = random.Random(number)
+    ranks = draw.choice([2, 3]) if domains is None else len(domains)
+    shape = Shape(
+        ranks,
+        layout,
+        hidden=draw.choice([8, 64, 272]),
+        experts=ranks * draw.choice([2, 3, 5]),
+        topk=draw.choice([1, 2, 4]),
+        max_tokens=12,
+        dtype=draw.choice([torch.bfloat16, torch.float16]),
+        alignment=draw.choice([1, 4]) if layout is DispatchLayout.FLAT else 1,
+    )
+    cases = [
+        shape.case(
+            tuple(draw.choice([0, 1, 5, 12]) for _ in range(ranks)),
+            masked=draw.choice([0.0, 0.3, 1.0]),
+            skew=draw.choice([0.0, 1.5]),
+            weighted=draw.random() < 0.7,
+            domains=domains,
+            seed=draw.randrange(1000),
+        )
+        for _ in range(2)
+    ]
+    return [shape.case((5, *(12,) * (ranks - 1)), domains=domains, seed=number), *cases]
+
+
+def layout_of(number: int) -> DispatchLayout:
+    layouts = list(DispatchLayout)
+    return layouts[number % len(layouts)]
+
+
+@pytest.mark.parametrize("number", range(deep(2)))
+@pytest.mark.parametrize("mode", ["ht", "ll"])
+def test_one_host(mode: str, number: int) -> None:
+    layout = layout_of(number + (2 if mode == "ll" else 0))
+    cases = drawn(number, layout, None)
+    fields: dict[str, Any] = {**SMS}
+    if mode == "ht" and number % 3 == 2:
+        fields["static_shapes"] = True
+    run_hosted(fleet_of(mode, cases[0], warps=3, **fields), jobs.contracts, cases)
+
+
+@pytest.mark.parametrize("number", range(deep(1)))
+@pytest.mark.parametrize("mode", ["ht", "ll"])
+def test_several_hosts(mode: str, number: int) -> None:
+    layout = layout_of(number + (2 if mode == "ll" else 1))
+    cases = drawn(number, layout, HOSTS[number % len(HOSTS)])
+    chunk_rows = 5 if mode == "ht" else None
+    fleet = hosts_fleet_of(cases[0], mode=mode, chunk_rows=chunk_rows, warps=3, **SMS)
+    run_hosted(fleet, jobs.contracts, cases)
