@@ -11,7 +11,7 @@ WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-KERNELS = $(shell find src -name "*.cu" -o -name "*.cuh")
+KERNELS = $(shell find src tests -name "*.cu" -o -name "*.cuh" -o -name "emulator.h")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format docs bench clean
