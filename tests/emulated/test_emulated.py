@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import DispatchLayout
-from support import emulator, jobs
+from expertlink import BlockFormat, DispatchLayout
+from support import emulator, jobs, payloads
 from support.cases import Shape
 from support.depth import deep
-from support.hosted import fleet_of, run_hosted
+from support.hosted import fleet_of, run_cases, run_hosted
 from support.hosted_hosts import hosts_fleet_of
 from support.oracle import Case
 
@@ -71,6 +71,15 @@ def test_one_host(mode: str, number: int) -> None:
     if mode == "ht" and number % 3 == 2:
         fields["static_shapes"] = True
     run_hosted(fleet_of(mode, cases[0], warps=3, **fields), jobs.contracts, cases)
+
+
+@pytest.mark.parametrize("number", range(deep(1)))
+def test_rows_quantized_on_the_way(number: int) -> None:
+    draw = random.Random(number)
+    layout = layout_of(number + 3)
+    case = Shape(2, layout, hidden=draw.choice([272, 512]), experts=6, topk=2, max_tokens=12).case()
+    fleet = fleet_of("ll", case, warps=3, quantization=draw.choice(list(BlockFormat)), **SMS)
+    run_cases(fleet, payloads.quantized, [case])
 
 
 @pytest.mark.parametrize("number", range(deep(1)))
