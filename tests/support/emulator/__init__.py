@@ -46,7 +46,7 @@ from support.emulator.translate import translate
 from support.fake_gpu import CPU, FakeGpu
 
 _LAUNCHING = threading.Lock()  # a library runs one launch at a time, as its variables are static
-LIMIT_S = 120.0  # of a launch: kernels give up earlier by themselves
+LIMIT_S = 50.0  # of a launch: kernels give up earlier, other ranks wait somewhat longer
 
 _HEADER = Path(__file__).with_name("emulator.h")
 _OPTIONS = [
