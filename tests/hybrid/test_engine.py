@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from expertlink import ConfigurationError, EngineUnavailableError, MoECommunicatorConfig
+from expertlink import (
+    AbortError,
+    ConfigurationError,
+    EngineUnavailableError,
+    MoECommunicatorConfig,
+    PeerTimeoutError,
+)
 from expertlink.domains import Domains
 from expertlink.engines.hybrid import build
+from expertlink.engines.hybrid.engine import HybridEngine
+from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.ranks.wire import Wire
 from expertlink.launch import RankContext
 from expertlink.routing import Placement, even_blocks
@@ -78,3 +87,73 @@ def test_hosts_have_groups_of_their_own(rank_pools) -> None:
     for rank, (everyone, before, after) in enumerate(rank_pools(4).run(host_groups, timeout_s=60)):
         assert everyone == ([0, 2] if HOST_OF[rank] == 0 else [1, 3])
         assert before == after
+
+
+# -- errors that a rail has caused ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dispatch", "combine", "weight_grads", "check_health"])
+def test_every_call_raises_what_the_monitor_knows(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Kernels only see that a peer has ended their waits."""
+    abort = AbortError("rank 1 called abort", rank=1, reason="")
+    cause = PeerTimeoutError(
+        "rank 3 is missing", rank=0, missing=[3], phase="dispatch", call=1, waited_s=1.0
+    )
+
+    def ended(*_: object) -> None:
+        raise abort
+
+    monkeypatch.setattr(NvlinkEngine, name, ended)
+    engine: Any = HybridEngine.__new__(HybridEngine)
+    engine._monitor = types.SimpleNamespace(
+        failure=None, check=lambda: None, explain=lambda error: cause
+    )
+    failed: list[str] = []
+    engine.watchdog = types.SimpleNamespace(fail=failed.append)
+    arguments = {"weight_grads": (None, None), "check_health": ()}.get(name, (None,))
+    with pytest.raises(PeerTimeoutError) as info:
+        getattr(engine, name)(*arguments)
+    assert info.value is cause
+    assert failed == [str(cause)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_of_messages_is_had_by_all_or_by_none(
+    monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """A rank without room for them tells the others, and a rail that is new is closed."""
+    closed: list[bool] = []
+    rail = types.SimpleNamespace(close=lambda: closed.append(True))
+    memory = types.SimpleNamespace(arena=types.SimpleNamespace(plan=None))
+    parts = memory, types.SimpleNamespace(rail=rail)
+
+    class Mode:
+        plan_of = program_of = staticmethod(lambda *_: None)
+
+        def __init__(self, *_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("no room for messages")
+
+    monkeypatch.setattr(build, "mode_of", lambda *_: Mode)
+    monkeypatch.setattr(build, "DeviceRunner", lambda *_, **__: "run")
+    monkeypatch.setattr(build, "_shared", lambda *_: parts)
+    monkeypatch.setattr(build, "_new_memory", lambda *_, **__: parts[0])
+    monkeypatch.setattr(build, "_connect", lambda *_, **__: parts[1])
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    config = MoECommunicatorConfig(
+        num_experts=8, hidden_size=64, topk=2, max_tokens_per_rank=8, output_layout="rank_major"
+    )
+    wire = wire_of([""])
+    monkeypatch.setattr(build, "_agreed_ctas", lambda _: None)
+    with pytest.raises(EngineUnavailableError, match="rank 0: no room for messages"):
+        build.build(
+            config,
+            wire=wire,
+            placement=Placement.from_ranks(even_blocks(8, 4), num_ranks=4, device=CPU),
+            domains=Domains(HOST_OF),
+            check_inputs=False,
+            share_with=object() if shared else None,
+        )
+    assert closed == ([] if shared else [True])

@@ -103,20 +103,72 @@ def test_steps_may_go_on_for_longer_than_the_time_out() -> None:
             future.result(30)
 
 
+def wait_inside(rank: int, missing: int) -> PeerTimeoutError:
+    """The error of a wait inside a host that has expired."""
+    text = f"rank {rank} waited for rank {missing}"
+    return PeerTimeoutError(
+        text, rank=rank, missing=[missing], phase="dispatch", call=7, waited_s=1.0
+    )
+
+
+def await_failure(ranks: Ranks, number: int) -> None:
+    """Waits until a monitor has found out why no step is possible."""
+    deadline = time.monotonic() + 5
+    while ranks.all[number].monitor.failure is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_the_cause_is_looked_for_inside_the_host() -> None:
     """Rank 2 waits for rank 3 of its own host, and so does not come to its rail."""
     with ranks_on(TWO_BY_TWO, timeout_s=TIMEOUT_S) as ranks:
         waiting = ranks.start(0)
         time.sleep(TIMEOUT_S / 2)
-        ranks.faults[2] = PeerTimeoutError(
-            "rank 2 waited for rank 3", rank=2, missing=[3], phase="dispatch", call=7, waited_s=1.0
-        )
+        ranks.faults[2] = wait_inside(2, 3)
         error, waited = waiting[0].result(30)
         assert isinstance(error, PeerTimeoutError)
         assert error.missing == (3,)
         assert waited < BOUND_S + SLACK_S
+        await_failure(ranks, 2)
         with pytest.raises(PeerTimeoutError, match="waited for rank 3"):
             ranks.all[2].monitor.check()
+
+
+@pytest.mark.parametrize("by_host", [False, True], ids=["monitor", "host"])
+def test_the_cause_is_looked_for_on_the_rails_of_peers(by_host: bool) -> None:
+    """Rank 0 waits for rank 1 of its host, which waits for rank 3 on its rail."""
+    with ranks_on(TWO_BY_TWO, timeout_s=TIMEOUT_S) as ranks:
+        waiting = ranks.start(1)
+        time.sleep(TIMEOUT_S)
+        monitor = ranks.all[0].monitor
+        if by_host:
+            found = monitor.explain(wait_inside(0, 1))
+        else:
+            ranks.faults[0] = wait_inside(0, 1)
+            await_failure(ranks, 0)
+            found = monitor.failure
+        assert isinstance(found, PeerTimeoutError)
+        assert found.missing == (3,), found
+        error, _ = waiting[1].result(30)
+        assert isinstance(error, PeerTimeoutError)
+        assert error.missing == (3,), error
+
+
+def test_a_peer_whose_rail_failed_has_not_aborted() -> None:
+    """It ends the waits of its host with the sign of an abort."""
+    with ranks_on(TWO_BY_TWO, timeout_s=TIMEOUT_S) as ranks:
+        errors_of(ranks, 1)
+        found = ranks.all[0].monitor.explain(AbortError("rank 1 called abort", rank=1, reason=""))
+        assert isinstance(found, PeerTimeoutError)
+        assert found.missing == (3,), found
+        with pytest.raises(ClosedError):
+            ranks.all[0].monitor.check()
+
+
+def test_an_abort_inside_a_host_stays_one() -> None:
+    with ranks_on(TWO_BY_TWO, timeout_s=TIMEOUT_S) as ranks:
+        ranks.all[1].status.publish("abort", "1:number:no room")
+        abort = AbortError("rank 1 called abort: no room", rank=1, reason="no room")
+        assert ranks.all[0].monitor.explain(abort) is abort
 
 
 def test_waits_end_when_a_rank_aborts() -> None:

@@ -163,3 +163,23 @@ def test_a_rail_that_a_graph_holds_is_left_with_a_warning(
         NcclRail(backend, device=torch.device("cuda")).close()
     released.set()
     assert "a CUDA graph holds calls of its communicator" in caplog.text
+
+
+def test_an_abort_does_not_wait_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL ends its kernels first, and then waits until no CUDA graph holds one."""
+    released, begun = threading.Event(), threading.Event()
+
+    def abort() -> None:
+        begun.set()
+        released.wait(30)
+
+    backend = types.SimpleNamespace(rank=lambda: 0, size=lambda: 2, abort=abort)
+    monkeypatch.setattr(rail_module, "_ABORTING_S", 0.05, raising=False)
+    rail = NcclRail(backend, device=torch.device("cuda"))
+    began = time.monotonic()
+    rail.abort()
+    rail.close()
+    seconds = time.monotonic() - began
+    released.set()
+    assert begun.is_set()
+    assert seconds < 5

@@ -22,7 +22,7 @@ from expertlink.engines.hybrid.ht import mode as ht
 from expertlink.engines.hybrid.ll import mode as ll
 from expertlink.engines.hybrid.mode import HybridMode
 from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
-from expertlink.engines.hybrid.rail import NcclRail, RailError
+from expertlink.engines.hybrid.rail import NcclRail
 from expertlink.engines.hybrid.words import DeviceWords
 from expertlink.engines.nvlink.arena import Buffer, Plan, SymmetricBuffer
 from expertlink.engines.nvlink.build import make_memory
@@ -37,6 +37,7 @@ from expertlink.settings import RAIL_CTAS
 
 logger = logging.getLogger("expertlink")
 _ANSWER_S = 0.5  # how long the monitor waits for the group's store
+_MEETING = 0.75  # of the time-out: ranks that fail at once wait for the answer of those that do not
 
 
 def mode_of(
@@ -113,22 +114,34 @@ def build(
     if memory is None or connection is None:
         memory = _new_memory(config, mode, plan, wire=wire, domains=domains)
         connection = _connect(wire, domains, memory, max_ctas=max_ctas)
-    properties = torch.cuda.get_device_properties(device)
-    engine = HybridEngine(
-        config,
-        wire=wire,
-        placement=placement,
-        memory=memory,
-        mode=mode(
+    made: HybridMode | None = None
+    reason = None
+    try:
+        made = mode(
             config,
             wire=wire,
             placement=placement,
             memory=memory,
             run=runner,
-            num_sms=properties.multi_processor_count,
+            num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
             domains=domains,
             rail=connection.rail,
-        ),
+        )
+    except (ExpertlinkError, RuntimeError) as error:  # no room for its messages, say
+        reason = str(error)
+    try:
+        all_or_none(wire, reason)
+    except ExpertlinkError:
+        if share_with is None:
+            connection.rail.close()
+        raise
+    assert made is not None
+    engine = HybridEngine(
+        config,
+        wire=wire,
+        placement=placement,
+        memory=memory,
+        mode=made,
         connection=connection,
         backward_kernel=backward,
         check_inputs=check_inputs,
@@ -223,7 +236,7 @@ def _host_group(wire: Wire, domains: Domains) -> Iterator[Any | None]:
         "gloo",
         parent.get_group_store(),
         distributed_c10d.GroupName(name) if hasattr(distributed_c10d, "GroupName") else name,  # pyright: ignore[reportArgumentType]
-        timeout=datetime.timedelta(seconds=wire.timeout_s),
+        timeout=datetime.timedelta(seconds=_MEETING * wire.timeout_s),
     )
     distributed_c10d._world.pg_group_ranks[group] = {
         rank: index for index, rank in enumerate(of_world)
@@ -250,9 +263,9 @@ def _connect(wire: Wire, domains: Domains, memory: Memory, *, max_ctas: int | No
             size=domains.num_hosts,
             device=wire.device,
             max_ctas=max_ctas,
-            timeout_s=wire.timeout_s,
+            timeout_s=_MEETING * wire.timeout_s,
         )
-    except (RailError, ExpertlinkError) as error:
+    except (ExpertlinkError, RuntimeError) as error:
         reason = f"rail {local} between {domains.num_hosts} hosts cannot be used: {error}"
     try:
         all_or_none(wire, reason)
@@ -275,6 +288,7 @@ def _connect(wire: Wire, domains: Domains, memory: Memory, *, max_ctas: int | No
         timeout_s=wire.timeout_s,
         doing=lambda: (wire.phase, wire.call),
         fault=lambda: watchdog.expired_wait(wire.call),
-        end=[rail.abort, memory.arena.post_abort],
+        # First what is quick: NCCL waits for its kernels, which may be queued behind ours.
+        end=[memory.arena.post_abort, rail.abort],
     )
     return Connection(WatchedRail(rail, words=words, monitor=monitor), monitor)

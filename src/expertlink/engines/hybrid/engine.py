@@ -6,6 +6,8 @@ nvlink engine; this adds what the rail needs.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.hybrid.mode import HybridMode
@@ -14,7 +16,7 @@ from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.mode import Memory
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
-from expertlink.errors import AbortError, PeerTimeoutError
+from expertlink.errors import AbortError, ExpertlinkError, PeerTimeoutError
 from expertlink.reduction import BackwardKernel
 from expertlink.routing import Placement
 
@@ -89,23 +91,27 @@ class HybridEngine(NvlinkEngine):
         try:
             return super().dispatch(call)
         except (AbortError, PeerTimeoutError) as error:
-            self._raise_cause(error)
-            raise
+            raise self._cause(error) from error
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
         try:
             return super().combine(call)
         except (AbortError, PeerTimeoutError) as error:
-            self._raise_cause(error)
-            raise
+            raise self._cause(error) from error
 
-    def _raise_cause(self, error: AbortError | PeerTimeoutError) -> None:
-        """Raises why the rail failed, where that ended a wait inside the host."""
-        failure = self._monitor.failure
-        if failure is not None and failure is not error:
-            self.watchdog.fail(str(failure))
-            self._monitor.check()
+    def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
+        """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
+        try:
+            return super().weight_grads(state, weight_grads)
+        except (AbortError, PeerTimeoutError) as error:
+            raise self._cause(error) from error
+
+    def _cause(self, error: AbortError | PeerTimeoutError) -> ExpertlinkError:
+        """What a failed wait is raised as: a rail may have ended it, here or at a peer."""
+        cause = self._monitor.explain(error)
+        self.watchdog.fail(str(cause))
+        return cause
 
     def _enter(self, operation: Operation, state: object | None, capturing: bool) -> int:
         if self._monitor.failure is not None:
@@ -115,7 +121,10 @@ class HybridEngine(NvlinkEngine):
     def check_health(self) -> None:
         """Raises what the monitor and the kernels have found since the last call, and overflows."""
         self._monitor.check()
-        super().check_health()
+        try:
+            super().check_health()
+        except (AbortError, PeerTimeoutError) as error:
+            raise self._cause(error) from error
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds; those of the rail that are under way too."""

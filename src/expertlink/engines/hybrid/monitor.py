@@ -148,6 +148,15 @@ class Monitor:
         self._raised = True
         return self._failure
 
+    def explain(self, error: AbortError | PeerTimeoutError) -> ExpertlinkError:
+        """What to raise for a wait inside this host that ended so. Waits until it is known."""
+        with self._judging:
+            if self._failure is None:
+                self._fail(self._trace(error))
+        assert self._failure is not None
+        self._raised = True
+        return self._failure
+
     # -- the thread -------------------------------------------------------------------------------
 
     @property
@@ -164,7 +173,8 @@ class Monitor:
         fault = self._fault()
         if fault is not None:
             with self._judging:
-                self._fail(fault)
+                if self._failure is None:
+                    self._fail(self._trace(fault))
             return
         step = self._words.read()
         if step != self._step or step[0] == step[1]:
@@ -259,6 +269,30 @@ class Monitor:
             text += " Every rank of the rail came: the network between the hosts moves nothing."
         return self._error(waited, missing=missing, text=text)
 
+    def _trace(self, error: AbortError | PeerTimeoutError) -> ExpertlinkError:
+        """The error of a wait inside this host; whom it misses may be waiting for another host.
+
+        A rank whose rail has failed ends the waits of its host, which then seem to be aborted.
+        """
+        status, missing = self._status, [*(error.missing if isinstance(error, PeerTimeoutError) else ())]
+        if status is None:
+            return error
+        try:
+            posted = self._posted(status)
+            found = missing
+            if posted is None and missing:
+                # A rank that waits for its rail says for whom when it has looked for signs.
+                found = self._follow(status, missing, _EXPIRED_GRACE_S + 2 * _FOLLOW_S)
+                posted = self._posted(status)
+        except RuntimeError:  # the store does not answer: no more is known
+            return error
+        if posted is not None:
+            same = type(posted) is type(error)
+            return error if same and getattr(posted, "missing", ()) == tuple(missing) else posted
+        if found == missing:
+            return error
+        return self._error(getattr(error, "waited_s", 0.0), missing=found, text=str(error))
+
     @property
     def _others(self) -> list[int]:
         return [rank for rank in self._ranks.rail if rank != self._ranks.rank]
@@ -266,25 +300,32 @@ class Monitor:
     def _without_sign(self, status: StatusStore, grace_s: float) -> list[int]:
         """Ranks of the rail that did not come to this step, or live no more.
 
-        A rank that came posts a new sign now and then, or a verdict of its own.
+        A rank that came posts a new sign now and then, or a verdict behind its sign. A verdict
+        alone is of a rank that waits inside its host.
         """
         step, silent = self._words.read()[0], self._others
         before = {rank: status.read(_sign(rank)) for rank in silent}
         deadline = time.monotonic() + grace_s
         while True:
             self._beat(status)
+            elsewhere: set[int] = set()
             for rank in list(silent):
                 sign = status.read(_sign(rank))
-                is_new = sign is not None and sign != before[rank] and came(sign, step)
-                if is_new or status.read(_verdict(rank)) is not None:
+                has_come = sign is not None and came(sign, step)
+                has_said = status.read(_verdict(rank)) is not None
+                if has_come and (has_said or sign != before[rank]):
                     silent.remove(rank)
+                elif has_said:
+                    elsewhere.add(rank)
             if not silent or time.monotonic() > deadline:
                 return silent
-            if all(self._ranks.has_exited(rank) for rank in silent):
+            if all(rank in elsewhere or self._ranks.has_exited(rank) for rank in silent):
                 return silent
             time.sleep(self.interval_s)
 
-    def _follow(self, status: StatusStore, missing: list[int]) -> list[int]:
+    def _follow(
+        self, status: StatusStore, missing: list[int], grace_s: float | None = None
+    ) -> list[int]:
         """Whom those that are missing miss themselves, where they say so in time.
 
         A rank that did not come to a step may be waiting inside its host for one that is gone.
@@ -293,7 +334,7 @@ class Monitor:
             return missing
         status.publish(_verdict(self._ranks.rank), _text_of(missing))
         verdicts: dict[int, list[int]] = {self._ranks.rank: missing}
-        deadline = time.monotonic() + _FOLLOW_S
+        deadline = time.monotonic() + (_FOLLOW_S if grace_s is None else grace_s)
         while True:
             for rank in {other for ranks in verdicts.values() for other in ranks} - set(verdicts):
                 text = None if self._ranks.has_exited(rank) else status.read(_verdict(rank))

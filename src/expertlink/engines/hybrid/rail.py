@@ -29,6 +29,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 logger = logging.getLogger("expertlink")
 
 _CLOSING_S = 10.0
+_ABORTING_S = 1.0
 _SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
 _FOREVER = datetime.timedelta(days=3650)  # the monitor bounds the waits of a rail
 _SHORT = datetime.timedelta(milliseconds=1)
@@ -39,6 +40,8 @@ _QUIET = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_BLOCKING_WAIT": "0",
+    # It ends the process, too, where an aborted communicator stays for minutes: in a CUDA graph.
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
 }
 _environment = threading.Lock()
 
@@ -236,11 +239,11 @@ class NcclRail:
         if self._ended is not None:
             return
         self._ended = "the rail was aborted"
+        if self._on_gpu:
+            _in_a_thread(self._backend.abort, "expertlink rail abort", _ABORTING_S)
+            return
         with contextlib.suppress(RuntimeError):
-            if self._on_gpu:
-                self._backend.abort()
-            else:
-                self._disconnect()
+            self._disconnect()
 
     def close(self) -> None:
         """See `Rail`."""
@@ -341,19 +344,28 @@ class CopyRail:
 def _shut_down(backend: Any) -> None:
     """Destroys communicators of NCCL, which waits until no CUDA graph holds a call of theirs."""
 
-    def shut_down() -> None:
-        with contextlib.suppress(RuntimeError):
-            backend.shutdown()
-
-    thread = threading.Thread(target=shut_down, name="expertlink rail end", daemon=True)
-    thread.start()
-    thread.join(_CLOSING_S)
-    if thread.is_alive():
+    if not _in_a_thread(backend.shutdown, "expertlink rail end", _CLOSING_S):
         logger.warning(
             "a rail could not be closed within %g s: a CUDA graph holds calls of its communicator; "
             "delete graphs before you close it",
             _CLOSING_S,
         )
+
+
+def _in_a_thread(call: Callable[[], object], name: str, seconds: float) -> bool:
+    """Makes a call of NCCL that ends its kernels and then waits for graphs that hold them.
+
+    Goes on after so long and leaves the thread behind. True: the call has ended.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            call()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 class _Meeting:
