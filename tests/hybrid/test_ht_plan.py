@@ -103,6 +103,28 @@ def test_memory_has_room_for_the_largest_messages() -> None:
     assert not plan.holds(plan_of(chunk_rows=512))
 
 
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_memory_by_region(hosts: int) -> None:
+    """Staging is of chunks, not of all tokens; messages are of other hosts, both ways."""
+    plan = plan_of(Domains(tuple(rank // 8 for rank in range(8 * hosts))))
+    largest = max(end - begin for begin, end in itertools.pairwise(plan.starts))
+    staged = 14336 + 1024  # a row of the model with room for what travels with it
+    regions = {**plan.regions(), **plan.message_regions()}
+    assert list(regions) == [
+        "flags",
+        "counts",
+        "rows in transit",
+        "messages of the rail",
+        "sums of the own host",
+    ]
+    rows = 8 * hosts * largest
+    assert rows * 14336 < regions["rows in transit"] <= rows * staged
+    messages = 2 * RING * (hosts - 1) * largest
+    room = 2 * RING * (hosts - 1) * (4 * plan.count_words + staged)
+    assert messages * 14336 < regions["messages of the rail"] <= messages * staged + room
+    assert largest * 14336 < regions["sums of the own host"] <= largest * staged
+
+
 @pytest.mark.parametrize(
     ("domains", "fields", "text"),
     [
