@@ -274,7 +274,8 @@ class Monitor:
 
         A rank whose rail has failed ends the waits of its host, which then seem to be aborted.
         """
-        status, missing = self._status, [*(error.missing if isinstance(error, PeerTimeoutError) else ())]
+        status = self._status
+        missing = list(error.missing) if isinstance(error, PeerTimeoutError) else []
         if status is None:
             return error
         try:
