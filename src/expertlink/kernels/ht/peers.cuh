@@ -138,6 +138,16 @@ __device__ __forceinline__ void grant_credit(const Arguments& a, const Watch& wa
         store_release_system(credit_word(a.bases[p], own_peer(a)), watch.transfer);
 }
 
+// Ends a transfer that one kernel has both sent and received: for the last block to leave it.
+template <typename Arguments>
+__device__ __forceinline__ void end_transfer(const Arguments& a, const Watch& watch) {
+    grant_credit(a, watch);
+    if (threadIdx.x == 0) {
+        a.state->sent = a.state->received = watch.transfer;
+        a.state->next_send = a.state->next_place = 0;
+    }
+}
+
 // Waits until all peers have consumed the transfer before this one. With `rows_in_place` also until
 // they have come to this transfer: then they have let go of the pool that is about to be written.
 template <typename Arguments>

@@ -121,12 +121,7 @@ __device__ __forceinline__ void dispatch_chunk_rank(const DispatchArguments& a) 
                       nullptr};
     if (__syncthreads_or(threadIdx.x == 0 && has_failed(watch))) return;
     if (!move_chunk(a, watch, shared, ring)) return;
-    if (!last_to_leave(&a.state->left_send, gridDim.x)) return;
-    grant_credit(a, watch);
-    if (threadIdx.x == 0) {
-        a.state->sent = a.state->received = watch.transfer;
-        a.state->next_send = a.state->next_place = 0;
-    }
+    if (last_to_leave(&a.state->left_send, gridDim.x)) end_transfer(a, watch);
 }
 
 __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1)
