@@ -94,6 +94,61 @@ def test_a_wait_for_a_silent_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -
         over.set()
 
 
+class Racing:
+    """A store in which a name that was just seen is removed before it is read."""
+
+    def __init__(self) -> None:
+        self._store = dist.HashStore()
+
+    def check(self, names: list[str]) -> bool:
+        there = self._store.check(names)
+        if there:
+            status.StatusStore(self._store).remove(names[0].removeprefix("expertlink/"))
+        return there
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+
+def test_a_name_may_be_removed_while_others_read_it() -> None:
+    """A store waits minutes for a name that is not there, and all other queries wait for it."""
+    texts = status.StatusStore(Racing(), answer_s=1.0)
+    texts.publish("abort", "1:boom")
+    assert texts.read("abort") is None
+    texts.publish("abort", "2:boom")
+    assert texts.missing(["abort", "sign"]) == ["abort", "sign"]
+    texts.publish_first("abort", "3:boom")
+    texts.remove("never")
+    assert texts.read("never") is None
+
+
+class Late:
+    """A store whose first answer is late."""
+
+    def __init__(self) -> None:
+        self._store, self._delay_s = dist.HashStore(), 0.5
+
+    def check(self, names: list[str]) -> bool:
+        delay_s, self._delay_s = self._delay_s, 0.0
+        time.sleep(delay_s)
+        return self._store.check(names)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+
+def test_a_late_store_does_not_end_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bound is the time-out of the start, not that of one answer."""
+    monkeypatch.setattr(status, "ANSWER_S", 0.1)
+    store = Late()
+    wire = Wire(LostGroup(store), device=CPU, timeout_s=10.0)  # type: ignore[arg-type]
+    wire.enter("start", 1)
+    other = status.StatusStore(store._store)
+    other.key = "expertlink/handshake 1"
+    other.publish(wire._sign(0), "0.000")
+    wire.wait_for_all(1)
+
+
 @pytest.mark.parametrize("layout", ["flat", "token_major", "rank_major", "expert_major"])
 def test_a_call_that_failed_to_finish_can_be_finished_later(
     layout: str, monkeypatch: pytest.MonkeyPatch

@@ -4,13 +4,17 @@ In: texts under names. Out: what other ranks have published.
 
 A rank may host the store, and that rank may have stopped. The store's client then waits without a
 bound and serves no signals. So threads ask the store, and give up when it does not answer.
+
+A store waits for a name that is not there, and serves no other query of the process meanwhile. So
+no name is ever deleted while another rank may be about to read it: what is removed becomes empty.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -47,7 +51,7 @@ class _Query(threading.Thread, Generic[_T]):
 
 
 class StatusStore:
-    """Texts under names.
+    """Texts under names. No text is empty.
 
     Every method raises RuntimeError where the store cannot be reached or does not answer.
 
@@ -65,6 +69,15 @@ class StatusStore:
         self._unanswered: threading.Thread | None = None
         self.key = "expertlink"
 
+    @contextlib.contextmanager
+    def patient(self, answer_s: float) -> Iterator[None]:
+        """Within it a query waits longer: where nothing else has to be said meanwhile."""
+        before, self._answer_s = self._answer_s, max(self._answer_s, answer_s)
+        try:
+            yield
+        finally:
+            self._answer_s = before
+
     def publish(self, name: str, text: str) -> None:
         """Replaces what is published under that name."""
         full = self._full(name)
@@ -75,7 +88,7 @@ class StatusStore:
         full = self._full(name)
 
         def ask() -> None:
-            if not self._store.check([full]):
+            if not self._read(full):
                 self._store.set(full, text)
 
         self._query(ask)
@@ -83,7 +96,7 @@ class StatusStore:
     def missing(self, names: Sequence[str]) -> list[str]:
         """Names under which nothing is published."""
         full = {name: self._full(name) for name in names}
-        return self._query(lambda: [name for name in names if not self._store.check([full[name]])])
+        return self._query(lambda: [name for name in names if not self._read(full[name])])
 
     def read(self, name: str) -> str | None:
         """What is published under a name."""
@@ -93,7 +106,12 @@ class StatusStore:
     def remove(self, name: str) -> None:
         """Removes what is published under a name, if anything."""
         full = self._full(name)
-        self._query(lambda: self._store.delete_key(full))
+
+        def ask() -> None:
+            if self._read(full):
+                self._store.set(full, "")
+
+        self._query(ask)
 
     def watch(self, name: str) -> Watch:
         """Polls a name while this rank waits for something else."""
@@ -101,7 +119,8 @@ class StatusStore:
         return Watch(lambda: self._read(full))
 
     def _read(self, full: str) -> str | None:
-        return self._store.get(full).decode() if self._store.check([full]) else None
+        text = self._store.get(full).decode() if self._store.check([full]) else ""
+        return text or None
 
     def _full(self, name: str) -> str:
         return f"{self.key}/{name}"

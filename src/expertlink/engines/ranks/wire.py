@@ -410,9 +410,10 @@ class Wire:
         started = time.monotonic()
         with self.abort_on_error():
             try:
-                if (status.read(_ABORT) or "").startswith(f"{self.rank}:"):
-                    status.remove(_ABORT)  # of an earlier attempt of this rank
-                self._publish_sign(0.0)
+                with status.patient(self.timeout_s):
+                    if (status.read(_ABORT) or "").startswith(f"{self.rank}:"):
+                        status.remove(_ABORT)  # of an earlier attempt of this rank
+                    self._publish_sign(0.0)
                 self._await_all(status, attempt, started)
             except ExpertlinkError:
                 raise
