@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pdoc
+import pdoc.doc
 
 MODULES = (
     "expertlink",
@@ -30,9 +31,31 @@ MODULES = (
 )
 """What users import. All else is the library's own."""
 
+PARTS = tuple(f"expertlink.{name}" for name in ("connection", "dispatching", "combining"))
+"""Modules of the classes that MoECommunicator is made of: what is in them is listed as its own."""
+
+
+def members_of(page: pdoc.doc.Class) -> list[pdoc.doc.Doc]:
+    """What the page of a class lists: the constructor, what it has from its parts, its own."""
+    inherited = [
+        member
+        for (module, _), members in page.inherited_members.items()
+        for member in members
+        if module not in PARTS
+    ]
+
+    def place(member: pdoc.doc.Doc) -> int:
+        if member.name == "__init__":
+            return -1
+        module = member.taken_from[0]
+        return PARTS.index(module) if module in PARTS else len(PARTS)
+
+    return sorted((m for m in page.members.values() if m not in inherited), key=place)
+
 
 def write(folder: Path) -> None:
     """Writes a page for every module, and an index."""
+    pdoc.doc.Class.own_members = property(members_of)  # type: ignore[assignment]
     pdoc.render.configure(docformat="google", show_source=False, search=True)
     first, *others = MODULES
     pdoc.pdoc(first, rf"!{first}\..*", *others, output_directory=folder)

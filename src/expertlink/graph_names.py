@@ -32,10 +32,10 @@ from expertlink.errors import ClosedError, HandleError
 from expertlink.types import DispatchHandle, RoutingScope
 
 if TYPE_CHECKING:
-    from expertlink.communicator import MoECommunicator
+    from expertlink.connection import Connection
     from expertlink.engines.base import Engine
 
-_communicators: weakref.WeakValueDictionary[str, MoECommunicator] = weakref.WeakValueDictionary()
+_communicators: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictionary()
 _handles: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
@@ -73,7 +73,7 @@ class GraphForm:
 
 
 def register(
-    comm: MoECommunicator, *, engine: Engine, num_local: int, identity: int, scope: RoutingScope
+    comm: Connection, *, engine: Engine, num_local: int, identity: int, scope: RoutingScope
 ) -> GraphForm | None:
     """Makes a communicator known to graphs; None: its rows are not its own (`zero_copy`).
 
@@ -117,7 +117,7 @@ def register(
     return form
 
 
-def communicator(name: str) -> MoECommunicator:
+def communicator(name: str) -> Connection:
     """The communicator of a name.
 
     Raises:
@@ -179,7 +179,7 @@ class _Template:
 
 
 _Key = tuple[int, bool, int]
-_templates: weakref.WeakKeyDictionary[MoECommunicator, dict[_Key, _Template]] = (
+_templates: weakref.WeakKeyDictionary[Connection, dict[_Key, _Template]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -189,7 +189,7 @@ def apart(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def tables_of(comm: MoECommunicator, handle: DispatchHandle) -> list[Tensor]:
+def tables_of(comm: Connection, handle: DispatchHandle) -> list[Tensor]:
     """The tensors of a handle: tables, ids, then the counts and weights of a cached dispatch.
 
     The rest of the handle is kept for others that are like it.
@@ -214,7 +214,7 @@ def tables_of(comm: MoECommunicator, handle: DispatchHandle) -> list[Tensor]:
 
 
 def _handle_with(
-    comm: MoECommunicator, tables: Sequence[Tensor], num_tokens: int, weighted: bool
+    comm: Connection, tables: Sequence[Tensor], num_tokens: int, weighted: bool
 ) -> DispatchHandle:
     template = _templates.get(comm, {}).get((num_tokens, weighted, len(tables)))
     if template is None:

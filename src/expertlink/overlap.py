@@ -125,6 +125,18 @@ def check_operation(overlap: CommOverlapConfig | None, operation: Operation) -> 
         raise InputError(f"overlap was created for {overlap.operation}; this is {operation.title}")
 
 
+def place_of(
+    overlap: CommOverlapConfig | None, stream: torch.cuda.Stream | None
+) -> tuple[torch.cuda.Stream | None, Sequence[torch.cuda.Event]]:
+    """The stream of an asynchronous call, None for in line, and what it waits for.
+
+    Args:
+        overlap: the caller's settings, if there are any.
+        stream: the communicator's own.
+    """
+    return (stream, ()) if overlap is None else (overlap.stream, overlap.wait_events)
+
+
 def tensors_in(value: object) -> list[Tensor]:
     """Every CUDA tensor that a record, or a record inside it, holds."""
     found: list[Tensor] = []

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertlink import MoECommunicator, MoECommunicatorConfig
-from expertlink import communicator as communicator_module
+from expertlink import MoECommunicator, MoECommunicatorConfig, connection
 from expertlink.engines.nvlink import arena, engine
 from expertlink.engines.nvlink.build import assemble, make_memory, mode_of
 from expertlink.engines.nvlink.launch import KernelName, Launch
@@ -96,7 +95,7 @@ class FakeGpu:
         for module in (ll_arena, arena):
             patch(module, "capture_of", lambda _: self.capture)
         choice = EngineChoice("nvlink", "a test")
-        patch(communicator_module, "choose_engine", lambda *_, **__: choice)
+        patch(connection, "choose_engine", lambda *_, **__: choice)
 
     def communicator(self, **fields: Any) -> MoECommunicator:
         """A communicator of one rank."""

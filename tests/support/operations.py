@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertlink import communicator
+from expertlink import combining, dispatching
 
 
 class Operations(TorchDispatchMode):
@@ -22,7 +22,8 @@ class Operations(TorchDispatchMode):
         self._patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> Operations:
-        self._patch.setattr(communicator, "is_in_torch_dispatch_mode", lambda: False)
+        for module in (dispatching, combining):
+            self._patch.setattr(module, "is_in_torch_dispatch_mode", lambda: False)
         super().__enter__()
         return self
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import expertlink
+from expertlink.combining import Combining
+from expertlink.connection import Connection
 
 pdoc = pytest.importorskip("pdoc", reason="pdoc is not installed")
 
@@ -36,6 +38,8 @@ def test_pages_are_written_without_a_network(
     page = (tmp_path / "expertlink.html").read_text(encoding="utf-8")
     for name in expertlink.__all__:
         assert name.startswith("__") or f'id="{name}"' in page
+    for name in vars(expertlink.MoECommunicator) | vars(Connection) | vars(Combining):
+        assert name.startswith("_") or f'id="MoECommunicator.{name}"' in page
     assert 'id="MoECommunicator.dispatch"' in page
     inside = [path.stem for path in (tmp_path / "expertlink").glob("*.html")]
     assert sorted(inside) == sorted(
@@ -53,7 +57,7 @@ def documented(parent: Any) -> Iterator[Any]:
     """What a page has entries for."""
     yield parent
     is_class = isinstance(parent, pdoc.doc.Class)
-    for member in parent.own_members if is_class else parent.members.values():
+    for member in API["members_of"](parent) if is_class else parent.members.values():
         if member.name.startswith("_") or isinstance(member, pdoc.doc.Variable):
             continue
         if isinstance(member, pdoc.doc.Class):

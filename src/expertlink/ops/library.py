@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from expertlink.communicator import MoECommunicator
 from expertlink.config import MoECommunicatorConfig
+from expertlink.connection import Connection
 from expertlink.engines.base import CombineCall, DispatchCall
 from expertlink.engines.nvlink.ll.tables import LlTableLayout
 from expertlink.engines.nvlink.tables import TableLayout
@@ -131,7 +131,7 @@ def _cached_dispatch(
 
 
 def _make_dispatch(
-    comm: MoECommunicator,
+    comm: Connection,
     input: Tensor,
     topk_ids: Tensor | None,
     weights: Tensor | None,
@@ -185,9 +185,16 @@ def _combine(
     num_tokens: int,
     weighted: bool,
 ) -> Tensor:
-    found = handle_of(maker, handle, num_tokens, weighted)
+    found, made = communicator(comm), handle_of(maker, handle, num_tokens, weighted)
+    engine, calls = found._ready(), found._calls
     with torch.no_grad():
-        return communicator(comm).combine(rows, found, topk_weights=weights if given else None)
+        try:
+            call = calls.combine(rows, made, topk_weights=weights if given else None)
+        except ExpertlinkError as error:
+            found.refuse("combine", error)
+        started = engine.combine(call)
+        started.finish()
+    return started.out_TH
 
 
 def _dispatch_backward(
@@ -327,7 +334,7 @@ def _fake_cached_dispatch(
 
 
 def _fake_parts(
-    comm: MoECommunicator,
+    comm: Connection,
     input: Tensor,
     scales: QuantScales | None,
     shape: tuple[Any, ...],
@@ -366,7 +373,7 @@ def _fake_scales(
     return input.new_empty((*outer, columns, last), dtype=kind.scale_dtype).transpose(-1, -2)
 
 
-def _table_layout(comm: MoECommunicator, form: GraphForm) -> TableLayout:
+def _table_layout(comm: Connection, form: GraphForm) -> TableLayout:
     layout = LlTableLayout if form.own_tables else TableLayout
     return layout(comm.config, num_ranks=comm.num_ranks, num_local=form.num_local)
 

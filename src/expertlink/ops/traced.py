@@ -25,7 +25,7 @@ from expertlink.types import (
 from expertlink.validation import transform_level
 
 if TYPE_CHECKING:
-    from expertlink.communicator import MoECommunicator
+    from expertlink.connection import Connection
 
 
 @dataclass(eq=False, repr=False)
@@ -54,7 +54,7 @@ class TracedHandle(DispatchHandle):
 
 
 def takes_dispatch(
-    comm: MoECommunicator,
+    comm: Connection,
     input: Tensor,
     topk_ids: Tensor | None,
     *,
@@ -84,7 +84,7 @@ def takes_dispatch(
 
 
 def dispatch(
-    comm: MoECommunicator,
+    comm: Connection,
     input: Tensor,
     topk_ids: Tensor | None,
     weights: Tensor | None,
@@ -176,7 +176,7 @@ def dispatch(
 
 
 def takes_combine(
-    comm: MoECommunicator,
+    comm: Connection,
     handle: DispatchHandle,
     *,
     out: Tensor | None,
@@ -198,7 +198,7 @@ def takes_combine(
 
 
 def combine(
-    comm: MoECommunicator,
+    comm: Connection,
     expert_output: Tensor,
     handle: DispatchHandle,
     topk_weights: Tensor | None,
