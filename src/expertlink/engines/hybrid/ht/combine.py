@@ -16,13 +16,14 @@ from expertlink.engines.hybrid.ht.dispatch import message_of, tell_chunk, tell_t
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.order import Step, combine_steps
 from expertlink.engines.hybrid.ht.plan import RailRow, head_rows
-from expertlink.engines.hybrid.ht.tables import HybridRoute, HybridTables
+from expertlink.engines.hybrid.ht.tables import HybridRoute, HybridTables, as_hybrid_route
 from expertlink.engines.nvlink.ht.arguments import Flag
 from expertlink.engines.nvlink.ht.blocks import BlockShape
 from expertlink.engines.nvlink.ht.combine import CombinePlanner
 from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
 from expertlink.engines.nvlink.mode import ALIGNMENT
 from expertlink.engines.nvlink.shared import HEADER_WORDS
+from expertlink.engines.nvlink.tables import Route
 from expertlink.engines.ranks.header import Operation
 
 _GRADS, _WITHIN_HOST = int(Flag.GRADS), int(Flag.WITHIN_HOST)
@@ -88,9 +89,9 @@ class HybridCombiner:
         self.most_blocks = inside.most_blocks
         self._launches: Launches[ChunkLaunches] = Launches(HybridCombinePlanner(inside))
 
-    def combine(self, call: CombineCall, route: HybridRoute) -> Tensor | None:
+    def combine(self, call: CombineCall) -> Tensor | None:
         """Queues a combine; returns the weight gradients if the call asks for them."""
-        rows = call.rows
+        rows, route = call.rows, as_hybrid_route(call.state)
         if rows.data_ptr() % ALIGNMENT:  # bulk copies do not accept that
             rows = rows.clone()
         a = self._arguments
@@ -101,10 +102,12 @@ class HybridCombiner:
             route, Operation.COMBINE, self._row_bytes, grads=call.weight_grads, num_sms=call.num_sms
         )
 
-    def weight_grads(self, route: HybridRoute, grads: Tensor) -> Tensor:
+    def weight_grads(self, route: Route, grads: Tensor) -> Tensor:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
         self._arguments.weights_of_row = None
-        returned = self._return(route, Operation.WEIGHT_GRADS, 0, grads=grads, num_sms=None)
+        returned = self._return(
+            as_hybrid_route(route), Operation.WEIGHT_GRADS, 0, grads=grads, num_sms=None
+        )
         assert returned is not None
         return returned
 

@@ -22,13 +22,14 @@ from expertlink.engines.hybrid.ht.plan import (
     head_rows,
     message,
 )
-from expertlink.engines.hybrid.ht.tables import HybridRoute, HybridTables
+from expertlink.engines.hybrid.ht.tables import HybridRoute, HybridTables, as_hybrid_route
 from expertlink.engines.nvlink.ht.arguments import Flag
 from expertlink.engines.nvlink.ht.blocks import BlockShape
 from expertlink.engines.nvlink.ht.dispatch import DispatchPlanner, Started
 from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.shared import HEADER_WORDS, Verdict
+from expertlink.engines.nvlink.tables import Route
 from expertlink.engines.nvlink.watchdog import Mail, Watchdog
 from expertlink.engines.outputs import OutputTensors, PublicCounts
 from expertlink.engines.ranks import capacity, metadata
@@ -196,9 +197,9 @@ class HybridDispatcher:
         self._move(call, route, filled=1)
         return Started(tensors.output(self._layout, public, counts), route, mail)
 
-    def dispatch_cached(self, call: DispatchCall, old: HybridRoute, *, number: int) -> Started:
+    def dispatch_cached(self, call: DispatchCall, old: Route, *, number: int) -> Started:
         """Queues a dispatch with the routing of an earlier one."""
-        tables = self._tables
+        tables, old = self._tables, as_hybrid_route(old)
         public = self._new_counts(old.block)
         weights_block = old.weights_block
         if call.weights_TK is not None:
@@ -250,6 +251,9 @@ class HybridDispatcher:
             return self._count(call, number)
         finally:
             a.status = 0
+
+    def new_tables(self) -> None:
+        """None: buffers keep outputs only, and every dispatch makes its tables."""
 
     # -- counting, and moving chunks --------------------------------------------------------------
 

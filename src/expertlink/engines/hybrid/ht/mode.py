@@ -5,37 +5,29 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
-from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched, nothing_left
+from expertlink.engines.base import DispatchCall, Dispatched, nothing_left
 from expertlink.engines.hybrid.ht import arguments
 from expertlink.engines.hybrid.ht.combine import HybridCombiner
 from expertlink.engines.hybrid.ht.dispatch import HybridDispatcher
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.plan import HybridPlan, hybrid_constants
-from expertlink.engines.hybrid.ht.tables import as_hybrid_route
 from expertlink.engines.hybrid.rail import Rail
 from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.arena import Plan
 from expertlink.engines.nvlink.ht.blocks import BlockShape
-from expertlink.engines.nvlink.ht.mode import HtMode, with_slot_weights
+from expertlink.engines.nvlink.ht.mode import Combiner, Dispatcher, HtMode
 from expertlink.engines.nvlink.ht.plan import combine_warps
 from expertlink.engines.nvlink.launch import KernelName, KernelSource, Program, Run
-from expertlink.engines.nvlink.mode import (
-    ALIGNMENT,
-    Memory,
-    common_arguments,
-)
-from expertlink.engines.nvlink.rows import RowShape
-from expertlink.engines.nvlink.shared import expert_locations
-from expertlink.engines.outputs import in_scale_order, into_buffers, into_tokens, largest_output
-from expertlink.engines.ranks.header import Operation
+from expertlink.engines.nvlink.mode import Memory
+from expertlink.engines.nvlink.tables import as_route
+from expertlink.engines.outputs import in_scale_order, into_buffers, into_tokens
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import EngineUnavailableError
 from expertlink.routing import Placement
-from expertlink.types import DispatchBuffers, QuantScales, RowKind
+from expertlink.types import QuantScales
 
 
 def unavailable_reason(config: MoECommunicatorConfig, domains: Domains) -> str | None:
@@ -80,38 +72,52 @@ class RailHtMode(HtMode):
         reason = unavailable_reason(config, domains)
         if reason is not None:
             raise EngineUnavailableError(reason)
-        plan, device = memory.arena.plan, memory.arena.device
+        self._domains, self._rail = domains, rail
+        super().__init__(
+            config,
+            wire=wire,
+            placement=placement,
+            memory=memory,
+            run=run,
+            num_sms=num_sms,
+            max_warps=max_warps,
+        )
+
+    def _callers(
+        self,
+        memory: Memory,
+        common: dict[str, int],
+        run: Run,
+        num_sms: int,
+        max_warps: int | None,
+    ) -> tuple[Dispatcher, Combiner]:
+        config, domains, arena = self._config, self._domains, memory.arena
+        plan, device = arena.plan, arena.device
         assert isinstance(plan, HybridPlan)
         self._plan = plan
-        self._config, self._wire, self._placement = config, wire, placement
-        self._watchdog = memory.watchdog
-        self._rows = RowShape.of(config)
-        experts = placement.experts_of_rank[wire.rank]
-        self._num_local = len(experts)
         blocks = BlockShape(
             config,
             num_ranks=domains.num_ranks,
             num_hosts=domains.num_hosts,
-            num_local=self._num_local,
+            num_local=len(self._experts),
             max_warps=max_warps,
         )
         seats = seats_of(domains)
-        self._expert_location = expert_locations(placement)
         self._seats = torch.tensor(seats, dtype=torch.int32, device=device)
         self._ranks = torch.tensor(
             sorted(range(len(seats)), key=seats.__getitem__), dtype=torch.int32, device=device
         )
         common = {
-            **common_arguments(memory, wire=wire, expert_location=self._expert_location),
-            "seat": seats[wire.rank],
+            **common,
+            "seat": seats[self._wire.rank],
             "seats": self._seats.data_ptr(),
             "ranks": self._ranks.data_ptr(),
         }
-        messages = Messages(plan, rail=rail, device=device)
-        self._dispatching = HybridDispatcher(
+        messages = Messages(plan, rail=self._rail, device=device)
+        dispatcher = HybridDispatcher(
             config,
             common=common,
-            experts=experts,
+            experts=self._experts,
             messages=messages,
             device=device,
             watchdog=memory.watchdog,
@@ -119,9 +125,10 @@ class RailHtMode(HtMode):
             blocks=blocks,
             num_sms=num_sms,
         )
-        self._combining = HybridCombiner(
+        combiner = HybridCombiner(
             config, common=common, messages=messages, run=run, blocks=blocks, num_sms=num_sms
         )
+        return dispatcher, combiner
 
     # -- what a communicator needs ----------------------------------------------------------------
 
@@ -163,10 +170,10 @@ class RailHtMode(HtMode):
         """Queues a dispatch; a new routing waits for the counts unless shapes are static."""
         call = into_tokens(call)
         if call.previous is None:
-            started = self._dispatching.dispatch(call, number=number)
+            started = self._dispatcher.dispatch(call, number=number)
         else:
-            old = as_hybrid_route(call.previous)
-            started = self._dispatching.dispatch_cached(call, old, number=number)
+            old = as_route(call.previous)
+            started = self._dispatcher.dispatch_cached(call, old, number=number)
         output, route = started.output, started.route
         if output is None or route is None:
             self._raise_verdict(call, started)
@@ -185,45 +192,6 @@ class RailHtMode(HtMode):
             call=self._wire.call,
             topk_ids_TK=route.ids_TK,
         )
-
-    def combine(self, call: CombineCall) -> Combined:
-        """Queues a combine."""
-        route = as_hybrid_route(call.state)
-        if call.slot_weights is not None:
-            route = as_hybrid_route(with_slot_weights(route, call.slot_weights))
-        out_TH = call.out_TH
-        if out_TH.data_ptr() % ALIGNMENT:
-            call = dataclasses.replace(call, out_TH=torch.empty_like(out_TH))
-        grads_TK = self._combining.combine(call, route)
-        if call.out_TH is not out_TH:
-            out_TH.copy_(call.out_TH)
-        return Combined(out_TH=out_TH, weight_grads_TK=grads_TK, finish=nothing_left)
-
-    def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
-        """Queues the return of per-slot gradients: `[T, K]` float32."""
-        return self._combining.weight_grads(as_hybrid_route(state), weight_grads)
-
-    def refuse(self, number: int, error: Exception) -> None:
-        """Takes part in a dispatch only to refuse it; see `HtMode.refuse`."""
-        mail = self._dispatching.refuse(error, number=number)
-        if mail is not None:
-            self._judge(mail, refused=error)
-
-    def occupied_sms(self, operation: Operation, num_sms: int | None) -> int:
-        """Most SMs that one launch takes, without those of the rail's kernels."""
-        caller = self._dispatching if operation is Operation.DISPATCH else self._combining
-        return caller.most_blocks(num_sms)
-
-    def make_buffers(self, rows: RowKind) -> DispatchBuffers:
-        """Outputs of the largest shape; tables and copies of the rest are made by every call."""
-        output = largest_output(
-            self._config,
-            rows,
-            num_ranks=self._placement.num_ranks,
-            num_local=self._num_local,
-            device=self._wire.device,
-        )
-        return DispatchBuffers(output=output, tables=None, kind=rows)
 
 
 def seats_of(domains: Domains) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from expertlink.engines.nvlink.ht import arguments
 from expertlink.engines.nvlink.ht.arena import HtArena
 from expertlink.engines.nvlink.ht.blocks import BlockShape
 from expertlink.engines.nvlink.ht.combine import HtCombiner
-from expertlink.engines.nvlink.ht.dispatch import HtDispatcher, Started
+from expertlink.engines.nvlink.ht.dispatch import BufferTables, HtDispatcher, Started
 from expertlink.engines.nvlink.ht.plan import HtPlan, combine_warps, constants_of
 from expertlink.engines.nvlink.launch import KernelName, KernelSource, Program, Run
 from expertlink.engines.nvlink.mode import (
@@ -45,6 +45,32 @@ from expertlink.types import CallStatistics, DispatchBuffers, RowKind
 from expertlink.validation import explain_ids
 
 
+class Dispatcher(Protocol):
+    """What queues the dispatches of one rank: `HtDispatcher` says what the methods do."""
+
+    @property
+    def most_blocks(self) -> Callable[[int | None], int]: ...
+
+    def dispatch(self, call: DispatchCall, *, number: int) -> Started: ...
+
+    def dispatch_cached(self, call: DispatchCall, old: Route, *, number: int) -> Started: ...
+
+    def refuse(self, error: Exception, *, number: int) -> Mail | None: ...
+
+    def new_tables(self) -> BufferTables | None: ...
+
+
+class Combiner(Protocol):
+    """What queues the combines of one rank: `HtCombiner` says what the methods do."""
+
+    @property
+    def most_blocks(self) -> Callable[[int | None], int]: ...
+
+    def combine(self, call: CombineCall) -> Tensor | None: ...
+
+    def weight_grads(self, route: Route, grads: Tensor) -> Tensor: ...
+
+
 class HtMode:
     """See `mode.Mode`."""
 
@@ -68,32 +94,41 @@ class HtMode:
     ) -> None:
         if config.combine_precision == "exact":
             raise EngineUnavailableError("combine_precision='exact' needs low-latency kernels")
-        assert isinstance(memory.arena, HtArena)
         self._config, self._wire, self._placement = config, wire, placement
         self._watchdog = memory.watchdog
         self._rows = RowShape.of(config)
-        experts = placement.experts_of_rank[wire.rank]
-        self._num_local = len(experts)
-        blocks = BlockShape(
-            config,
-            num_ranks=placement.num_ranks,
-            num_local=self._num_local,
-            max_warps=max_warps,
-        )
+        self._experts = placement.experts_of_rank[wire.rank]
         self._expert_location = expert_locations(placement)
         common = common_arguments(memory, wire=wire, expert_location=self._expert_location)
-        self._dispatcher = HtDispatcher(
+        self._dispatcher, self._combiner = self._callers(memory, common, run, num_sms, max_warps)
+
+    def _callers(
+        self,
+        memory: Memory,
+        common: dict[str, int],
+        run: Run,
+        num_sms: int,
+        max_warps: int | None,
+    ) -> tuple[Dispatcher, Combiner]:
+        """What queues dispatches and combines."""
+        config, arena, num_ranks = self._config, memory.arena, self._placement.num_ranks
+        assert isinstance(arena, HtArena)
+        blocks = BlockShape(
+            config, num_ranks=num_ranks, num_local=len(self._experts), max_warps=max_warps
+        )
+        dispatcher = HtDispatcher(
             config,
             common=common,
-            experts=experts,
-            num_ranks=placement.num_ranks,
-            arena=memory.arena,
+            experts=self._experts,
+            num_ranks=num_ranks,
+            arena=arena,
             watchdog=memory.watchdog,
             run=run,
             blocks=blocks,
             num_sms=num_sms,
         )
-        self._combiner = HtCombiner(config, common=common, run=run, blocks=blocks, num_sms=num_sms)
+        combiner = HtCombiner(config, common=common, run=run, blocks=blocks, num_sms=num_sms)
+        return dispatcher, combiner
 
     # -- what a communicator needs ----------------------------------------------------------------
 
@@ -241,7 +276,7 @@ class HtMode:
             self._config,
             rows,
             num_ranks=self._placement.num_ranks,
-            num_local=self._num_local,
+            num_local=len(self._experts),
             device=self._wire.device,
         )
         return DispatchBuffers(output=output, tables=self._dispatcher.new_tables(), kind=rows)
