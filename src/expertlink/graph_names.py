@@ -226,6 +226,7 @@ def _handle_with(
         block=block,
         ids_TK=ids_TK,
         ids_address=ids_TK.data_ptr(),
+        wide_ids=ids_TK.dtype is torch.int64,
         keeps=keeps,
         weights_block=tables[3] if len(tables) > 3 else None,
         origin=template.origin + (block if keeps is None else keeps).data_ptr(),

@@ -11,7 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from expertlink import HandleError, MoECommunicator
+from expertlink.engines.nvlink.ht.arguments import Flag as HtFlag
+from expertlink.engines.nvlink.ll.arguments import Flag as LlFlag
 from expertlink.engines.nvlink.tables import Route
+from expertlink.ops import COMBINE_OPS, DISPATCH_OPS
 from support.compiled import compiled
 from support.fake_gpu import FakeGpu, inputs
 
@@ -104,6 +107,31 @@ def test_backward_is_of_its_dispatch(
     assert fast == plain
 
 
+@pytest.mark.parametrize(
+    ("fields", "wide_ids"), [(HT, HtFlag.WIDE_IDS), (LL, LlFlag.WIDE_IDS)], ids=["ht", "ll"]
+)
+def test_ids_of_both_types_in_one_communicator(
+    gpu: FakeGpu, fields: dict[str, Any], wide_ids: int
+) -> None:
+    """A combine reads the ids of its dispatch, in their type."""
+    comm = gpu.communicator(**fields)
+    x, ids, weights = inputs()
+    form = comm._graph_form
+    assert form is not None
+    ops: Any = torch.ops.expertlink
+    made = [
+        ops.dispatch_static(form.name, x, some, weights, None, "", False)
+        for some in (ids, ids.to(torch.int32))
+    ]
+    gpu.launched.clear()
+    for tensors in made:
+        rows = torch.zeros_like(tensors[0])
+        rest = (None, None, False, len(x), True)
+        ops.combine_static(form.name, form.name, rows, tensors[-2:], *rest)
+    wide = [bool(launch["flags"] & wide_ids) for launch in gpu.launched]
+    assert wide == [True, False]
+
+
 def test_a_handle_of_another_process_is_refused(gpu: FakeGpu) -> None:
     """Its tensors do not say all: the rest is known where its dispatch was made."""
     comm = gpu.communicator(**HT)
@@ -120,8 +148,6 @@ def test_a_handle_of_another_process_is_refused(gpu: FakeGpu) -> None:
 
 
 def test_which_operators_graphs_of_cuda_may_hold() -> None:
-    from expertlink.ops import COMBINE_OPS, DISPATCH_OPS
-
     for op in (*DISPATCH_OPS, *COMBINE_OPS):
         unsafe = torch.Tag.cudagraph_unsafe in op.tags
         assert unsafe != op.name().endswith("_static")
