@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from expertlink import routing
 from expertlink.config import MoECommunicatorConfig
@@ -44,6 +45,8 @@ def check_tensor(
         raise InputError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
     if value.layout is not torch.strided:
         raise InputError(f"{name} must be a dense tensor, not {value.layout}")
+    if is_traceable_wrapper_subclass(value):
+        value = _plain(name, value, in_place=contiguous)
     if value.device != device:
         raise InputError(f"{name} is on {value.device}; this communicator works on {device}")
     if dtypes and value.dtype not in dtypes:
@@ -65,6 +68,16 @@ def check_tensor(
     if contiguous and not value.is_contiguous():
         raise InputError(f"{name} must be contiguous: it is written in place")
     return value
+
+
+def _plain(name: str, value: Tensor, *, in_place: bool) -> Tensor:
+    """The plain tensor of one that only stands for others, and has no memory that can be named."""
+    if not in_place and hasattr(value, "trigger_wait"):  # of a functional collective
+        return value.clone()  # waits, and keeps the graph of autograd
+    raise InputError(
+        f"{name} must be a plain tensor, not {type(value).__name__}, which stands for others: pass "
+        "what this rank has of it, such as DTensor.to_local()"
+    )
 
 
 def check_rows(

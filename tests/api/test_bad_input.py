@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from expertlink import (
     BlockFormat,
@@ -28,6 +30,18 @@ BAD_DISPATCH = {
     "input dtype": ({"input": torch.randn(T, H).half()}, "float16; accepted: torch.float32"),
     "input device": ({"input": torch.empty(T, H, device="meta")}, "on meta; .* works on cpu"),
     "input sparse": ({"input": torch.randn(T, H).to_sparse()}, "dense"),
+    "input of two tensors": (
+        {"input": TwoTensor(torch.randn(T, H), torch.randn(T, H))},
+        "input must be a plain tensor, not TwoTensor",
+    ),
+    "ids of two tensors": (
+        {"topk_ids": TwoTensor(*(torch.zeros(T, K, dtype=torch.int64) for _ in range(2)))},
+        "topk_ids must be a plain tensor, not TwoTensor",
+    ),
+    "buffer of two tensors": (
+        {"output_buffer": TwoTensor(torch.empty(9, H), torch.empty(9, H))},
+        "output_buffer must be a plain tensor, not TwoTensor",
+    ),
     "too many tokens": ({"input": torch.randn(T + 1, H)}, "5 tokens; max_tokens_per_rank=4"),
     "too many tokens, all alike": (
         {
@@ -73,6 +87,21 @@ def test_dispatch_refuses_and_recovers(name: str) -> None:
         with torch.no_grad(), pytest.raises(InputError, match=message):
             comm.dispatch(**{**good(), **fields})
         works(comm)
+
+
+def test_results_of_functional_collectives_are_waited_for() -> None:
+    """They stand for a tensor that may not be there yet."""
+    with make() as comm:
+        fields = good()
+        expected, handle = comm.dispatch(**fields)
+        waiting = {name: AsyncCollectiveTensor(tensor) for name, tensor in fields.items()}
+        received, again = comm.dispatch(**waiting)
+        assert type(received.tokens) is torch.Tensor
+        assert type(again.topk_ids) is torch.Tensor
+        assert torch.equal(received.tokens, expected.tokens)
+        combined = comm.combine(AsyncCollectiveTensor(expected.tokens), handle)
+        assert type(combined) is torch.Tensor
+        assert torch.equal(combined, comm.combine(expected.tokens, handle))
 
 
 def test_output_buffer_too_small_is_a_capacity_error() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from expertlink import (
     ClosedError,
@@ -35,6 +36,28 @@ MODES = pytest.mark.parametrize("fields", [STATIC, LL], ids=["ht", "ll"])
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return FakeGpu(monkeypatch)
+
+
+@MODES
+@torch.no_grad()
+def test_kernels_get_addresses_of_tensors_that_collectives_return(
+    gpu: FakeGpu, fields: dict[str, Any]
+) -> None:
+    """Results of functional collectives stand for other tensors, and have no memory themselves."""
+    seen: list[list[int | None]] = []
+
+    def note(name: KernelName, arguments: Any, words: Any) -> None:
+        dispatched = name is KernelName.DISPATCH
+        names = ("x", "ids", "weights") if dispatched else ("rows", "ids", "out")
+        seen.append([getattr(arguments, each) for each in names])
+
+    comm = gpu.communicator(**fields)
+    gpu.kernel = note
+    x, ids, weights = map(AsyncCollectiveTensor, inputs())
+    out, handle = comm.dispatch(x, ids, weights)
+    comm.combine(AsyncCollectiveTensor(out.tokens), handle)
+    assert len(seen) == 2
+    assert all(all(addresses) for addresses in seen)
 
 
 @MODES

@@ -91,7 +91,8 @@ class KernelCounter:
     def takes(self, topk_ids_TK: Tensor, num_experts: int) -> bool:
         """Whether the kernel counts such ids: on its GPU, where a block has room for the counts."""
         return (
-            topk_ids_TK.device == self._device
+            topk_ids_TK.__class__ is Tensor  # others may have no memory themselves
+            and topk_ids_TK.device == self._device
             and topk_ids_TK.dtype in _IDS
             and num_experts // self._num_ranks <= _MAX_LOCAL_EXPERTS
         )
