@@ -333,6 +333,20 @@ def test_launches_that_cannot_be(driver: FakeDriver) -> None:
             kernel.launch(COPY.new(), follows=follows, **sizes)
 
 
+def test_a_launch_on_another_device_says_so(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new thread begins with device 0, whatever that of the others is."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    driver.result = driver.CUresult.CUDA_ERROR_INVALID_HANDLE
+    sizes: Any = {"grid": 1, "block": 32, "shared_bytes": 0, "stream": 0}
+    says = {0: r"memory\)$", 1: r"kernel of cuda:1, .* cuda:0: call torch.cuda.set_device\(1\)"}
+    for index, text in says.items():
+        kernel = Kernel(driver, driver.CUfunction(1), "copy", torch.device("cuda", index))
+        with pytest.raises(CudaError, match=text):
+            kernel.launch(COPY.new(), **sizes)
+
+
 @pytest.mark.gpu
 def test_launches_on_a_gpu() -> None:
     device = torch.device("cuda", 0)

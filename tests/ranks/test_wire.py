@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,6 +166,27 @@ def test_a_call_that_failed_to_finish_can_be_finished_later(
         engine: Any = comm._engine
         free = [storage.data_ptr() for storage in engine._workspace._free]
         assert len(set(free)) == len(free)
+
+
+def test_words_of_a_gpu_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event that says they have come is one of the stream that copies them."""
+    recorded: list[object] = []
+
+    class Event:
+        def record(self, stream: object = "of the current device") -> None:
+            recorded.append(stream)
+
+        def query(self) -> bool:
+            return True
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("of", device))
+    wire = Wire(LostGroup(Store(lost)), device=torch.device("cuda", 1), timeout_s=5.0)
+    values = SimpleNamespace(shape=(2,), dtype=torch.int32, device=wire.device, is_cuda=True)
+    host: Any = SimpleNamespace(copy_=lambda source, non_blocking: None)
+    wire._pinned[values.shape, values.dtype] = host  # type: ignore[index]
+    assert wire.to_host(values) is host  # type: ignore[arg-type]
+    assert recorded == [("of", wire.device)]
 
 
 # -- groups of other owners -----------------------------------------------------------------------

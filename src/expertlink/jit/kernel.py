@@ -207,9 +207,11 @@ class Kernel:
     device has to be torch's current one (`torch.cuda.set_device`, or any work on it before).
     """
 
-    def __init__(self, driver: Any, function: Any, name: str) -> None:
+    def __init__(
+        self, driver: Any, function: Any, name: str, device: torch.device | None = None
+    ) -> None:
         self._driver = driver
-        self._name = name
+        self._name, self._device = name, device
         self._handle = int(function)
         self._launch = launch_by_address()
         self._configurations = lru_cache(_CONFIGURATIONS)(self.configuration)
@@ -253,8 +255,17 @@ class Kernel:
             self._accept(arguments)
         status = self._launch(configuration.address, self._handle, arguments.parameters, None)
         if status:
-            name = self._driver.CUresult(status).name
-            raise CudaError(f"launch of {self._name} failed: {name} ({configuration.text})")
+            raise CudaError(self._failure(status, configuration))
+
+    def _failure(self, status: int, configuration: Configuration) -> str:
+        name = self._driver.CUresult(status).name
+        text = f"launch of {self._name} failed: {name} ({configuration.text})"
+        if self._device is None or torch.cuda.current_device() == self._device.index:
+            return text
+        return (
+            f"{text}. It is a kernel of {self._device}, and the current device of this thread is "
+            f"cuda:{torch.cuda.current_device()}: call torch.cuda.set_device({self._device.index})"
+        )
 
     def configuration(
         self,
@@ -330,7 +341,7 @@ def load_kernel(
             )
         # Otherwise the first launch would load it, which waits for kernels that may wait for us.
         _checked("cuFuncLoad", driver.cuFuncLoad(function))
-        return Kernel(driver, function, compiled.instance)
+        return Kernel(driver, function, compiled.instance, device)
 
 
 def architecture(device: torch.device) -> str:

@@ -373,7 +373,7 @@ class Wire:
             self._pinned[key] = host
         host.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(values.device))  # which copies
         with self.abort_on_error():
             self._await_event(arrived)
         return host
