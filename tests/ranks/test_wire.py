@@ -14,8 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from expertlink import AbortError, ClosedError, PeerTimeoutError, layouts
-from expertlink.engines.ranks import status
+from expertlink import (
+    AbortError,
+    ClosedError,
+    MoECommunicatorConfig,
+    PeerTimeoutError,
+    layouts,
+)
+from expertlink.engines.ranks import handshake, status
 from expertlink.engines.ranks.wire import Peer, Wire
 from expertlink.launch import RankPool
 from support import words
@@ -187,6 +193,24 @@ def test_words_of_a_gpu_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPa
     wire._pinned[values.shape, values.dtype] = host  # type: ignore[index]
     assert wire.to_host(values) is host  # type: ignore[arg-type]
     assert recorded == [("of", wire.device)]
+
+
+# -- handshakes -----------------------------------------------------------------------------------
+
+
+def test_configurations_of_many_ranks_fit_into_a_handshake() -> None:
+    """Texts are cut; the hosts of a thousand ranks are longer than all that there is room for."""
+    config = MoECommunicatorConfig(
+        num_experts=4096,
+        hidden_size=8,
+        topk=2,
+        max_tokens_per_rank=4,
+        domains=[rank // 8 for rank in range(4096)],
+        expert_map=[0] * 4096,
+    )
+    wire = Wire(None, device=CPU, timeout_s=5.0)
+    placement = handshake.handshake(wire, config, engine="auto", check_inputs=True)
+    assert placement.num_ranks == 1
 
 
 # -- groups of other owners -----------------------------------------------------------------------

@@ -8,6 +8,7 @@ verdict. No rank waits for one that refused its input.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ _CALL_WORDS = (
     HeaderWord.SUBJECT,
     HeaderWord.MAKER,
 )
+_SHOWN = 200  # letters of what ranks compare; a digest stands for the rest
 _OWN_WORDS = 2  # the last of these: a rank that refuses a call may not know them
 
 
@@ -401,3 +403,9 @@ def compare(values: dict[str, Sequence[object]]) -> list[str]:
         for name, per_rank in values.items()
         if len(set(map(str, per_rank))) > 1
     ]
+
+
+def shortened(text: str) -> str:
+    """A text that ranks compare, short enough to travel with others; equal where the text is."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({digest})"

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.ranks.agreement import compare
+from expertlink.engines.ranks.agreement import compare, shortened
 from expertlink.engines.ranks.wire import Peer, Wire
 from expertlink.errors import ConfigurationError, PeerError
 from expertlink.routing import Placement, even_blocks
@@ -34,7 +34,6 @@ _COMMON_FIELDS = (
     "combine_precision",
     "scale_order",
     "source_tokens",
-    "domains",
 )
 
 
@@ -76,6 +75,7 @@ def handshake(
         "output_layout": config.layout.value,
         "dtype": str(config.dtype),
         "quantization": config.block_format and config.block_format.value,
+        "domains": None if config.domains is None else shortened(str(list(config.domains))),
         "expert_map": _fingerprint(config.expert_map),
         "num_local_experts given": config.num_local_experts is not None,
         "local_expert_start given": config.local_expert_start is not None,

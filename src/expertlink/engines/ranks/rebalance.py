@@ -7,7 +7,6 @@ knows, without asking, what every rank sends to every rank. Bits are copied, wha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -18,14 +17,12 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.engines.ranks.agreement import agree, compare
+from expertlink.engines.ranks.agreement import agree, compare, shortened
 from expertlink.engines.ranks.handshake import cannot_move
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError
 from expertlink.placement import ExpertPlacement
-
-_SHOWN = 200  # letters of a description; a digest stands for the rest
 
 
 @dataclass(frozen=True)
@@ -141,20 +138,15 @@ def _compare(
     rows = ", ".join(f"{t.dtype} {list(t.shape[1:])}".removeprefix("torch.") for t in tensors)
     mine = {
         "tensors": len(tensors),
-        "rows of tensors": _short(rows),
-        "old": _short(json.dumps(old.experts_of_rank)),
-        "new": _short(json.dumps(new.experts_of_rank)),
+        "rows of tensors": shortened(rows),
+        "old": shortened(json.dumps(old.experts_of_rank)),
+        "new": shortened(json.dumps(new.experts_of_rank)),
     }
     texts = wire.gather_text(json.dumps(mine))
     theirs = [json.loads(text) for text in texts]
     differing = compare({name: [one[name] for one in theirs] for name in mine})
     if differing:
         raise InputError("the ranks differ in a rebalance; " + "; ".join(differing))
-
-
-def _short(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({digest})"
 
 
 @dataclass(frozen=True)
