@@ -248,8 +248,9 @@ class MoECommunicator(Dispatching, Combining):
             from expertlink.uncompiled import uncompiled
 
             return uncompiled(self.rebalance, tensors, new, old=old)
+        self._ready()
         self.check_health()
-        old = old or self.placement
+        old = self.placement if old is None else old
         assert self._wire is not None
         return rebalance(self._wire, self.config, tensors, old=old, new=new)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -253,11 +254,22 @@ def test_differences_between_ranks_are_refused_on_all(rank_pools) -> None:
         "experts": "old places 4 experts, new places 3",
         "device": "tensors[0] is on meta, expected cpu",
         "kind": "tensors[0] is a list, expected a tensor",
+        "wrapper": "tensors[0] is a TwoTensor, which stands for other tensors",
+        "no list": "tensors is a Tensor, expected a list of tensors",
+        "no placement": "new is a tuple, expected an ExpertPlacement",
     }
     for name, text in local.items():
         assert says[0][name].startswith(f"InputError: {text}"), says[0][name]
         assert says[1][name].startswith("PeerError: "), says[1][name]
         assert text in says[1][name]
+
+
+def test_the_first_call_may_be_a_rebalance() -> None:
+    """It initializes, also where it does not have to ask where the experts are."""
+    even = ExpertPlacement.even(6, 1)
+    with contextlib.closing(make()) as comm:
+        [moved] = comm.rebalance([torch.arange(6)], even, old=even)
+    assert moved.tolist() == list(range(6))
 
 
 def test_closed_communicators_move_nothing() -> None:

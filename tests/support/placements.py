@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from expertlink import ExpertlinkError, MoECommunicator, MoECommunicatorConfig
 from expertlink.launch import RankContext
@@ -97,7 +98,7 @@ def refusals(ctx: RankContext) -> dict[str, str]:
     other = ExpertPlacement(4, ((0, 2), (1, 3)))
     with MoECommunicator(config_for(ctx, num_experts=4, dtype=torch.float32)) as comm:
 
-        def attempt(name: str, tensors: list[Any], new: Any = other, old: Any = even) -> None:
+        def attempt(name: str, tensors: Any, new: Any = other, old: Any = even) -> None:
             try:
                 comm.rebalance(tensors, new, old=old)
             except ExpertlinkError as error:
@@ -116,6 +117,9 @@ def refusals(ctx: RankContext) -> dict[str, str]:
         attempt("experts", [fine], new=other if rank else ExpertPlacement.even(3, 2))
         attempt("device", [fine if rank else fine.to("meta")])
         attempt("kind", [fine if rank else [1, 2]])
+        attempt("wrapper", [fine if rank else TwoTensor(fine, fine)])
+        attempt("no list", [fine] if rank else fine)
+        attempt("no placement", [fine], new=other if rank else other.expert_map)
         if rank == 0:
             attempt("other call", [fine])
         else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.ranks.agreement import agree, compare, shortened
@@ -104,7 +105,13 @@ def _problem(
     """Why this rank cannot make the call."""
     if wire.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return InputError("rebalance waits for all ranks: it cannot be captured")
+    if not isinstance(tensors, Sequence):
+        return InputError(f"tensors is a {type(tensors).__name__}, expected a list of tensors")
     for name, placement in (("old", old), ("new", new)):
+        if not isinstance(placement, ExpertPlacement):
+            return InputError(
+                f"{name} is a {type(placement).__name__}, expected an ExpertPlacement"
+            )
         if placement.num_ranks != wire.num_ranks:
             return InputError(
                 f"{name} is a placement on {placement.num_ranks} ranks, the group has "
@@ -119,6 +126,11 @@ def _problem(
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             return InputError(f"tensors[{index}] is a {type(tensor).__name__}, expected a tensor")
+        if is_traceable_wrapper_subclass(tensor):
+            return InputError(
+                f"tensors[{index}] is a {type(tensor).__name__}, which stands for other tensors: "
+                "pass what this rank has of it, such as DTensor.to_local()"
+            )
         if tensor.device != wire.device:
             return InputError(f"tensors[{index}] is on {tensor.device}, expected {wire.device}")
         if tensor.layout is not torch.strided:
