@@ -215,6 +215,19 @@ def test_handles_from_before_clear_mask_are_refused(gpu: FakeGpu) -> None:
 
 
 @torch.no_grad()
+def test_a_refused_handle_is_one_call(gpu: FakeGpu) -> None:
+    """Where hosts agree before calls they compare the numbers of these."""
+    comm = gpu.communicator(**LL, check_inputs=True)
+    x, ids, weights = inputs()
+    out, handle = comm.dispatch(x, ids, weights)
+    comm.clear_mask()
+    with pytest.raises(HandleError, match="clear_mask"):
+        comm.combine(out.tokens, handle)
+    _, after = comm.dispatch(x, ids, weights)
+    assert after.call == handle.call + 3
+
+
+@torch.no_grad()
 def test_launches_leave_sms_to_other_arenas(gpu: FakeGpu) -> None:
     """A launch lets the next one begin early only while its arena is alone on the GPU."""
 

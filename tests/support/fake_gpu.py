@@ -133,7 +133,7 @@ class FakeGpu:
             placement=placement,
             memory=memory,
             run=run,
-            check_inputs=False,
+            check_inputs=bool(config.check_inputs),
         )
         comm._use(engine, placement)
         return comm

@@ -164,6 +164,7 @@ class NvlinkEngine:
         if capturing or state is not None:
             error = self._mode.find_fault(state, capturing=capturing)
             if error is not None:
+                wire.call = number - (not capturing)  # to refuse the call is to begin it
                 self.refuse(operation, error)
         return 0 if capturing else number
 
