@@ -149,11 +149,11 @@ def test_a_late_store_does_not_end_a_start(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(status, "ANSWER_S", 0.1)
     store = Late()
     wire = Wire(LostGroup(store), device=CPU, timeout_s=10.0)  # type: ignore[arg-type]
-    wire.enter("start", 1)
+    wire.enter("start", 0)
     other = status.StatusStore(store._store)
-    other.key = "expertlink/handshake 1"
-    other.publish(wire._sign(0), "0.000")
-    wire.wait_for_all(1)
+    other.key = "expertlink/handshake 0"
+    other.publish("0/start/0", "0.000")
+    wire.wait_for_all()
 
 
 @pytest.mark.parametrize("layout", ["flat", "token_major", "rank_major", "expert_major"])
@@ -196,6 +196,25 @@ def test_words_of_a_gpu_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPa
 
 
 # -- handshakes -----------------------------------------------------------------------------------
+
+
+def test_handshakes_are_those_of_the_store_not_of_the_process() -> None:
+    """A process that makes a new group may meet processes that have just been started."""
+
+    def meet(store: dist.Store, number: int) -> None:
+        other = status.StatusStore(store)
+        other.key = f"expertlink/handshake {number}"
+        other.publish(f"{number}/initialize/0", "0.000")
+        handshake._meet(Wire(LostGroup(store), device=CPU, timeout_s=0.5))  # type: ignore[arg-type]
+
+    store = dist.HashStore()
+    meet(store, 0)
+    meet(store, 1)
+    meet(dist.HashStore(), 0)
+    meet(store, 2)
+    with pytest.raises(PeerTimeoutError, match="missing: rank 0"):
+        meet(store, 4)
+    meet(store, 3)
 
 
 def test_configurations_of_many_ranks_fit_into_a_handshake() -> None:

@@ -6,7 +6,6 @@ knows the other processes and a number of this communicator's own.
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
 import uuid
@@ -38,10 +37,6 @@ _COMMON_FIELDS = (
 
 
 _REFUSED = "refused: "  # no other text of a handshake begins like this
-
-# Ranks make the handshakes of a group in the same order, so counting tells them apart. One that
-# failed because a rank was missing counts for nobody and can be repeated.
-_handshakes: collections.Counter[str] = collections.Counter()
 
 
 def handshake(
@@ -155,9 +150,7 @@ def _texts(wire: Wire, text: str) -> list[str]:
 def _meet(wire: Wire) -> None:
     """Waits for all ranks to come to the same handshake of their group."""
     wire.enter("initialize", 0)
-    name = getattr(wire.group, "group_name", "")
-    wire.wait_for_all(_handshakes[name])
-    _handshakes[name] += 1
+    wire.wait_for_all()
 
 
 def _fingerprint(expert_map: object) -> str | None:

@@ -37,6 +37,7 @@ _POLL_S = 0.02
 _SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
 _MARGIN_S = 5.0  # gloo ends its waits itself; this bound is for the case that it does not
 _TEXT_BYTES = 2048
+_HANDSHAKES = "handshakes"  # name under which a rank counts those of the group
 _ABORT = "abort"  # name under which a rank publishes its abort
 _UNUSED_TAG = 0x7EADBEE
 
@@ -393,28 +394,34 @@ class Wire:
                 error = TimeoutError(f"not finished after {waited:.1f} s")
                 raise self._diagnose(error, phase=self.phase, call=self.call, started=started)
 
-    def wait_for_all(self, attempt: int) -> None:
+    def wait_for_all(self) -> None:
         """Waits, through the store, until every rank has arrived. Can be repeated if one has not.
 
         A group's first collective has no bound of its own: NCCL connects all ranks before it checks
         a deadline.
 
-        Args:
-            attempt: number of this handshake among those of the group.
+        Ranks make the handshakes of a group in the same order, so counting tells them apart. One
+        that failed because a rank was missing counts for nobody. The store counts, for each rank: a
+        process may have made handshakes of an earlier group, and its peers may be new.
         """
         status = self._status
         if status is None:
             return
-        self.call = attempt
-        self.set_key(f"handshake {attempt}")
         started = time.monotonic()
+        attempt = 0
         with self.abort_on_error():
             try:
+                counts = self.status_store(answer_s=self.timeout_s)
+                assert counts is not None
+                attempt = int(counts.read(f"{_HANDSHAKES}/{self.rank}") or 0)
+                self.call = attempt
+                self.set_key(f"handshake {attempt}")
                 with status.patient(self.timeout_s):
                     if (status.read(_ABORT) or "").startswith(f"{self.rank}:"):
                         status.remove(_ABORT)  # of an earlier attempt of this rank
                     self._publish_sign(0.0)
                 self._await_all(status, attempt, started)
+                counts.publish(f"{_HANDSHAKES}/{self.rank}", str(attempt + 1))
             except ExpertlinkError:
                 raise
             except RuntimeError as error:
