@@ -64,6 +64,9 @@ def normal(place: Place, shapes: Shapes, bad_rank: int) -> bool:
         (lambda: dispatch(x.t()), "contiguous"),
         (lambda: dispatch(x[:, :3].contiguous()), "a multiple of 16 is needed"),
         (lambda: dispatch((x, own.weights)), "must be bytes"),
+        (lambda: dispatch(is_token_in_rank=in_rank.int()), "not bool"),
+        (lambda: dispatch(expert_alignment=0), "expert_alignment=0"),
+        (lambda: dispatch(num_worst_tokens=-1), "num_worst_tokens=-1"),
     ]
     for bad, says in bad_dispatches[:2]:  # there is no communicator yet
         refused(dispatch, bad, says)
@@ -102,6 +105,7 @@ def normal(place: Place, shapes: Shapes, bad_rank: int) -> bool:
     refused(biased, lambda: biased(x.float()), "a bias must be")
     biased()
     refused(biased, lambda: biased((x, x, x)), "at most two")
+    refused(biased, lambda: biased(x.to("meta")), "a bias is on meta")
     assert torch.equal(combine()[0], total)
     assert torch.equal(weighted()[1], sums)
     # More tokens than there is room for: the others are about to make a larger communicator.
@@ -144,6 +148,8 @@ def low_latency(place: Place, shapes: Shapes, bad_rank: int) -> bool:
         (lambda: dispatch(x[:, :100].contiguous()), "not a multiple of 128"),
         (lambda: dispatch(async_finish=True, return_recv_hook=True), "exclude each other"),
         (lambda: dispatch(ids=own.ids.view(-1)), "topk_idx must be"),
+        (lambda: dispatch(cumulative_local_expert_recv_stats=own.ids[0]), "recv_stats must be"),
+        (lambda: dispatch(x.float()), "float32; accepted: torch.bfloat16"),
     ]
     for bad, says in bad_dispatches[:2]:  # there is no communicator yet
         refused(dispatch, bad, says)
@@ -160,6 +166,7 @@ def low_latency(place: Place, shapes: Shapes, bad_rank: int) -> bool:
     refused(combine, lambda: combine(use_logfmt=True), "travel as bfloat16")
     refused(combine, lambda: combine(None), "a handle is expected")
     refused(combine, lambda: combine(zero_copy=True), "ask for the combine buffer")
+    refused(combine, lambda: combine(out=rows[0]), "out has shape")
     assert torch.equal(combine()[0], total)
     return True
 
@@ -186,6 +193,8 @@ def elastic(place: Place, shapes: Shapes, bad_rank: int) -> bool:
         (lambda: dispatch(x.t()), "contiguous"),
         (lambda: dispatch(torch.cat([x, x, x])), "num_max_tokens_per_rank="),
         (lambda: dispatch(topk_weights=own.ids), "must be float32"),
+        (lambda: dispatch(expert_alignment=0), "expert_alignment=0"),
+        (lambda: dispatch(cumulative_local_expert_recv_stats=own.ids[0]), "recv_stats must be"),
     ]
     for bad, says in bad_dispatches[:2]:  # there is no communicator yet
         refused(dispatch, bad, says)

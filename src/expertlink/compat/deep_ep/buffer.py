@@ -32,6 +32,7 @@ from expertlink.compat.deep_ep.normal import (
     check_bias,
     check_combine,
     check_routing,
+    check_stats,
     known_normal,
     rows_of,
 )
@@ -312,7 +313,14 @@ class Buffer:
                     f"is_token_in_rank has shape {list(is_token_in_rank.shape)}; "
                     f"[{rows.shape[0]}, {self.group_size}] is expected"
                 )
+            if is_token_in_rank.dtype is not torch.bool:
+                raise CallError(f"is_token_in_rank is {is_token_in_rank.dtype}, not bool")
             check_routing(rows, topk_idx, topk_weights, num_experts)
+            if expert_alignment < 1 or num_worst_tokens < 0:
+                raise CallError(
+                    f"expert_alignment={expert_alignment} and num_worst_tokens={num_worst_tokens}: "
+                    "at least 1, and at least 0"
+                )
             expect(
                 not num_worst_tokens or topk_idx is not None,
                 "num_worst_tokens needs topk_idx",
@@ -391,7 +399,7 @@ class Buffer:
             self._check_tensor("x", x)
             rows = known.padded_rows
             check_combine(x, topk_weights, num_rows=rows, weights_shape=(rows, known.routing.topk))
-            check_bias(bias, (known.handle.num_tokens, x.shape[1]))
+            check_bias(bias, (known.handle.num_tokens, x.shape[1]), x.device)
         except REFUSALS as error:
             raise self._refused(
                 partial(self._normal.refuse_combine, error, x, known, topk_weights, bias)
@@ -471,6 +479,9 @@ class Buffer:
             if dispatch_wait_recv_cost_stats is not None:
                 raise UnsupportedError(f"dispatch_wait_recv_cost_stats: {_NO_WAIT_COSTS}")
             check_halves(async_finish=async_finish, return_recv_hook=return_recv_hook)
+            if cumulative_local_expert_recv_stats is not None:
+                stats = cumulative_local_expert_recv_stats
+                check_stats(stats, num_experts // self.group_size, self._device)
             form = calls.form(
                 x,
                 topk_idx,

@@ -31,6 +31,7 @@ from expertlink.compat.deep_ep.normal import (
     ROW_BYTES,
     check_bias,
     check_routing,
+    check_stats,
     rows_of,
 )
 from expertlink.compat.deep_ep.pool import Pool, Routing
@@ -308,10 +309,15 @@ class ElasticBuffer:
                     rows,
                     num_experts=num_experts,
                     most=most,
-                    alignment=expert_alignment or 1,
+                    alignment=1 if expert_alignment is None else expert_alignment,
                     num_sms=num_sms,
                     do_expand=do_expand,
                     synced=synced,
+                )
+                check_stats(
+                    cumulative_local_expert_recv_stats,
+                    geometry.num_experts // self.num_ranks,
+                    self._device,
                 )
             check_routing(rows, ids, topk_weights, geometry.num_experts)
         except REFUSALS as error:
@@ -415,7 +421,7 @@ class ElasticBuffer:
                 topk_weights is None or not known.routing.exact,
                 "topk_weights need allow_multiple_reduction=True where rows are expanded",
             )
-            check_bias(bias, (known.handle.num_tokens, x.shape[1]))
+            check_bias(bias, (known.handle.num_tokens, x.shape[1]), x.device)
         except REFUSALS as error:
             raise self._refused(
                 partial(calls.refuse_combine, error, x, made, topk_weights, bias)
@@ -451,6 +457,7 @@ class ElasticBuffer:
             num_experts > 0 and num_experts % self.num_ranks == 0,
             f"num_experts={num_experts} is not a multiple of {self.num_ranks} ranks",
         )
+        expect(alignment > 0, f"expert_alignment={alignment}: at least 1")
         expect(
             most > 0 and rows.shape[0] <= most,
             f"rank {self.rank_idx} has {rows.shape[0]} tokens; num_max_tokens_per_rank={most}",

@@ -24,3 +24,8 @@ def expect(condition: bool, message: str) -> None:
     """Raises CallError with the message unless the condition holds."""
     if not condition:
         raise CallError(message)
+
+
+def in_kind(error: InputError) -> InputError:
+    """An error of a communicator's own checks as callers of `deep_ep` expect it."""
+    return error if isinstance(error, REFUSALS) else CallError(str(error))

@@ -391,7 +391,23 @@ def check_combine(
         )
 
 
-def check_bias(bias: Any, shape: tuple[int, int]) -> None:
+def check_stats(stats: Any, num_local: int, device: torch.device) -> None:
+    """Refuses what is neither None nor totals to which the counts of local experts can be added.
+
+    Raises:
+        CallError: it is something else.
+    """
+    if stats is None:
+        return
+    fits = isinstance(stats, Tensor) and stats.shape == (num_local,) and stats.device == device
+    if not fits or stats.dtype is not torch.int32:
+        raise CallError(
+            f"cumulative_local_expert_recv_stats must be int32 [{num_local}] on {device}, not "
+            f"{_form(stats)}"
+        )
+
+
+def check_bias(bias: Any, shape: tuple[int, int], device: torch.device) -> None:
     """Refuses what is not None, a bias, or two of them.
 
     Raises:
@@ -405,6 +421,8 @@ def check_bias(bias: Any, shape: tuple[int, int]) -> None:
         fits = isinstance(one, Tensor) and one.shape == shape and one.dtype is torch.bfloat16
         if not fits:
             raise CallError(f"a bias must be bfloat16 {list(shape)}, not {_form(one)}")
+        if one.device != device:
+            raise CallError(f"a bias is on {one.device}; x is on {device}")
 
 
 def _form(value: object) -> str:

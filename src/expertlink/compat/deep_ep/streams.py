@@ -15,10 +15,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from expertlink.compat.deep_ep.errors import in_kind
 from expertlink.compat.deep_ep.events import EventHandle, EventOverlap, handle_of
 from expertlink.compat.deep_ep.handles import Dispatched
 from expertlink.engines.nvlink.capture import raw_stream
-from expertlink.errors import ExpertlinkError
+from expertlink.errors import ExpertlinkError, InputError
 from expertlink.overlap import tensors_in
 from expertlink.types import DispatchHandle
 
@@ -146,15 +147,21 @@ class Streams:
 
 
 def without_tracking(call: Callable[[], Result]) -> Result:
-    """Makes a call outside of autograd: callers wrap these calls in functions of their own."""
-    if not torch.is_grad_enabled():
-        return call()
-    # What torch.no_grad() does, for a tenth of its time.
-    torch._C._set_grad_enabled(False)
+    """Makes a call outside of autograd: callers wrap these calls in functions of their own.
+
+    Raises:
+        CallError: an argument does not fit, whoever has noticed it.
+    """
+    tracking = torch.is_grad_enabled()
+    if tracking:  # what torch.no_grad() does, for a tenth of its time
+        torch._C._set_grad_enabled(False)
     try:
         return call()
+    except InputError as error:
+        raise in_kind(error) from None
     finally:
-        torch._C._set_grad_enabled(True)
+        if tracking:
+            torch._C._set_grad_enabled(True)
 
 
 def record_on(stream: torch.cuda.Stream, values: object) -> None:
