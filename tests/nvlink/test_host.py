@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import types
 import weakref
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from expertlink import (
     ClosedError,
+    EngineUnavailableError,
     HandleError,
     InputError,
     MoECommunicatorConfig,
     TooManyTokensError,
 )
-from expertlink.engines.nvlink import tuning, watchdog
+from expertlink.engines.nvlink import build, tuning, watchdog
 from expertlink.engines.nvlink.ht.mode import HtMode
 from expertlink.engines.nvlink.launch import KernelName
 from expertlink.engines.nvlink.ll.arguments import Flag
@@ -26,6 +28,7 @@ from expertlink.engines.nvlink.ll.tables import LlRoute, LlTableLayout
 from expertlink.engines.nvlink.tables import Route, TableLayout
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.header import Operation, Status
+from expertlink.routing import Placement, even_blocks
 from support.fake_gpu import SMS, E, FakeGpu, inputs
 
 LL: dict[str, Any] = {"mode": "ll", "output_layout": "expert_major"}
@@ -631,3 +634,34 @@ def test_halves_leave_as_many_sms_as_whole_calls(gpu: FakeGpu) -> None:
         *_, hook = comm.dispatch(*inputs(), return_recv_hook=True)
         hook()
     assert [SMS - launch["grid"] for launch in gpu.launched] == [comm.compute_sms("dispatch")] * 2
+
+
+@pytest.mark.parametrize("part", ["DeviceRunner", "make_memory", "assemble"])
+def test_an_engine_is_had_by_all_or_by_none(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """A rank without room for a part of it tells the others, which would wait for its calls."""
+    left: list[int] = []
+    said: list[str] = []
+
+    def gather_text(text: str) -> list[str]:
+        said.append(text)
+        return ["", text]
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room for it")
+
+    memory = types.SimpleNamespace(arena=types.SimpleNamespace(leave=left.append))
+    monkeypatch.setattr(build, "SymmetricBuffer", lambda *_: "buffer")
+    monkeypatch.setattr(build, "DeviceRunner", lambda *_, **__: "run")
+    monkeypatch.setattr(build, "WeightedBackward", lambda *_, **__: "backward")
+    monkeypatch.setattr(build, "make_memory", lambda *_, **__: memory)
+    monkeypatch.setattr(build, part, fail)
+    config = MoECommunicatorConfig(num_experts=8, hidden_size=64, topk=2, max_tokens_per_rank=8)
+    wire: Any = types.SimpleNamespace(
+        gather_text=gather_text, peers=[], rank=1, number=7, group=None, timeout_s=5.0
+    )
+    wire.device = torch.device("cpu")
+    placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=wire.device)
+    with pytest.raises(EngineUnavailableError, match="rank 1: no room for it"):
+        build.build(config, wire=wire, placement=placement, check_inputs=False)
+    assert said[-1] == "no room for it"
+    assert left == ([7] if part == "assemble" else [])

@@ -107,7 +107,7 @@ def build(
         )
         if config.layout.expanded:
             backward = WeightedBackward(device, dtype=config.dtype)
-    except ExpertlinkError as error:
+    except (ExpertlinkError, RuntimeError) as error:
         reason = str(error)
     all_or_none(wire, reason)
     assert runner is not None
@@ -204,16 +204,23 @@ def _new_memory(
         reason = str(error)
     all_or_none(wire, reason)  # also: everybody's memory is prepared before it is used
     assert buffer is not None
-    return make_memory(
-        config,
-        mode,
-        plan,
-        rank=wire.rank,
-        buffer=buffer,
-        device=wire.device,
-        timeout_s=wire.timeout_s,
-        domains=domains,
-    )
+    memory: Memory | None = None
+    try:
+        memory = make_memory(
+            config,
+            mode,
+            plan,
+            rank=wire.rank,
+            buffer=buffer,
+            device=wire.device,
+            timeout_s=wire.timeout_s,
+            domains=domains,
+        )
+    except RuntimeError as error:  # no room for what the host reads, say
+        reason = str(error) or repr(error)
+    all_or_none(wire, reason)
+    assert memory is not None
+    return memory
 
 
 @contextlib.contextmanager

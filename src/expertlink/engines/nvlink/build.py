@@ -101,7 +101,7 @@ def build(
             runner = DeviceRunner(config, program, num_ranks=num_ranks, device=device)
             if config.layout.expanded:
                 backward = WeightedBackward(device, dtype=config.dtype)
-        except ExpertlinkError as error:
+        except (ExpertlinkError, RuntimeError) as error:
             reason = str(error)
     _all_or_none(wire, reason)
     assert runner is not None
@@ -109,17 +109,27 @@ def build(
         memory = _new_memory(config, mode, plan, wire=wire)
     for region, size in plan.regions().items():
         logger.debug("rank %d: arena: %s: %d bytes", wire.rank, region, size)
-    engine = assemble(
-        config,
-        mode,
-        wire=wire,
-        placement=placement,
-        memory=memory,
-        run=runner,
-        backward_kernel=backward,
-        check_inputs=check_inputs,
-    )
-    torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
+    engine: NvlinkEngine | None = None
+    try:
+        engine = assemble(
+            config,
+            mode,
+            wire=wire,
+            placement=placement,
+            memory=memory,
+            run=runner,
+            backward_kernel=backward,
+            check_inputs=check_inputs,
+        )
+        torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
+    except RuntimeError as error:  # no room for tables, say
+        reason = str(error) or repr(error)
+    try:
+        _all_or_none(wire, reason)
+    except EngineUnavailableError:
+        memory.arena.leave(wire.number)
+        raise
+    assert engine is not None
     return engine
 
 
@@ -208,15 +218,22 @@ def _new_memory(
         reason = str(error)
     _all_or_none(wire, reason)  # also: everybody's memory is prepared before it is used
     assert buffer is not None
-    return make_memory(
-        config,
-        mode,
-        plan,
-        rank=wire.rank,
-        buffer=buffer,
-        device=wire.device,
-        timeout_s=wire.timeout_s,
-    )
+    memory: Memory | None = None
+    try:
+        memory = make_memory(
+            config,
+            mode,
+            plan,
+            rank=wire.rank,
+            buffer=buffer,
+            device=wire.device,
+            timeout_s=wire.timeout_s,
+        )
+    except RuntimeError as error:  # no room for what the host reads, say
+        reason = str(error) or repr(error)
+    _all_or_none(wire, reason)
+    assert memory is not None
+    return memory
 
 
 def _shared_memory(other: object, plan: Plan) -> Memory:
