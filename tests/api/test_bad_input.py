@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,9 @@ def test_results_of_functional_collectives_are_waited_for() -> None:
     with make() as comm:
         fields = good()
         expected, handle = comm.dispatch(**fields)
-        waiting = {name: AsyncCollectiveTensor(tensor) for name, tensor in fields.items()}
+        waiting: dict[str, Any] = {
+            name: AsyncCollectiveTensor(tensor) for name, tensor in fields.items()
+        }
         received, again = comm.dispatch(**waiting)
         assert type(received.tokens) is torch.Tensor
         assert type(again.topk_ids) is torch.Tensor
