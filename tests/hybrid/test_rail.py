@@ -183,3 +183,34 @@ def test_an_abort_does_not_wait_for_graphs(monkeypatch: pytest.MonkeyPatch) -> N
     released.set()
     assert begun.is_set()
     assert seconds < 5
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_rail_that_nobody_waits_for_any_more_is_closed(
+    monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    """A signal handler may raise in the meeting."""
+    met, closed = threading.Event(), threading.Event()
+    if not is_late:
+        met.set()
+
+    def meet() -> Any:
+        met.wait(20)
+        return types.SimpleNamespace(close=closed.set)
+
+    def interrupted() -> float:
+        raise KeyboardInterrupt
+
+    times = iter([lambda: 0.0, interrupted])
+    clock = types.SimpleNamespace(monotonic=lambda: next(times)())
+    monkeypatch.setattr(rail_module, "time", clock)
+    if not is_late:  # the meeting ends before the signal comes
+        slow = threading.Thread.is_alive
+        monkeypatch.setattr(
+            threading.Thread, "is_alive", lambda thread: thread.join(20) or not slow(thread)
+        )
+    with pytest.raises(KeyboardInterrupt):
+        rail_module._within(5.0, meet)
+    monkeypatch.undo()
+    met.set()
+    assert closed.wait(20)

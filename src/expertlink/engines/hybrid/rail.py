@@ -453,12 +453,18 @@ def _within(timeout_s: float, meet: Callable[[], NcclRail]) -> NcclRail:
     thread = threading.Thread(target=run, daemon=True, name="expertlink-rail")
     started = time.monotonic()
     thread.start()
-    while thread.is_alive() and time.monotonic() - started < timeout_s:
-        thread.join(0.05)  # signals are served in between
-    with lock:
-        given_up = True
-        if rails:
-            return rails[0]
+    waited = False
+    try:
+        while thread.is_alive() and time.monotonic() - started < timeout_s:
+            thread.join(0.05)  # signals are served in between
+        waited = True
+    finally:  # one of them may end the wait: nobody will have the rail
+        with lock:
+            given_up = True
+        if rails and not waited:
+            rails[0].close()
+    if rails:
+        return rails[0]
     if errors:
         raise RailError(_first_line(errors[0])) from errors[0]
     raise RailError(f"no connection within {timeout_s:g} s")
