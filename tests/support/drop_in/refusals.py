@@ -65,6 +65,7 @@ def normal(place: Place, shapes: Shapes, bad_rank: int) -> bool:
         (lambda: dispatch(x[:, :3].contiguous()), "a multiple of 16 is needed"),
         (lambda: dispatch((x, own.weights)), "must be bytes"),
         (lambda: dispatch(is_token_in_rank=in_rank.int()), "not bool"),
+        (lambda: dispatch(previous_event=own.ids), "an EventOverlap or an EventHandle"),
         (lambda: dispatch(expert_alignment=0), "expert_alignment=0"),
         (lambda: dispatch(num_worst_tokens=-1), "num_worst_tokens=-1"),
     ]
@@ -83,6 +84,7 @@ def normal(place: Place, shapes: Shapes, bad_rank: int) -> bool:
 
     refused(cached, lambda: cached(x.t()), "contiguous")
     refused(cached, lambda: cached(handle=(1,) * 6), "a handle is expected")
+    refused(cached, lambda: cached(previous_event=own.ids), "an EventOverlap or an EventHandle")
     refused(cached, lambda: cached(topk_idx=own.ids), "exclude each other")
     assert torch.equal(cached()[0], before)
 
@@ -98,6 +100,7 @@ def normal(place: Place, shapes: Shapes, bad_rank: int) -> bool:
     total = combine()[0]
     refused(combine, lambda: combine(before[:-1]), "x must be")
     refused(combine, lambda: combine(before.float()), "combine takes bfloat16")
+    refused(combine, lambda: combine(previous_event=own.ids), "an EventOverlap or an EventHandle")
     refused(combine, lambda: combine(handle=None), "a handle is expected")
     refused(weighted, lambda: weighted(own.ids), "must be float32")  # makes a communicator
     sums = weighted()[1]
@@ -194,6 +197,8 @@ def elastic(place: Place, shapes: Shapes, bad_rank: int) -> bool:
         (lambda: dispatch(torch.cat([x, x, x])), "num_max_tokens_per_rank="),
         (lambda: dispatch(topk_weights=own.ids), "must be float32"),
         (lambda: dispatch(expert_alignment=0), "expert_alignment=0"),
+        (lambda: dispatch(previous_event=own.ids), "an EventOverlap or an EventHandle"),
+        (lambda: dispatch(previous_event_before_epilogue=own.ids), "or an EventHandle is"),
         (lambda: dispatch(cumulative_local_expert_recv_stats=own.ids[0]), "recv_stats must be"),
     ]
     for bad, says in bad_dispatches[:2]:  # there is no communicator yet
@@ -230,6 +235,7 @@ def elastic(place: Place, shapes: Shapes, bad_rank: int) -> bool:
 
     total = combine()[0]
     refused(combine, lambda: combine(before.float()), "must be [rows, H]")
+    refused(combine, lambda: combine(previous_event=own.ids), "an EventOverlap or an EventHandle")
     refused(combine, lambda: combine(handle=None), "an EPHandle is expected")
     refused(biased, lambda: biased(x.float()), "a bias must be")
     biased()

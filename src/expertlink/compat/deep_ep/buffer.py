@@ -14,7 +14,7 @@ from expertlink.compat.deep_ep import config as configs
 from expertlink.compat.deep_ep import pool as pools
 from expertlink.compat.deep_ep.config import Config
 from expertlink.compat.deep_ep.errors import REFUSALS, CallError, UnsupportedError, expect
-from expertlink.compat.deep_ep.events import AnyEvent, EventHandle, EventOverlap
+from expertlink.compat.deep_ep.events import AnyEvent, EventHandle, EventOverlap, handle_of
 from expertlink.compat.deep_ep.handles import Dispatched
 from expertlink.compat.deep_ep.layout import LayoutCounter
 from expertlink.compat.deep_ep.life import until_exit
@@ -282,6 +282,8 @@ class Buffer:
                 )
                 self._check_tensor("x", rows)
                 sent = rows_of(rows, scales)
+                if previous_event is not None:
+                    handle_of(previous_event)  # refuses what is none
             except REFUSALS as error:
                 raise self._refused(
                     partial(self._normal.refuse_cached, error, rows, scales, known)
@@ -325,6 +327,8 @@ class Buffer:
                 not num_worst_tokens or topk_idx is not None,
                 "num_worst_tokens needs topk_idx",
             )
+            if previous_event is not None:
+                handle_of(previous_event)  # refuses what is none
         except REFUSALS as error:
             raise self._refused(
                 partial(
@@ -400,6 +404,8 @@ class Buffer:
             rows = known.padded_rows
             check_combine(x, topk_weights, num_rows=rows, weights_shape=(rows, known.routing.topk))
             check_bias(bias, (known.handle.num_tokens, x.shape[1]), x.device)
+            if previous_event is not None:
+                handle_of(previous_event)  # refuses what is none
         except REFUSALS as error:
             raise self._refused(
                 partial(self._normal.refuse_combine, error, x, known, topk_weights, bias)

@@ -320,6 +320,8 @@ class ElasticBuffer:
                     self._device,
                 )
             check_routing(rows, ids, topk_weights, geometry.num_experts)
+            handle_of(previous_event)  # refuses what is none
+            before_epilogue = handle_of(previous_event_before_epilogue)
         except REFUSALS as error:
             if handle is None:
                 raise self._refused(
@@ -339,7 +341,6 @@ class ElasticBuffer:
             raise self._refused(
                 partial(calls.refuse_cached, error, rows, scales, known, do_expand=do_expand)
             ) from None
-        before_epilogue = handle_of(previous_event_before_epilogue)
 
         def run() -> Brought:
             if before_epilogue is not None:
@@ -422,11 +423,12 @@ class ElasticBuffer:
                 "topk_weights need allow_multiple_reduction=True where rows are expanded",
             )
             check_bias(bias, (known.handle.num_tokens, x.shape[1]), x.device)
+            handle_of(previous_event)  # refuses what is none
+            before_epilogue = handle_of(previous_event_before_epilogue)
         except REFUSALS as error:
             raise self._refused(
                 partial(calls.refuse_combine, error, x, made, topk_weights, bias)
             ) from None
-        before_epilogue = handle_of(previous_event_before_epilogue)
 
         def run() -> tuple[Tensor, Tensor | None]:
             if before_epilogue is not None:
