@@ -4,9 +4,12 @@
 and where a `TorchDispatchMode` is active, such as that of selective activation checkpointing. Other
 calls go straight to the engine.
 
-names.py     what stands for communicators and handles in a graph: a string, tensors
-library.py   the operators: what they do, their shapes, their backward
+library.py   the operators: names, schemas, backward
+calls.py     what they do
+shapes.py    what they return
 traced.py    the methods of a communicator, in a graph
+
+What stands for communicators and handles there, a string and tensors, is in graph_names.py.
 
 Attributes:
     DISPATCH_OPS: operators of dispatches, cached ones too, for policies that name operators.

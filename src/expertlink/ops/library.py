@@ -1,4 +1,4 @@
-"""The operators: what they do, the shapes that they return, their backward.
+"""The operators: their names, schemas and backward. calls.py does the work.
 
 | operator | returns |
 |---|---|
@@ -15,427 +15,16 @@ Backward is as in autograd.py, whose anchor is here a tensor between the operato
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertlink.config import MoECommunicatorConfig
-from expertlink.connection import Connection
-from expertlink.engines.base import CombineCall, DispatchCall
-from expertlink.engines.nvlink.ll.tables import LlTableLayout
-from expertlink.engines.nvlink.tables import TableLayout
-from expertlink.engines.ranks.capacity import largest_shape
-from expertlink.errors import ExpertlinkError, InputError
-from expertlink.graph_names import (
-    GraphForm,
-    apart,
-    communicator,
-    handle_of,
-    tables_of,
-    token_of,
-)
-from expertlink.reduction import weighted_backward
-from expertlink.types import BlockFormat, DispatchHandle, QuantScales, RowKind
-from expertlink.validation import kind_of, plain_kind
-
-_ABSENT = torch.empty(0)  # stands for weights where it matters only that there are some
-
-
-class Parts(NamedTuple):
-    """Positions in what a dispatch returns; -1: not there. The handle's tensors come after them.
-
-    `counts` are rows per local expert, offsets of the groups `[E_loc + 1]`, rows per rank.
-    """
-
-    tokens: int
-    anchor: int
-    counts: int
-    scales: int
-    topk_ids: int
-    topk_weights: int
-    source_tokens: int
-    handle: int
-
-
-def parts(config: MoECommunicatorConfig, *, scaled: bool, weighted: bool) -> Parts:
-    """What a dispatch returns.
-
-    Args:
-        config: of its communicator.
-        scaled: rows have scales.
-        weighted: rows have weights.
-    """
-    deduplicated = not config.layout.expanded
-    there = (
-        True,
-        True,
-        True,
-        scaled,
-        deduplicated,
-        deduplicated and weighted,
-        config.source_tokens,
-        True,
-    )
-    return Parts(*(sum(there[:i]) if is_there else -1 for i, is_there in enumerate(there)))
-
-
-# -- what they do ---------------------------------------------------------------------------------
-
-
-def _dispatch(
-    comm: str,
-    input: Tensor,
-    topk_ids: Tensor,
-    weights: Tensor | None,
-    scales: Tensor | None,
-    scale_format: str,
-    zero_padding: bool,
-) -> list[Tensor]:
-    return _make_dispatch(
-        communicator(comm),
-        input,
-        topk_ids,
-        weights,
-        _quant_scales(scales, scale_format),
-        zero_padding=zero_padding,
-        previous=None,
-    )
-
-
-def _cached_dispatch(
-    comm: str,
-    maker: str,
-    input: Tensor,
-    topk_ids: Tensor | None,
-    weights: Tensor | None,
-    new_weights: bool,
-    scales: Tensor | None,
-    scale_format: str,
-    zero_padding: bool,
-    handle: Sequence[Tensor],
-    num_tokens: int,
-    num_rows: int,
-    weighted: bool,
-) -> list[Tensor]:
-    return _make_dispatch(
-        communicator(comm),
-        input,
-        topk_ids,
-        weights if new_weights else None,
-        _quant_scales(scales, scale_format),
-        zero_padding=zero_padding,
-        previous=handle_of(maker, handle, num_tokens, weighted),
-    )
-
-
-def _make_dispatch(
-    comm: Connection,
-    input: Tensor,
-    topk_ids: Tensor | None,
-    weights: Tensor | None,
-    scales: QuantScales | None,
-    *,
-    zero_padding: bool,
-    previous: DispatchHandle | None,
-) -> list[Tensor]:
-    """What the method of the communicator does, without gradients."""
-    engine, calls = comm._ready(), comm._calls
-    with torch.no_grad():
-        try:
-            call = calls.dispatch(input, topk_ids, weights, scales, previous_handle=previous)
-        except ExpertlinkError as error:
-            comm.refuse("dispatch", error, cached=previous is not None)
-        call.zero_padding = zero_padding
-        started = engine.dispatch(call)
-        # A graph may use the memory of its inputs again: the handle keeps none of them.
-        handle = calls.handle(call, started, previous_handle=previous, topk_ids=None)
-        if handle.topk_weights is not None:
-            handle.topk_weights = _ABSENT
-        started.finish()
-        output = started.output
-        assert output.num_tokens_per_rank is not None
-        counts = [output.num_tokens_per_expert, output.num_tokens_per_rank]
-        if output.expert_offsets is not None:
-            counts.insert(1, output.expert_offsets)
-        scale_tensor = None if output.scales is None else output.scales.tensor
-        returned = [output.tokens, _new_anchor(input), torch.cat(counts), scale_tensor]
-        small = (output.topk_ids, output.topk_weights, output.source_tokens)
-        returned += [None if tensor is None else apart(tensor) for tensor in small]
-        form = comm._graph_form
-        assert form is not None
-        if not form.static:
-            tensors = [token_of(handle)]
-        else:
-            tensors = tables_of(comm, handle)
-            if previous is not None and not form.own_tables:
-                tensors = tensors[2 : 4 if weights is not None else 3]  # the others are not new
-    return [tensor for tensor in returned if tensor is not None] + tensors
-
-
-def _combine(
-    comm: str,
-    maker: str,
-    rows: Tensor,
-    handle: Sequence[Tensor],
-    anchor: Tensor | None,
-    weights: Tensor | None,
-    given: bool,
-    num_tokens: int,
-    weighted: bool,
-) -> Tensor:
-    found, made = communicator(comm), handle_of(maker, handle, num_tokens, weighted)
-    engine, calls = found._ready(), found._calls
-    with torch.no_grad():
-        try:
-            call = calls.combine(rows, made, topk_weights=weights if given else None)
-        except ExpertlinkError as error:
-            found.refuse("combine", error)
-        started = engine.combine(call)
-        started.finish()
-    return started.out_TH
-
-
-def _dispatch_backward(
-    comm: str,
-    grad_tokens: Tensor | None,
-    grad_weights: Tensor | None,
-    grad_anchor: Tensor | None,
-    handle: Sequence[Tensor],
-    num_tokens: int,
-    weighted: bool,
-) -> list[Tensor]:
-    state = handle_of(comm, handle, num_tokens, weighted).state
-    engine = communicator(comm)._ready()
-    if grad_weights is not None:
-        grad_weights = grad_weights.contiguous()
-    with torch.no_grad():
-        if grad_tokens is None:  # of quantized rows
-            assert grad_weights is not None
-            return [engine.weight_grads(state, grad_weights)]
-        combined = engine.combine(
-            CombineCall(
-                rows=grad_tokens.contiguous(),
-                state=state,
-                weighted=False,
-                out_TH=grad_tokens.new_empty((num_tokens, grad_tokens.shape[-1])),
-                weight_grads=grad_weights,
-            )
-        )
-        combined.finish()
-    if combined.weight_grads_TK is None:
-        return [combined.out_TH]
-    return [combined.out_TH, combined.weight_grads_TK]
-
-
-def _combine_backward(
-    comm: str,
-    maker: str,
-    grad: Tensor,
-    rows: Tensor | None,
-    weights: Tensor | None,
-    handle: Sequence[Tensor],
-    leading: Sequence[int],
-    num_tokens: int,
-    weighted: bool,
-    scaled: bool,
-) -> list[Tensor]:
-    state = handle_of(maker, handle, num_tokens, weighted).state
-    engine = communicator(comm)._ready()
-    with torch.no_grad():
-        arrived = engine.dispatch(
-            DispatchCall(
-                x_TW=grad.contiguous(), previous=state, weights_TK=weights, zero_padding=True
-            )
-        )
-        arrived.finish()
-        grads = [arrived.output.tokens, _new_anchor(grad)]
-        if scaled:
-            slot_weights = engine.slot_weights(state if weights is None else arrived.state)
-            assert slot_weights is not None
-            per_slot = weighted_backward(
-                grads[0], slot_weights, rows, kernel=engine.backward_kernel
-            )
-            if per_slot is not None:
-                grads.append(engine.weight_grads(state, per_slot))
-    return grads
-
-
-def _new_anchor(like: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device=like.device)
-
-
-def _quant_scales(scales: Tensor | None, scale_format: str) -> QuantScales | None:
-    if scales is None:
-        return None
-    return QuantScales(scales, BlockFormat(scale_format) if scale_format else None)
-
-
-# -- shapes ---------------------------------------------------------------------------------------
-
-
-def _fake_dispatch(
-    comm: str,
-    input: Tensor,
-    topk_ids: Tensor,
-    weights: Tensor | None,
-    scales: Tensor | None,
-    scale_format: str,
-    zero_padding: bool,
-) -> list[Tensor]:
-    found = communicator(comm)
-    config, form = found.config, found._graph_form
-    assert form is not None
-    shape = largest_shape(config, num_ranks=found.num_ranks, num_local=form.num_local)
-    if not form.static:
-        if not config.layout.padded:
-            shape = (torch.library.get_ctx().new_dynamic_size(max=shape[0]),)
-        tensors = [torch.empty(1, dtype=torch.int64, device="cpu")]
-    else:
-        words = _table_layout(found, form).words(input.shape[0])
-        tensors = [topk_ids.new_empty((words,), dtype=torch.int32), torch.empty_like(topk_ids)]
-    quant = _quant_scales(scales, scale_format)
-    return _fake_parts(found, input, quant, shape, weights is not None) + tensors
-
-
-def _fake_cached_dispatch(
-    comm: str,
-    maker: str,
-    input: Tensor,
-    topk_ids: Tensor | None,
-    weights: Tensor | None,
-    new_weights: bool,
-    scales: Tensor | None,
-    scale_format: str,
-    zero_padding: bool,
-    handle: Sequence[Tensor],
-    num_tokens: int,
-    num_rows: int,
-    weighted: bool,
-) -> list[Tensor]:
-    found = communicator(comm)
-    config, form = found.config, found._graph_form
-    assert form is not None
-    shape = largest_shape(config, num_ranks=found.num_ranks, num_local=form.num_local)
-    if not config.layout.padded:
-        shape = (num_rows,)
-    if not form.static:
-        tensors = [torch.empty(1, dtype=torch.int64, device="cpu")]
-    elif form.own_tables:
-        tensors = [torch.empty_like(handle[0]), torch.empty_like(handle[1])]
-    else:
-        tables = _table_layout(found, form)
-        tensors = [handle[0].new_empty((sum(tables.public) + 1,))]
-        if new_weights:
-            tensors.append(input.new_empty((tables.rows, tables.topk), dtype=torch.float32))
-    quant = _quant_scales(scales, scale_format)
-    return _fake_parts(found, input, quant, shape, weighted or new_weights) + tensors
-
-
-def _fake_parts(
-    comm: Connection,
-    input: Tensor,
-    scales: QuantScales | None,
-    shape: tuple[Any, ...],
-    weighted: bool,
-) -> list[Tensor]:
-    """What a dispatch returns before the handle."""
-    config, form = comm.config, comm._graph_form
-    assert form is not None
-    kind: RowKind = plain_kind(config) if scales is None else kind_of(input, scales)
-    counts = form.num_local + comm.num_ranks
-    if config.output_layout == "flat":
-        counts += form.num_local + 1
-    made = [
-        input.new_empty((*shape, kind.width), dtype=kind.dtype),
-        input.new_empty((0,), dtype=torch.float32),
-        input.new_empty((counts,), dtype=torch.int32),
-    ]
-    if kind.scale_dtype is not None:
-        made.append(_fake_scales(config, input, kind, shape))
-    if not form.expanded:
-        made.append(input.new_empty((*shape, config.topk), dtype=torch.int64))
-        if weighted:
-            made.append(input.new_empty((*shape, config.topk), dtype=config.weight_dtype))
-    if config.source_tokens:
-        made.append(input.new_empty(shape, dtype=torch.int32))
-    return made
-
-
-def _fake_scales(
-    config: MoECommunicatorConfig, input: Tensor, kind: RowKind, shape: tuple[Any, ...]
-) -> Tensor:
-    columns = kind.scale_columns
-    if config.scale_order == "row_major":
-        return input.new_empty((*shape, columns), dtype=kind.scale_dtype)
-    *outer, last = shape
-    return input.new_empty((*outer, columns, last), dtype=kind.scale_dtype).transpose(-1, -2)
-
-
-def _table_layout(comm: Connection, form: GraphForm) -> TableLayout:
-    layout = LlTableLayout if form.own_tables else TableLayout
-    return layout(comm.config, num_ranks=comm.num_ranks, num_local=form.num_local)
-
-
-def _fake_combine(
-    comm: str,
-    maker: str,
-    rows: Tensor,
-    handle: Sequence[Tensor],
-    anchor: Tensor | None,
-    weights: Tensor | None,
-    given: bool,
-    num_tokens: int,
-    weighted: bool,
-) -> Tensor:
-    return rows.new_empty((num_tokens, rows.shape[-1]))
-
-
-def _fake_dispatch_backward(
-    comm: str,
-    grad_tokens: Tensor | None,
-    grad_weights: Tensor | None,
-    grad_anchor: Tensor | None,
-    handle: Sequence[Tensor],
-    num_tokens: int,
-    weighted: bool,
-) -> list[Tensor]:
-    grads = []
-    if grad_tokens is not None:
-        grads.append(grad_tokens.new_empty((num_tokens, grad_tokens.shape[-1])))
-    if grad_weights is not None:
-        grads.append(_fake_weight_grads(comm, grad_weights, num_tokens))
-    return grads
-
-
-def _fake_combine_backward(
-    comm: str,
-    maker: str,
-    grad: Tensor,
-    rows: Tensor | None,
-    weights: Tensor | None,
-    handle: Sequence[Tensor],
-    leading: Sequence[int],
-    num_tokens: int,
-    weighted: bool,
-    scaled: bool,
-) -> list[Tensor]:
-    grads = [
-        grad.new_empty((*leading, grad.shape[-1])),
-        grad.new_empty((0,), dtype=torch.float32),
-    ]
-    if scaled and rows is not None:
-        grads.append(_fake_weight_grads(comm, grad, num_tokens))
-    return grads
-
-
-def _fake_weight_grads(comm: str, like: Tensor, num_tokens: int) -> Tensor:
-    config = communicator(comm).config
-    return like.new_empty((num_tokens, config.topk), dtype=config.weight_dtype)
-
-
-# -- gradients ------------------------------------------------------------------------------------
+from expertlink.errors import InputError
+from expertlink.graph_names import communicator
+from expertlink.ops import calls, shapes
+from expertlink.ops.shapes import Parts, joined, own_handle_is_whole, parts
 
 
 class _Family:
@@ -448,36 +37,25 @@ class _Family:
         row = "Tensor input, Tensor{0} topk_ids, Tensor? weights, "
         scales = "Tensor? scales, str scale_format, bool zero_padding"
         self.dispatch = self._define(
-            "dispatch",
-            _dispatch,
-            _fake_dispatch,
-            f"(str comm, {row.format('')}{scales}) -> Tensor[]",
+            "dispatch", f"(str comm, {row.format('')}{scales}) -> Tensor[]"
         )
         self.cached_dispatch = self._define(
             "cached_dispatch",
-            _cached_dispatch,
-            _fake_cached_dispatch,
             f"(str comm, str maker, {row.format('?')}bool new_weights, {scales}, "
             "Tensor[] handle, SymInt num_tokens, SymInt num_rows, bool weighted) -> Tensor[]",
         )
         self.combine = self._define(
             "combine",
-            _combine,
-            _fake_combine,
             "(str comm, str maker, Tensor rows, Tensor[] handle, Tensor? anchor, Tensor? weights, "
             "bool given, SymInt num_tokens, bool weighted) -> Tensor",
         )
         self.dispatch_backward = self._define(
             "dispatch_backward",
-            _dispatch_backward,
-            _fake_dispatch_backward,
             "(str comm, Tensor? grad_tokens, Tensor? grad_weights, Tensor? grad_anchor, "
             "Tensor[] handle, SymInt num_tokens, bool weighted) -> Tensor[]",
         )
         self.combine_backward = self._define(
             "combine_backward",
-            _combine_backward,
-            _fake_combine_backward,
             "(str comm, str maker, Tensor grad, Tensor? rows, Tensor? weights, Tensor[] handle, "
             "SymInt[] leading, SymInt num_tokens, bool weighted, bool scaled) -> Tensor[]",
         )
@@ -487,10 +65,10 @@ class _Family:
         )
         self.combine.register_autograd(self._combined, setup_context=_after_combine)
 
-    def _define(
-        self, name: str, kernel: Callable[..., Any], fake: Callable[..., Any], schema: str
-    ) -> Any:
+    def _define(self, name: str, schema: str) -> Any:
+        """The operator of a name, which calls.py and shapes.py have a function for."""
         qualified = f"expertlink::{name}{self._suffix}"
+        kernel, fake = getattr(calls, name), getattr(shapes, name)
         op: Any = torch.library.custom_op(
             qualified, kernel, mutates_args=(), schema=schema, tags=self._tags
         )
@@ -602,19 +180,6 @@ def _after_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     if given:
         keep.append(weights)
     ctx.save_for_backward(*keep)
-
-
-def own_handle_is_whole(comm: str) -> bool:
-    """Whether a cached dispatch returns all tensors of its handle."""
-    form = communicator(comm)._graph_form
-    assert form is not None
-    return form.own_tables or not form.static
-
-
-def joined(previous: Sequence[Tensor], own: Sequence[Tensor], new_weights: bool) -> list[Tensor]:
-    """Tensors of the handle of a cached dispatch that shares tables with the one before."""
-    older = [] if new_weights else previous[3:4]
-    return [*previous[:2], *own, *older]
 
 
 def _refuse_vmap(info: Any, in_dims: Any, *args: Any, **options: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertlink.graph_names import handle_of
-from expertlink.ops.library import joined, parts
+from expertlink.ops.shapes import joined, parts
 from expertlink.types import (
     Anchor,
     DispatchBuffers,
