@@ -13,9 +13,9 @@ from support import emulator, jobs, lost_ranks
 from support.cases import Shape
 from support.emulator import EmulatedKernel
 from support.emulator.translate import translate
-from support.faults import CULPRIT
 from support.hosted import fleet_of, run_hosted
 from support.oracle import Case
+from support.wrong_arguments import CULPRIT
 
 pytestmark = emulator.needs_compiler()
 

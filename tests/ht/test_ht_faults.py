@@ -15,17 +15,18 @@ from expertlink import (
 from expertlink.launch import RankPool
 from support import faults, jobs
 from support.cases import aligned, usual
-from support.faults import (
+from support.hosted import DEVICE, fleet_of, run_hosted
+from support.jobs import dispatch_case
+from support.oracle import inputs_of
+from support.wrong_arguments import (
     CULPRIT,
     RANKS,
     check_overflow,
+    fails_once,
     judge,
     rows_of,
     usual_case,
 )
-from support.hosted import DEVICE, fleet_of, run_hosted
-from support.jobs import dispatch_case
-from support.oracle import inputs_of
 
 pytestmark = pytest.mark.gpu(1)
 LIMITED = pytest.mark.parametrize("layout", [DispatchLayout.FLAT, DispatchLayout.TOKEN_MAJOR])
@@ -44,7 +45,7 @@ def test_all_ranks_change_their_routing() -> None:
             own.x_TH.to(DEVICE), own.ids_TK.flip(0).to(DEVICE), previous_handle=handle
         )
 
-    errors = run_hosted(fleet_of("ht", case), faults.fails_once, case, call)
+    errors = run_hosted(fleet_of("ht", case), fails_once, case, call)
     assert all(isinstance(error, RoutingChangedError) for error in errors), errors
 
 
@@ -61,7 +62,7 @@ def test_more_rows_than_the_limit(zero_copy: bool, layout: DispatchLayout) -> No
     needed = rows_of(large)
     first = next(rank for rank, rows in enumerate(needed) if rows > room)
     fleet = fleet_of("ht", fits, max_recv_tokens_per_rank=room, zero_copy=zero_copy)
-    errors = run_hosted(fleet, faults.fails_once, fits, lambda comm: dispatch_case(comm, large))
+    errors = run_hosted(fleet, fails_once, fits, lambda comm: dispatch_case(comm, large))
     check_overflow(errors, first, needed[first], room)
 
 
@@ -77,7 +78,7 @@ def test_a_small_buffer(shape: Any) -> None:
     buffers = [buffer.to(case.dtype) for buffer in buffers]
     errors = run_hosted(
         fleet_of("ht", case),
-        faults.fails_once,
+        fails_once,
         case,
         lambda comm: dispatch_case(comm, case, output_buffer=buffers[comm.rank]),
     )
@@ -96,7 +97,7 @@ def test_a_small_buffer_of_a_cached_dispatch(layout: DispatchLayout) -> None:
         x_TH = inputs_of(case, comm.rank).x_TH.to(DEVICE)
         return comm.dispatch(x_TH, None, previous_handle=handle, output_buffer=buffer)
 
-    errors = run_hosted(fleet_of("ht", case, check_inputs=True), faults.fails_once, case, call)
+    errors = run_hosted(fleet_of("ht", case, check_inputs=True), fails_once, case, call)
     judge(errors, own="InputError", text="output_buffer has 1 rows")
 
 
@@ -125,7 +126,7 @@ def test_static_shapes_report_what_found_no_room(with_buffer: bool, layout: Disp
 
     limit = {} if with_buffer else {"max_recv_tokens_per_rank": room}
     fleet = fleet_of("ht", fits, static_shapes=True, **limit)
-    errors = run_hosted(fleet, faults.fails_once, fits, call)
+    errors = run_hosted(fleet, fails_once, fits, call)
     check_overflow(errors, first, needed[first], room)
 
 

@@ -17,10 +17,10 @@ from expertlink import (
 from expertlink.launch import RankPool
 from support import faults, jobs, lost_ranks
 from support.cases import LAYOUTS, Shape, exact, routings, usual
-from support.faults import CULPRIT, RANKS, SHAPES, usual_case
 from support.hosted import DEVICE, Fleet, HostedCommunicator, fleet_of, run_hosted
 from support.jobs import dispatch_case
 from support.oracle import combined_of, expected_of, without_rank
+from support.wrong_arguments import CULPRIT, RANKS, SHAPES, usual_case
 
 pytestmark = pytest.mark.gpu(1)
 FLAT = DispatchLayout.FLAT

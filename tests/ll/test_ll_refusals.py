@@ -19,16 +19,16 @@ from expertlink import (
 from expertlink.launch import RankPool
 from support import faults, jobs, lost_ranks
 from support.cases import LAYOUTS, Shape, exact, usual
-from support.faults import (
+from support.hosted import DEVICE, fleet_of, run_hosted
+from support.jobs import dispatch_case
+from support.oracle import Case, inputs_of
+from support.wrong_arguments import (
     CULPRIT,
     RANKS,
     dispatch_with,
     rows_of,
     usual_case,
 )
-from support.hosted import DEVICE, fleet_of, run_hosted
-from support.jobs import dispatch_case
-from support.oracle import Case, inputs_of
 
 pytestmark = pytest.mark.gpu(1)
 FLAT, TOKEN_MAJOR = DispatchLayout.FLAT, DispatchLayout.TOKEN_MAJOR

@@ -10,9 +10,12 @@ import torch
 from expertlink import DispatchLayout, InputError, MoECommunicator, TooManyTokensError
 from expertlink.engines.nvlink import watchdog
 from expertlink.launch import RankPool
-from support import faults, jobs, lost_ranks
+from support import jobs, lost_ranks
 from support.cases import LAYOUTS, MODES, Shape, fields_of, usual
-from support.faults import (
+from support.hosted import DEVICE, fleet_of, run_hosted
+from support.jobs import dispatch_case, rows_for
+from support.oracle import inputs_of
+from support.wrong_arguments import (
     CULPRIT,
     FAULTY_IDS,
     MASKABLE,
@@ -20,13 +23,11 @@ from support.faults import (
     RANKS,
     SHAPES,
     dispatch_with,
+    fails_once,
     judge,
     usual_case,
     with_ids,
 )
-from support.hosted import DEVICE, fleet_of, run_hosted
-from support.jobs import dispatch_case, rows_for
-from support.oracle import inputs_of
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -40,7 +41,7 @@ def test_a_wrong_form_on_one_rank(mode: str, check: bool, layout: DispatchLayout
     """Ranks that agree beforehand name it, and the next call works."""
     case = usual_case(layout)
     call = dispatch_with(case, input=lambda x_TH: x_TH[:, :3])
-    errors = run_hosted(fleet_of(mode, case, check_inputs=check), faults.fails_once, case, call)
+    errors = run_hosted(fleet_of(mode, case, check_inputs=check), fails_once, case, call)
     judge(errors, own="InputError", text="input has shape (4, 3)")
 
 
@@ -61,7 +62,7 @@ def test_too_many_tokens_are_one_error_on_all_ranks(
         ids_TK = torch.zeros((count, case.topk), dtype=torch.int64, device=DEVICE)
         return comm.dispatch(x_TH, ids_TK)
 
-    for error in run_hosted(fleet, faults.fails_once, case, call):
+    for error in run_hosted(fleet, fails_once, case, call):
         assert isinstance(error, TooManyTokensError), error
         assert (error.rank, error.num_tokens, error.capacity) == (0, most + 15, most)
 
@@ -74,7 +75,7 @@ def test_faulty_ids_on_one_rank(
 ) -> None:
     case = usual_case(layout)
     call = dispatch_with(case, topk_ids=with_ids(first))
-    errors = run_hosted(fleet_of(mode, case, check_inputs=True), faults.fails_once, case, call)
+    errors = run_hosted(fleet_of(mode, case, check_inputs=True), fails_once, case, call)
     judge(errors, own="InputError", text=text)
 
 
@@ -96,7 +97,7 @@ def test_unchecked_ids_stay_memory_safe(first: list[int], mode: str, shape: Shap
             rows = torch.zeros(result[1].rows_shape, dtype=case.dtype, device=DEVICE)
             comm.combine(rows, result[1])
 
-    errors = run_hosted(fleet_of(mode, case), faults.fails_once, case, call)
+    errors = run_hosted(fleet_of(mode, case), fails_once, case, call)
     assert errors == [None] * RANKS
 
 
@@ -107,7 +108,7 @@ def test_weights_on_some_ranks_only(mode: str, layout: DispatchLayout) -> None:
     call = dispatch_with(case, weights=lambda _: None)
     # Mode "ll" agrees beforehand only where it is asked to; see test_ll_refusals.py.
     fields = {"check_inputs": True} if mode == "ll" else {}
-    errors = run_hosted(fleet_of(mode, case, **fields), faults.fails_once, case, call)
+    errors = run_hosted(fleet_of(mode, case, **fields), fails_once, case, call)
     for error in errors:
         assert isinstance(error, InputError), errors
         assert "either weights or none" in str(error)
@@ -126,7 +127,7 @@ def test_one_rank_changes_its_routing(mode: str, layout: DispatchLayout) -> None
         x_TH, ids_TK = own.x_TH.to(DEVICE), own.ids_TK.to(DEVICE)
         return comm.dispatch(x_TH, ids_TK, previous_handle=handle)
 
-    errors = run_hosted(fleet_of(mode, case, check_inputs=True), faults.fails_once, case, call)
+    errors = run_hosted(fleet_of(mode, case, check_inputs=True), fails_once, case, call)
     judge(errors, own="RoutingChangedError", text="topk_ids[0]=[-1, -1")
 
 
@@ -140,7 +141,7 @@ def test_one_rank_refuses_its_combine(mode: str, layout: DispatchLayout) -> None
         rows = rows_for(case, comm.rank, handle)
         return comm.combine(rows.float() if comm.rank == CULPRIT else rows, handle)
 
-    errors = run_hosted(fleet_of(mode, case, check_inputs=True), faults.fails_once, case, call)
+    errors = run_hosted(fleet_of(mode, case, check_inputs=True), fails_once, case, call)
     judge(errors, own="InputError", text="expert_output has dtype torch.float32")
 
 

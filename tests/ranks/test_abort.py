@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from support import faults
+from support import giving_up
 
 RANKS, CULPRIT = 3, 1
 OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
@@ -19,7 +19,7 @@ def test_an_error_in_the_experts_ends_the_waits_of_other_ranks(
     rank_pools, phase: str, fields: dict[str, Any]
 ) -> None:
     pool = rank_pools(RANKS)
-    results = pool.run(faults.experts_raise, CULPRIT, phase, fields, timeout_s=60)
+    results = pool.run(giving_up.experts_raise, CULPRIT, phase, fields, timeout_s=60)
     text, later = results[CULPRIT]
     assert text == "boom"
     assert later[0] == "ClosedError"
@@ -38,7 +38,7 @@ def test_an_error_in_the_experts_ends_the_waits_of_other_ranks(
 
 @pytest.mark.parametrize("phase", ["dispatch", "initialize"])
 def test_a_signal_ends_the_waits_of_all_ranks(rank_pools, phase: str) -> None:
-    results = rank_pools(RANKS).run(faults.interrupted, CULPRIT, phase, timeout_s=60)
+    results = rank_pools(RANKS).run(giving_up.interrupted, CULPRIT, phase, timeout_s=60)
     waited, health = results[CULPRIT]
     assert waited < SOON_S
     if phase == "dispatch":
@@ -54,7 +54,7 @@ def test_a_signal_ends_the_waits_of_all_ranks(rank_pools, phase: str) -> None:
 
 @pytest.mark.parametrize("call", ["dispatch", "cached", "combine"])
 def test_a_call_that_fails_on_one_rank_ends_on_all_ranks(rank_pools, call: str) -> None:
-    results = rank_pools(RANKS).run(faults.fails_within, CULPRIT, call, timeout_s=60)
+    results = rank_pools(RANKS).run(giving_up.fails_within, CULPRIT, call, timeout_s=60)
     assert results[CULPRIT][0] == ("MemoryError", "no room")
     assert results[CULPRIT][1][0] == "ClosedError"
     for rank in OTHERS:

@@ -1,47 +1,31 @@
-"""Calls that go wrong: a rank refuses, gives up, passes other arguments; what every rank sees then.
+"""Calls that go wrong: a rank refuses, is late or mixed up; what every rank sees then.
 
-Jobs of the first two sections use a small communicator in processes; they return what their rank
-saw. The others compare with the oracle and also run on hosted ranks.
+Jobs for ranks in processes, with a small communicator; they return what their rank saw. Ranks that
+give up are in giving_up.py, wrong arguments on hosted ranks in wrong_arguments.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import pickle
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
 from expertlink import (
-    CapacityError,
     DispatchHandle,
-    DispatchLayout,
     ExpertlinkError,
     InputError,
     MoECommunicator,
     MoECommunicatorConfig,
-    PeerError,
     TooManyTokensError,
 )
 from expertlink.engines.ranks.handshake import handshake
 from expertlink.engines.ranks.wire import Wire
 from expertlink.launch import RankContext
-from support.cases import exact, usual
-from support.jobs import (
-    contracts,
-)
-from support.oracle import (
-    Case,
-    expected_of,
-    inputs_of,
-)
 
 # -- a small communicator -------------------------------------------------------------------------
 
@@ -361,249 +345,3 @@ def other_experts(ctx: RankContext, culprit: int) -> Any:
         mine = b if ctx.rank == culprit else a
         seen = outcome(lambda: mine.dispatch(**good(mine)))
         return seen, works(a) and works(b)
-
-
-# -- one rank gives up, its process lives on ------------------------------------------------------
-
-_T = TypeVar("_T")
-LONG_S = 60.0  # nobody is to wait so long
-
-
-class Stopped(BaseException):
-    """What a signal handler raises, as that of ctrl-C does."""
-
-
-@contextlib.contextmanager
-def stopped_soon() -> Iterator[None]:
-    """Interrupts the main thread after half a second."""
-
-    def stop(number: int, frame: object) -> None:
-        del number, frame
-        raise Stopped("by a signal")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def in_own_group(ctx: RankContext, job: Callable[[Any], _T], *, idle: int) -> _T:
-    """Runs a job with a process group that may be lost.
-
-    Rank `idle` has nothing under way in the end. It keeps its connections until all other ranks
-    have let go of the group, which must not wait for it.
-    """
-    group: Any = dist.new_group(list(range(ctx.num_ranks)))
-    result = job(group)
-    dist.barrier()
-    if ctx.rank == idle:
-        dist.barrier()
-    started = time.monotonic()
-    dist.destroy_process_group(group)
-    del group
-    gc.collect()  # the destructor waits for what is under way
-    assert time.monotonic() - started < LONG_S / 2
-    if ctx.rank != idle:
-        dist.barrier()
-    return result
-
-
-def patient(ctx: RankContext, group: Any, **fields: Any) -> MoECommunicator:
-    defaults = {"group": group, "timeout_s": LONG_S, "startup_timeout_s": LONG_S}
-    return small(ctx, **{**defaults, **fields})
-
-
-def seen(call: Callable[[], object]) -> tuple[Any, ...]:
-    """Class and text of an error, who aborted and why, and how long the call took."""
-    started = time.monotonic()
-    try:
-        call()
-    except ExpertlinkError as error:
-        rank, reason = getattr(error, "rank", None), getattr(error, "reason", None)
-        return type(error).__name__, str(error), rank, reason, time.monotonic() - started
-    return "", "no error", None, None, 0.0
-
-
-def experts_raise(ctx: RankContext, culprit: int, phase: str, fields: dict[str, Any]) -> Any:
-    """One rank leaves its `with` block by an exception of its experts; others are in a call."""
-
-    def job(group: Any) -> Any:
-        comm = patient(ctx, group, **fields)
-        mine: dict[str, Any] = good(comm)
-        mine["input"].requires_grad_()
-        y = mine["input"]
-        try:
-            with comm:
-                out, handle = comm.dispatch(**mine)
-                if phase != "combine":
-                    y = comm.combine(out.tokens, handle)
-                if ctx.rank == culprit:
-                    raise ValueError("boom")
-                if phase == "combine":
-                    first = seen(lambda: comm.combine(out.tokens, handle))
-                elif phase == "backward":
-                    first = seen(lambda: y.sum().backward())
-                else:
-                    first = seen(lambda: comm.dispatch(**mine))
-                return first, outcome(lambda: comm.dispatch(**mine)), outcome(comm.check_health)
-        except ValueError as error:
-            return str(error), outcome(lambda: comm.dispatch(**mine))
-
-    return in_own_group(ctx, job, idle=culprit)
-
-
-def interrupted(ctx: RankContext, culprit: int, phase: str) -> Any:
-    """A signal ends the wait of one rank for another one, which never comes."""
-    absent = (culprit + 1) % ctx.num_ranks
-
-    def job(group: Any) -> Any:
-        comm = patient(ctx, group)
-        if phase != "initialize":
-            comm.initialize()
-        mine = good(comm)
-        call = comm.initialize if phase == "initialize" else lambda: comm.dispatch(**mine)
-        result: Any = None
-        if ctx.rank == culprit:
-            started = time.monotonic()
-            try:
-                with stopped_soon():
-                    call()
-            except Stopped:
-                waited = time.monotonic() - started
-                result = waited, outcome(comm.check_health) if phase == "dispatch" else None
-        elif ctx.rank != absent:
-            result = seen(call)
-        comm.close()
-        if phase == "initialize":  # nothing has been lost: all can try again
-            dist.barrier()
-            if ctx.rank == absent:  # the abort counts for a rank that comes late, too
-                result = seen(lambda: patient(ctx, group).initialize())
-            dist.barrier()
-            with patient(ctx, group) as again:
-                assert works(again)
-        return result
-
-    return in_own_group(ctx, job, idle=absent)
-
-
-def fails_within(ctx: RankContext, culprit: int, name: str) -> Any:
-    """One rank runs out of memory in the middle of a call."""
-
-    def job(group: Any) -> Any:
-        comm = patient(ctx, group)
-        out, handle = comm.dispatch(**good(comm))
-
-        def fail(*args: object) -> object:
-            raise MemoryError("no room")
-
-        if ctx.rank == culprit:
-            comm._engine._workspace.take = fail  # type: ignore[union-attr]
-        mine = good(comm)
-        calls: dict[str, Callable[[], object]] = {
-            "dispatch": lambda: comm.dispatch(**mine),
-            "cached": lambda: comm.dispatch(mine["input"], None, previous_handle=handle),
-            "combine": lambda: comm.combine(out.tokens, handle),
-        }
-        first: tuple[Any, ...]
-        try:
-            first = seen(calls[name])
-        except MemoryError as error:
-            first = type(error).__name__, str(error)
-        again = outcome(calls[name])
-        comm.close()
-        return first, again
-
-    return in_own_group(ctx, job, idle=culprit)
-
-
-# -- one rank's arguments differ ------------------------------------------------------------------
-
-RANKS, CULPRIT = 3, 1
-OTHERS = [rank for rank in range(RANKS) if rank != CULPRIT]
-Errors = list[ExpertlinkError | None]
-
-MASKABLE = [pytest.param(usual(RANKS, layout), id=layout.value) for layout in DispatchLayout]
-SHAPES = [
-    *MASKABLE,
-    pytest.param(exact(usual(RANKS, DispatchLayout.FLAT)), id="flat-exact"),
-    pytest.param(exact(usual(RANKS, DispatchLayout.EXPERT_MAJOR)), id="expert_major-exact"),
-]
-# Faulty ids of `usual` shapes, and what the error says of them.
-FAULTY_IDS: list[tuple[list[int], str]] = [
-    ([96], "topk_ids[2]=[96,"),
-    ([-2], "topk_ids[2]=[-2,"),
-    ([2**40 + 1], f"topk_ids[2]=[{2**40 + 1},"),
-    ([5, 5], "an expert is chosen twice"),
-]
-
-
-def dispatch_with(case: Case, **changed: Callable[[torch.Tensor], Any]) -> Callable[..., object]:
-    """A dispatch in which one rank passes arguments that were changed."""
-
-    def call(comm: MoECommunicator) -> object:
-        own = inputs_of(case, comm.rank)
-        arguments: dict[str, Any] = {"input": own.x_TH, "topk_ids": own.ids_TK}
-        if own.weights_TK is not None:
-            arguments["weights"] = own.weights_TK
-        if comm.rank == CULPRIT:
-            arguments.update({name: change(arguments[name]) for name, change in changed.items()})
-        on_gpu: dict[str, Any] = {
-            k: None if v is None else v.to(comm.device) for k, v in arguments.items()
-        }
-        return comm.dispatch(**on_gpu)
-
-    return call
-
-
-def usual_case(layout: DispatchLayout) -> Case:
-    return usual(RANKS, layout).case((9, 4, 7), seed=1)
-
-
-def judge(errors: Errors, *, own: str, text: str) -> None:
-    """The culprit raised its own error, the others name it and repeat it."""
-    assert type(errors[CULPRIT]).__name__ == own, errors
-    assert text in str(errors[CULPRIT])
-    for rank in OTHERS:
-        error = errors[rank]
-        assert isinstance(error, PeerError), errors
-        assert error.ranks == (CULPRIT,)
-        assert f"rank {CULPRIT} refused it: {own}" in str(error)
-        assert text in str(error)
-
-
-def with_ids(first: list[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Token 2 chooses these experts first."""
-
-    def change(ids_TK: torch.Tensor) -> torch.Tensor:
-        ids_TK[2, : len(first)] = torch.tensor(first)
-        return ids_TK
-
-    return change
-
-
-def check_overflow(errors: Errors, rank: int, rows: int, room: int) -> None:
-    """One error, the same on all ranks."""
-    for error in errors:
-        assert isinstance(error, CapacityError), errors
-        assert (error.rank, error.rows, error.capacity) == (rank, rows, room)
-        assert f"rank {rank} " in str(error)
-        assert f" {rows} rows" in str(error)
-    assert len({str(error) for error in errors}) == 1
-
-
-def rows_of(case: Case) -> list[int]:
-    """Rows that every rank receives, gaps of FLAT included."""
-    return [expected_of(case, rank).shape[0] for rank in range(case.ranks)]
-
-
-def fails_once(
-    comm: MoECommunicator, case: Case, call: Callable[[MoECommunicator], object]
-) -> ExpertlinkError | None:
-    """The error of one call; the next ones are as if it had not been made."""
-    error = error_of(lambda: call(comm))
-    torch.cuda.synchronize(comm.device)
-    contracts(comm, [case])
-    return error

@@ -29,7 +29,7 @@ from expertlink import (
 from expertlink.launch import RankContext
 from support import jobs
 from support.cases import usual
-from support.faults import CULPRIT, error_of
+from support.faults import error_of
 from support.jobs import (
     ROUNDS,
     calls_with_all,
@@ -54,6 +54,7 @@ from support.oracle import (
     without_rank,
 )
 from support.processes import ll_communicator
+from support.wrong_arguments import CULPRIT
 
 # -- a rank that does not come is named -----------------------------------------------------------
 
