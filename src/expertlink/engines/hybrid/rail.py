@@ -18,6 +18,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -26,9 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
+from expertlink.engines.hybrid import ending
+from expertlink.engines.nvlink.capture import is_capturing
+
 logger = logging.getLogger("expertlink")
 
 _CLOSING_S = 10.0
+_HELD_S = 0.3  # where a CUDA graph may hold calls of the rail: it can live for long
 _ABORTING_S = 1.0
 _SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
 _FOREVER = datetime.timedelta(days=3650)  # the monitor bounds the waits of a rail
@@ -144,11 +149,17 @@ class NcclRail:
         self._backend: Any = backend
         self._process = os.getpid()
         self._ended: str | None = None
+        self._captured = False  # a CUDA graph may hold calls of this rail
         self._under_way: Any = None  # CPU
         self._exchange_options, self._gather_options = AllToAllOptions(), AllgatherOptions()
         for options in (self._exchange_options, self._gather_options):
             options.asyncOp = not self._on_gpu  # GPU: on the current stream, without one more
             options.timeout = _FOREVER
+        self._dropped: Any = None
+        if self._on_gpu:
+            self._dropped = weakref.finalize(self, _drop, backend, self._process)
+            self._dropped.atexit = False
+            ending.end_with_the_process(self)
 
     @classmethod
     def connect(
@@ -214,14 +225,18 @@ class NcclRail:
             if not self._on_gpu:
                 self._complete(issue())
             elif stream is None or stream == torch.cuda.current_stream(self._device):
-                issue()
+                self._issue(issue)
             else:
                 with torch.cuda.stream(stream):
-                    issue()
+                    self._issue(issue)
         except RuntimeError as error:
             if isinstance(error, RailError):
                 raise
             raise RailError(self._ended or _first_line(error)) from error
+
+    def _issue(self, issue: Callable[[], Any]) -> None:
+        self._captured = self._captured or is_capturing()
+        issue()
 
     def _complete(self, work: Any) -> None:
         """Waits on the host, for ever: the monitor aborts what takes too long."""
@@ -240,13 +255,13 @@ class NcclRail:
             return
         self._ended = "the rail was aborted"
         if self._on_gpu:
-            _in_a_thread(self._backend.abort, "expertlink rail abort", _ABORTING_S)
+            ending.end(self._backend.abort, "expertlink rail abort", _ABORTING_S)
             return
         with contextlib.suppress(RuntimeError):
             self._disconnect()
 
     def close(self) -> None:
-        """See `Rail`."""
+        """See `Rail`. What CUDA graphs hold of it goes with the last of them."""
         if os.getpid() != self._process:  # a fork shares the connections, and has no threads
             return
         backend, self._backend = self._backend, None
@@ -255,8 +270,29 @@ class NcclRail:
         ended, self._ended = self._ended, "the rail is closed"
         if not self._on_gpu:
             self._disconnect(backend)
-        elif ended is None:  # aborted communicators are gone
-            _shut_down(backend)
+            return
+        self._dropped.detach()
+        if ended is not None:  # aborted communicators are gone, or a thread waits for their graphs
+            return
+        seconds = _HELD_S if self._captured else _CLOSING_S
+        if ending.end(backend.shutdown, "expertlink rail end", seconds):
+            return
+        if self._captured:
+            logger.info("NCCL holds the memory of a rail until no CUDA graph has calls of it")
+        else:
+            logger.warning("NCCL did not release a rail within %g s", seconds)
+
+    def end_at_exit(self) -> None:
+        """See `ending.Endable`. As torch does with groups that nobody destroyed."""
+        backend = self._backend
+        if backend is None:
+            return
+        self._dropped.detach()
+        if os.getpid() != self._process:
+            ending.keep(backend)
+        elif self._ended is None:
+            self._ended = "the process ends"
+            ending.end(backend.abort, "expertlink rail abort", 0.0)
 
     def _disconnect(self, backend: Any = None) -> None:
         """Ends an operation of gloo, which has no abort: a receive that expires closes connections.
@@ -341,31 +377,12 @@ class CopyRail:
         """See `Rail`."""
 
 
-def _shut_down(backend: Any) -> None:
-    """Destroys communicators of NCCL, which waits until no CUDA graph holds a call of theirs."""
-
-    if not _in_a_thread(backend.shutdown, "expertlink rail end", _CLOSING_S):
-        logger.warning(
-            "a rail could not be closed within %g s: a CUDA graph holds calls of its communicator; "
-            "delete graphs before you close it",
-            _CLOSING_S,
-        )
-
-
-def _in_a_thread(call: Callable[[], object], name: str, seconds: float) -> bool:
-    """Makes a call of NCCL that ends its kernels and then waits for graphs that hold them.
-
-    Goes on after so long and leaves the thread behind. True: the call has ended.
-    """
-
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):
-            call()
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
+def _drop(backend: Any, process: int) -> None:
+    """Ends the group of a rail that nobody closed; its destructor could wait for a CUDA graph."""
+    if os.getpid() != process:
+        ending.keep(backend)
+    else:
+        ending.end(backend.shutdown, "expertlink rail end", 0.0)
 
 
 class _Meeting:
