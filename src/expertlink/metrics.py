@@ -9,6 +9,7 @@ a stream of their own.
 | `expertlink_expert_tokens_total` | counter | name, rank, expert |
 | `expertlink_rows_sent_total`, `expertlink_rows_received_total` | counter | name, rank, peer |
 | `expertlink_bytes_sent_total`, `expertlink_bytes_received_total` | counter | name, rank, peer |
+| `expertlink_rail_bytes_total` | counter | name, rank, host |
 | `expertlink_longest_wait_seconds` | gauge | name, rank, peer |
 """
 
@@ -336,6 +337,7 @@ _COUNTERS = {
     "rows_received": ("expertlink_rows_received", "peer", "Rows received from a rank."),
     "bytes_sent": ("expertlink_bytes_sent", "peer", "Bytes sent to another rank."),
     "bytes_received": ("expertlink_bytes_received", "peer", "Bytes received from another rank."),
+    "rail_bytes": ("expertlink_rail_bytes", "host", "Bytes that calls need between hosts."),
 }
 _WAIT = ("expertlink_longest_wait_seconds", "Longest time that a call waited for a rank.")
 

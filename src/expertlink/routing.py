@@ -131,6 +131,25 @@ def count_choices(expert_TK: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
 
 
+def hosts_of_experts(placement: Placement, host_of: Sequence[int], *, rank: int) -> Tensor:
+    """`[E + 1]` int64 host of every expert; the number of hosts for those of a rank's own host.
+
+    So for "no expert", entry E: what goes there does not leave the host. `host_of`: by rank.
+    """
+    hosts = [len(set(host_of)) if host == host_of[rank] else host for host in host_of]
+    host_of_R = placement.rank_of_E.new_tensor([*hosts, len(set(host_of))])
+    return host_of_R[placement.rank_of_E]
+
+
+def rows_per_host(host_TX: Tensor, num_hosts: int) -> Tensor:
+    """`[N]` int64 rows that cross the network to every host: one per (token, host).
+
+    `host_TX`: `[T, X]` int64 hosts of each token's choices, N for those that do not count.
+    """
+    goes_TN = host_TX.new_zeros(host_TX.shape[0], num_hosts + 1).scatter_(1, host_TX, 1)
+    return goes_TN[:, :num_hosts].sum(dim=0)
+
+
 def find_members(topk_ids_TK: Tensor, placement: Placement) -> Membership:
     """Destination ranks of every token.
 

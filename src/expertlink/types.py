@@ -172,6 +172,11 @@ class CallStatistics:
         bytes_sent: `[R]` bytes of those rows and of their scales; 0 for the own rank, whose rows
             stay on the GPU. Ids and weights do not count.
         bytes_received: `[R]` likewise.
+        rail_bytes: `[N]` with N hosts (`domains`, or those of the engine "hybrid"): bytes that the
+            calls of this rank need between hosts, by the other host; 0 for the own one. A dispatch
+            needs a row, with scales, per (token, host), a combine a sum per (token, host), or with
+            `combine_precision="exact"` a row per (token, choice). Mode "ll", `static_shapes` and
+            `collective` move more.
         longest_wait_ns: `[R]` longest time that a call waited for rank r, in nanoseconds; 0 where
             the engine does not measure it.
     """
@@ -182,12 +187,16 @@ class CallStatistics:
     bytes_sent: Tensor
     bytes_received: Tensor
     longest_wait_ns: Tensor
+    rail_bytes: Tensor
 
     @staticmethod
-    def zeros(*, num_local: int, num_ranks: int, device: torch.device) -> CallStatistics:
+    def zeros(
+        *, num_local: int, num_ranks: int, device: torch.device, num_hosts: int = 1
+    ) -> CallStatistics:
         """Totals of no call."""
-        memory = torch.zeros(num_local + 5 * num_ranks, dtype=torch.int64, device=device)
-        return CallStatistics(*memory.split_with_sizes([num_local, *[num_ranks] * 5]))
+        sizes = [num_local, *[num_ranks] * 5, num_hosts]
+        memory = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        return CallStatistics(*memory.split_with_sizes(sizes))
 
 
 @dataclass(eq=False)

@@ -42,6 +42,10 @@ def test_virtual_hosts_end_to_end(tmp_path: Path) -> None:
         assert record.rail_ratio == pytest.approx(
             record.rail_us.median / record.time_us.median, abs=1e-3
         )
+    there, back, both = (record.rail_bytes for record in records)
+    assert there is not None
+    assert 0 < there <= 16 * 64 * 4, "a row of float32 for each token at most"
+    assert (back, both) == (there, 2 * there)
 
 
 def test_options_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,7 @@ def test_ranges(rank_pools, ranks: int, layout: DispatchLayout) -> None:
 @LAYOUTS
 def test_statistics(rank_pools, layout: DispatchLayout) -> None:
     drawn = shapes(3, layout)
+    drawn += [dataclasses.replace(case, domains=(0, 1, 0)) for case in drawn]
     run(rank_pools, decode.statistics, drawn)
 
 

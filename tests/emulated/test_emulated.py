@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from expertlink import BlockFormat, DispatchLayout
-from support import emulator, jobs, payloads
+from support import decode, emulator, jobs, payloads
 from support.cases import Shape
 from support.depth import deep
 from support.hosted import fleet_of, run_cases, run_hosted
@@ -90,3 +90,5 @@ def test_several_hosts(mode: str, number: int) -> None:
     chunk_rows = 5 if mode == "ht" else None
     fleet = hosts_fleet_of(cases[0], mode=mode, chunk_rows=chunk_rows, warps=3, **SMS)
     run_hosted(fleet, jobs.contracts, cases)
+    if mode == "ll":
+        run_cases(fleet, decode.rail_statistics, cases)

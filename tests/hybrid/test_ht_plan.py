@@ -6,10 +6,12 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from expertlink import MoECommunicatorConfig
 from expertlink.domains import Domains
 from expertlink.engines.hybrid.ht.dispatch import message_of
+from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.mode import seats_of, unavailable_reason
 from expertlink.engines.hybrid.ht.order import Step, combine_steps, dispatch_steps
 from expertlink.engines.hybrid.ht.plan import (
@@ -19,6 +21,7 @@ from expertlink.engines.hybrid.ht.plan import (
     head_rows,
     message,
 )
+from expertlink.engines.hybrid.rail import CopyRail
 from expertlink.engines.nvlink.ht.plan import ARENA_ALIGNMENT
 from expertlink.engines.nvlink.shared import HEADER_WORDS
 
@@ -102,6 +105,18 @@ def test_memory_has_room_for_the_largest_messages() -> None:
     assert plan.holds(plan_of(num_experts=128))
     assert not plan.holds(plan_of(num_experts=512))
     assert not plan.holds(plan_of(chunk_rows=512))
+
+
+def test_memory_that_is_taken_is_that_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    plan = plan_of(hidden_size=64)
+    rail = CopyRail.connected(2, timeout_s=1.0)[0]
+    messages = Messages(plan, rail=rail, device=torch.device("cpu"))
+    assert plan.message_regions() == {
+        "messages of the rail": messages.send.nbytes + messages.receive.nbytes,
+        "sums of the own host": messages.own_sums.nbytes,
+    }
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])

@@ -229,7 +229,9 @@ def counted(comm: MoECommunicator, case: Case) -> tuple[Tensor, Tensor]:
 
 def test_statistics() -> None:
     case = usual_cases(DispatchLayout.EXPERT_MAJOR)[0]
-    found = run_hosted(hosts_fleet_of(case), counted, case)
+    fleet = hosts_fleet_of(case)
+    run_cases(fleet, decode.rail_statistics, [case])
+    found = run_hosted(fleet, counted, case)
     sent_RR = torch.stack([sent for sent, _ in found])
     received_RR = torch.stack([received for _, received in found])
     assert sent_RR.sum() > 0

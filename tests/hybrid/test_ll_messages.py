@@ -10,10 +10,11 @@ import torch
 
 from expertlink import MoECommunicatorConfig
 from expertlink.domains import Domains
-from expertlink.engines.hybrid.ll.memory import message_regions
+from expertlink.engines.hybrid.ll.memory import Messages, message_regions
 from expertlink.engines.hybrid.ll.messages import CombineMessage, DispatchMessage, most_bytes
 from expertlink.engines.hybrid.ll.mode import unavailable_reason
 from expertlink.engines.hybrid.ll.tables import RailTableLayout
+from expertlink.engines.hybrid.rail import CopyRail
 from support.depth import deep
 
 DECODE: dict[str, Any] = {
@@ -63,6 +64,13 @@ def test_memory_holds_the_largest_messages() -> None:
     assert small.nbytes < 0.53 * plain.nbytes, "e4m3 halves what crosses the rail"
     regions = message_regions(config, 2)
     assert set(regions.values()) == {2 * 2 * most_bytes(config)}
+    rail = CopyRail.connected(2, timeout_s=1.0)[1]
+    domains, cpu = Domains((0, 0, 1, 1)), torch.device("cpu")
+    messages = Messages(config, domains=domains, rank=2, rail=rail, device=cpu)
+    taken = {
+        part.data_ptr(): part.nbytes for at in messages._sets for part in (at.send, at.receive)
+    }
+    assert sum(taken.values()) == sum(regions.values())
 
 
 def test_tables_have_the_tokens_of_a_rail() -> None:

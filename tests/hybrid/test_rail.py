@@ -256,8 +256,7 @@ closed.close()
 
 
 def test_a_process_ends_while_graphs_hold_rails() -> None:
-    """One rail is closed, one is not; threads that wait must not come back to a Python that ends."""
-    script = END_OF_A_PROCESS.replace("del wait_for_nothing\n", "")
+    """One rail is closed, one is not. Threads must not come back while Python ends."""
     ended = subprocess.run(
         [sys.executable, "-c", END_OF_A_PROCESS],
         capture_output=True,

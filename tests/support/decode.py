@@ -464,6 +464,17 @@ def ranges(comm: MoECommunicator, case: Case) -> None:
             )
 
 
+def rows_between_hosts(case: Case, rank: int, *, single: bool = False) -> list[int]:
+    """Rows that a dispatch needs to each other host: one per (token, host), or per choice."""
+    host_of = case.domains or (0,) * case.ranks
+    owner, rows = case.rank_of_expert(), [0] * len(set(host_of))
+    for ids in inputs_of(case, rank).ids_TK.tolist():
+        hosts = [host_of[owner[expert]] for expert in ids if expert >= 0]
+        for host in hosts if single else set(hosts):
+            rows[host] += host != host_of[rank]
+    return rows
+
+
 def statistics(comm: MoECommunicator, case: Case) -> None:
     """Totals of an uncached and a cached dispatch and of one combine."""
     rank, own = comm.rank, inputs_of(case, comm.rank)
@@ -500,6 +511,11 @@ def statistics(comm: MoECommunicator, case: Case) -> None:
     ):
         away = [0 if other == rank else count for other, count in enumerate(rows)]
         assert total.tolist() == [count * row_bytes for count in away]
+    single = case.precision == "exact"
+    there, back = (rows_between_hosts(case, rank, single=kind) for kind in (False, single))
+    assert totals.rail_bytes.tolist() == [
+        (2 * a + b) * row_bytes for a, b in zip(there, back, strict=True)
+    ]
     assert [tensor.data_ptr() for tensor in vars(totals).values()] == before
 
     for tensor in vars(totals).values():
@@ -507,6 +523,21 @@ def statistics(comm: MoECommunicator, case: Case) -> None:
     dispatch_case(comm, case)
     assert totals.rows_sent.tolist() == sent
     del out
+
+
+def rail_statistics(comm: MoECommunicator, case: Case) -> None:
+    """What a dispatch, a cached one and a combine need between hosts."""
+    own = inputs_of(case, comm.rank)
+    rail_bytes = comm.enable_statistics().rail_bytes
+    before = rail_bytes.clone()
+    between = torch.tensor(rows_between_hosts(case, comm.rank)) * case.hidden * case.dtype.itemsize
+    _, handle = dispatch_case(comm, case)
+    assert (rail_bytes - before).tolist() == between.tolist()
+    comm.dispatch(own.x_TH.to(comm.device), None, previous_handle=handle)
+    rows = rows_for(case, comm.rank, handle)
+    weights = own.weights_TK if case.layout.expanded else None
+    comm.combine(rows, handle, topk_weights=None if weights is None else weights.to(comm.device))
+    assert (rail_bytes - before).tolist() == (3 * between).tolist()
 
 
 def statistics_of_packed_rows(comm: MoECommunicator, case: Case) -> None:

@@ -112,6 +112,7 @@ class _Batch:
             inputs = prepare_inputs(self.comm, cases[0], self.plan, self.clock)
         copies = self.ceilings.moves(self.comm.rank, [item.wire.rows_to for item in inputs])
         rails = self.rail.moves([item.topk_ids_TK for item in inputs])
+        rail_bytes = self.rail.bytes_sent([item.topk_ids_TK for item in inputs])
         moves = [{**of_item, **rail} for of_item, rail in zip(copies, rails, strict=True)]
         gc.collect()
         for case in cases:
@@ -126,6 +127,7 @@ class _Batch:
                 traffic=gather_traffic([item.wire for item in inputs], case, self.clock),
                 ceiling_note=self.ceilings.note,
                 floor=self.ceilings.floor,
+                rail_bytes=rail_bytes,
             )
             yield make_records(case, self.plan, measured) if self.comm.rank == 0 else []
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Measured:
     traffic: Tensor  # `[R, phases, 3]`, see `gather_traffic`
     ceiling_note: str | None  # why there are no "put" and "get"
     floor: Floor | None = None  # of whole calls into prepared outputs
+    rail_bytes: Mapping[str, float] = field(default_factory=dict)  # by phase; several hosts
 
 
 def gather_traffic(wires: Sequence[WireRows], case: Case, clock: Clock) -> Tensor:
@@ -155,7 +156,11 @@ def _rail(name: str, phase: str, measured: Measured, time_us: Summary) -> dict[s
     if name == RECV or ("", parts[0], RAIL) not in measured.times:
         return {}
     rail_us = _compared(measured.times, dict.fromkeys(parts, RAIL))
-    return {"rail_us": rail_us, "rail_ratio": _ratio(rail_us.median, time_us)}
+    return {
+        "rail_us": rail_us,
+        "rail_ratio": _ratio(rail_us.median, time_us),
+        "rail_bytes": round(sum(measured.rail_bytes[part] for part in parts)),
+    }
 
 
 def _parts(phase: str) -> tuple[str, ...]:

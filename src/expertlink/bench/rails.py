@@ -22,7 +22,7 @@ from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
 from expertlink.engines.hybrid.rail import NcclRail, Rail
 from expertlink.engines.hybrid.schedule import chunk_sizes, rows_per_chunk, splits
 from expertlink.engines.hybrid.words import HostWords
-from expertlink.routing import even_blocks
+from expertlink.routing import even_blocks, rows_per_host
 from expertlink.settings import RAIL_CTAS
 
 KIND = "rail"
@@ -45,9 +45,7 @@ def rows_to_hosts(ids_TK: Tensor, case: Case) -> Tensor:
     """`[N]` int64 rows that a rank's tokens send to every host: one per (token, host)."""
     ranks = torch.tensor(even_blocks(case.experts, case.ranks), device=ids_TK.device)
     host_of = torch.cat([ranks * case.hosts // case.ranks, ranks.new_tensor([case.hosts])])
-    chosen = torch.zeros(len(ids_TK), case.hosts + 1, dtype=torch.int64, device=ids_TK.device)
-    chosen.scatter_(1, host_of[ids_TK.long()], 1)  # an id of -1 is the last entry: nobody's
-    return chosen[:, : case.hosts].sum(dim=0)
+    return rows_per_host(host_of[ids_TK.long()], case.hosts)  # an id of -1 is the last entry
 
 
 class RailCeiling:
@@ -119,6 +117,19 @@ class RailCeiling:
                 rail.exchange(*call)
 
         return exchange
+
+    def bytes_sent(self, ids_of_inputs: Sequence[Tensor]) -> dict[str, float]:
+        """By phase, bytes that a rank sends in `moves`, its mean over ranks and inputs. Collective.
+
+        `ids_of_inputs`: `[T, K]` each.
+        """
+        if self._rail is None:
+            return {}
+        mine = torch.stack([rows_of_chunks(ids.cpu(), self._case).sum(0) for ids in ids_of_inputs])
+        mine[:, self._host] = 0
+        rows = self._clock.gather(mine.sum(dim=1)).double().mean().item()
+        # As many rows come back as have been sent.
+        return {phase: rows * self._case.row_bytes(phase) for phase in ("dispatch", "combine")}
 
     def close(self) -> None:
         """Releases the rail. Safe to repeat."""

@@ -198,6 +198,7 @@ class Record(Checked):
     # alternating with the calls; for a pair the sum of both directions.
     rail_us: Summary | None = None
     rail_ratio: float | None = None  # `rail_us` over `time_us`
+    rail_bytes: int | None = None  # that a rank sends to other hosts then, mean over ranks
     max_tokens_per_rank: int | None = None  # T_max of the communicator; None: `tokens`
     calls_per_graph: int | None = None  # in the replayed graph; None: no graph, or one call ("ht")
     num_sms_dispatch: int | None = None  # pair only

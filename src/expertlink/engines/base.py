@@ -45,6 +45,7 @@ class DispatchCall:
             `output_buffer`. Made by this engine for rows like these.
         return_recv_hook: only what sends is launched now; `Dispatched.finish` launches what
             receives.
+        counted: statistics count it; else it is a part of another call.
     """
 
     x_TW: Tensor
@@ -59,6 +60,7 @@ class DispatchCall:
     quantize_to: BlockFormat | None = None
     buffers: DispatchBuffers | None = None
     return_recv_hook: bool = False
+    counted: bool = True
 
 
 @dataclass(eq=False)

@@ -142,7 +142,8 @@ class Returns:
             finish_rows()
             if finish_grads is not None:
                 finish_grads()
-            self._tally.add(outgoing.splits, metadata.row_bytes(call.out_TH))
+            row_bytes = metadata.row_bytes(call.out_TH)
+            self._tally.add(outgoing.splits, row_bytes, route=route, single=self._exact)
 
         return Combined(out_TH=call.out_TH, weight_grads_TK=grads_TK, finish=finish)
 

@@ -100,7 +100,12 @@ class Delivery:
         row_bytes = metadata.row_bytes(call.x_TW)
         if call.scales is not None:
             row_bytes += metadata.row_bytes(call.scales)
-        self._tally.add(route.splits, row_bytes, self._output.num_tokens_per_expert)
+        self._tally.add(
+            route.splits,
+            row_bytes,
+            route=route,
+            tokens_per_expert=self._output.num_tokens_per_expert,
+        )
 
     def _receive_metadata(self) -> Tensor | None:
         """Moves ids and weights that arrived into the route; returns the scales, if any came."""

@@ -66,7 +66,7 @@ class CollectiveEngine:
         self._workspace = Workspace(wire.device)
         self._tally = Tally(
             rank=wire.rank,
-            num_ranks=wire.num_ranks,
+            domains=domains,
             num_local=self._num_local,
             device=wire.device,
         )

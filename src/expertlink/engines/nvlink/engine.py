@@ -124,6 +124,7 @@ class NvlinkEngine:
                 # As much room as the rows of the combine have.
                 output_buffer=rows.new_empty((*route.shape, rows.shape[1])),
                 previous=route,
+                counted=False,
             )
         )
         arrived.finish()

@@ -8,13 +8,20 @@ import torch
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
-from expertlink.engines.base import DispatchCall, Dispatched, nothing_left
+from expertlink.engines.base import (
+    CombineCall,
+    Combined,
+    DispatchCall,
+    Dispatched,
+    nothing_left,
+)
 from expertlink.engines.hybrid.ht import arguments
 from expertlink.engines.hybrid.ht.combine import HybridCombiner
 from expertlink.engines.hybrid.ht.dispatch import HybridDispatcher
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.plan import HybridPlan, hybrid_constants
 from expertlink.engines.hybrid.rail import Rail
+from expertlink.engines.hybrid.tally import RailTally
 from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.arena import Plan
 from expertlink.engines.nvlink.ht.blocks import BlockShape
@@ -27,7 +34,7 @@ from expertlink.engines.outputs import in_scale_order, into_buffers, into_tokens
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import EngineUnavailableError
 from expertlink.routing import Placement
-from expertlink.types import QuantScales
+from expertlink.types import CallStatistics, QuantScales
 
 
 def unavailable_reason(config: MoECommunicatorConfig, domains: Domains) -> str | None:
@@ -113,6 +120,7 @@ class RailHtMode(HtMode):
             "seats": self._seats.data_ptr(),
             "ranks": self._ranks.data_ptr(),
         }
+        self._rail_tally = RailTally(self._placement, self._domains, rank=self._wire.rank)
         messages = Messages(plan, rail=self._rail, device=device)
         dispatcher = HybridDispatcher(
             config,
@@ -185,6 +193,8 @@ class RailHtMode(HtMode):
         else:
             output, fill = into_buffers(call.buffers, output)
             fill()
+        if call.counted:
+            self._rail_tally.add_dispatch(route.ids(), output)
         return Dispatched(
             output=output,
             state=route,
@@ -192,6 +202,16 @@ class RailHtMode(HtMode):
             call=self._wire.call,
             topk_ids_TK=route.ids_TK,
         )
+
+    def combine(self, call: CombineCall) -> Combined:
+        """Queues a combine."""
+        combined = super().combine(call)
+        self._rail_tally.add_combine(as_route(call.state).ids(), combined.out_TH)
+        return combined
+
+    def enable_statistics(self) -> CallStatistics:
+        """Counts calls from now on; returns the same tensors every time."""
+        return self._rail_tally.enable(super().enable_statistics())
 
 
 def seats_of(domains: Domains) -> list[int]:

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
-from expertlink.engines.base import DispatchCall
+from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.hybrid.ll.arguments import PACK, SUM
 from expertlink.engines.hybrid.ll.combine import RailCombiner
 from expertlink.engines.hybrid.ll.dispatch import RailDispatcher
 from expertlink.engines.hybrid.ll.memory import Messages, message_regions
 from expertlink.engines.hybrid.rail import Rail
+from expertlink.engines.hybrid.tally import RailTally
 from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.launch import KernelName, KernelSource, Program, Run
 from expertlink.engines.nvlink.ll import arguments
@@ -23,6 +24,7 @@ from expertlink.engines.nvlink.ll.plan import LlPlan, constants_of
 from expertlink.engines.nvlink.ll.plan import unavailable_reason as unavailable_on_a_host
 from expertlink.engines.nvlink.mode import Memory
 from expertlink.engines.nvlink.shared import LOCATION_STRIDE
+from expertlink.engines.nvlink.tables import as_route
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError
 from expertlink.routing import Placement
@@ -58,6 +60,7 @@ class RailLlMode(LlMode):
         max_warps: int | None = None,
     ) -> None:
         self._domains = domains
+        self._rail_tally = RailTally(placement, domains, rank=wire.rank)
         device = memory.arena.device
         self._messages = Messages(config, domains=domains, rank=wire.rank, rail=rail, device=device)
         self._rank_of_expert = placement.rank_of_E[:-1].to(torch.int32)
@@ -142,6 +145,19 @@ class RailLlMode(LlMode):
 
     # -- calls ------------------------------------------------------------------------------------
 
+    def dispatch(self, call: DispatchCall, number: int) -> Dispatched:
+        """As `LlMode.dispatch`."""
+        dispatched = super().dispatch(call, number)
+        if call.counted:
+            self._rail_tally.add_dispatch(as_route(dispatched.state).ids(), dispatched.output)
+        return dispatched
+
+    def combine(self, call: CombineCall) -> Combined:
+        """As `LlMode.combine`."""
+        combined = super().combine(call)
+        self._rail_tally.add_combine(as_route(call.state).ids(), combined.out_TH)
+        return combined
+
     def check(self, call: DispatchCall) -> None:
         """Raises InputError where the kernels cannot move such rows."""
         dispatcher = self._dispatcher
@@ -164,7 +180,7 @@ class RailLlMode(LlMode):
 
     def enable_statistics(self) -> CallStatistics:
         """Counts calls from now on; returns the same tensors every time."""
-        counted = super().enable_statistics()
+        counted = self._rail_tally.enable(super().enable_statistics())
         dispatcher = self._dispatcher
         assert isinstance(dispatcher, RailDispatcher)
         # What this rank sends is counted before it crosses the rail.
