@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import BlockFormat, DispatchLayout
-from support import decode, emulator, jobs, payloads
+from expertlink import BlockFormat, DispatchLayout, MoECommunicator
+from expertlink.engines.hybrid.rail import CopyRail, Marked
+from expertlink.engines.hybrid.words import Mark, Marks
+from support import decode, emulator, hosted_hosts, jobs, payloads
 from support.cases import Shape
 from support.depth import deep
 from support.hosted import fleet_of, run_cases, run_hosted
 from support.hosted_hosts import hosts_fleet_of
-from support.oracle import Case
+from support.oracle import Case, inputs_of
 
 pytestmark = emulator.needs_compiler()
 SMS = {"num_sms_dispatch": 2, "num_sms_combine": 2}
@@ -82,13 +84,52 @@ def test_rows_quantized_on_the_way(number: int) -> None:
     run_cases(fleet, payloads.quantized, [case])
 
 
+class MarkedRail(CopyRail):
+    """Counts steps as a watched rail does, and looks at the words when rows move."""
+
+    def __init__(self, *connection: Any) -> None:
+        super().__init__(*connection)
+        self.counters, self.words = (torch.zeros(2, dtype=torch.int32) for _ in range(2))
+        at = [Mark(self.counters[i:].data_ptr(), self.words[i:].data_ptr()) for i in range(2)]
+        self.steps, self.marks = 0, Marks(*at)
+
+    def exchange(self, *move: Any, marked: Marked = Marked.NOT, **options: Any) -> None:
+        for index, mark in enumerate((Marked.BEGUN, Marked.DONE)):
+            if not marked & mark:
+                self.counters[index] += 1
+                self.words[index] = self.counters[index]
+            if mark is Marked.BEGUN:
+                assert self.words.tolist() == [self.steps + 1, self.steps]
+                super().exchange(*move, **options)
+        self.steps += 1
+        if marked & Marked.DONE:
+            assert self.words.tolist() == [self.steps, self.steps - 1]
+
+
+def marks_of_calls(comm: MoECommunicator, case: Case) -> None:
+    """Whole calls, and halves, whose hook may come late: when it does, no step is open."""
+    mode: Any = comm._engine._mode  # type: ignore[union-attr]
+    rail = mode._messages._rail
+    _, handle = jobs.dispatch_case(comm, case)
+    assert rail.words.tolist() == [rail.steps] * 2
+    comm.combine(jobs.rows_for(case, comm.rank, handle), handle)
+    assert rail.words.tolist() == rail.counters.tolist() == [rail.steps] * 2
+    own = inputs_of(case, comm.rank)
+    out = comm.dispatch(own.x_TH, own.ids_TK, own.weights_TK, return_recv_hook=True)
+    assert rail.words.tolist() == [rail.steps] * 2
+    out[-1]()
+    assert rail.words.tolist() == [rail.steps] * 2
+
+
 @pytest.mark.parametrize("number", range(deep(1)))
 @pytest.mark.parametrize("mode", ["ht", "ll"])
-def test_several_hosts(mode: str, number: int) -> None:
+def test_several_hosts(mode: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosted_hosts, "CopyRail", MarkedRail)
     layout = layout_of(number + (2 if mode == "ll" else 1))
     cases = drawn(number, layout, HOSTS[number % len(HOSTS)])
     chunk_rows = 5 if mode == "ht" else None
     fleet = hosts_fleet_of(cases[0], mode=mode, chunk_rows=chunk_rows, warps=3, **SMS)
     run_hosted(fleet, jobs.contracts, cases)
     if mode == "ll":
+        run_cases(fleet, marks_of_calls, cases)
         run_cases(fleet, decode.rail_statistics, cases)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from expertlink.domains import Domains
-from expertlink.engines.hybrid.rail import Rail, RailError
+from expertlink.engines.hybrid.rail import Marked, Rail, RailError
 from expertlink.engines.hybrid.words import RANGE, Words
 from expertlink.engines.ranks.status import StatusStore
 from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
@@ -371,11 +371,11 @@ class WatchedRail:
         rail: moves the rows.
         words: counts its steps.
         monitor: watches the words.
-        counts: False where the kernels before and after a step count it themselves.
     """
 
-    def __init__(self, rail: Rail, *, words: Words, monitor: Monitor, counts: bool = True) -> None:
-        self._rail, self._words, self._monitor, self._counts = rail, words, monitor, counts
+    def __init__(self, rail: Rail, *, words: Words, monitor: Monitor) -> None:
+        self._rail, self._words, self._monitor = rail, words, monitor
+        self.marks = words.marks
         self.index, self.size = rail.index, rail.size
         self.capturable = rail.capturable
         self.exact_sizes_in_graphs = rail.exact_sizes_in_graphs
@@ -395,6 +395,8 @@ class WatchedRail:
         send_rows: Sequence[int],
         receive_rows: Sequence[int],
         stream: torch.cuda.Stream | None = None,
+        *,
+        marked: Marked = Marked.NOT,
     ) -> None:
         """See `Rail`.
 
@@ -402,18 +404,25 @@ class WatchedRail:
             PeerTimeoutError, AbortError, ClosedError: as `Monitor.check`.
         """
         self._step(
-            lambda: self._rail.exchange(send, receive, send_rows, receive_rows, stream), stream
+            lambda: self._rail.exchange(send, receive, send_rows, receive_rows, stream),
+            stream,
+            marked,
         )
 
-    def _step(self, move: Callable[[], None], stream: torch.cuda.Stream | None) -> None:
+    def _step(
+        self,
+        move: Callable[[], None],
+        stream: torch.cuda.Stream | None,
+        marked: Marked = Marked.NOT,
+    ) -> None:
         self._monitor.check()
-        if self._counts:
+        if not marked & Marked.BEGUN:
             self._words.begin(stream)
         try:
             move()
         except RailError as error:
             raise self._monitor.lost(error) from error
-        if self._counts:
+        if not marked & Marked.DONE:
             self._words.end(stream)
 
     def abort(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import enum
 import logging
 import os
 import threading
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from expertlink.engines.hybrid import ending
+from expertlink.engines.hybrid.words import Marks
 from expertlink.engines.nvlink.capture import is_capturing
 
 logger = logging.getLogger("expertlink")
@@ -55,6 +57,16 @@ class RailError(RuntimeError):
     """Rows do not arrive: a connection is lost, or the rail was aborted."""
 
 
+class Marked(enum.Flag):
+    """What kernels beside a step of the rail say of it, so that the rail does not."""
+
+    NOT = 0
+    BEGUN = enum.auto()
+    """The kernel before it, which waits for no rank, says that it has begun."""
+    DONE = enum.auto()
+    """The kernel behind it, which is launched at once, says that it is done."""
+
+
 class Rail(Protocol):
     """One rail, as one of its ranks sees it. Calls are collective over the rail, in one order.
 
@@ -64,7 +76,12 @@ class Rail(Protocol):
         capturable: calls can be captured in CUDA graphs.
         exact_sizes_in_graphs: a replay moves as many rows as there are then. False: as many as
             there were in the capture.
+        marks: for kernels that say themselves that steps have begun, or are done; None: nobody
+            counts steps.
     """
+
+    @property
+    def marks(self) -> Marks | None: ...
 
     @property
     def index(self) -> int: ...
@@ -98,6 +115,8 @@ class Rail(Protocol):
         send_rows: Sequence[int],
         receive_rows: Sequence[int],
         stream: torch.cuda.Stream | None = None,
+        *,
+        marked: Marked = Marked.NOT,
     ) -> None:
         """Sends rows to every other rank of the rail, and receives theirs.
 
@@ -110,6 +129,7 @@ class Rail(Protocol):
             receive_rows: `[N]` rows from each; what rank b receives from a is what a sends to b.
             stream: CUDA stream on which it happens; None: the current one. Both tensors are in use
                 until the stream has got that far. CPU: ignored, it has happened on return.
+            marked: which of the `marks` kernels write.
 
         Raises:
             RailError: on CPUs, where the call waits.
@@ -140,6 +160,7 @@ class NcclRail:
     """
 
     exact_sizes_in_graphs = False
+    marks = None
 
     def __init__(self, backend: Any, *, device: torch.device) -> None:
         self.index: int = backend.rank()
@@ -211,6 +232,8 @@ class NcclRail:
         send_rows: Sequence[int],
         receive_rows: Sequence[int],
         stream: torch.cuda.Stream | None = None,
+        *,
+        marked: Marked = Marked.NOT,
     ) -> None:
         """See `Rail`."""
         assert send_rows[self.index] == receive_rows[self.index] == 0
@@ -318,6 +341,7 @@ class CopyRail:
 
     capturable = False
     exact_sizes_in_graphs = False
+    marks = None
 
     def __init__(self, index: int, meeting: _Meeting) -> None:
         self.index, self.size = index, meeting.size
@@ -342,6 +366,8 @@ class CopyRail:
         send_rows: Sequence[int],
         receive_rows: Sequence[int],
         stream: torch.cuda.Stream | None = None,
+        *,
+        marked: Marked = Marked.NOT,
     ) -> None:
         """See `Rail`."""
         assert send_rows[self.index] == receive_rows[self.index] == 0

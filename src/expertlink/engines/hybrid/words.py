@@ -8,7 +8,7 @@ other kernels can write them themselves, with kernels/hybrid/rail_words.cuh.
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -38,7 +38,14 @@ _abandoned: list[torch.Tensor] = []
 
 
 class Words(Protocol):
-    """Counts the steps of one rail."""
+    """Counts the steps of one rail.
+
+    Attributes:
+        marks: for kernels that count steps themselves; None: none can.
+    """
+
+    @property
+    def marks(self) -> Marks | None: ...
 
     def begin(self, stream: torch.cuda.Stream | None = None) -> None:
         """One more step begins, in the order of the stream; None: the current one."""
@@ -57,8 +64,24 @@ class Words(Protocol):
         ...
 
 
+class Mark(NamedTuple):
+    """Addresses that a kernel passes to `count_step` in kernels/hybrid/rail_words.cuh."""
+
+    counter: int
+    word: int
+
+
+class Marks(NamedTuple):
+    """What kernels need to write the words themselves."""
+
+    begun: Mark
+    done: Mark
+
+
 class HostWords:
     """Words of ranks whose calls wait on the host."""
+
+    marks = None
 
     def __init__(self) -> None:
         self._begun = self._done = 0
@@ -87,6 +110,7 @@ class DeviceWords:
         address: of the `RailWords` in host memory.
         counters: `[2]` int32 on the GPU: steps begun, steps done. Whoever raises one stores it into
             its word.
+        marks: where both are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -102,10 +126,13 @@ class DeviceWords:
         )
         self._kernel = load_kernel(device, compiled)
         counter = self.counters.data_ptr()
-        self._begin, self._end = (
-            ARGUMENTS.new(counter=counter + 4 * index, word=self.address + RAIL_WORDS.offset(name))
-            for index, name in enumerate(("begun", "done"))
+        self.marks = Marks(
+            *(
+                Mark(counter + 4 * index, self.address + RAIL_WORDS.offset(name))
+                for index, name in enumerate(("begun", "done"))
+            )
         )
+        self._begin, self._end = (ARGUMENTS.new(**mark._asdict()) for mark in self.marks)
         self._forget = weakref.finalize(self, _abandoned.append, self._pinned)
         self._forget.atexit = False
 

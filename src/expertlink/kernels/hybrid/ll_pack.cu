@@ -5,6 +5,7 @@
 // the rank does not have. Rows are written for the hosts that they go to. The own host's message
 // goes to where the others are received.
 
+#include "hybrid/rail_words.cuh"
 #include "ll/send.cuh"
 
 namespace ll {
@@ -40,7 +41,10 @@ __device__ __forceinline__ void write_headers(const PackArguments& a) {
         said[kMessageOverflowRows] = load_relaxed_system(&a.state->overflow_rows);
         said[kMessageRoom] = load_relaxed_system(&a.state->overflow_room);
     }
-    if (threadIdx.x % 32 == 0) atomicAdd(a.under_way, 1u);
+    if (threadIdx.x % 32 != 0) return;
+    atomicAdd(a.under_way, 1u);
+    // Nothing between here and the rail waits for a rank.
+    if (a.mark_counter != nullptr) count_step(a.mark_counter, a.mark_word);
 }
 
 // Ids and weights, to all messages, and the handle's copies. All threads.

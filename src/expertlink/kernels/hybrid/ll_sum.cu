@@ -3,6 +3,7 @@
 // Every host has sent a message with its sum of each token; that of the own host is where it was
 // made. A host without experts of a token is left out, as in reduction.py.
 
+#include "hybrid/rail_words.cuh"
 #include "ll/returns.cuh"
 
 namespace ll {
@@ -19,6 +20,7 @@ __device__ __forceinline__ int message_of_choice(const SumArguments& a, int toke
 
 // Checks that all messages are of this call. One warp.
 __device__ __forceinline__ void check_messages(const SumArguments& a) {
+    if (threadIdx.x % 32 == 0 && a.mark_counter != nullptr) count_step(a.mark_counter, a.mark_word);
     const unsigned* const own = reinterpret_cast<const unsigned*>(a.own);
     bool same = true;
 #pragma unroll 1

@@ -4,6 +4,7 @@
 // ranks as soon as the block has counted. The others publish counts and metadata, and receive
 // counts. Then all of them place what comes. A warp publishes and sends before it waits for others.
 
+#include "hybrid/rail_words.cuh"
 #include "ll/place.cuh"
 #include "ll/roles.cuh"
 
@@ -55,7 +56,12 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
         if (!roles.sends()) item.load(a);
         sender.load(a, sender.now, sender.part);
     };
-    if (!begin_call(a, call, prepare, loads)) return;
+    const bool goes_on = begin_call(a, call, prepare, loads);
+    // The rail has come to its end, also where a failure is known: the host must not blame it.
+    if constexpr (kSpansHosts)
+        if (blockIdx.x == 0 && threadIdx.x == 0 && a.mark_counter != nullptr)
+            count_step(a.mark_counter, a.mark_word);
+    if (!goes_on) return;
     if (roles.publishes_progress()) {
         publish_progress(a, call);
         if constexpr (kSpansHosts) take_messages(a, call);

@@ -18,6 +18,8 @@ _COMMON = (
     Field("const void*", "ids", "[T, K] global expert ids"),
     Field("unsigned*", "under_way", "calls whose messages are in this memory"),
     Field("long long", "message_bytes", "bytes from one message to the next"),
+    Field("unsigned*", "mark_counter", "rail steps begun (pack) or done (sum_hosts), or null"),
+    Field("unsigned*", "mark_word", "the same for the host"),
     Field("long long", "rows_at", "of the rows in a message"),
 )
 

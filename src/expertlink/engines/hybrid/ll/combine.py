@@ -18,6 +18,7 @@ from expertlink.engines.hybrid.ll.arguments import SUM
 from expertlink.engines.hybrid.ll.memory import Messages
 from expertlink.engines.hybrid.ll.messages import CombineMessage
 from expertlink.engines.hybrid.ll.tables import RailRoute
+from expertlink.engines.hybrid.rail import Marked
 from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.launch import KernelName, Launch, Run
 from expertlink.engines.nvlink.ll.arena import LlArena
@@ -151,8 +152,14 @@ class RailCombiner(LlCombiner):
         a.messages, a.message_bytes, a.under_way = sent, size, at.under_way.data_ptr()
         a.out, a.grads_out = sent + layout.rows_at, sent + layout.grads_at
         self._launch.launch_whole(KernelName.COMBINE, a, flags, num_sms)
-        messages.exchange(at, size)
+        # ll::combine waits for ranks of the host, so it does not say that the rail's step begins.
         s = self._sum.copy() if halves else self._sum
+        s.mark_counter = s.mark_word = None
+        marked, marks = Marked.NOT, messages.marks
+        if marks is not None and not halves:  # else the last kernel may be launched much later
+            marked = Marked.DONE
+            s.mark_counter, s.mark_word = marks.done
+        messages.exchange(at, size, marked)
         wide = route.ids().dtype is torch.int64
         s.flags, s.operation = (_WIDE_IDS if wide else 0) | (flags & _GRADS), a.operation
         s.num_tokens, s.row_bytes, s.ids = route.num_tokens, a.row_bytes, route.ids().data_ptr()

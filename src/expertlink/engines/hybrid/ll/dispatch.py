@@ -17,6 +17,7 @@ from expertlink.engines.hybrid.ll.arguments import PACK
 from expertlink.engines.hybrid.ll.memory import Messages, MessageSet
 from expertlink.engines.hybrid.ll.messages import DispatchMessage
 from expertlink.engines.hybrid.ll.tables import RailRoute, RailTableLayout
+from expertlink.engines.hybrid.rail import Marked
 from expertlink.engines.nvlink import tuning
 from expertlink.engines.nvlink.launch import KernelName, Launch, Run
 from expertlink.engines.nvlink.ll.arena import LlArena
@@ -84,6 +85,8 @@ class RailDispatcher(LlDispatcher):
             rank=messages.local,
             rank_of_expert=rank_of_expert.data_ptr(),
         )
+        if messages.marks is not None:
+            self.pack.mark_counter, self.pack.mark_word = messages.marks.begun
 
     def bound_of(self, call: DispatchCall) -> int:
         """B: tokens that every rank sends in a dispatch."""
@@ -122,7 +125,13 @@ class RailDispatcher(LlDispatcher):
         a.origin = route.origin
         flags = (_ALONE if self._in_use[0] > 1 else 0) | (_NEW_WEIGHTS if weighted else 0)
         at = self._pack(
-            a, route, ids, weights, call.num_sms, quantizes=call.quantize_to is not None
+            a,
+            route,
+            ids,
+            weights,
+            call.num_sms,
+            quantizes=call.quantize_to is not None,
+            halves=call.return_recv_hook,
         )
         if call.return_recv_hook:
             a = a.copy()  # the next call changes the arguments
@@ -154,7 +163,7 @@ class RailDispatcher(LlDispatcher):
         a, output, route = self._open(call, ids, weighted=False)
         self._name_rows(a, call, output, weighted=False)
         a.signature, a.communicator, a.subject, a.origin = REFUSED, self._number, None, route.origin
-        self._pack(a, route, ids, None, None, quantizes=False)
+        self._pack(a, route, ids, None, None, quantizes=False, halves=False)
         flags = _ALONE if self._in_use[0] > 1 else 0
         self._launch.launch_whole(KernelName.DISPATCH, a, flags, None)
 
@@ -169,6 +178,7 @@ class RailDispatcher(LlDispatcher):
         num_sms: int | None,
         *,
         quantizes: bool,
+        halves: bool,
     ) -> MessageSet:
         """Queues the messages; afterwards `a` reads what has been received instead of the input."""
         messages, config, p = self._messages, self._config, self.pack
@@ -197,7 +207,14 @@ class RailDispatcher(LlDispatcher):
         blocks = self.most_blocks(num_sms)
         launch = Launch(blocks, 32 * self._warps, shared_bytes=0, follows=True, local=True)
         self._run(KernelName.PACK_QUANTIZED if quantizes else KernelName.PACK, p, launch)
-        messages.exchange(at, layout.nbytes)
+        a.mark_counter = a.mark_word = None
+        marked, marks = Marked.NOT, messages.marks
+        if marks is not None:
+            marked = Marked.BEGUN
+            if not halves:  # else the kernel behind the rail may be launched much later
+                marked |= Marked.DONE
+                a.mark_counter, a.mark_word = marks.done
+        messages.exchange(at, layout.nbytes, marked)
         a.num_tokens, a.bound = messages.num_hosts * bound, bound
         a.messages, a.message_bytes = received, layout.nbytes
         a.under_way = at.under_way.data_ptr()

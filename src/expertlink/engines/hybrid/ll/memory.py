@@ -10,7 +10,7 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
 from expertlink.engines.hybrid.ll.messages import most_bytes
-from expertlink.engines.hybrid.rail import Rail
+from expertlink.engines.hybrid.rail import Marked, Rail
 from expertlink.engines.nvlink import tuning
 
 SETS = tuning.LL_CALLS_IN_FLIGHT
@@ -54,6 +54,7 @@ class Messages:
     Attributes:
         host, local: this rank's host, and its index there.
         num_hosts: N.
+        marks: as `Rail.marks`.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Messages:
         self.host, self.local = domains.host_of[rank], domains.local_of(rank)
         self.num_hosts = domains.num_hosts
         assert (rail.index, rail.size) == (self.host, self.num_hosts)
-        self._rail, self._next = rail, 0
+        self._rail, self._next, self.marks = rail, 0, rail.marks
         self._rows = [int(host != self.host) for host in range(self.num_hosts)]
         size = self.num_hosts * most_bytes(config)
         memory = torch.zeros((SETS, 2, size), dtype=torch.uint8, device=device)
@@ -83,8 +84,11 @@ class Messages:
         self._next = (self._next + 1) % SETS
         return self._sets[self._next]
 
-    def exchange(self, at: MessageSet, nbytes: int) -> None:
-        """Queues the exchange of messages of so many bytes on the current stream."""
+    def exchange(self, at: MessageSet, nbytes: int, marked: Marked) -> None:
+        """Queues the exchange of messages of so many bytes on the current stream.
+
+        `marked`: as `Rail.exchange`.
+        """
         views = at.views.get(nbytes)
         if views is None:
             shape = self.num_hosts - 1, nbytes
@@ -92,4 +96,4 @@ class Messages:
                 memory[: shape[0] * nbytes].view(shape) for memory in (at.send, at.receive)
             )
             views = at.views[nbytes] = send, receive
-        self._rail.exchange(*views, self._rows, self._rows)
+        self._rail.exchange(*views, self._rows, self._rows, marked=marked)

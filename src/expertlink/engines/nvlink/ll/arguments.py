@@ -113,6 +113,8 @@ _RAIL = (
     Field("long long", "message_bytes", "several hosts: bytes from one message to the next"),
     Field("char*", "messages", "[N] several hosts: received, or to be sent; the own host's last"),
     Field("unsigned*", "under_way", "several hosts: calls whose messages are in this memory"),
+    Field("unsigned*", "mark_counter", "several hosts, dispatch: rail steps done, or null"),
+    Field("unsigned*", "mark_word", "several hosts, dispatch: the same for the host"),
 )
 
 DISPATCH = Struct(
