@@ -201,6 +201,20 @@ def bench(
         bool,
         typer.Option("--host-time", help="Measure what the host does in calls instead."),
     ] = False,
+    backward: Annotated[
+        bool,
+        typer.Option("--backward", help="Measure forward and backward of weighted pairs instead."),
+    ] = False,
+    drop_in: Annotated[
+        bool,
+        typer.Option("--drop-in", help="Measure the calls of the drop-in for deep_ep instead."),
+    ] = False,
+    interface: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Those calls: normal, low_latency, elastic. Default: all."
+        ),
+    ] = None,
     gemm: Annotated[
         str | None,
         typer.Option(metavar="M,N,K", help="That product. CPU: 256,512,512; GPU: 8192,4096,7168."),
@@ -285,6 +299,9 @@ def bench(
         grid=grid,
         overlap=overlap,
         host_time=host_time,
+        backward=backward,
+        drop_in=drop_in,
+        interface=interface,
         gemm=gemm,
         layer=layer,
         model=model,

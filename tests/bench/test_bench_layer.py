@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from conftest import RankPools
 from expertlink.bench.cases import Plan
 from expertlink.bench.inputs import WrongResultError
-from expertlink.bench.layer import LAYER_PHASES, LayerRecord, measure_layers
+from expertlink.bench.layer import measure_layers
 from expertlink.bench.layer_cases import LayerCase
 from expertlink.bench.layer_model import (
     MODELS,
@@ -29,6 +29,7 @@ from expertlink.bench.layer_model import (
     in_turn,
 )
 from expertlink.bench.layer_plots import draw_exposed, draw_timeline
+from expertlink.bench.layer_record import LAYER_PHASES, LayerRecord
 from expertlink.bench.layer_turns import calls_alone, limited_products
 from expertlink.bench.records import RecordError, latest, read_records, write_records
 from expertlink.cli import app

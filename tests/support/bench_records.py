@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from expertlink.bench.cases import Case
-from expertlink.bench.layer import LayerRecord
+from expertlink.bench.layer_record import LayerRecord
 from expertlink.bench.records import Environment, Record, Summary
 
 

@@ -14,9 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from expertlink.bench.host_time import HostTimeRecord, measure_host_times
-from expertlink.bench.layer import LayerRecord, measure_layers
+from expertlink.bench.backward import build_backward_cases, measure_backward
+from expertlink.bench.cases import Case
+from expertlink.bench.drop_in import measure_drop_in
+from expertlink.bench.drop_in_cases import build_drop_in_cases
+from expertlink.bench.host_time import measure_host_times
+from expertlink.bench.layer import measure_layers
 from expertlink.bench.layer_cases import build_layer_cases
+from expertlink.bench.layer_record import LayerRecord
 from expertlink.bench.measure import measure_batch
 from expertlink.bench.options import (
     BenchOptions,
@@ -27,16 +32,12 @@ from expertlink.bench.options import (
     rail_of,
     under_torchrun,
 )
-from expertlink.bench.overlap import OverlapRecord, measure_overlaps
+from expertlink.bench.overlap import measure_overlaps
 from expertlink.bench.rails import rail_environment
 from expertlink.bench.records import Record, latest, read_records, write_records
 from expertlink.bench.runner import CaseResult, Job, Measure, run_on_own_ranks, run_under_torchrun
-from expertlink.bench.terminal import (
-    print_host_times,
-    print_layers,
-    print_overlaps,
-    print_records,
-)
+from expertlink.bench.tables import LISTINGS
+from expertlink.bench.terminal import print_listing, print_records
 from expertlink.errors import ConfigurationError, ExpertlinkError
 from expertlink.files import reason, try_folder
 from expertlink.launch import RankContext, torchrun_context
@@ -67,14 +68,7 @@ def run_bench(options: BenchOptions, console: Console) -> int:
 
 def _run_bench(options: BenchOptions, context: RankContext | None, console: Console) -> int:
     device, ranks = device_and_ranks(options, context)
-    measure: Measure = measure_overlaps if options.overlap else measure_batch
-    if options.host_time:
-        measure = measure_host_times
-    if options.layer:
-        hosts_of(options, ranks)  # refuses several
-        measure, cases = measure_layers, build_layer_cases(options, device=device, ranks=ranks)
-    else:
-        cases = build_cases(options, device=device, ranks=ranks)
+    measure, cases = _what_to_measure(options, device, ranks)
     plan = make_plan(options, device)
     _check_out(options, context)
     job = Job(cases=cases, plan=plan, measure=measure)
@@ -83,9 +77,9 @@ def _run_bench(options: BenchOptions, context: RankContext | None, console: Cons
     finally:  # also where the file of the records is full: what was measured until then
         records = [record for result in job.results for record in result.records]
         print_records([one for one in records if isinstance(one, Record)], console)
-        print_overlaps([one for one in records if isinstance(one, OverlapRecord)], console)
-        print_host_times([one for one in records if isinstance(one, HostTimeRecord)], console)
-        print_layers([one for one in records if isinstance(one, LayerRecord)], console)
+        for listing in LISTINGS:
+            of_kind = [one for one in records if isinstance(one, listing.record)]
+            print_listing(listing, of_kind, console)
     if records and options.out is not None:
         console.print(f"{len(records)} records in {escape(str(options.out))}", soft_wrap=True)
     failed = [result for result in job.results if result.error is not None]
@@ -95,6 +89,29 @@ def _run_bench(options: BenchOptions, context: RankContext | None, console: Cons
         if options.verbose and result.details:
             console.print(result.details, markup=False, highlight=False, soft_wrap=True)
     return FAILED if failed else OK
+
+
+def _what_to_measure(
+    options: BenchOptions, device: str, ranks: int
+) -> tuple[Measure, Sequence[Case]]:
+    """The cases of the options, and what measures them."""
+    kinds = ("layer", "drop_in", "backward", "overlap", "host_time")
+    wanted = [name for name in kinds if getattr(options, name)]
+    if len(wanted) > 1:
+        flags = (f"--{name.replace('_', '-')}" for name in wanted)
+        raise ConfigurationError(f"either {' or '.join(flags)}")
+    if options.layer or options.drop_in:
+        hosts_of(options, ranks)  # refuses several
+    if options.layer:
+        return measure_layers, build_layer_cases(options, device=device, ranks=ranks)
+    if options.drop_in:
+        return measure_drop_in, build_drop_in_cases(options, device=device, ranks=ranks)
+    if options.backward:
+        return measure_backward, build_backward_cases(options, device=device, ranks=ranks)
+    cases = build_cases(options, device=device, ranks=ranks)
+    if options.overlap:
+        return measure_overlaps, cases
+    return (measure_host_times if options.host_time else measure_batch), cases
 
 
 def _pretend_hosts(options: BenchOptions) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -25,6 +25,7 @@ from expertlink.bench.environment import describe_environment
 from expertlink.bench.inputs import Input, prepare_inputs
 from expertlink.bench.measure import no_garbage_collection, open_communicator
 from expertlink.bench.records import Checked, Environment, Summary, summarize
+from expertlink.bench.stopwatch import Stopwatch
 from expertlink.communicator import MoECommunicator
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.jit.kernel import Kernel
@@ -33,7 +34,6 @@ from expertlink.launch import RankContext
 PHASES = ("dispatch", "combine")
 OUTPUTS = ("own", "prepared", "tracked")
 _IN_A_ROW = 20  # pairs without a host wait: their launches fit into the GPU's queue
-_CALIBRATIONS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,50 +62,10 @@ class HostTimeRecord(Checked):
     command: str
 
 
-class _Stopwatch:
-    """Adds up how long functions take."""
-
-    def __init__(self) -> None:
-        self.spent = 0.0
-        self._idle = 0.0
-        begin = time.perf_counter()
-        for _ in range(_CALIBRATIONS):
-            self.take(begin)
-        self._idle = (time.perf_counter() - begin) / _CALIBRATIONS
-        self.spent = 0.0
-
-    def take(self, begin: float) -> None:
-        """Ends what began then."""
-        self.spent += time.perf_counter() - begin - self._idle
-
-    def read(self) -> float:
-        """Seconds since the last reading, not negative."""
-        spent, self.spent = self.spent, 0.0
-        return max(spent, 0.0)
-
-    @contextmanager
-    def around(self, owner: type, name: str) -> Iterator[None]:
-        """Runs in every call of a method of a class."""
-        method = getattr(owner, name)
-
-        def timed(*args: Any, **options: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return method(*args, **options)
-            finally:
-                self.take(begin)
-
-        setattr(owner, name, timed)
-        try:
-            yield
-        finally:
-            setattr(owner, name, method)
-
-
 class _TorchTime(TorchFunctionMode):
     """Runs a stopwatch in every operation of torch."""
 
-    def __init__(self, watch: _Stopwatch) -> None:
+    def __init__(self, watch: Stopwatch) -> None:
         super().__init__()
         self._watch = watch
 
@@ -154,7 +114,7 @@ def _measure(
     comm: MoECommunicator, case: Case, plan: Plan, clock: Clock, item: Input, outputs: str
 ) -> list[HostTimeRecord]:
     dispatch, combine = _calls(comm, case, item, outputs)
-    launches, waits, operations = _Stopwatch(), _Stopwatch(), _Stopwatch()
+    launches, waits, operations = Stopwatch(), Stopwatch(), Stopwatch()
     with torch.set_grad_enabled(outputs == "tracked"):
         plain = _loop(dispatch, combine, plan, clock)
         with ExitStack() as stack:
@@ -234,7 +194,7 @@ def _loop(
     combine: Callable[[Any], Any],
     plan: Plan,
     clock: Clock,
-    *watches: _Stopwatch,
+    *watches: Stopwatch,
 ) -> dict[str, list[list[float]]]:
     """By phase and iteration: the call's time, and those of the watches, in microseconds."""
     found: dict[str, list[list[float]]] = {phase: [] for phase in PHASES}

@@ -114,10 +114,17 @@ def agree_on_results(problem: str | None, clock: Clock) -> None:
         raise WrongResultError(problem or f"wrong results on ranks {ranks}, not on this one")
 
 
-def _prepare_one(
-    comm: MoECommunicator, case: Case, seed: int, index: int, device: torch.device
-) -> tuple[Input, str | None]:
-    """The input of that number, and what is wrong with its result."""
+@dataclass(frozen=True)
+class Drawn:
+    """What a rank has before a call."""
+
+    x_TH: Tensor  # tokens of the configured element type
+    topk_ids_TK: Tensor
+    topk_weights_TK: Tensor
+
+
+def draw_input(case: Case, seed: int, index: int, *, rank: int, device: torch.device) -> Drawn:
+    """The input of that number."""
     counts = draw_token_counts(
         ranks=case.ranks, tokens=case.tokens, uneven=case.uneven, seed=seed + index
     )
@@ -129,11 +136,23 @@ def _prepare_one(
         seed=seed,
         trace=case.trace,
         index=index,
-    )[comm.rank]
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index * case.ranks + comm.rank)
-    x_TH = torch.randn(counts[comm.rank], case.hidden, generator=generator)
-    x_TH = x_TH.to(case.torch_dtype).to(device)
-    ids_TK, weights_TK = routing.topk_ids_TK.to(device), routing.topk_weights_TK.to(device)
+    )[rank]
+    # On the device: a CPU takes seconds for the rows of large cases.
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index * case.ranks + rank)
+    x_TH = torch.randn(counts[rank], case.hidden, generator=generator, device=device)
+    return Drawn(
+        x_TH.to(case.torch_dtype),
+        routing.topk_ids_TK.to(device),
+        routing.topk_weights_TK.to(device),
+    )
+
+
+def _prepare_one(
+    comm: MoECommunicator, case: Case, seed: int, index: int, device: torch.device
+) -> tuple[Input, str | None]:
+    """The input of that number, and what is wrong with its result."""
+    drawn = draw_input(case, seed, index, rank=comm.rank, device=device)
+    x_TH, ids_TK, weights_TK = drawn.x_TH, drawn.topk_ids_TK, drawn.topk_weights_TK
     dtype, block_format = case.torch_dtype, case.block_format
 
     # In training and prefill models quantize in the kernel that makes the rows, so it is not part

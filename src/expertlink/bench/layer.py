@@ -24,7 +24,7 @@ from expertlink.bench.ceilings import Ceilings, Floor
 from expertlink.bench.clock import Clock, capture
 from expertlink.bench.environment import describe_environment
 from expertlink.bench.inputs import WireRows, agree_on_results
-from expertlink.bench.layer_cases import LAYER_VARIANTS, LayerCase
+from expertlink.bench.layer_cases import LayerCase
 from expertlink.bench.layer_model import (
     MODELS,
     LayerStack,
@@ -36,16 +36,17 @@ from expertlink.bench.layer_model import (
     in_one_piece,
     in_turn,
 )
+from expertlink.bench.layer_record import (
+    FORWARD,
+    LAYER_PHASES,
+    STEP,
+    LayerRecord,
+    floor_fields,
+    overlap_fields,
+)
 from expertlink.bench.layer_turns import calls_alone, limited_products
 from expertlink.bench.measure import no_garbage_collection, open_communicator, time_steps
-from expertlink.bench.records import (
-    Checked,
-    Environment,
-    RecordError,
-    Summary,
-    slowest_rank,
-    summarize,
-)
+from expertlink.bench.records import slowest_rank, summarize
 from expertlink.bench.steps import Step
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError
@@ -53,9 +54,6 @@ from expertlink.grouped_product import find_grouped_product
 from expertlink.launch import RankContext
 from expertlink.nn import Calls
 
-FORWARD, STEP = "layer_forward", "layer_step"
-LAYER_PHASES: tuple[str, ...] = (FORWARD, STEP)
-"""The forward pass without gradients, and forward and backward with those of everything."""
 _SAME = ("variant", "model", "layers", "dtype", "uneven", "ranks", "tokens", "hidden", "topk")
 _SAME += ("experts", "num_sms_dispatch", "num_sms_combine", "seed")
 _CHECKED_TOKENS = 4
@@ -68,77 +66,6 @@ Run = Callable[[], tuple[Tensor, ...]]
 """Results of the micro-batches, or the gradients of their tokens and of all weights."""
 Forward = Callable[[Sequence[Tensor]], list[Tensor]]
 """From the tokens of each micro-batch, `[T, H]`, to results of the same shapes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRecord(Checked):
-    """One phase of one case. Times in microseconds, of the slowest rank of each iteration."""
-
-    signed = ("exposed_us", "exposed_ratio")
-
-    kind: str = "layer"
-    engine: str
-    phase: str  # one of `LAYER_PHASES`
-    variant: str  # one of `LAYER_VARIANTS`
-    model: str
-    layers: int  # one after the other; all figures are those of all layers together
-    dtype: str
-    routing: str
-    uneven: bool = False
-    ranks: int
-    tokens: int  # of the rank that has most
-    hidden: int
-    topk: int
-    experts: int
-    intermediate: int
-    shared: int  # intermediate size of the shared expert; 0: none
-    products: str  # "grouped": one for all experts of a rank; "loop": one after the other
-    num_sms_dispatch: int | None = None
-    num_sms_combine: int | None = None
-    time_us: Summary  # the whole
-    host_us: Summary  # until the host was free
-    compute_us: Summary  # the same products on the same rows; dispatch and combine do nothing
-    exposed_us: float  # medians: `time_us` - `compute_us`
-    exposed_ratio: float | None = None  # `exposed_us` over `floor_us`
-    # `micro_batches` only. The calls of both halves without anything in between, and `time_us` over
-    # the longer one of `compute_us` and that: 1.0 is a layer that hides all of the other one.
-    communication_us: Summary | None = None
-    overlap_ratio: float | None = None
-    # SMs that products were limited to, those of `compute_us` as well; None: no limit.
-    compute_sms: int | None = None
-    # For every call, bytes of the rank that sends or receives most over `floor_gbps`, and two
-    # flags. None: rows do not cross NVLink, see `floor_note`.
-    floor_us: float | None = None
-    floor_gbps: float | None = None
-    flag_us: float | None = None
-    floor_note: str | None = None
-    wire_bytes: int  # of rows that leave the average rank
-    # Medians of the average rank's phases, in the order in which they come first; from runs of
-    # their own, in which all calls are launched one by one.
-    phases_us: dict[str, float]
-    # CUDA: most that a run added to weights and inputs; `graph`: that its graph keeps.
-    memory_peak_bytes: int | None = None
-    environment: Environment
-    aligned: str  # as in `Record`
-    iterations: int
-    threads: int
-    seed: int
-    command: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, accepted in (("phase", LAYER_PHASES), ("variant", tuple(LAYER_VARIANTS))):
-            if getattr(self, name) not in accepted:
-                raise RecordError(f"{name} is {getattr(self, name)!r}, not one of {accepted}")
-        for name, value in self.phases_us.items():
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise RecordError(f"phases_us is {value!r} for {name!r}, expected microseconds")
-
-    def key(self) -> tuple[object, ...]:
-        """What was measured, without when and how fast."""
-        names = ("engine", "phase", "variant", "model", "layers", "dtype", "routing", "uneven")
-        names += ("ranks", "tokens", "num_sms_dispatch", "num_sms_combine")
-        return (*(getattr(self, name) for name in names), self.environment.hardware)
 
 
 def measure_layers(
@@ -311,9 +238,9 @@ class _LayerBench:
                 host_us=host_us,
                 compute_us=compute_us,
                 exposed_us=exposed_us,
-                **_overlap(times.get(("", phase, "communication")), time_us, compute_us),
+                **overlap_fields(times.get(("", phase, "communication")), time_us, compute_us),
                 compute_sms=compute_sms,
-                **_floor(floor, note, rounds, traffic, exposed_us),
+                **floor_fields(floor, note, rounds, traffic, exposed_us),
                 wire_bytes=round(float(traffic[:, :, :, 0].sum(dim=(1, 2)).mean()) * rounds),
                 phases_us=phases_us[phase],
                 memory_peak_bytes=max(added, memory[phase]) if clock.on_gpu else None,
@@ -513,31 +440,3 @@ class _LayerBench:
             wire = WireRows(self._comm.rank, list(rows_to), list(rows_from))
             mine.append([part[:2] for part in wire.traffic(self._case)[:2]])
         return self._clock.gather(torch.tensor(mine, dtype=torch.float64))
-
-
-def _overlap(times_RI: Tensor | None, time_us: Summary, compute_us: Summary) -> dict[str, Any]:
-    """The fields of a record that compare a layer with its longer part."""
-    if times_RI is None:
-        return {}
-    communication_us = summarize(slowest_rank(times_RI))
-    longer_us = max(compute_us.median, communication_us.median)
-    return {
-        "communication_us": communication_us,
-        "overlap_ratio": round(time_us.median / longer_us, 4),
-    }
-
-
-def _floor(
-    floor: Floor | None, note: str | None, rounds: int, traffic: Tensor, exposed_us: float
-) -> dict[str, Any]:
-    """The fields of a record that compare exposed communication with the wire."""
-    if floor is None:
-        return {"floor_note": note}
-    busiest = traffic.amax(dim=(0, 3)).flatten().tolist()  # of every call
-    floor_us = round(rounds * sum(map(floor.of, busiest)), 2)
-    return {
-        "floor_us": floor_us,
-        "exposed_ratio": round(exposed_us / floor_us, 4),
-        "floor_gbps": round(floor.gbps, 4),
-        "flag_us": round(floor.flag_us, 3),
-    }

@@ -20,6 +20,7 @@ from expertlink.bench.options import (
     parse_ints,
     parse_names,
     recorded_shape,
+    refuse_options,
 )
 from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import ConfigurationError
@@ -41,9 +42,9 @@ _EXCLUDED = {
     "quantization": "rows of --dtype",
     "max_tokens_per_rank": "--tokens",
     "gemm": "the products of the layer",
-    "overlap": "either --layer or --overlap",
-    "host_time": "either --layer or --host-time",
+    "interface": "--drop-in",
     "grid": "either --layer or --grid",
+    "mode": "ht",
 }
 
 
@@ -142,16 +143,7 @@ def build_layer_cases(options: BenchOptions, *, device: str, ranks: int) -> list
     Raises:
         ExpertlinkError: an option, or a combination of options, cannot be measured.
     """
-    for name, instead in _EXCLUDED.items():
-        if getattr(options, name):
-            raise ConfigurationError(
-                f"{name}={getattr(options, name)!r} cannot be measured with --layer; accepted: "
-                f"{instead}"
-            )
-    if options.mode != "ht":
-        raise ConfigurationError(
-            f"mode={options.mode!r} cannot be measured with --layer; accepted: ht"
-        )
+    refuse_options(options, _EXCLUDED, "--layer")
     if options.layers < 1:
         raise ConfigurationError(
             f"layers={options.layers} cannot be measured; accepted: at least 1"

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from expertlink.bench.layer import LAYER_PHASES, LayerRecord
-from expertlink.bench.terminal import layer_name, number
+from expertlink.bench.layer_record import LAYER_PHASES, LayerRecord
+from expertlink.bench.tables import layer_name
+from expertlink.bench.texts import number
 
 _DPI = 150
 _BLUE, _ORANGE, _GRID = "#56B4E9", "#E69F00", "#DDDDDD"

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,14 +20,15 @@ from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 
 _DEFAULT_CPU_RANKS = 4
-_LEAST_MAX_TOKENS = 128
+LEAST_MAX_TOKENS = 128
+"""T_max of mode "ll" at least."""
 _WHOLE = ("tokens", "hidden", "topk", "experts")
 _LEAST = {"iters": 1, "warmup": 0, "inputs": 1, "seed": 0, "threads": 1, "ceiling_sms": 1}
 _LEAST |= {"calls_per_graph": 1, "rail_ctas": 1}
 
 # What is measured where nothing else is asked for. CUDA: the model shape that the field publishes
 # figures for. CPU: one that a laptop measures in seconds.
-_SHAPE = {
+SHAPE = {
     "cuda": {"hidden": "7168", "topk": "8", "experts": "256"},
     "cpu": {"hidden": "1024", "topk": "4", "experts": "16"},
 }
@@ -91,6 +92,9 @@ class BenchOptions:
     grid: bool = False
     overlap: bool = False
     host_time: bool = False
+    backward: bool = False
+    drop_in: bool = False
+    interface: str | None = None
     gemm: str | None = None
     layer: bool = False
     model: str | None = None
@@ -125,7 +129,7 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
         most_tokens = options.max_tokens_per_rank
         if most_tokens is None and mode == "ll":
             # One for all T, so that they share a communicator as decode steps do.
-            most_tokens = max([_LEAST_MAX_TOKENS, *lists["tokens"]])
+            most_tokens = max([LEAST_MAX_TOKENS, *lists["tokens"]])
         for values in product(*lists.values()):
             case = Case(
                 ranks=ranks,
@@ -143,8 +147,8 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
             )
             found.append(case)
     cases = list(dict.fromkeys(found))
-    if options.host_time and options.overlap:
-        raise ConfigurationError("either --host-time or --overlap")
+    if options.interface is not None:
+        raise ConfigurationError(f"interface={options.interface!r} needs --drop-in")
     for name in ("model", "profile"):
         if getattr(options, name) is not None:
             raise ConfigurationError(f"{name}={str(getattr(options, name))!r} needs --layer")
@@ -164,6 +168,21 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
         check_device(case, device)
         check_trace(case, recorded)
     return cases
+
+
+def refuse_options(options: BenchOptions, instead: Mapping[str, str], what: str) -> None:
+    """Refuses options that were given and do not apply, with what is there instead.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    usual = BenchOptions()
+    for name, accepted in instead.items():
+        value = getattr(options, name)
+        if value != getattr(usual, name):
+            raise ConfigurationError(
+                f"{name}={value!r} cannot be measured with {what}; accepted: {accepted}"
+            )
 
 
 def hosts_of(options: BenchOptions, ranks: int) -> int:
@@ -187,8 +206,9 @@ def hosts_of(options: BenchOptions, ranks: int) -> int:
         )
     if hosts == 1 and options.rail_ctas is not None:
         raise ConfigurationError(f"rail_ctas={options.rail_ctas} needs several hosts")
-    if hosts > 1 and options.layer:
-        raise ConfigurationError("hosts cannot be told apart with --layer; accepted: one host")
+    if hosts > 1 and (options.layer or options.drop_in):
+        what = "--layer" if options.layer else "--drop-in"
+        raise ConfigurationError(f"hosts cannot be told apart with {what}; accepted: one host")
     return hosts
 
 
@@ -225,7 +245,7 @@ def _lists(
     # NCCL stands beside the others for comparison: one line is enough.
     ll_variants = "eager" if engine == "collective" and device == "cuda" else _LL_VARIANTS[device]
     texts = {"tokens": TOKENS[mode, device], "routing": "balanced", "variant": ll_variants}
-    texts |= {**_SHAPE[device], **_FORMATS[mode], **(_GRID[device] if options.grid else {})}
+    texts |= {**SHAPE[device], **_FORMATS[mode], **(_GRID[device] if options.grid else {})}
     if options.host_time and mode == "ll":
         texts["variant"] = "eager"
     texts |= recorded

@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from expertlink.bench.records import PHASES, WORDS, Record, names_of
-from expertlink.bench.terminal import number
+from expertlink.bench.texts import number
 
 MOST_SERIES = 8
 # Okabe and Ito, "Color Universal Design": told apart by colour-blind readers too.

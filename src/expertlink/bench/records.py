@@ -37,7 +37,7 @@ _KEY = (
 )
 _MAX_LINE_BYTES = 1 << 20
 RECORD_KIND = "call"
-KINDS = (RECORD_KIND, "overlap", "layer", "host_time")
+KINDS = (RECORD_KIND, "overlap", "layer", "host_time", "drop_in", "backward")
 """Of the lines of a file; a `Record` does not name its own."""
 Loaded = TypeVar("Loaded", bound="Checked")
 OneKeyed = TypeVar("OneKeyed", bound="Keyed")

@@ -99,7 +99,9 @@ def run_on_own_ranks(
                         num_ranks=ranks,
                         device=device,
                         threads=threads or max(1, usable_cores() // ranks - 1),
-                        environments=[_environment(job.cases[0], rank) for rank in range(ranks)],
+                        environments=[
+                            _environment(job.cases[0], rank, device) for rank in range(ranks)
+                        ],
                         startup_timeout_s=_STARTUP_TIMEOUT_S,
                         # It also bounds the start.
                         group_timeout_s=max(plan.timeout_s, _SHORTEST_GROUP_TIMEOUT_S),
@@ -120,8 +122,10 @@ def run_on_own_ranks(
     return job.results
 
 
-def _environment(case: Case, rank: int) -> dict[str, str]:
-    return rail_environment(
+def _environment(case: Case, rank: int, device: str) -> dict[str, str]:
+    # What takes the GPU where there is one does not on CPU ranks.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return hidden | rail_environment(
         rank, ranks=case.ranks, hosts=case.hosts, rail=case.rail, ctas=case.rail_ctas
     )
 

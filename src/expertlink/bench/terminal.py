@@ -9,11 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from expertlink.bench.cases import Case
-from expertlink.bench.host_time import HostTimeRecord
-from expertlink.bench.layer import LayerRecord
-from expertlink.bench.overlap import TIMES, OverlapRecord
-from expertlink.bench.records import WORDS, Record, Summary, names_of
+from expertlink.bench.records import WORDS, Checked, Record, Summary, names_of
+from expertlink.bench.tables import Listing
+from expertlink.bench.texts import text_of, without_empty
 
 _WIDEST = 400
 _NUMBERS: dict[str, tuple[Callable[[Record], Summary | float | None], str]] = {
@@ -37,17 +35,8 @@ _NUMBERS: dict[str, tuple[Callable[[Record], Summary | float | None], str]] = {
 _EXPENDABLE = ("host", "get", "put", "loop", "raw", "GB/s")
 """Columns that a narrow terminal does not get; a file gets all."""
 
-
-def number(value: float) -> str:
-    """Three significant digits, or all before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def text_of(value: Summary | float | None) -> str:
-    """A value of a record, or the median of several; empty where there is none."""
-    if value is None:
-        return ""
-    return number(value.median if isinstance(value, Summary) else value)
+_LEFT = ("case", "engine", "phase", "outputs", "variant", "call")
+"""Columns of words."""
 
 
 def print_records(records: Sequence[Record], console: Console) -> None:
@@ -89,122 +78,18 @@ def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
     return table
 
 
-OVERLAP_HEADER = (
-    *("case", "product m x n x k", "product alone", "dispatch alone", "both", "hidden"),
-)
-
-
-def overlap_row(record: OverlapRecord) -> list[str]:
-    """Cells under `OVERLAP_HEADER`; a budget of SMs belongs to the case."""
-    case = Case(**record.case)
-    sms = "" if case.num_sms_dispatch is None else f" · SMs={case.num_sms_dispatch}"
-    times = [text_of(getattr(record, f"{name}_us")) for name in TIMES]
-    product = " x ".join(map(str, record.gemm))
-    return [f"{record.engine} {case.label()}{sms}", product, *times, f"{record.hidden:.0%}"]
-
-
-def print_overlaps(records: Sequence[OverlapRecord], console: Console) -> None:
-    """Prints one row per record."""
-    note = "µs, median of the slowest rank; hidden: part of the shorter one that costs no time"
-    _print_rows(OVERLAP_HEADER, [overlap_row(record) for record in records], note, console)
-
-
-HOST_TIME_HEADER = (
-    *("case", "phase", "outputs", "hot", "wait", "host", "launch", "torch", "Python"),
-)
-HOST_TIME_NOTE = (
-    "µs of the host, median of the rank that takes longest; hot: until the call returned, one call "
-    "after the other; wait: of it, for the counts of all ranks; host: the rest, which is launches, "
-    "operations of torch, and Python; outputs: made by each call, prepared (create_buffers, out=), "
-    "or tracked by autograd"
-)
-
-
-def host_time_row(record: HostTimeRecord) -> list[str]:
-    """Cells under `HOST_TIME_HEADER`."""
-    wait = record.wait_us or None
-    values = (record.host_hot_us, wait, record.host_us)
-    values += (record.launch_us or None, record.torch_us, record.python_us)
-    name = f"{record.engine} {Case(**record.case).label()}"
-    return [name, record.phase, record.outputs, *map(text_of, values)]
-
-
-def print_host_times(records: Sequence[HostTimeRecord], console: Console) -> None:
-    """Prints one row per record."""
-    rows = [host_time_row(record) for record in records]
-    _print_rows(HOST_TIME_HEADER, rows, HOST_TIME_NOTE, console)
-
-
-LAYER_HEADER = (
-    *("case", "engine", "phase", "layer", "compute", "exposed", "floor", "x floor"),
-    *("calls", "x longer", "SMs", "MiB"),
-)
-_LAYER_NOTE = (
-    "µs, median of the slowest rank; compute: the same products without dispatch and combine; "
-    "exposed: layer - compute; floor: bytes at full bandwidth, two flags a call; MiB: most memory "
-    "beyond weights and inputs"
-)
-_TURNS_NOTE = (
-    "; calls: dispatch and combine without products; x longer: layer over the longer of compute "
-    "and calls; SMs: what products were limited to"
-)
-
-
-def layer_note(records: Sequence[LayerRecord]) -> str:
-    """What the columns of `LAYER_HEADER` are that have a value."""
-    turns = any(record.communication_us is not None for record in records)
-    return _LAYER_NOTE + (_TURNS_NOTE if turns else "")
-
-
-def layer_name(record: LayerRecord) -> str:
-    """The case in a few words."""
-    words = [record.model, *([f"{record.layers} layers"] if record.layers > 1 else [])]
-    words += [record.variant, f"T={record.tokens}", f"R={record.ranks}", record.dtype]
-    words += [record.routing + (" uneven" if record.uneven else "")]
-    budgets = dict.fromkeys((record.num_sms_dispatch, record.num_sms_combine))
-    sms = "+".join("auto" if budget is None else str(budget) for budget in budgets)
-    return " · ".join([*words, *([] if sms == "auto" else [f"SMs={sms}"])])
-
-
-def layer_row(record: LayerRecord) -> list[str]:
-    """Cells under `LAYER_HEADER`."""
-    values = (record.time_us, record.compute_us, record.exposed_us, record.floor_us)
-    ratios = (record.exposed_ratio, record.overlap_ratio)
-    exposed, overlap = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-    turns = [text_of(record.communication_us), overlap, text_of(record.compute_sms)]
-    peak = record.memory_peak_bytes
-    memory = "" if peak is None else f"{peak / (1 << 20):.0f}"
-    phase = record.phase.removeprefix("layer_")
-    numbers = [*map(text_of, values), exposed, *turns, memory]
-    return [layer_name(record), record.engine, phase, *numbers]
-
-
-def print_layers(records: Sequence[LayerRecord], console: Console) -> None:
-    """Prints one row per record."""
-    rows = [layer_row(record) for record in records]
-    _print_rows(LAYER_HEADER, rows, layer_note(records), console)
-
-
-def without_empty(
-    header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> tuple[list[str], list[list[str]]]:
-    """Columns that have a value."""
-    places = [place for place in range(len(header)) if any(row[place] for row in rows)]
-    return [header[place] for place in places], [[row[place] for place in places] for row in rows]
-
-
-def _print_rows(
-    header: Sequence[str], rows: Sequence[Sequence[str]], note: str, console: Console
-) -> None:
-    """A table of texts, if there are any; columns without a value are left out."""
-    if not rows:
+def print_listing(listing: Listing, records: Sequence[Checked], console: Console) -> None:
+    """Prints one row per record, if there are any; columns without a value are left out."""
+    if not records:
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    header, rows = without_empty(header, rows)
+    header, rows = without_empty(listing.header, [listing.row(record) for record in records])
     for name in header:
-        left = name in ("case", "engine", "phase", "outputs")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
+    if not console.is_terminal:
+        width = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
+        console.width = max(console.width, width)
     console.print(table)
-    console.print(note, style="dim")
+    console.print(listing.note(records), style="dim")
