@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from conftest import RankPools
+from expertlink.bench import layer as bench_layer
+from expertlink.bench.carve_out import product_sms, products_on
 from expertlink.bench.cases import Plan
 from expertlink.bench.inputs import WrongResultError
 from expertlink.bench.layer import measure_layers
@@ -30,7 +34,7 @@ from expertlink.bench.layer_model import (
 )
 from expertlink.bench.layer_plots import draw_exposed, draw_timeline
 from expertlink.bench.layer_record import LAYER_PHASES, LayerRecord
-from expertlink.bench.layer_turns import calls_alone, limited_products
+from expertlink.bench.layer_turns import calls_alone
 from expertlink.bench.records import RecordError, latest, read_records, write_records
 from expertlink.cli import app
 from expertlink.communicator import MoECommunicator
@@ -329,17 +333,54 @@ def carve_out() -> int | None:
 
 
 def test_products_are_limited_for_as_long_as_they_are_measured(comm: MoECommunicator) -> None:
-    with limited_products(comm) as sms:
-        assert sms is carve_out() is None  # CPUs have no SMs
-    on_gpu = mock.Mock(device=torch.device("cuda"))
+    assert product_sms(comm) is None  # CPUs have no SMs
+    with products_on(None, comm.device):
+        assert carve_out() is None
+    gpu = torch.device("cuda")
+    on_gpu = mock.Mock(device=gpu)
     properties = mock.Mock(multi_processor_count=132)
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
         for left, limit, free in (((108, 100), 100, 32), ((132, 132), None, None)):
             on_gpu.compute_sms = dict(zip(("dispatch", "combine"), left, strict=True)).get
-            with pytest.raises(KeyboardInterrupt), limited_products(on_gpu) as sms:  # noqa: PT012
-                assert (sms, carve_out()) == (limit, free)
+            assert product_sms(on_gpu) == limit
+            with pytest.raises(KeyboardInterrupt), products_on(limit, gpu):  # noqa: PT012
+                assert carve_out() == free
+                with products_on(None, gpu):
+                    assert carve_out() is None
+                assert carve_out() == free
                 raise KeyboardInterrupt
             assert carve_out() is None
+        on_gpu.compute_sms = {"dispatch": 108, "combine": 100}.get
+        assert product_sms(on_gpu, ["dispatch"]) == 108
+
+
+def limited_on_cpus(context: RankContext, case: LayerCase) -> tuple[list[LayerRecord], set[str]]:
+    """Runs on a rank: records, and the limits under which layers ran, with CPUs said to have
+    SMs."""
+    limits: set[str] = set()
+    now: list[int | None] = [None]
+
+    @contextmanager
+    def products(num_sms: int | None, device: torch.device) -> Iterator[None]:
+        before, now[0] = now[0], num_sms
+        limits.add(f"{before} to {num_sms}")
+        yield
+        now[0] = before
+
+    with (
+        mock.patch.object(bench_layer, "product_sms", return_value=108),
+        mock.patch.object(bench_layer, "products_on", products),
+    ):
+        return measure(context, case), limits
+
+
+def test_micro_batches_are_measured_without_the_limit_too(rank_pools: RankPools) -> None:
+    case = layer_case(variant="micro_batches")
+    (records, limits), _ = rank_pools(2).run(limited_on_cpus, case)
+    assert limits == {"None to 108", "108 to None"}
+    for record in records:
+        assert record.compute_sms == 108
+        assert record.unlimited_us is not None
 
 
 @pytest.mark.gpu
@@ -357,6 +398,7 @@ def test_a_step_is_captured_on_one_gpu(tmp_path: Path) -> None:
     total = torch.cuda.get_device_properties(0).multi_processor_count
     assert [record.compute_sms for record in records[:4]] == [None] * 4
     assert all(0 < (record.compute_sms or 0) < total for record in records[4:])
+    assert [record.unlimited_us is None for record in records] == [True] * 4 + [False] * 2
     for record in records:
         assert (record.overlap_ratio is None) == (record.variant != "micro_batches")
         assert record.floor_note == "one rank sends nothing to others"

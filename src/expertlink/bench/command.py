@@ -95,7 +95,7 @@ def _what_to_measure(
     options: BenchOptions, device: str, ranks: int
 ) -> tuple[Measure, Sequence[Case]]:
     """The cases of the options, and what measures them."""
-    kinds = ("layer", "drop_in", "backward", "overlap", "host_time")
+    kinds = ("layer", "drop_in", "backward", "host_time", "overlap")
     wanted = [name for name in kinds if getattr(options, name)]
     if len(wanted) > 1:
         flags = (f"--{name.replace('_', '-')}" for name in wanted)

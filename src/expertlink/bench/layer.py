@@ -9,16 +9,15 @@ alone take part as well.
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expertlink.bench.carve_out import product_sms, products_on
 from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import Ceilings, Floor
 from expertlink.bench.clock import Clock, capture
@@ -32,6 +31,7 @@ from expertlink.bench.layer_model import (
     Mark,
     MoELayer,
     Recorder,
+    Timeline,
     dense_layer,
     in_one_piece,
     in_turn,
@@ -44,9 +44,9 @@ from expertlink.bench.layer_record import (
     floor_fields,
     overlap_fields,
 )
-from expertlink.bench.layer_turns import calls_alone, limited_products
+from expertlink.bench.layer_turns import calls_alone
 from expertlink.bench.measure import no_garbage_collection, open_communicator, time_steps
-from expertlink.bench.records import slowest_rank, summarize
+from expertlink.bench.records import Summary, slowest_rank, summarize
 from expertlink.bench.steps import Step
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError
@@ -101,33 +101,9 @@ def _measure(
         bench = _LayerBench(case, plan, clock, comm)
         if not case.calls.turns:
             return bench.records(floor, note, on_progress)
-        with limited_products(comm) as compute_sms:
+        compute_sms = product_sms(comm)
+        with products_on(compute_sms, context.device):
             return bench.records(floor, note, on_progress, compute_sms)
-
-
-class Timeline:
-    """Times of a run's phases. `mark` begins the next one; on CUDA by events of the stream."""
-
-    def __init__(self, on_gpu: bool) -> None:
-        self._on_gpu = on_gpu
-        self._marks: list[tuple[str, Any]] = []
-
-    def mark(self, name: str) -> None:
-        """The phase of that name begins."""
-        if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((name, event))
-        else:
-            self._marks.append((name, time.perf_counter()))
-
-    def phases_us(self) -> dict[str, float]:
-        """Microseconds by phase, summed over the layers. CUDA: the work has to be done."""
-        found: dict[str, float] = {}
-        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            took = begin.elapsed_time(end) * 1e3 if self._on_gpu else (end - begin) * 1e6
-            found[name] = found.get(name, 0.0) + took
-        return found
 
 
 @dataclass(frozen=True)
@@ -207,6 +183,9 @@ class _LayerBench:
             if case.calls.turns:
                 run = self._communication(phase)
                 steps[-1].append(Step(variant="", phase=phase, kind="communication", run=run))
+            if compute_sms is not None:
+                run = self._unlimited(runs[phase])
+                steps[-1].append(Step(variant="", phase=phase, kind="unlimited", run=run))
         with no_garbage_collection():
             times = time_steps([steps], plan, clock, on_progress).gather(clock)
         self._comm.check_health()
@@ -216,6 +195,10 @@ class _LayerBench:
         if plan.profile is not None:
             for phase in LAYER_PHASES:
                 self._profile(plan.profile, phase, runs[phase])
+
+        def optional(phase: str, kind: str) -> Summary | None:
+            found = times.get(("", phase, kind))
+            return None if found is None else summarize(slowest_rank(found))
 
         def record(phase: str) -> LayerRecord:
             time_us, host_us = (
@@ -238,8 +221,9 @@ class _LayerBench:
                 host_us=host_us,
                 compute_us=compute_us,
                 exposed_us=exposed_us,
-                **overlap_fields(times.get(("", phase, "communication")), time_us, compute_us),
+                **overlap_fields(optional(phase, "communication"), time_us, compute_us),
                 compute_sms=compute_sms,
+                unlimited_us=optional(phase, "unlimited"),
                 **floor_fields(floor, note, rounds, traffic, exposed_us),
                 wire_bytes=round(float(traffic[:, :, :, 0].sum(dim=(1, 2)).mean()) * rounds),
                 phases_us=phases_us[phase],
@@ -326,6 +310,15 @@ class _LayerBench:
 
         every = [weights_TK for own in weights for weights_TK in own]
         return self._run(phase, forward, parameters=every)
+
+    def _unlimited(self, run: Run) -> Run:
+        """A run whose products may use all SMs."""
+
+        def unlimited() -> tuple[Tensor, ...]:
+            with products_on(None, self._clock.device):
+                return run()
+
+        return unlimited
 
     def _captured(self, run: Run) -> tuple[Run, int]:
         """A replay of a run, and the device memory that its graph keeps."""

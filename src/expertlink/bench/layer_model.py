@@ -7,6 +7,7 @@ expert would have returned (`dense_layer`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -273,6 +274,31 @@ def dense_layer(weights: LayerWeights, x_TH: Tensor, ids_TK: Tensor) -> Tensor:
         weight_T1 = torch.where(ids_TK == expert, weights_TK, 0.0).sum(dim=1, keepdim=True)
         y_TH = y_TH + weight_T1 * mlp(x_TH, *weights.expert(expert))
     return y_TH
+
+
+class Timeline:
+    """Times of a run's phases. `mark` begins the next one; on CUDA by events of the stream."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        """The phase of that name begins."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def phases_us(self) -> dict[str, float]:
+        """Microseconds by phase, summed over the layers. CUDA: the work has to be done."""
+        found: dict[str, float] = {}
+        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            took = begin.elapsed_time(end) * 1e3 if self._on_gpu else (end - begin) * 1e6
+            found[name] = found.get(name, 0.0) + took
+        return found
 
 
 # -- compute alone --------------------------------------------------------------------------------

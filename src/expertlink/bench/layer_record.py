@@ -14,8 +14,6 @@ from expertlink.bench.records import (
     Environment,
     RecordError,
     Summary,
-    slowest_rank,
-    summarize,
 )
 
 FORWARD, STEP = "layer_forward", "layer_step"
@@ -59,6 +57,7 @@ class LayerRecord(Checked):
     overlap_ratio: float | None = None
     # SMs that products were limited to, those of `compute_us` as well; None: no limit.
     compute_sms: int | None = None
+    unlimited_us: Summary | None = None  # the whole, with products that may use all SMs
     # For every call, bytes of the rank that sends or receives most over `floor_gbps`, and two
     # flags. None: rows do not cross NVLink, see `floor_note`.
     floor_us: float | None = None
@@ -95,12 +94,11 @@ class LayerRecord(Checked):
 
 
 def overlap_fields(
-    times_RI: Tensor | None, time_us: Summary, compute_us: Summary
+    communication_us: Summary | None, time_us: Summary, compute_us: Summary
 ) -> dict[str, Any]:
     """The fields of a record that compare a layer with its longer part."""
-    if times_RI is None:
+    if communication_us is None:
         return {}
-    communication_us = summarize(slowest_rank(times_RI))
     longer_us = max(compute_us.median, communication_us.median)
     return {
         "communication_us": communication_us,

@@ -13,7 +13,7 @@ from expertlink.bench.cases import Case
 from expertlink.bench.drop_in import DropInRecord
 from expertlink.bench.host_time import HostTimeRecord
 from expertlink.bench.layer_record import LayerRecord
-from expertlink.bench.overlap import TIMES, OverlapRecord
+from expertlink.bench.overlap import LIMITED_TIMES, TIMES, OverlapRecord
 from expertlink.bench.records import Checked
 from expertlink.bench.texts import text_of
 
@@ -38,7 +38,17 @@ def _overlap_row(record: OverlapRecord) -> list[str]:
     sms = "" if case.num_sms_dispatch is None else f" · SMs={case.num_sms_dispatch}"
     times = [text_of(getattr(record, f"{name}_us")) for name in TIMES]
     product = " x ".join(map(str, record.gemm))
-    return [f"{record.engine} {case.label()}{sms}", product, *times, f"{record.hidden:.0%}"]
+    limited = [text_of(getattr(record, f"{name}_us")) for name in LIMITED_TIMES]
+    share = record.limited_hidden
+    cells = [*times, f"{record.hidden:.0%}", text_of(record.compute_sms), *limited]
+    name = f"{record.engine} {case.label()}{sms}"
+    return [name, product, *cells, "" if share is None else f"{share:.0%}"]
+
+
+def _overlap_note(records: Sequence[OverlapRecord]) -> str:
+    note = "µs, median of the slowest rank; hidden: part of the shorter one that costs no time"
+    limited = any(record.compute_sms is not None for record in records)
+    return note + ("; limited: a product that leaves the dispatch its SMs" if limited else "")
 
 
 _HOST_TIME_NOTE = (
@@ -64,7 +74,7 @@ _LAYER_NOTE = (
 )
 _TURNS_NOTE = (
     "; calls: dispatch and combine without products; x longer: layer over the longer of compute "
-    "and calls; SMs: what products were limited to"
+    "and calls; SMs: what products were limited to; unlimited: the layer without that limit"
 )
 
 
@@ -88,6 +98,7 @@ def _layer_row(record: LayerRecord) -> list[str]:
     ratios = (record.exposed_ratio, record.overlap_ratio)
     exposed, overlap = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
     turns = [text_of(record.communication_us), overlap, text_of(record.compute_sms)]
+    turns.append(text_of(record.unlimited_us))
     peak = record.memory_peak_bytes
     memory = "" if peak is None else f"{peak / (1 << 20):.0f}"
     phase = record.phase.removeprefix("layer_")
@@ -144,11 +155,12 @@ OVERLAP = Listing(
     record=OverlapRecord,
     prefix="overlap-",
     title="A dispatch beside a matrix product",
-    header=("case", "product m x n x k", "product alone", "dispatch alone", "both", "hidden"),
-    row=_overlap_row,
-    note=lambda _: (
-        "µs, median of the slowest rank; hidden: part of the shorter one that costs no time"
+    header=(
+        *("case", "product m x n x k", "product alone", "dispatch alone", "both", "hidden"),
+        *("SMs left", "limited product", "both, limited", "hidden, limited"),
     ),
+    row=_overlap_row,
+    note=_overlap_note,
 )
 LAYER = Listing(
     record=LayerRecord,
@@ -156,7 +168,7 @@ LAYER = Listing(
     title="Whole MoE layers",
     header=(
         *("case", "engine", "phase", "layer", "compute", "exposed", "floor", "x floor"),
-        *("calls", "x longer", "SMs", "MiB"),
+        *("calls", "x longer", "SMs", "unlimited", "MiB"),
     ),
     row=_layer_row,
     note=_layer_note,
