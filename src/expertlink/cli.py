@@ -156,8 +156,13 @@ def bench(
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(metavar="LIST", help="auto, collective, nvlink, hybrid.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="auto (the default), collective, nvlink, hybrid; --grid on GPUs: "
+            "nvlink,collective.",
+        ),
+    ] = None,
     num_sms: Annotated[
         str | None, typer.Option(metavar="LIST", help="SMs that a call may occupy.")
     ] = None,
@@ -193,6 +198,13 @@ def bench(
         bool,
         typer.Option("--grid", help="Vary T, H and K, where they are not given: for a heat map."),
     ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds for all cases together: as many iterations as fit, at least 5 and at "
+            "most --iters, with one input."
+        ),
+    ] = None,
     overlap: Annotated[
         bool,
         typer.Option("--overlap", help="Measure dispatch beside a matrix product instead."),
@@ -297,6 +309,7 @@ def bench(
         rail_ctas=rail_ctas,
         calls_per_graph=calls_per_graph,
         grid=grid,
+        budget=budget,
         overlap=overlap,
         host_time=host_time,
         backward=backward,

@@ -89,6 +89,9 @@ class Plan:
     gemm: tuple[int, int, int] | None = None  # m, n, k of the product beside a dispatch
     calls_per_graph: int = 20  # in the variant `graph` of mode "ll"
     profile: Path | None = None  # folder of torch's traces of a layer
+    # Seconds for the cases of a batch, with all that comes before their iterations, of which there
+    # are then as many as fit, at most `iters`. None: no matter how long they take.
+    budget_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

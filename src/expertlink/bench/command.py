@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from expertlink.bench.backward import build_backward_cases, measure_backward
 from expertlink.bench.cases import Case
+from expertlink.bench.compile_ahead import compile_ahead
 from expertlink.bench.drop_in import measure_drop_in
 from expertlink.bench.drop_in_cases import build_drop_in_cases
 from expertlink.bench.host_time import measure_host_times
@@ -97,6 +98,11 @@ def _what_to_measure(
     """The cases of the options, and what measures them."""
     kinds = ("layer", "drop_in", "backward", "host_time", "overlap")
     wanted = [name for name in kinds if getattr(options, name)]
+    if wanted and options.budget is not None:
+        raise ConfigurationError(
+            f"budget={options.budget} cannot be measured with --{wanted[0].replace('_', '-')}; "
+            "accepted: --iters"
+        )
     if len(wanted) > 1:
         flags = (f"--{name.replace('_', '-')}" for name in wanted)
         raise ConfigurationError(f"either {' or '.join(flags)}")
@@ -201,6 +207,8 @@ def _measure(
         job = replace(job, on_result=write, on_progress=show)
         if context is None:
             threads, timeout_s = options.threads, options.timeout
+            if device == "cuda":
+                compile_ahead(job.cases)
             run_on_own_ranks(job, device=device, threads=threads, timeout_s=timeout_s)
             return
         if options.threads is not None:

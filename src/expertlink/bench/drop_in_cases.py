@@ -40,7 +40,7 @@ _TOKENS = {
 _EXCLUDED = {
     "mode": "--interface",
     "layout": "the layouts of deep_ep",
-    "engine": "auto, which the drop-in takes",
+    "engine": "none, as the drop-in chooses",
     "max_tokens_per_rank": "--tokens, whose largest value is that of the buffers",
     "virtual_hosts": "one host",
     "grid": "either --drop-in or --grid",

@@ -163,7 +163,7 @@ def build_layer_cases(options: BenchOptions, *, device: str, ranks: int) -> list
     )
     ways = product(
         parse_budgets(options),
-        parse_names(options.engine, name="engine"),
+        parse_names(options.engine or "auto", name="engine"),
         parse_names(options.variant or "eager", name="variant"),
     )
     cases: list[LayerCase] = []

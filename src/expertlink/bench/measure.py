@@ -12,7 +12,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -32,6 +32,8 @@ from expertlink.launch import RankContext
 from expertlink.types import DispatchBuffers
 
 _HOT_WARMUP = 3
+_LEAST_ITERS = 5  # whatever the budget
+_IDLE_SHARE = 1.5  # of an iteration with the calls from an idle device
 
 
 def measure_batch(
@@ -51,6 +53,7 @@ def measure_batch(
         WrongResultError: the result was wrong on some rank; raised on every rank.
         ExpertlinkError: the library refused the case or lost a peer.
     """
+    budget = Budget(plan, len(cases))
     with open_communicator(context, cases[0], plan) as comm:
         clock = Clock(context.device, control)
         with (
@@ -58,7 +61,7 @@ def measure_batch(
             closing(RailCeiling(cases[0], plan, clock)) as rail,
             no_garbage_collection(),
         ):
-            batch = _Batch(plan, on_progress, clock, comm, ceilings, rail)
+            batch = _Batch(plan, on_progress, clock, comm, ceilings, rail, budget)
             buffers = comm.create_buffers() if cases[0].calls.prepared else None
             for _, group in groupby(cases, key=lambda case: case.situation):
                 yield from batch.measure(list(group), buffers)
@@ -90,6 +93,50 @@ def _check_engine(comm: MoECommunicator, case: Case) -> None:
     )
 
 
+class Budget:
+    """Time for the cases of a batch, which begins now.
+
+    Args:
+        plan: its `budget_s` is that of all of them together.
+        cases: how many there are.
+    """
+
+    def __init__(self, plan: Plan, cases: int) -> None:
+        self._seconds, self._left = plan.budget_s, cases
+        self._began = time.monotonic()
+
+    def fitted(
+        self,
+        plan: Plan,
+        groups: Sequence[Sequence[Sequence[Step]]],
+        clock: Clock,
+        *,
+        from_idle: bool,
+    ) -> Plan:
+        """The plan of the next case, with as many iterations as fit; the same on all ranks.
+        Collective.
+
+        Args:
+            plan: has the most iterations that are wanted.
+            groups: of `time_steps`.
+            clock: times them.
+            from_idle: calls are also timed from an idle device.
+        """
+        if self._seconds is None:
+            return plan
+        once = replace(plan, warmup=0, iters=1)
+        time_steps(groups, once, clock, lambda _: None)  # the first time takes longer
+        begin = time.monotonic()
+        time_steps(groups, once, clock, lambda _: None)
+        now = time.monotonic()
+        round_s = (now - begin) * (_IDLE_SHARE if from_idle else 1.0)
+        left_s = (self._seconds - (now - self._began)) / max(self._left, 1)
+        self._left -= 1
+        fitting = torch.tensor([left_s / max(round_s, 1e-9)], dtype=torch.float64)
+        iters = int(clock.gather(fitting).min())
+        return replace(plan, warmup=0, iters=max(min(iters, plan.iters), _LEAST_ITERS))
+
+
 @dataclass(frozen=True)
 class _Batch:
     """What the cases of one communicator have in common."""
@@ -100,6 +147,7 @@ class _Batch:
     comm: MoECommunicator
     ceilings: Ceilings
     rail: RailCeiling
+    budget: Budget
 
     def measure(
         self, cases: Sequence[Case], buffers: DispatchBuffers | None
@@ -118,7 +166,7 @@ class _Batch:
         for case in cases:
             _check_engine(self.comm, case)
             with torch.no_grad():
-                times = self._time(case, inputs, moves, buffers)
+                plan, times = self._time(case, inputs, moves, buffers)
             measured = Measured(
                 device=self.clock.device,
                 engine=self.comm.engine_name,
@@ -129,7 +177,7 @@ class _Batch:
                 floor=self.ceilings.floor,
                 rail_bytes=rail_bytes,
             )
-            yield make_records(case, self.plan, measured) if self.comm.rank == 0 else []
+            yield make_records(case, plan, measured) if self.comm.rank == 0 else []
 
     def _time(
         self,
@@ -137,7 +185,8 @@ class _Batch:
         inputs: Sequence[Input],
         moves: Sequence[Moves],
         buffers: DispatchBuffers | None,
-    ) -> Times:
+    ) -> tuple[Plan, Times]:
+        """The plan that was followed, and the times."""
         plan, clock, calls = self.plan, self.clock, case.calls
         per_graph = case.calls_per_graph(plan, self.comm.engine_name)
         callers = [Caller(self.comm, case, item, buffers) for item in inputs]
@@ -147,8 +196,10 @@ class _Batch:
         agree_on_results(next(filter(None, problems), None), clock)
 
         groups = [_groups(*parts, per_graph) for parts in zip(steps, inputs, moves, strict=True)]
+        from_idle = clock.on_gpu and not (calls.chained or calls.halves)
+        plan = self.budget.fitted(plan, groups, clock, from_idle=from_idle)
         times = time_steps(groups, plan, clock, self.on_progress)
-        if clock.on_gpu and not (calls.chained or calls.halves):
+        if from_idle:
             for number in range(plan.iters):
                 for step in steps[number % len(inputs)]:
                     sample = clock.sample_idle(step.run)
@@ -161,7 +212,7 @@ class _Batch:
             clock.barrier()
             _time_hot_calls(steps[0], times, count=plan.iters)
         self.comm.check_health()  # replays raise nothing themselves
-        return times
+        return plan, times
 
 
 def _groups(

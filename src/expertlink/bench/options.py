@@ -49,9 +49,11 @@ _GRID = {
         "hidden": "1024,2048,2880,4096,5120,7168,8192",
         "tokens": "256,1024,4096,16384",
         "topk": "1,2,4,8",
+        "variant": "uncached",
     },
-    "cpu": {"hidden": "256,1024", "tokens": "16,128", "topk": "1,4"},
+    "cpu": {"hidden": "256,1024", "tokens": "16,128", "topk": "1,4", "variant": "uncached"},
 }
+_LL_GRID_TOKENS = {"cuda": "32,64,128,256,512", "cpu": "1,16"}
 _GEMM = {"cuda": "8192,4096,7168", "cpu": "256,512,512"}  # m, n, k
 # Fields that need another communicator vary slowest.
 _ORDER = {
@@ -80,7 +82,7 @@ class BenchOptions:
     variant: str | None = None
     quantization: str | None = None
     max_tokens_per_rank: int | None = None
-    engine: str = "auto"
+    engine: str | None = None
     num_sms: str | None = None
     num_sms_dispatch: str | None = None
     num_sms_combine: str | None = None
@@ -90,6 +92,7 @@ class BenchOptions:
     rail_ctas: int | None = None
     calls_per_graph: int = 20
     grid: bool = False
+    budget: float | None = None
     overlap: bool = False
     host_time: bool = False
     backward: bool = False
@@ -119,7 +122,9 @@ def build_cases(options: BenchOptions, *, device: str, ranks: int) -> list[Case]
     Raises:
         ExpertlinkError: an option, or a combination of options, cannot be measured.
     """
-    engines = parse_names(options.engine, name="engine")
+    # A grid shows both engines beside NCCL's own exchange of the same bytes.
+    usual_engines = "nvlink,collective" if options.grid and device == "cuda" else "auto"
+    engines = parse_names(options.engine or usual_engines, name="engine")
     modes = parse_names(options.mode, name="mode")
     recorded = {} if options.trace is None else recorded_shape(options.trace)
     hosts = hosts_of(options, ranks)
@@ -246,6 +251,8 @@ def _lists(
     ll_variants = "eager" if engine == "collective" and device == "cuda" else _LL_VARIANTS[device]
     texts = {"tokens": TOKENS[mode, device], "routing": "balanced", "variant": ll_variants}
     texts |= {**SHAPE[device], **_FORMATS[mode], **(_GRID[device] if options.grid else {})}
+    if options.grid and mode == "ll":
+        texts |= {"tokens": _LL_GRID_TOKENS[device], "variant": ll_variants}
     if options.host_time and mode == "ll":
         texts["variant"] = "eager"
     texts |= recorded
@@ -355,10 +362,14 @@ def make_plan(options: BenchOptions, device: str) -> Plan:
         raise ConfigurationError(
             f"timeout={options.timeout}: a positive number of seconds is needed"
         )
+    budget = options.budget
+    if budget is not None and not (math.isfinite(budget) and budget > 0):
+        raise ConfigurationError(f"budget={budget}: a positive number of seconds is needed")
     return Plan(
         iters=options.iters,
         warmup=options.warmup,
-        inputs=options.inputs,
+        inputs=options.inputs if budget is None else 1,  # drawing them takes longer than the calls
+        budget_s=budget,
         seed=options.seed,
         timeout_s=options.timeout / 2,
         command=_command_line(),

@@ -166,7 +166,8 @@ def _part(path: Path, pictures_at: str) -> list[str]:
         groups.setdefault((record.engine, record.variant), []).append(record)
     for (engine, variant), own in groups.items():
         shared, names = names_of(own, without=("on", "T", "SMs", "engine", "variant"))
-        lines += [f"### {engine}, {variant}", "", f"{shared}.", "", *_table(own, names), ""]
+        lines += [f"### {engine}, {variant}", "", f"{shared}.", "", *_table(own, names)]
+        lines += [*_exceptions(own, names), ""]
     return lines[:-1]
 
 
@@ -186,6 +187,8 @@ def _wire(records: Sequence[Record]) -> list[str]:
     return [f"The wire is not measured here: {raw}.", ""]
 
 
+_NCCL = "x NCCL"
+_LARGE = 1_000_000  # bytes that leave a rank
 # Columns beside the times: of which phase, and what; those without a value are left out.
 _MORE: dict[str, tuple[str, Callable[[Record], Summary | float | None]]] = {
     "both, p99": ("pair", lambda record: record.time_us.p99),
@@ -201,16 +204,63 @@ _MORE: dict[str, tuple[str, Callable[[Record], Summary | float | None]]] = {
 
 def _table(records: Sequence[Record], names: Sequence[str]) -> list[str]:
     """A row per case, SM budget and T."""
-    header, rows = ["case", "SMs", "T", "dispatch", "combine", "both", *_MORE], []
+    header = ["case", "SMs", "T", "dispatch", "combine", "both", _NCCL, *_MORE]
+    rows: list[list[str]] = []
     for (name, sms, tokens), own in _rows(records, names).items():
         more = [text_of(read(own[phase])) if phase in own else "" for phase, read in _MORE.values()]
-        rows.append([name, sms, str(tokens), *(_cell(own.get(phase)) for phase in PHASES), *more])
+        rows.append(
+            [
+                name,
+                sms,
+                str(tokens),
+                *(_cell(own.get(phase)) for phase in PHASES),
+                _times_nccl(own),
+                *more,
+            ]
+        )
     places = [place for place in range(len(header)) if place < 6 or any(row[place] for row in rows)]
     if len({row[1] for row in rows}) == 1:
         places.remove(1)
     return _markdown(
         [header[place] for place in places], [[row[place] for place in places] for row in rows]
     )
+
+
+def _times_nccl(own: dict[str, Record]) -> str:
+    """Dispatch, combine and both over NCCL's exchange of the same bytes."""
+    ratios = [_nccl_ratio(own[phase]) if phase in own else None for phase in PHASES]
+    if not any(ratios):
+        return ""
+    return " / ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+
+
+def _nccl_ratio(record: Record) -> float | None:
+    """Time over that of NCCL's `all_to_all_single`, where plain copies were measured as well."""
+    measured = record.ceiling_us is not None and record.environment.backend == "nccl"
+    return record.raw_ratio if measured and not record.prepared else None
+
+
+def _exceptions(records: Sequence[Record], names: Sequence[str]) -> list[str]:
+    """Which calls of 1 MB a rank and more are slower than NCCL's exchange of the same bytes."""
+    compared, slower = 0, 0
+    cases: dict[str, list[str]] = {}
+    for record, name in zip(records, names, strict=True):
+        ratio = _nccl_ratio(record)
+        if ratio is None or record.wire_bytes < _LARGE:
+            continue
+        compared += 1
+        if ratio > 1:
+            slower += 1
+            sms = "" if record.sms_label == "auto" else f", {record.sms_label} SMs"
+            phases = cases.setdefault(f"{name}, T={record.tokens}{sms}", [])
+            phases.append(f"{record.phase} {ratio:.2f}")
+    if not compared:
+        return []
+    end = ":" if slower else "."
+    summary = f"{slower} of {compared} calls of 1 MB a rank and more take longer than NCCL's"
+    lines = ["", f"{summary} `all_to_all_single` of the same bytes{end}"]
+    listed = [f"- {case}: {', '.join(phases)}" for case, phases in cases.items()]
+    return [*lines, "", *listed] if listed else lines
 
 
 def _rows(

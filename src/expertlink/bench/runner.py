@@ -83,6 +83,7 @@ def run_on_own_ranks(
     plan = replace(job.plan, timeout_s=min(job.plan.timeout_s, timeout_s / 2))
     ranks = job.cases[0].ranks
     pool: RankPool | None = None
+    share = _Share(plan, len(job.cases))
 
     def listen(rank: int, news: Any) -> None:
         if isinstance(news, int):
@@ -106,7 +107,7 @@ def run_on_own_ranks(
                         # It also bounds the start.
                         group_timeout_s=max(plan.timeout_s, _SHORTEST_GROUP_TIMEOUT_S),
                     )
-                call = (_measure_on_rank, batch, plan, job.measure)
+                call = (_measure_on_rank, batch, share.of(plan, batch), job.measure)
                 pool.run(*call, timeout_s=timeout_s * len(batch), on_message=listen)
             except LaunchError as error:
                 if pool is not None:
@@ -120,6 +121,23 @@ def run_on_own_ranks(
         if pool is not None:
             pool.close()
     return job.results
+
+
+class _Share:
+    """Divides a plan's budget of time among cases: what is left goes to those that are left."""
+
+    def __init__(self, plan: Plan, cases: int) -> None:
+        self._budget_s, self._left = plan.budget_s, cases
+        self._began = time.monotonic()
+
+    def of(self, plan: Plan, batch: Sequence[Case]) -> Plan:
+        """The plan of the next batch."""
+        if self._budget_s is None:
+            return plan
+        left_s = self._budget_s - (time.monotonic() - self._began)
+        mine_s = max(left_s, 0.0) * len(batch) / max(self._left, 1)
+        self._left -= len(batch)
+        return replace(plan, budget_s=mine_s)
 
 
 def _environment(case: Case, rank: int, device: str) -> dict[str, str]:
@@ -162,12 +180,14 @@ def run_under_torchrun(job: Job, context: RankContext) -> list[CaseResult]:
     # Two groups of their own: a rank that failed asks for the verdict while others still measure.
     control = _bounded_group(job.plan.timeout_s)
     verdict = _bounded_group(2 * job.plan.timeout_s + _VERDICT_GRACE_S)
+    share = _Share(job.plan, len(job.cases))
     for batch in batches(job.cases):
         if not in_step:
             for case in batch:
                 job.keep(CaseResult(case, [], _OUT_OF_STEP))
             continue
-        records, error, orderly = _measure_here(job, batch, context, control)
+        own = replace(job, plan=share.of(job.plan, batch))
+        records, error, orderly = _measure_here(own, batch, context, control)
         done, error, in_step = _agree(len(records), error, orderly, verdict)
         if error is not None:
             done = min(done, len(batch) - 1)  # it may have come after the last case
