@@ -24,7 +24,7 @@ from support.jobs import (
     same_bits,
 )
 from support.oracle import Case, combined_of, weights_of_combine
-from support.soak import Item
+from support.soak.items import Item
 
 
 def ll_communicator(ctx: RankContext, case: Case, **fields: Any) -> MoECommunicator:
