@@ -206,9 +206,6 @@ class MoECommunicator(Dispatching, Combining):
 
         Returns:
             The running totals, the same tensors every time; valid as long as referenced.
-
-        Raises:
-            ConfigurationError: the engine keeps no statistics in this mode.
         """
         engine = self._ready()
         with torch.inference_mode(False):  # calls in any mode add to them

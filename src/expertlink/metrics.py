@@ -224,8 +224,8 @@ def report(
         name: label of the metrics. Communicators of one process need different ones.
 
     Raises:
-        ConfigurationError: the engine keeps no statistics, the client is not installed, the name is
-            taken, or an argument is not possible.
+        ConfigurationError: the client is not installed, the name is taken, or an argument is not
+            possible.
     """
     try:
         every_s = positive_seconds(every_s)

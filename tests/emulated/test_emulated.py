@@ -75,6 +75,18 @@ def test_one_host(mode: str, number: int) -> None:
     run_hosted(fleet_of(mode, cases[0], warps=3, **fields), jobs.contracts, cases)
 
 
+@pytest.mark.parametrize("domains", [None, HOSTS[0]])
+def test_statistics(domains: tuple[int, ...] | None) -> None:
+    """In mode "ht"; with the kernels of the tests of contracts, which take time to compile."""
+    if domains is None:
+        case = drawn(0, layout_of(0), None)[0]
+        fleet = fleet_of("ht", case, warps=3, **SMS)
+    else:
+        case = drawn(0, layout_of(1), domains)[0]
+        fleet = hosts_fleet_of(case, mode="ht", chunk_rows=5, warps=3, **SMS)
+    run_cases(fleet, decode.statistics, [case])
+
+
 @pytest.mark.parametrize("number", range(deep(1)))
 def test_rows_quantized_on_the_way(number: int) -> None:
     draw = random.Random(number)

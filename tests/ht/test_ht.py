@@ -60,6 +60,21 @@ def test_buffers(ranks: int, static: bool, layout: DispatchLayout) -> None:
 
 
 @LAYOUTS
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_statistics(ranks: int, static: bool, layout: DispatchLayout) -> None:
+    for case in routings(usual(ranks, layout))[:3]:
+        run_cases(fleet_of("ht", case, static_shapes=static), decode.statistics, [case])
+
+
+@LAYOUTS
+def test_statistics_of_packed_rows(layout: DispatchLayout) -> None:
+    case = blocks_of_scales(layout).case(seed=1)
+    fleet = fleet_of("ht", case, quantization="e4m3_pow2")
+    run_cases(fleet, decode.statistics_of_packed_rows, [case])
+
+
+@LAYOUTS
 @pytest.mark.parametrize("order", ["row_major", "column_major"])
 def test_buffers_of_packed_rows(order: str, layout: DispatchLayout) -> None:
     case = blocks_of_scales(layout).case(masked=0.2, weighted=False)

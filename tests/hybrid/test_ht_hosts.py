@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from expertlink import DispatchLayout, MoECommunicator
-from support import jobs, payloads, training
+from support import decode, jobs, payloads, training
 from support.cases import LAYOUTS, Shape, routings, special
-from support.hosted import run_hosted
+from support.hosted import run_cases, run_hosted
 from support.hosted_hosts import HostsFleet, hosts_fleet_of
 from support.oracle import Case
 
@@ -63,6 +63,14 @@ def test_contract(fields: dict[str, Any], hosts: str, layout: DispatchLayout) ->
     shape = shape_of(hosts, layout)
     cases = across(hosts, [*routings(shape), *edges(shape)])
     run_hosted(fleet_of(cases[0], **fields), jobs.contracts, cases)
+
+
+@LAYOUTS
+@HOSTS_OF
+@pytest.mark.parametrize("fields", [{}, {"static_shapes": True}], ids=["", "static"])
+def test_statistics(fields: dict[str, Any], hosts: str, layout: DispatchLayout) -> None:
+    case = across(hosts, edges(shape_of(hosts, layout)))[1]
+    run_cases(fleet_of(case, **fields), decode.statistics, [case])
 
 
 @LAYOUTS

@@ -476,7 +476,11 @@ def rows_between_hosts(case: Case, rank: int, *, single: bool = False) -> list[i
 
 
 def statistics(comm: MoECommunicator, case: Case) -> None:
-    """Totals of an uncached and a cached dispatch and of one combine."""
+    """Totals of an uncached and a cached dispatch and of two combines.
+
+    The second one brings weights of its own; how they travel does not count. Across hosts bytes are
+    compared inside this rank's host only.
+    """
     rank, own = comm.rank, inputs_of(case, comm.rank)
     _, handle = dispatch_case(comm, case)  # not counted yet
     totals = comm.enable_statistics()
@@ -488,6 +492,10 @@ def statistics(comm: MoECommunicator, case: Case) -> None:
     out, handle = dispatch_case(comm, case)
     comm.dispatch(own.x_TH.to(comm.device), None, previous_handle=handle)
     comm.combine(rows_for(case, rank, handle), handle)
+    weights_TK = None
+    if case.layout.expanded:
+        weights_TK = torch.ones((len(own.x_TH), case.topk), device=comm.device)
+    comm.combine(rows_for(case, rank, handle), handle, topk_weights=weights_TK)
 
     expected = expected_of(case, rank)
     assert totals.tokens_per_expert.tolist() == [2 * count for count in expected.counts]
@@ -500,8 +508,8 @@ def statistics(comm: MoECommunicator, case: Case) -> None:
             sum(c.source == rank for c in expected_of(case, dest).copies)
             for dest in range(case.ranks)
         ]
-    rows_sent = [2 * a + b for a, b in zip(sent, back, strict=True)]
-    rows_received = [2 * a + b for a, b in zip(received, returned, strict=True)]
+    rows_sent = [2 * a + 2 * b for a, b in zip(sent, back, strict=True)]
+    rows_received = [2 * a + 2 * b for a, b in zip(received, returned, strict=True)]
     row_bytes = case.hidden * case.dtype.itemsize
     assert totals.rows_sent.tolist() == rows_sent
     assert totals.rows_received.tolist() == rows_received
@@ -509,12 +517,14 @@ def statistics(comm: MoECommunicator, case: Case) -> None:
         (totals.bytes_sent, rows_sent),
         (totals.bytes_received, rows_received),
     ):
+        hosts = case.domains or (0,) * case.ranks
+        near = [other for other, host in enumerate(hosts) if host == hosts[rank]]
         away = [0 if other == rank else count for other, count in enumerate(rows)]
-        assert total.tolist() == [count * row_bytes for count in away]
+        assert total[near].tolist() == [away[other] * row_bytes for other in near]
     single = case.precision == "exact"
     there, back = (rows_between_hosts(case, rank, single=kind) for kind in (False, single))
     assert totals.rail_bytes.tolist() == [
-        (2 * a + b) * row_bytes for a, b in zip(there, back, strict=True)
+        2 * (a + b) * row_bytes for a, b in zip(there, back, strict=True)
     ]
     assert [tensor.data_ptr() for tensor in vars(totals).values()] == before
 

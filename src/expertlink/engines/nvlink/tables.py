@@ -60,6 +60,7 @@ class TableLayout:
             "origin": (ORIGINS,),
             "first_row": (self.num_ranks,),
             "first_sent": (self.num_ranks,),
+            "rows_to": (self.num_ranks,),
             "first_slot": (self.num_ranks, self.num_local),
             "choices": (self.rows, config.topk),
             "weights": (self.rows, config.topk),
@@ -96,10 +97,11 @@ class Route:
         ids_TK: `[T, K]` the routing, this engine's own copy; None: `ids()` makes it.
         layout: of `block`.
         block: the tables. `rows_from` `[R]` rows from each rank; `first_row` `[R]` rows from the
-            ranks before; `first_sent` `[R]` where this rank's rows start at each rank; `counts`
-            `[E_loc]` choices of each local expert; `offsets` `[E_loc + 1]` FLAT; `choices` `[N, K]`
-            slot (expanded layouts) or local expert of each choice, or -1; `weights` `[N, K]`;
-            `slots` `[T, D]` rank * T_max + position there, ascending, then -1; own tokens `[T]`.
+            ranks before; `first_sent` `[R]` where this rank's rows start at each rank; `rows_to`
+            `[R]` rows to each rank; `counts` `[E_loc]` choices of each local expert; `offsets`
+            `[E_loc + 1]` FLAT; `choices` `[N, K]` slot (expanded layouts) or local expert of each
+            choice, or -1; `weights` `[N, K]`; `slots` `[T, D]` rank * T_max + position there,
+            ascending, then -1; own tokens `[T]`.
         weights_block: block that holds the weights, where they are not those of `block`.
         weighted: there are weights.
         counts: choices of each local expert, where the host knows them.

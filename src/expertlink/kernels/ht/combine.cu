@@ -7,6 +7,7 @@
 
 #include "ht/peers.cuh"
 #include "ht/returns.cuh"
+#include "ht/tally.cuh"
 #include "ht/totals.cuh"
 
 namespace ht {
@@ -15,6 +16,7 @@ __device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watc
                                            char* shared, ReturnRing& ring) {
     const Stages stages{shared_address(shared) + threadIdx.x / 32 * a.warp_bytes, a.warp_bytes};
     publish_ready(a, watch);
+    if (blockIdx.x == 0) tally_combine(a);
     if (blockIdx.x < a.num_senders && !return_rows(a, watch, shared, ring, stages)) return false;
     return add_up(a, watch, stages);
 }

@@ -52,7 +52,10 @@ __device__ __forceinline__ bool run_halves(const DispatchArguments& a, const Wat
             return false;
     } else if (a.flags & kSend) {
         publish_ready(a, watch);
-        if (block == 0) copy_counts(a, watch);
+        if (block == 0) {
+            copy_counts(a, watch);
+            tally_dispatch(a);
+        }
     }
     __syncthreads();
     if (a.flags & kSend && block < a.num_senders) {

@@ -5,6 +5,7 @@
 
 #include "common/scan.cuh"
 #include "ht/count.cuh"
+#include "ht/tally.cuh"
 #include "hybrid/ht_chunks.cuh"
 
 namespace ht {
@@ -120,6 +121,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         a.first_row[r] = arrivals[r];
         const int own = count(r, a.rank);
         a.rows_from[r] = a.rows_from_out[r] = own;
+        a.rows_to[r] = count(a.rank, r);
         int before = 0;  // where this rank's rows start at rank r
         for (int s = 0; s < a.rank; ++s) before += count(s, r);
         a.first_sent[r] = kPadded ? a.rank * kMaxTokens : before;
@@ -153,6 +155,7 @@ __device__ __forceinline__ bool plan_slots(const DispatchArguments& a, const Wat
         // Release: other blocks read the tables after this.
         store_release_device(&watch.state->planned, watch.transfer);
     }
+    if (verdict == kFine) tally_dispatch(a);
     return kWantsMail || verdict != kDisagree;
 }
 

@@ -5,6 +5,7 @@
 // The first `num_senders` blocks return rows, as in combine.cu; all blocks add up.
 
 #include "ht/returns.cuh"
+#include "ht/tally.cuh"
 #include "hybrid/ht_rail.cuh"
 #include "hybrid/ht_sums.cuh"
 
@@ -101,6 +102,8 @@ __device__ __forceinline__ bool run_chunk(const CombineArguments& a, const Watch
     __shared__ Messages messages;
     const Stages stages{shared_address(shared) + threadIdx.x / 32 * a.warp_bytes, a.warp_bytes};
     publish_ready(a, watch);
+    // Of the transfers of a call one is the first chunk's inside the host.
+    if (a.flags & kWithinHost && a.chunk == 0 && blockIdx.x == 0) tally_combine(a);
     load_messages(a, messages, [&](int host) { return rows_in(a, host); });
     if (!(a.flags & kWithinHost) && blockIdx.x == 0) write_heads(a, watch, messages);
     if (blockIdx.x < a.num_senders && !return_rows(a, watch, shared, ring, stages)) return false;

@@ -6,6 +6,7 @@
 
 #include "ht/place.cuh"
 #include "ht/send.cuh"
+#include "ht/tally.cuh"
 #include "hybrid/ht_rail.cuh"
 
 namespace ht {
@@ -100,6 +101,9 @@ __device__ __forceinline__ bool move_chunk(const DispatchArguments& a, const Wat
     publish_ready(a, watch);
     if (a.flags & kCached && blockIdx.x == 0 && threadIdx.x == 0)
         *a.origin = static_cast<int>(watch.transfer);
+    // Of the transfers of a call one is the first chunk's inside the host.
+    if (a.flags & kCached && a.flags & kWithinHost && a.chunk == 0 && blockIdx.x == 0)
+        tally_dispatch(a);
     __syncthreads();
     if (blockIdx.x < a.num_senders) {
         const bool sent = a.flags & kWithinHost ? send_rows(a, watch, shared, ring)

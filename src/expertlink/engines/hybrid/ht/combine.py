@@ -69,6 +69,7 @@ class HybridCombiner:
 
     Attributes:
         most_blocks: of the planner.
+        arguments: of all calls.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class HybridCombiner:
         self._topk, self._run, self._messages = config.topk, run, messages
         self._row_bytes = config.hidden_size * config.dtype.itemsize
         self._host = common["seat"] // messages.plan.num_peers
-        self._arguments = COMBINE.new(**common)
+        self.arguments = COMBINE.new(**common)
         inside = CombinePlanner(config, blocks, num_sms)
         self.most_blocks = inside.most_blocks
         self._launches: Launches[ChunkLaunches] = Launches(HybridCombinePlanner(inside))
@@ -94,7 +95,7 @@ class HybridCombiner:
         rows, route = call.rows, as_hybrid_route(call.state)
         if rows.data_ptr() % ALIGNMENT:  # bulk copies do not accept that
             rows = rows.clone()
-        a = self._arguments
+        a = self.arguments
         a.rows, a.out = rows.data_ptr(), call.out_TH.data_ptr()
         call.out_TH[self._moved(route) :].zero_()
         a.weights_of_row = route.weights_address() if call.weighted else None
@@ -104,7 +105,7 @@ class HybridCombiner:
 
     def weight_grads(self, route: Route, grads: Tensor) -> Tensor:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
-        self._arguments.weights_of_row = None
+        self.arguments.weights_of_row = None
         returned = self._return(
             as_hybrid_route(route), Operation.WEIGHT_GRADS, 0, grads=grads, num_sms=None
         )
@@ -121,7 +122,7 @@ class HybridCombiner:
         num_sms: int | None,
     ) -> Tensor | None:
         """Writes what all calls say, and moves the chunks."""
-        a, block, layout = self._arguments, route.block, route.layout
+        a, block, layout = self.arguments, route.block, route.layout
         assert isinstance(layout, HybridTables)
         grads_TK, flags, grad_bytes = None, 0, 0
         if grads is not None:
@@ -149,7 +150,7 @@ class HybridCombiner:
         return starts[-1 if route.rows is None else len(route.rows)]
 
     def _move(self, route: HybridRoute, launches: ChunkLaunches) -> None:
-        a, messages, plan = self._arguments, self._messages, self._messages.plan
+        a, messages, plan = self.arguments, self._messages, self._messages.plan
         a.num_senders, a.slot_bytes, a.warp_bytes, a.batch = launches[:4]
         flags = a.flags
         num_chunks = plan.num_chunks if route.rows is None else len(route.rows)

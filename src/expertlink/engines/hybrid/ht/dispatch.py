@@ -112,6 +112,7 @@ class HybridDispatcher:
 
     Attributes:
         most_blocks: of the planner.
+        arguments: of all calls.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class HybridDispatcher:
         self._mails = not config.static_shapes
         self._positions = 4 * min(config.topk, plan.num_peers)
         self._memory = _Scratch.of(config, plan, experts, num_sms=num_sms, device=self._device)
-        self._arguments = DISPATCH.new(**common, **self._memory.arguments())
+        self.arguments = DISPATCH.new(**common, **self._memory.arguments())
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class HybridDispatcher:
         """
         ids_TK = call.topk_ids_TK
         assert ids_TK is not None
-        a, tables = self._arguments, self._tables
+        a, tables = self.arguments, self._tables
         num_tokens, weighted = call.x_TW.shape[0], call.weights_TK is not None
         block = self._new_words(tables.words(num_tokens))
         kept_ids_TK = torch.empty_like(ids_TK)
@@ -220,11 +221,11 @@ class HybridDispatcher:
             maker=self._number,
             rows=old.rows,
         )
-        self._arguments.weights_of_row = route.weights_address()
+        self.arguments.weights_of_row = route.weights_address()
         self._write(
             call,
             Operation.CACHED_DISPATCH,
-            Flag.CACHED,
+            Flag.CACHED if call.counted else Flag.CACHED | Flag.UNCOUNTED,
             old.block,
             old.layout,
             public,
@@ -238,7 +239,7 @@ class HybridDispatcher:
 
     def refuse(self, error: Exception, *, number: int) -> Mail | None:
         """Takes part in a dispatch only to say that this rank refuses it."""
-        config, a = self._config, self._arguments
+        config, a = self._config, self.arguments
         call = DispatchCall(
             x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
             topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=self._device),
@@ -262,7 +263,7 @@ class HybridDispatcher:
 
         With static shapes the first messages bring the counts, so the rail has carried them.
         """
-        a, messages, memory = self._arguments, self._messages, self._memory
+        a, messages, memory = self.arguments, self._messages, self._memory
         launches = self._launches[a.row_bytes, call.num_sms]
         self._tell(launches)
         self._run_counting(KernelName.COUNT, launches.counting)
@@ -285,7 +286,7 @@ class HybridDispatcher:
 
     def _run_counting(self, name: KernelName, launch: Launch) -> None:
         """Queues a kernel whose header says that the host waits for counts."""
-        a = self._arguments
+        a = self.arguments
         flags = a.flags
         a.flags |= int(Flag.COUNT)
         self._run(name, a, launch)
@@ -293,7 +294,7 @@ class HybridDispatcher:
 
     def _move(self, call: DispatchCall, route: HybridRoute, *, filled: int) -> None:
         """Moves the rows of all chunks; `filled`: the messages of so many are packed already."""
-        a, rows = self._arguments, route.rows
+        a, rows = self.arguments, route.rows
         launch = self._launches[a.row_bytes, call.num_sms].moving
         num_chunks = self._plan.num_chunks if rows is None else len(rows)
         first = True
@@ -313,19 +314,19 @@ class HybridDispatcher:
             a.flags, first = flags, False
 
     def _pack(self, call: DispatchCall, chunk: int) -> None:
-        a = self._arguments
+        a = self.arguments
         self._tell_chunk(call, chunk)
         self._run(KernelName.PACK, a, self._launches[a.row_bytes, call.num_sms].packing)
 
     def _exchange(self, call: DispatchCall, chunk: int, rows: _Rows | None) -> None:
         head = self._head(chunk, cached=call.previous is not None)
         lengths = message_of(self._plan, chunk, rows, host=self._host, head=head)
-        self._messages.exchange(chunk, lengths, self._arguments.rail_stride)
+        self._messages.exchange(chunk, lengths, self.arguments.rail_stride)
 
     def _head(self, chunk: int, *, cached: bool) -> int:
         """Rows in front of a message: with static shapes the first ones bring the counts."""
         words = HEADER_WORDS if self._mails or cached or chunk else self._plan.count_words
-        return head_rows(words, self._arguments.rail_stride)
+        return head_rows(words, self.arguments.rail_stride)
 
     def _rows_of(self, mail: Mail) -> _Rows:
         hosts, words = self._plan.num_hosts, mail.rail
@@ -337,12 +338,12 @@ class HybridDispatcher:
     # -- arguments and outputs --------------------------------------------------------------------
 
     def _tell(self, launches: ChunkLaunches) -> None:
-        a = self._arguments
+        a = self.arguments
         a.num_senders, a.slot_bytes, a.warp_bytes, a.batch, a.groups = launches[:5]
 
     def _tell_chunk(self, call: DispatchCall, chunk: int) -> None:
         """Tells the kernels which chunk moves, and where its messages are."""
-        a = self._arguments
+        a = self.arguments
         self._tell(self._launches[a.row_bytes, call.num_sms])
         tell_chunk(a, self._messages, chunk)
         a.head_rows = self._head(chunk, cached=call.previous is not None)
@@ -360,7 +361,7 @@ class HybridDispatcher:
         origin: int,
     ) -> None:
         """Tells the kernels what is sent, and where tables and counts are; not the output."""
-        a, x, scales, weights = self._arguments, call.x_TW, call.scales, call.weights_TK
+        a, x, scales, weights = self.arguments, call.x_TW, call.scales, call.weights_TK
         assert isinstance(layout, HybridTables)
         if weights is not None:
             flags |= Flag.NEW_WEIGHTS
@@ -397,7 +398,7 @@ class HybridDispatcher:
         self, call: DispatchCall, shape: tuple[int, ...], weighted: bool
     ) -> OutputTensors:
         """Allocates what a dispatch of a leading shape returns, and tells the kernels."""
-        a, x, scales = self._arguments, call.x_TW, call.scales
+        a, x, scales = self.arguments, call.x_TW, call.scales
         tokens = call.output_buffer
         if tokens is None:
             tokens = x.new_empty((*shape, x.shape[1]))
@@ -539,6 +540,7 @@ def tell_tables(a: Arguments, layout: HybridTables, base: int, num_tokens: int) 
 
 _TABLES = {
     "rows_from": "rows_from",
+    "rows_to": "rows_to",
     "first_row": "first_row",
     "choices_of_row": "choices",
     "rows_before": "rows_before",

@@ -29,6 +29,8 @@ class Flag(enum.IntFlag):
     """Across hosts: the rows of this host's own tokens move, else those of other hosts."""
     CLEAR = 512
     """Across hosts: this transfer clears the slots that no row of the call fills."""
+    UNCOUNTED = 1024
+    """Statistics leave this dispatch out: it is a part of a combine."""
 
 
 # What both kernels begin with: peers.cuh reads these.
@@ -58,9 +60,14 @@ _COMMON = (
     Field("const int*", "expert_location", "[E] rank * kLocationStride + local index"),
     Field("int*", "slots_of_token", "[T, D] rank * T_max + position, ascending, then -1"),
     Field("int*", "rows_from", "[R] rows received from each rank"),
+    Field("int*", "rows_to", "[R] rows sent to each rank"),
     Field("int*", "first_row", "[R] rows received from the ranks before"),
     Field("int*", "choices_of_row", "[N, K] slot (expanded) or local expert of each choice, or -1"),
     Field("float*", "weights_of_row", "[N, K] weight of each choice, or null"),
+    Field("long long*", "rows_sent", "[R] statistics, or null"),
+    Field("long long*", "rows_received", "[R] statistics"),
+    Field("long long*", "bytes_sent", "[R] statistics"),
+    Field("long long*", "bytes_received", "[R] statistics"),
 )
 
 # The caller's tensors, in both modes.
@@ -93,6 +100,7 @@ DISPATCH = Struct(
         Field("int*", "first_sent", "[R] where this rank's rows start at each rank"),
         Field("int*", "first_slot", "[R, E_loc] where a source's rows of an expert start"),
         Field("int*", "tokens_per_expert", "[E_loc]"),
+        Field("long long*", "tokens_stat", "[E_loc] statistics"),
         Field("int*", "expert_offsets", "[E_loc + 1] FLAT"),
         Field("int*", "origin", "where the number of this transfer is kept with the tables"),
         *OUTPUTS,

@@ -92,6 +92,7 @@ class HtCombiner:
 
     Attributes:
         most_blocks: of the planner.
+        arguments: of all calls.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class HtCombiner:
     ) -> None:
         self._topk, self._max_tokens, self._run = config.topk, config.max_tokens_per_rank, run
         self._row_bytes = config.hidden_size * config.dtype.itemsize
-        self._arguments = COMBINE.new(**common)
+        self.arguments = COMBINE.new(**common)
         planner = CombinePlanner(config, blocks, num_sms)
         self.most_blocks, self._launches = planner.most_blocks, Launches(planner)
 
@@ -114,7 +115,7 @@ class HtCombiner:
         rows, route = call.rows, as_route(call.state)
         if rows.data_ptr() % ALIGNMENT:  # bulk copies do not accept that
             rows = rows.clone()
-        a = self._arguments
+        a = self.arguments
         a.rows, a.out = rows.data_ptr(), call.out_TH.data_ptr()
         a.weights_of_row = route.weights_address() if call.weighted else None
         return self._return(
@@ -123,7 +124,7 @@ class HtCombiner:
 
     def weight_grads(self, route: Route, grads: Tensor) -> Tensor:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
-        self._arguments.weights_of_row = None
+        self.arguments.weights_of_row = None
         returned = self._return(route, _WEIGHT_GRADS, 0, grads=grads, num_sms=None)
         assert returned is not None
         return returned
@@ -141,7 +142,7 @@ class HtCombiner:
 
         The struct is used again: a new one takes more time than everything else a call does.
         """
-        a, at, block = self._arguments, route.layout.at, route.block.data_ptr()
+        a, at, block = self.arguments, route.layout.at, route.block.data_ptr()
         grads_TK = None
         flags = _WIDE_IDS if route.wide_ids else 0
         a.header_metadata_bytes = 0
@@ -159,7 +160,7 @@ class HtCombiner:
         a.ids = route.ids_address
         slots = route.slots_for(self._max_tokens)  # kept until the launch
         a.slots_of_token = block + at["slots"] if slots is None else slots.data_ptr()
-        a.rows_from = block + at["rows_from"]
+        a.rows_from, a.rows_to = block + at["rows_from"], block + at["rows_to"]
         a.first_row = block + at["first_row"]
         a.choices_of_row = block + at["choices"]
         plan = self._launches[row_bytes, num_sms]

@@ -42,6 +42,7 @@ from expertlink.types import DispatchBuffers, DispatchLayout, DispatchOutput, Qu
 _UNCACHED = int(Flag.COUNT | Flag.SEND)
 _CACHED = int(Flag.CACHED | Flag.SEND | Flag.PLACE)
 _COUNT, _PLACE, _DISCARD = int(Flag.COUNT), int(Flag.PLACE), int(Flag.DISCARD)
+_UNCOUNTED = int(Flag.UNCOUNTED)
 _WIDE_IDS, _NEW_WEIGHTS = int(Flag.WIDE_IDS), int(Flag.NEW_WEIGHTS)
 _DISPATCH, _CACHED_DISPATCH = int(Operation.DISPATCH), int(Operation.CACHED_DISPATCH)
 _KERNEL = KernelName.DISPATCH
@@ -185,6 +186,7 @@ class HtDispatcher:
 
     Attributes:
         most_blocks: of the planner.
+        arguments: of all calls.
     """
 
     def __init__(
@@ -239,7 +241,7 @@ class HtDispatcher:
             config.max_tokens_per_rank * config.topk, dtype=torch.int32, device=self._device
         )
         self._faulty = torch.zeros(1, dtype=torch.int32, device=self._device)
-        self._arguments = DISPATCH.new(
+        self.arguments = DISPATCH.new(
             **common,
             experts=self._experts.data_ptr(),
             num_local=self._num_local,
@@ -257,7 +259,7 @@ class HtDispatcher:
         """
         ids_TK, buffers = call.topk_ids_TK, call.buffers
         assert ids_TK is not None
-        a, tables, num_tokens = self._arguments, self._tables, call.x_TW.shape[0]
+        a, tables, num_tokens = self.arguments, self._tables, call.x_TW.shape[0]
         weighted = call.weights_TK is not None
         wide, flags = False, _UNCACHED
         if ids_TK.dtype is torch.int64:
@@ -337,7 +339,7 @@ class HtDispatcher:
 
     def dispatch_cached(self, call: DispatchCall, old: Route, *, number: int) -> Started:
         """Queues a dispatch with the routing of an earlier one."""
-        a, buffers, new_weights = self._arguments, call.buffers, call.weights_TK is not None
+        a, buffers, new_weights = self.arguments, call.buffers, call.weights_TK is not None
         weights_block, weighted = old.weights_block, old.weighted or new_weights
         rows_at = 0
         if buffers is None:
@@ -383,8 +385,9 @@ class HtDispatcher:
             a.slots_of_token = slots.data_ptr()
         a.own_tokens = old.layout.own_tokens(base, old.num_tokens)
         a.weights_of_row = route.weights_address()
+        flags = _CACHED if call.counted else _CACHED | _UNCOUNTED
         pool_at = self._write(
-            call, _CACHED_DISPATCH, _CACHED, number == 0, old.origin, old.maker, origin
+            call, _CACHED_DISPATCH, flags, number == 0, old.origin, old.maker, origin
         )
         rows = self._make_rows(call, old.shape, weighted, pool_at, memory, 0, memory, rows_at)
         self._launch(call, sends=True)
@@ -394,7 +397,7 @@ class HtDispatcher:
 
     def refuse(self, error: Exception, *, number: int) -> Mail | None:
         """Takes part in a dispatch only to say that this rank refuses it."""
-        config, a, tables = self._config, self._arguments, self._tables
+        config, a, tables = self._config, self.arguments, self._tables
         call = DispatchCall(
             x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
             topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=self._device),
@@ -448,9 +451,9 @@ class HtDispatcher:
     def _name_tables(self, base: int, tables: TableLayout) -> None:
         """Tells the kernel where the tables of a routing are. Structs are used again: a new one
         takes 8 µs."""
-        a, at = self._arguments, tables.at
+        a, at = self.arguments, tables.at
         a.slots_of_token = base + at["slots"]
-        a.rows_from = base + at["rows_from"]
+        a.rows_from, a.rows_to = base + at["rows_from"], base + at["rows_to"]
         a.first_row = base + at["first_row"]
         a.first_sent = base + at["first_sent"]
         a.first_slot = base + at["first_slot"]
@@ -461,7 +464,7 @@ class HtDispatcher:
 
     def _name_counts(self, address: int) -> None:
         """Tells the kernel where the caller's counts are: one after the other."""
-        a = self._arguments
+        a = self.arguments
         a.counts_out = address
         a.offsets_out = address + 4 * self._num_local
         a.rows_from_out = address + 4 * (2 * self._num_local + 1)
@@ -483,7 +486,7 @@ class HtDispatcher:
         origin: int,
     ) -> int:
         """Tells the kernel what is sent; returns where the pool of a zero-copy dispatch is."""
-        a, x = self._arguments, call.x_TW
+        a, x = self.arguments, call.x_TW
         scales, weights = call.scales, call.weights_TK
         scale_bytes = metadata_bytes = header_bytes = 0
         if operation == _DISPATCH or weights is not None or self._source_tokens:
@@ -541,7 +544,7 @@ class HtDispatcher:
         Counts start at a word of `memory`, source tokens at one of `rows_memory`, unless all of
         that is in buffers.
         """
-        a, x, buffers, count = self._arguments, call.x_TW, call.buffers, math.prod(shape)
+        a, x, buffers, count = self.arguments, call.x_TW, call.buffers, math.prod(shape)
         scales = None
         if buffers is not None:
             largest = buffers.output
@@ -626,14 +629,14 @@ class HtDispatcher:
 
     def _launch(self, call: DispatchCall, *, sends: bool) -> None:
         """Queues one kernel; without `sends` it places what the one before it has sent."""
-        a = self._arguments
+        a = self.arguments
         plan = self._launches[a.row_bytes, call.num_sms, sends, a.flags & _COUNT]
         a.num_senders, a.slot_bytes, a.warp_bytes, a.batch, a.groups, launch = plan
         self._run(_KERNEL, a, launch)
 
     def _discard(self) -> None:
         """Lets the peers go on after a dispatch that does not happen."""
-        a = self._arguments
+        a = self.arguments
         a.flags, a.num_senders = _DISCARD, 0
         self._run(_KERNEL, a, _DISCARDS)
 

@@ -40,6 +40,7 @@ from expertlink.errors import (
     EngineUnavailableError,
     InputError,
 )
+from expertlink.jit.kernel import Arguments
 from expertlink.routing import Placement
 from expertlink.types import CallStatistics, DispatchBuffers, RowKind
 from expertlink.validation import explain_ids
@@ -47,6 +48,9 @@ from expertlink.validation import explain_ids
 
 class Dispatcher(Protocol):
     """What queues the dispatches of one rank: `HtDispatcher` says what the methods do."""
+
+    @property
+    def arguments(self) -> Arguments: ...
 
     @property
     def most_blocks(self) -> Callable[[int | None], int]: ...
@@ -62,6 +66,9 @@ class Dispatcher(Protocol):
 
 class Combiner(Protocol):
     """What queues the combines of one rank: `HtCombiner` says what the methods do."""
+
+    @property
+    def arguments(self) -> Arguments: ...
 
     @property
     def most_blocks(self) -> Callable[[int | None], int]: ...
@@ -101,6 +108,7 @@ class HtMode:
         self._expert_location = expert_locations(placement)
         common = common_arguments(memory, wire=wire, expert_location=self._expert_location)
         self._dispatcher, self._combiner = self._callers(memory, common, run, num_sms, max_warps)
+        self._statistics: CallStatistics | None = None
 
     def _callers(
         self,
@@ -282,8 +290,24 @@ class HtMode:
         return DispatchBuffers(output=output, tables=self._dispatcher.new_tables(), kind=rows)
 
     def enable_statistics(self) -> CallStatistics:
-        """Refuses: these kernels count nothing."""
-        raise ConfigurationError("statistics are kept by mode='ll' on the nvlink engine")
+        """Counts calls from now on; returns the same tensors every time.
+
+        Longest waits stay 0: these kernels do not measure them.
+        """
+        if self._statistics is None:
+            counted = self._statistics = CallStatistics.zeros(
+                num_local=len(self._experts),
+                num_ranks=self._placement.num_ranks,
+                device=self._wire.device,
+            )
+            dispatch = self._dispatcher.arguments
+            for a in (dispatch, self._combiner.arguments):
+                a.rows_sent = counted.rows_sent.data_ptr()
+                a.rows_received = counted.rows_received.data_ptr()
+                a.bytes_sent = counted.bytes_sent.data_ptr()
+                a.bytes_received = counted.bytes_received.data_ptr()
+            dispatch.tokens_stat = counted.tokens_per_expert.data_ptr()
+        return self._statistics
 
     def query_mask(self) -> Tensor:
         """`[R]` bool on the device: nobody is masked."""

@@ -21,7 +21,6 @@ class LlTableLayout(TableLayout):
     def _table_shapes(self, config: MoECommunicatorConfig) -> dict[str, tuple[int, ...]]:
         return {
             **super()._table_shapes(config),
-            "rows_to": (self.num_ranks,),
             "tokens": (self.rows,),
             "own_weights": (self.max_tokens, config.topk),
         }
