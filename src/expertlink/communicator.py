@@ -17,7 +17,7 @@ from expertlink.combining import Combining
 from expertlink.config import MoECommunicatorConfig
 from expertlink.dispatching import Dispatching
 from expertlink.engines.ranks.header import Operation
-from expertlink.engines.ranks.rebalance import rebalance
+from expertlink.engines.ranks.rebalance import rebalance, sum_copies
 from expertlink.errors import ConfigurationError, InputError
 from expertlink.overlap import check_settings, operation_of
 from expertlink.placement import ExpertPlacement
@@ -250,6 +250,34 @@ class MoECommunicator(Dispatching, Combining):
         old = self.placement if old is None else old
         assert self._wire is not None
         return rebalance(self._wire, self.config, tensors, old=old, new=new)
+
+    def sum_copies(
+        self, tensors: Sequence[Tensor], *, placement: ExpertPlacement | None = None
+    ) -> None:
+        """Adds up what the copies of each expert have, in place, by one all-to-all. Collective.
+
+        Afterwards all copies of an expert have the same bits: sums in float32, or in the tensor's
+        type if that is wider, over the ranks ascending, rounded once. Experts without copies keep
+        theirs. The process group moves the rows, as in `rebalance`.
+
+        Args:
+            tensors: `[slots, ...]` floating point, on the communicator's device, such as gradients:
+                a row for each expert that this rank holds in `placement`.
+            placement: where the copies are; None: this communicator's, in which there are none.
+
+        Raises:
+            InputError: an argument does not fit, or the ranks differ (on every rank).
+            PeerError: another rank refused, or the ranks are not in the same call.
+            PeerTimeoutError: a rank did not come. ClosedError: the communicator is closed.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            from expertlink.uncompiled import uncompiled
+
+            uncompiled(self.sum_copies, tensors, placement=placement)
+            return
+        self.check_health()
+        assert self._wire is not None
+        sum_copies(self._wire, self.config, tensors, placement or self.placement)
 
     # -- ranks that are left out ------------------------------------------------------------------
 

@@ -9,12 +9,17 @@ per expert, E local experts, I width of an expert, F = 2 I.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError, InputError
@@ -313,8 +318,9 @@ class MoELayer(nn.Module):
 
     The parameters of `experts` are this rank's own, and their gradients are sums over all ranks'
     tokens. `router` and `shared` are replicated: sum up, or average, their gradients as those of
-    the rest of the model. Copies of an expert are parameters of their own: training has to add up
-    their gradients too. See docs/guide/training.md.
+    the rest of the model. Copies of an expert are parameters of their own: training calls
+    `sum_copies_gradients` before every step of the optimizer, which raises otherwise. See
+    docs/guide/training.md.
 
     Args:
         comm: an open communicator, for any layout and mode; layers may have one together.
@@ -367,6 +373,18 @@ class MoELayer(nn.Module):
             row_dtype=config.dtype,
             **style,
         )
+        self._summed: set[str] = set()  # experts' parameters whose gradients copies share
+        _guard(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy."""
+        super().__setstate__(state)
+        _guard(self)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether an expert is on several ranks."""
+        return self.placement.num_physical > self.placement.num_experts
 
     def forward(
         self,
@@ -405,6 +423,30 @@ class MoELayer(nn.Module):
         y = y_TH.to(x.dtype).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
+    def sum_copies_gradients(self) -> None:
+        """Adds up the gradients of the copies of each expert, in place. Collective.
+
+        Call it on all ranks once for every step of the optimizer: after the last backward, before
+        gradients are clipped. All copies then have the same bits, so steps keep them equal. A
+        missing gradient counts as zero. Without copies nothing is done.
+
+        Raises:
+            What `MoECommunicator.sum_copies` raises.
+        """
+        if not self.has_copies:
+            return
+        parameters = [self.experts.gate_up, self.experts.down]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.comm.sum_copies(grads, placement=self.placement)
+        self.mark_copies_summed()
+
+    def mark_copies_summed(self) -> None:
+        """Says that the gradients of copies are added up, whoever did it, up to the next step."""
+        self._summed.update(name for name, _ in self.experts.named_parameters())
+
     def rebalance(
         self, new: ExpertPlacement, *, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
@@ -415,7 +457,8 @@ class MoELayer(nn.Module):
 
         Args:
             new: a placement with the slots of the communicator.
-            optimizer: whose states of these weights move along.
+            optimizer: whose states of these weights move along, those of their shape. Without it
+                states stay in their slots, where they belong to other experts from then on.
 
         Raises:
             ConfigurationError: `new` has other slots than the communicator.
@@ -439,6 +482,13 @@ class MoELayer(nn.Module):
             self._physical = new.to_physical(self.comm.device)
         else:
             self._physical.set_(new)
+
+
+def sum_copies_gradients(model: nn.Module) -> None:
+    """`MoELayer.sum_copies_gradients` of every layer of a model, in their order. Collective."""
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.sum_copies_gradients()
 
 
 def merge_state_dicts(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -470,6 +520,49 @@ def merge_state_dicts(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor
             merged[prefix + name] = torch.stack([found[expert] for expert in range(count)])
         del merged[key]
     return merged
+
+
+# -- steps of optimizers --------------------------------------------------------------------------
+
+_with_copies: weakref.WeakSet[MoELayer] = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+def _guard(layer: MoELayer) -> None:
+    """From now on no optimizer of torch steps with the gradients of single copies."""
+    if not layer.has_copies:
+        return
+    _with_copies.add(layer)
+    if not _hooks:
+        check, note = (cast(Any, torch.compiler.disable(f)) for f in (_check_step, _note_step))
+        _hooks.append(register_optimizer_step_pre_hook(check))
+        _hooks.append(register_optimizer_step_post_hook(note))
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> Iterator[tuple[MoELayer, str]]:
+    """Parameters of experts with copies that a step changes."""
+    if not _with_copies:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in list(_with_copies):
+        for name, parameter in layer.experts.named_parameters():
+            if parameter.grad is not None and id(parameter) in held:
+                yield layer, name
+
+
+def _check_step(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
+    for layer, name in _stepped(optimizer):
+        if name not in layer._summed:
+            raise InputError(
+                f"{type(optimizer).__name__}.step: gradients of {name} are those of single copies "
+                "of experts; call sum_copies_gradients() after backward, on all ranks, or "
+                "mark_copies_summed() where you have added them up"
+            )
+
+
+def _note_step(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
+    for layer, name in _stepped(optimizer):
+        layer._summed.discard(name)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

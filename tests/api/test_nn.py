@@ -239,6 +239,18 @@ def test_moved_experts_give_the_same_on_gpus(rank_pools, mode: str) -> None:
         rank_pools(2, "cuda").run(moe_layers.moves, layout, mode, timeout_s=120)
 
 
+def test_training_with_copies_equals_a_dense_model(rank_pools) -> None:
+    rank_pools(3).run(moe_layers.trains_with_copies, timeout_s=60)
+
+
+def test_steps_with_gradients_of_single_copies_are_refused(rank_pools) -> None:
+    for said in rank_pools(2).run(moe_layers.steps_without_sums, timeout_s=60):
+        nothing, alone, summed, own, again = said
+        assert nothing == summed == own == ""
+        for text in (alone, again):
+            assert text.startswith("SGD.step: gradients of gate_up are those of single copies")
+
+
 def test_what_ranks_save_makes_one_checkpoint(rank_pools) -> None:
     rank_pools(2).run(moe_layers.checkpoints, timeout_s=60)
 

@@ -229,6 +229,18 @@ def test_moved_weights_are_the_right_ones(rank_pools, ranks: int) -> None:
     rank_pools(ranks).run(placements.moves, drawn, timeout_s=60)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sums_over_copies(rank_pools, ranks: int) -> None:
+    drawn = [placement for seed in range(deep(3)) for placement in placements.drawn(seed, ranks)]
+    rank_pools(ranks).run(placements.sums, drawn, timeout_s=60)
+
+
+@pytest.mark.gpu(2)
+def test_sums_over_copies_over_nccl(rank_pools) -> None:
+    drawn = [placement for seed in range(deep(3)) for placement in placements.drawn(seed, 2)]
+    rank_pools(2, "cuda").run(placements.sums, drawn, timeout_s=120)
+
+
 @pytest.mark.gpu(2)
 def test_moved_weights_are_the_right_ones_over_nccl(rank_pools) -> None:
     drawn = [placements.drawn(seed, 2) for seed in range(deep(4))]
@@ -257,6 +269,7 @@ def test_differences_between_ranks_are_refused_on_all(rank_pools) -> None:
         "wrapper": "tensors[0] is a TwoTensor, which stands for other tensors",
         "no list": "tensors is a Tensor, expected a list of tensors",
         "no placement": "new is a tuple, expected an ExpertPlacement",
+        "integers": "tensors[0] is torch.int32, expected floating point",
     }
     for name, text in local.items():
         assert says[0][name].startswith(f"InputError: {text}"), says[0][name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlink import DispatchOutput, MoECommunicator, MoECommunicatorConfig
+from expertlink import DispatchOutput, InputError, MoECommunicator, MoECommunicatorConfig
 from expertlink.launch import RankContext
-from expertlink.nn import GroupedExperts, MoELayer, merge_state_dicts
+from expertlink.nn import GroupedExperts, MoELayer, merge_state_dicts, sum_copies_gradients
 from expertlink.placement import ExpertPlacement
 from support.training import gap
 
@@ -204,6 +205,7 @@ def _moves(
 
         for parameter in layer.parameters():  # alike on all copies of an expert
             parameter.grad = parameter.detach().sin()
+        layer.mark_copies_summed()
         optimizer.step()
         before = results()
         saved = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -226,6 +228,71 @@ def _moves(
         assert torch.equal(optimizer.state[layer.experts.down]["exp_avg"], moments)
         for name, value in layer.state_dict().items():
             assert torch.equal(value, saved[name])
+
+
+def trains_with_copies(ctx: RankContext) -> None:
+    """Weights after steps with copies are those of a dense model.
+
+    Placements differ from step to step, and the optimizer's states move along.
+    """
+    placements = (((0, 1, 2, 4), (1, 3, 4), (0, 2)), ((0, 2, 3, 4), (1, 2, 4), (0, 4)))
+    case = LayerCase((5, 0, 7), ExpertPlacement(EXPERTS, placements[0]))
+    names = ("experts.gate_up", "experts.down")
+    everything = weights_of_all(case.dtype)
+    full = {name: everything[name].requires_grad_() for name in names}
+    fixed = {name: value for name, value in everything.items() if name not in names}
+    reference = torch.optim.AdamW(full.values(), lr=1e-2)
+    with MoECommunicator(case.config(ctx.device)) as comm:
+        layer = layer_of(comm, case)
+        assert layer.shared is not None
+        layer.shared.requires_grad_(False)
+        optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=1e-2)
+        for step in range(3):
+            for _ in range(2):  # gradients are accumulated
+                layer(*inputs_of(case, ctx.rank)).square().sum().backward()
+                for rank in range(ctx.num_ranks):
+                    given = inputs_of(case, rank)
+                    dense(*given, {**full, **fixed}).square().sum().backward()
+            sum_copies_gradients(layer)
+            optimizer.step()
+            reference.step()
+            optimizer.zero_grad()
+            reference.zero_grad()
+            for name in names:
+                own = layer.get_parameter(name).detach()
+                wanted = full[name].detach()[list(layer.experts.expert_ids)]
+                torch.testing.assert_close(own, wanted, rtol=1e-9, atol=1e-9)
+            new = ExpertPlacement(EXPERTS, placements[(step + 1) % 2])
+            layer.rebalance(new, optimizer=optimizer)
+        parts: list[Any] = [None] * ctx.num_ranks
+        dist.all_gather_object(parts, layer.state_dict())
+        merge_state_dicts(parts)  # copies are equal, bit for bit
+
+
+def steps_without_sums(ctx: RankContext) -> list[str]:
+    """What a step says without sums, with them, after them, and with the caller's own."""
+    case = LayerCase((3, 3), ExpertPlacement(EXPERTS, ((0, 1, 2), (0, 3, 4))))
+    said: list[str] = []
+    with MoECommunicator(case.config(ctx.device)) as comm:
+        layer = copy.deepcopy(layer_of(comm, case))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+        def step() -> None:
+            before = layer.experts.down.detach().clone()
+            try:
+                optimizer.step()
+                said.append("")
+            except InputError as error:
+                assert torch.equal(layer.experts.down, before)
+                said.append(str(error))
+
+        step()  # there are no gradients
+        for prepare in (lambda: None, layer.sum_copies_gradients, layer.mark_copies_summed):
+            layer(*inputs_of(case, ctx.rank)).sum().backward()
+            prepare()
+            step()
+        step()
+    return said
 
 
 def checkpoints(ctx: RankContext) -> None:

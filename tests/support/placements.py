@@ -91,6 +91,36 @@ def moves(
         assert comm.combine(received.tokens, handle).eq(2).all()
 
 
+def sums(ctx: RankContext, drawn_placements: list[ExpertPlacement]) -> None:
+    """Every copy has the sum over copies, rounded once; what has one copy stays as it is."""
+    with MoECommunicator(config_for(ctx, dtype=torch.float32)) as comm:
+        for placement in drawn_placements:
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                wide = torch.promote_types(dtype, torch.float32)
+
+                def row(rank: int, expert: int, dtype: torch.dtype = dtype) -> Tensor:
+                    generator = torch.Generator().manual_seed(100 * rank + expert)
+                    return torch.randn(2, 3, generator=generator).to(dtype)
+
+                own = placement.experts_of_rank[ctx.rank]
+                found = torch.empty(len(own), 3, 2, dtype=dtype, device=ctx.device)
+                found = found.transpose(1, 2)  # not contiguous
+                single = torch.ones(len(own), dtype=dtype, device=ctx.device)
+                for slot, expert in enumerate(own):
+                    found[slot] = row(ctx.rank, expert)
+                comm.sum_copies([found, single], placement=placement)
+                for slot, expert in enumerate(own):
+                    total = torch.zeros(2, 3, dtype=wide)
+                    copies = 0
+                    for rank, experts in enumerate(placement.experts_of_rank):
+                        if expert in experts:
+                            total += row(rank, expert).to(wide)
+                            copies += 1
+                    assert torch.equal(found[slot].cpu(), total.to(dtype))
+                    assert single[slot] == copies
+        comm.sum_copies([torch.ones(len(comm.local_experts), device=ctx.device)])
+
+
 def refusals(ctx: RankContext) -> dict[str, str]:
     """What every kind of refusal raises here. Calls after them work."""
     rank, said = ctx.rank, {}
@@ -120,6 +150,10 @@ def refusals(ctx: RankContext) -> dict[str, str]:
         attempt("wrapper", [fine if rank else TwoTensor(fine, fine)])
         attempt("no list", [fine] if rank else fine)
         attempt("no placement", [fine], new=other if rank else other.expert_map)
+        try:
+            comm.sum_copies([fine if rank else fine.to(torch.int32)], placement=even)
+        except ExpertlinkError as error:
+            said["integers"] = f"{type(error).__name__}: {error}"
         if rank == 0:
             attempt("other call", [fine])
         else:

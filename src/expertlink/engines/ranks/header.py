@@ -23,6 +23,7 @@ class Operation(enum.IntEnum):
     COMBINE = 3
     WEIGHT_GRADS = 4
     REBALANCE = 5
+    SUM_OF_COPIES = 6
 
     @property
     def title(self) -> str:

@@ -1,8 +1,9 @@
-"""Weights of experts, moved from one placement to another by one all-to-all.
+"""What belongs to experts, moved from one placement to another or summed over copies.
 
-In: this rank's tensors in the order of its slots, and both placements. Out: tensors in the order of
-the new slots. Ranks first agree that they make the same call with the same arguments; then each
-knows, without asking, what every rank sends to every rank. Bits are copied, whatever their type.
+In: this rank's tensors in the order of its slots, and the placements. Ranks first agree that they
+make the same call with the same arguments; then each knows, without asking, what every rank sends
+to every rank: one all-to-all. Moved bits are copied, whatever their type. Sums are the same bits on
+every rank that has a copy.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,15 +84,7 @@ def rebalance(
     """`MoECommunicator.rebalance`. Collective."""
     wire.enter(Operation.REBALANCE.title, wire.call + 1)
     with wire.abort_on_error():
-        agree(
-            wire,
-            Operation.REBALANCE,
-            num_experts=config.num_experts,
-            max_tokens=config.max_tokens_per_rank,
-            device=wire.words_device,
-            refused=_problem(wire, tensors, old, new),
-        )
-        _compare(wire, tensors, old, new)
+        _agree(wire, config, Operation.REBALANCE, tensors, old, new)
         if not tensors:
             return []
         with torch.no_grad():
@@ -99,12 +92,63 @@ def rebalance(
             return _move(wire, [_Rows.of(tensor) for tensor in tensors], moves)
 
 
+def sum_copies(
+    wire: Wire,
+    config: MoECommunicatorConfig,
+    tensors: Sequence[Tensor],
+    placement: ExpertPlacement,
+) -> None:
+    """`MoECommunicator.sum_copies`. Collective."""
+    wire.enter(Operation.SUM_OF_COPIES.title, wire.call + 1)
+    with wire.abort_on_error():
+        _agree(wire, config, Operation.SUM_OF_COPIES, tensors, placement, placement)
+        if tensors:
+            with torch.no_grad():
+                _sum_copies(wire, tensors, shared_slots(placement, wire.rank))
+
+
+def shared_slots(placement: ExpertPlacement, rank: int) -> list[list[int]]:
+    """Per other rank the slots of `rank` whose experts that one has too; none for itself.
+
+    Both ranks name the experts in one order.
+    """
+    own = placement.experts_of_rank[rank]
+    return [
+        [] if other == rank else [slot for slot, expert in enumerate(own) if expert in experts]
+        for other, experts in enumerate(map(set, placement.experts_of_rank))
+    ]
+
+
+def _agree(
+    wire: Wire,
+    config: MoECommunicatorConfig,
+    operation: Operation,
+    tensors: Sequence[Tensor],
+    old: ExpertPlacement,
+    new: ExpertPlacement,
+) -> None:
+    """Raises on all ranks where they are not in this call, or differ in its arguments."""
+    agree(
+        wire,
+        operation,
+        num_experts=config.num_experts,
+        max_tokens=config.max_tokens_per_rank,
+        device=wire.words_device,
+        refused=_problem(wire, operation, tensors, old, new),
+    )
+    _compare(wire, operation, tensors, old, new)
+
+
 def _problem(
-    wire: Wire, tensors: Sequence[Tensor], old: ExpertPlacement, new: ExpertPlacement
+    wire: Wire,
+    operation: Operation,
+    tensors: Sequence[Tensor],
+    old: ExpertPlacement,
+    new: ExpertPlacement,
 ) -> InputError | None:
     """Why this rank cannot make the call."""
     if wire.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return InputError("rebalance waits for all ranks: it cannot be captured")
+        return InputError(f"{operation.title} waits for all ranks: it cannot be captured")
     if not isinstance(tensors, Sequence):
         return InputError(f"tensors is a {type(tensors).__name__}, expected a list of tensors")
     for name, placement in (("old", old), ("new", new)):
@@ -140,11 +184,17 @@ def _problem(
                 f"tensors[{index}] has shape {list(tensor.shape)}, expected [{slots}, ...]: a row "
                 f"for each expert that rank {wire.rank} holds in the old placement"
             )
+        if operation is Operation.SUM_OF_COPIES and not tensor.dtype.is_floating_point:
+            return InputError(f"tensors[{index}] is {tensor.dtype}, expected floating point")
     return None
 
 
 def _compare(
-    wire: Wire, tensors: Sequence[Tensor], old: ExpertPlacement, new: ExpertPlacement
+    wire: Wire,
+    operation: Operation,
+    tensors: Sequence[Tensor],
+    old: ExpertPlacement,
+    new: ExpertPlacement,
 ) -> None:
     """Raises InputError on all ranks where they differ in what they move, or where to."""
     rows = ", ".join(f"{t.dtype} {list(t.shape[1:])}".removeprefix("torch.") for t in tensors)
@@ -158,7 +208,7 @@ def _compare(
     theirs = [json.loads(text) for text in texts]
     differing = compare({name: [one[name] for one in theirs] for name in mine})
     if differing:
-        raise InputError("the ranks differ in a rebalance; " + "; ".join(differing))
+        raise InputError(f"the ranks differ in a {operation.title}; " + "; ".join(differing))
 
 
 @dataclass(frozen=True)
@@ -186,26 +236,64 @@ class _Rows:
 
 def _move(wire: Wire, tensors: list[_Rows], moves: Moves) -> list[Tensor]:
     device = wire.device
-    staging = torch.device("cpu") if cannot_move(wire.group, device) else device
-    sent = [slot for slots in moves.sent for slot in slots]
     received = [slot for slots in moves.received for slot in slots]
-    widths = [rows.bytes.shape[1] for rows in tensors]
-    outgoing = torch.empty((len(sent), sum(widths)), dtype=torch.uint8, device=device)
-    for part, rows in zip(outgoing.split(widths, dim=1), tensors, strict=True):
-        part.copy_(rows.bytes[_index(sent, device)])
-    incoming = torch.empty((len(received), sum(widths)), dtype=torch.uint8, device=staging)
-    transfer = wire.exchange(
-        outgoing.to(staging), incoming, _lengths(moves.sent), _lengths(moves.received)
-    )
+    arriving = _exchange(wire, tensors, moves.sent, moves.received)
     results = [rows.empty(len(moves.kept) + len(received)) for rows in tensors]
     for result, rows in zip(results, tensors, strict=True):
         to, of = ([move[side] for move in moves.kept] for side in (0, 1))
         result.bytes[_index(to, device)] = rows.bytes[_index(of, device)]
-    transfer.wait()
-    arrived = incoming.to(device)
-    for result, part in zip(results, arrived.split(widths, dim=1), strict=True):
+    for result, part in zip(results, arriving(), strict=True):
         result.bytes[_index(received, device)] = part
     return [result.like for result in results]
+
+
+def _sum_copies(wire: Wire, tensors: Sequence[Tensor], shared: list[list[int]]) -> None:
+    """Adds up in float32, or the tensor's own type if wider, over ranks ascending."""
+    copied = sorted({slot for slots in shared for slot in slots})
+    index, lengths = _index(copied, wire.device), _lengths(shared)
+    place = {slot: i for i, slot in enumerate(copied)}
+    arriving = _exchange(wire, [_Rows.of(tensor) for tensor in tensors], shared, shared)
+    for tensor, rows in zip(tensors, arriving(), strict=True):
+        terms = rows.contiguous().view(tensor.dtype).view(len(rows), *tensor.shape[1:])
+        own = tensor[index]
+        total = torch.zeros_like(own, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        for rank, part in enumerate(terms.split(lengths)):
+            if rank == wire.rank:
+                total += own
+            elif len(part):
+                total.index_add_(
+                    0, _index([place[slot] for slot in shared[rank]], wire.device), part.to(total)
+                )
+        tensor[index] = total.to(tensor.dtype)
+
+
+def _exchange(
+    wire: Wire,
+    tensors: list[_Rows],
+    sent: Sequence[Sequence[int]],
+    received: Sequence[Sequence[int]],
+) -> Callable[[], list[Tensor]]:
+    """Starts to send slots to every rank; returns what waits for as many rows from each.
+
+    These are, for each tensor, rows of bytes in the order of ranks, on the device.
+    """
+    device = wire.device
+    staging = torch.device("cpu") if cannot_move(wire.group, device) else device
+    slots = _index([slot for part in sent for slot in part], device)
+    widths = [rows.bytes.shape[1] for rows in tensors]
+    outgoing = torch.empty((len(slots), sum(widths)), dtype=torch.uint8, device=device)
+    for part, rows in zip(outgoing.split(widths, dim=1), tensors, strict=True):
+        part.copy_(rows.bytes[slots])
+    outgoing = outgoing.to(staging)
+    lengths = _lengths(received)
+    incoming = torch.empty((sum(lengths), sum(widths)), dtype=torch.uint8, device=staging)
+    transfer = wire.exchange(outgoing, incoming, _lengths(sent), lengths)
+
+    def wait() -> list[Tensor]:
+        transfer.wait()
+        return list(incoming.to(device).split(widths, dim=1))
+
+    return wait
 
 
 def _index(slots: Sequence[int], device: torch.device) -> Tensor:
