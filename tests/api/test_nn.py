@@ -224,6 +224,37 @@ def test_experts_compile_into_one_graph(layout: str) -> None:
     assert len(graphs) == 1
 
 
+# -- in torch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_around_a_layer_with_checkpoints(rank_pools, wrapper: str) -> None:
+    """What is recomputed is sent again, but for what a policy saves."""
+    for sent in rank_pools(2).run(moe_layers.wrapped, wrapper, timeout_s=60):
+        rows = sent["plain"] // 4  # of a dispatch, or of a combine, and both again in backward
+        assert rows > 0
+        assert sent["selective"] == sent["plain"] == 4 * rows
+        assert sent["reentrant"] == 6 * rows
+        assert sent["not reentrant"] in (5 * rows, 6 * rows)  # torch may stop before the combine
+
+
+def test_a_layer_is_exported_and_not_mapped() -> None:
+    case = LayerCase((6,), dtype=torch.float32)
+    with MoECommunicator(case.config(torch.device("cpu"))) as comm, torch.no_grad():
+        comm.initialize()
+        layer = moe_layers.layer_of(comm, case)
+        given = moe_layers.inputs_of(case, 0)
+        expected = layer(*given)
+        state: dict[str, Tensor] = dict(layer.named_parameters())
+        found = torch.func.functional_call(layer, state, given)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        batch = given[0].expand(2, -1, -1)
+        with pytest.raises(InputError, match="torch.vmap or torch.func"):
+            torch.vmap(lambda x_TH: layer(x_TH, *given[1:]))(batch)
+        program = torch.export.export(layer, given)
+        torch.testing.assert_close(program.module()(*given), expected)
+
+
 # -- moves and checkpoints ------------------------------------------------------------------------
 
 

@@ -22,9 +22,13 @@ def test_every_layout_is_one_graph(rank_pools) -> None:
         assert found == [(1, 0)] * len(cases)
 
 
-def test_ranks_without_experts_take_part(rank_pools) -> None:
-    """Nothing of their graph depends on a parameter; backward is collective all the same."""
+def test_ranks_without_experts_and_hosts(rank_pools) -> None:
+    """Nothing of such a rank's graph depends on a parameter; backward is collective all the same.
+
+    The ranks are on two hosts, of each of which combine rounds a sum.
+    """
     case = dataclasses.replace(FLAT, tokens=(20,) * 4, experts=3)
+    case = dataclasses.replace(case, domains=(0, 0, 1, 1), dtype=torch.bfloat16)
     for found in rank_pools(4).run(compiled.steps, [case], "aot_eager", timeout_s=120):
         assert found == [(1, 0)]
 

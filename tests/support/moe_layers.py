@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from expertlink import DispatchOutput, InputError, MoECommunicator, MoECommunicatorConfig
 from expertlink.launch import RankContext
 from expertlink.nn import GroupedExperts, MoELayer, merge_state_dicts, sum_copies_gradients
+from expertlink.ops import COMBINE_OPS, DISPATCH_OPS
 from expertlink.placement import ExpertPlacement
 from support.training import gap
 
@@ -293,6 +303,88 @@ def steps_without_sums(ctx: RankContext) -> list[str]:
             step()
         step()
     return said
+
+
+class Mixed(nn.Module):
+    """Replicated weights before and in a layer; `recompute` runs the layer."""
+
+    def __init__(self, layer: MoELayer, recompute: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.before, self.layer = nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64), layer
+        self._run = recompute or (lambda run, *given: run(*given))
+        with torch.no_grad():
+            for parameter in self.before.parameters():
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter).cos())
+
+    def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return self._run(self.layer, self.before(x_TH), ids_TK, weights_TK)
+
+
+def save_communication(ctx: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    """A policy by the names of operators."""
+    saved = op in DISPATCH_OPS or op in COMBINE_OPS
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+FORMS: dict[str, Callable[..., Any] | None] = {
+    "plain": None,
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "not reentrant": functools.partial(checkpoint, use_reentrant=False),
+    "selective": functools.partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, save_communication),
+    ),
+}
+
+
+def wrapped(ctx: RankContext, wrapper: str) -> dict[str, int]:
+    """DDP or FSDP2 around a layer, with checkpoints of all kinds: gradients of a dense model.
+
+    Returns:
+        For every kind of checkpoint the rows that a step sends.
+    """
+    case = LayerCase((5, 3))
+    sent: dict[str, int] = {}
+    full = {name: value.requires_grad_() for name, value in weights_of_all(case.dtype).items()}
+    reference = Mixed(cast("MoELayer", nn.Identity()))
+    total = torch.zeros((), dtype=case.dtype)
+    for rank in range(ctx.num_ranks):
+        x_TH, ids_TK, weights_TK = inputs_of(case, rank)
+        y_TH = dense(reference.before(x_TH), ids_TK, weights_TK, full)
+        total = total + y_TH.square().mean() / ctx.num_ranks
+    total.backward()
+    with MoECommunicator(case.config(ctx.device)) as comm:
+        counted = comm.enable_statistics()
+        for name, recompute in FORMS.items():
+            layer = layer_of(comm, case)
+            model = Mixed(layer, recompute)
+            outer: nn.Module = model
+            if wrapper == "ddp":
+                own = [f"layer.experts.{name}" for name, _ in layer.experts.named_parameters()]
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
+                outer = DistributedDataParallel(model)
+            else:
+                fully_shard(model, ignored_params=set(layer.experts.parameters()))
+            counted.rows_sent.zero_()
+            outer(*inputs_of(case, ctx.rank)).square().mean().backward()
+            sent[name] = int(counted.rows_sent.sum())
+            for parameter in layer.experts.parameters():
+                assert parameter.grad is not None
+                parameter.grad /= ctx.num_ranks
+            for key, parameter in model.named_parameters():
+                if key.startswith("before."):
+                    wanted = reference.get_parameter(key).grad
+                else:
+                    wanted = full[key.removeprefix("layer.")].grad
+                found = parameter.grad
+                if isinstance(found, DTensor):
+                    found = found.full_tensor()
+                assert wanted is not None
+                if ".experts." in key:
+                    wanted = wanted[list(layer.experts.expert_ids)]
+                torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    return sent
 
 
 def checkpoints(ctx: RankContext) -> None:
