@@ -79,6 +79,21 @@ def test_models_one_after_the_other(rank_pools) -> None:
 
 @needs_registry
 @preloads
+def test_training_steps_of_the_example(rank_pools, tmp_path: Path) -> None:
+    """The same losses with transformers' own expert parallelism as with ours."""
+    results = rank_pools(2).run(moe_models.steps_of_the_example, tmp_path, timeout_s=100)
+    for (theirs, ours), calls, printed in results:
+        assert calls == 2 * len(ours) == 6  # of each layer in each step
+        assert ours == pytest.approx(theirs, abs=1e-5)
+        assert ours[0] != ours[-1]
+        assert [line.split()[0] for line in printed.splitlines()[1:]] == [
+            "all_to_all",
+            "expertlink",
+        ]
+
+
+@needs_registry
+@preloads
 def test_what_transformers_is_told_wrong(rank_pools, tmp_path: Path) -> None:
     pool = rank_pools(4)
     pool.run(moe_models.written, "mixtral", tmp_path, timeout_s=100)

@@ -6,9 +6,10 @@ import contextlib
 import copy
 import gc
 import importlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -286,6 +287,25 @@ def longer_and_longer(ctx: RankContext) -> list[int]:
     except ClosedError:
         return sizes
     raise AssertionError("a forward after close()")
+
+
+def steps_of_the_example(ctx: RankContext, folder: Path) -> tuple[list[list[float]], int, str]:
+    """Losses of both implementations, calls of ours, and what is printed."""
+    path = Path(__file__).parents[2] / "examples" / "transformers_step.py"
+    spec = spec_from_file_location("transformers_step", path)
+    assert spec is not None
+    assert spec.loader is not None
+    example: Any = module_from_spec(spec)
+    sys.modules[spec.name] = example  # dataclasses look there
+    spec.loader.exec_module(example)
+    work = example.Workload(
+        example.TINY, length=16, batch=1, steps=2, warmup=1, dtype=torch.float32
+    )
+    with counted_dispatches() as calls:
+        found = example.measure(work, ctx.device, folder)
+    assert [one.implementation for one in found] == [example.THEIRS, example.OURS]
+    assert all(one.tokens_per_s * one.step_ms > 0 for one in found)
+    return [one.losses for one in found], len(calls), example.report(found)
 
 
 def one_after_the_other(ctx: RankContext) -> bool:
