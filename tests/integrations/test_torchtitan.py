@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from expertlink.integrations.versions import FrameworkVersionError
@@ -37,5 +39,14 @@ def test_other_versions(found: dict[str, str], said: str) -> None:
         frameworks.versions_are(found),
     ):
         module.dispatcher_class.cache_clear()
-        with pytest.raises(FrameworkVersionError, match=said):
-            module.dispatcher_class()
+        for call in (module.dispatcher_class, lambda: module.expertlink_dispatch(None)):
+            with pytest.raises(FrameworkVersionError, match=said):
+                call()
+
+
+@pytest.mark.skipif(frameworks.installed("torchtitan"), reason="torchtitan is installed")
+def test_without_torchtitan() -> None:
+    module = importlib.import_module("expertlink.integrations.torchtitan")
+    module.dispatcher_class.cache_clear()
+    with pytest.raises(FrameworkVersionError, match="torchtitan is not installed"):
+        module.expertlink_dispatch(None)

@@ -131,10 +131,13 @@ def expertlink_dispatch(config: Any, *, num_max_tokens_per_rank: int | None = No
         config: of the dispatcher that is replaced; what both have in common is kept.
         num_max_tokens_per_rank: most tokens of a rank in any call; None: that of `config`, if it
             has one, else memory grows as needed.
+
+    Raises:
+        FrameworkVersionError: torchtitan is missing, or of a version that was not tested.
     """
+    target: Any = dispatcher_class()
     from torchtitan.config import derive
 
-    target: Any = dispatcher_class()
     if num_max_tokens_per_rank is None:
         return derive(config, target.Config)
     return derive(config, target.Config, num_max_tokens_per_rank=num_max_tokens_per_rank)
