@@ -20,6 +20,7 @@ from expertlink import (
 from expertlink.nn import GroupedExperts, MoELayer, SwiGLU, merge_state_dicts
 from expertlink.placement import ExpertPlacement
 from support import moe_layers
+from support.compiled import compiled, counting
 from support.moe_layers import EXPERTS, HIDDEN, TOPK, WIDTH, LayerCase, received_of
 from support.small_calls import make
 
@@ -68,15 +69,6 @@ def test_gradcheck(rank_pools) -> None:
 
 
 def test_a_router_of_the_caller(tmp_path: Any) -> None:
-    class Router(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = torch.nn.Linear(HIDDEN, EXPERTS)
-
-        def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-            weights_TK, ids_TK = self.gate(x_TH).softmax(dim=-1).topk(TOPK)
-            return ids_TK, weights_TK
-
     case = LayerCase((12,), dtype=torch.float32)
     with MoECommunicator(case.config(torch.device("cpu"))) as comm:
         router = Router()
@@ -253,6 +245,39 @@ def test_a_layer_is_exported_and_not_mapped() -> None:
             torch.vmap(lambda x_TH: layer(x_TH, *given[1:]))(batch)
         program = torch.export.export(layer, given)
         torch.testing.assert_close(program.module()(*given), expected)
+
+
+class Router(torch.nn.Module):
+    """A linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(HIDDEN, EXPERTS)
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        weights_TK, ids_TK = self.gate(x_TH).softmax(dim=-1).topk(TOPK)
+        return ids_TK, weights_TK
+
+
+def test_a_layer_is_one_graph() -> None:
+    """With router, physical ids, shared expert, and backward; for any number of tokens."""
+    everything = ExpertPlacement(EXPERTS, (tuple(range(EXPERTS)),))
+    case = LayerCase((12,), everything, dtype=torch.float32)
+    with MoECommunicator(case.config(torch.device("cpu"))) as comm, counting() as counted:
+        comm.initialize()
+        layer = moe_layers.layer_of(comm, case)
+        layer.router = Router()
+        fast = compiled(layer, dynamic=True)
+        for tokens in (9, 12, 3, 7):
+            x_TH = torch.randn(tokens, HIDDEN)
+            found = []
+            for model in (layer, fast):
+                y_TH = model(x_TH)
+                grads = torch.autograd.grad(y_TH.square().sum(), tuple(layer.parameters()))
+                found.append((y_TH, *grads))
+            for one, other in zip(*found, strict=True):
+                assert torch.equal(one, other)
+    assert (counted.graphs, counted.breaks) == (1, 0)
 
 
 # -- moves and checkpoints ------------------------------------------------------------------------
