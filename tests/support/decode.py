@@ -236,8 +236,10 @@ def guards_like(comm: MoECommunicator, case: Case) -> list[Tensor]:
     if isinstance(largest.tables, BufferTables):
         sizes += [largest.tables.block.nbytes]
     engine: Any = comm._engine
+    tables = engine._mode._dispatcher.tables
     sizes += [
-        4 * engine._mode._dispatcher.tables.words(len(own.x_TH)),
+        4 * tables.words(len(own.x_TH)),
+        4 * (tables.ids_end(len(own.x_TH), wide=True) + sum(tables.public)),
         own.x_TH.nbytes,
         own.ids_TK.nbytes,
     ]

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -99,14 +100,9 @@ class OutputTensors:
         scales = ids = weights = sources = None
         device = tokens.device
         if scale_dtype is not None:
-            if row_major or config.scale_order == "row_major":
-                scales = torch.empty((*shape, scale_columns), dtype=scale_dtype, device=device)
-            else:
-                *outer, last = shape
-                memory = torch.empty(
-                    (*outer, scale_columns, last), dtype=scale_dtype, device=device
-                )
-                scales = memory.transpose(-1, -2)
+            kind = RowKind(tokens.dtype, tokens.shape[-1], scale_dtype, scale_columns)
+            order = "row_major" if row_major else config.scale_order
+            scales = new_scales(tokens, shape, kind, order=order)
         if not config.layout.expanded:
             choices = (*shape, config.topk)
             ids = torch.empty(choices, dtype=torch.int64, device=device)
@@ -187,6 +183,33 @@ def largest_output(
     return tensors.output(config.layout, PublicCounts.within(memory, sizes))
 
 
+def new_scales(like: Tensor, shape: tuple[int, ...], kind: RowKind, *, order: str) -> Tensor:
+    """Uninitialised scales of rows, in that memory order.
+
+    Args:
+        like: where they live.
+        shape: leading dimensions of the rows.
+        kind: of the rows.
+        order: as `scale_order` of the configuration.
+    """
+    size = (*shape, kind.scale_columns)
+    if order == "row_major":
+        return like.new_empty(size, dtype=kind.scale_dtype)
+    return like.new_empty_strided(size, _column_major(size), dtype=kind.scale_dtype)
+
+
+@lru_cache(maxsize=64)
+def _column_major(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor whose last two dimensions are swapped."""
+    *outer, rows, columns = (max(length, 1) for length in size)
+    strides = [1, rows]
+    step = rows * columns
+    for length in reversed(outer):
+        strides.insert(0, step)
+        step *= length
+    return tuple(strides)
+
+
 def without_weights(output: DispatchOutput) -> DispatchOutput:
     """The same tensors for a dispatch without weights."""
     return DispatchOutput(**{**vars(output), "topk_weights": None})
@@ -226,8 +249,12 @@ class _Part:
         if output is None:
             return self
         tensor = output.source.make(self._name)
-        object.__setattr__(output, self._name, tensor)
+        _attributes(output)[self._name] = tensor
         return tensor
+
+
+_attributes: Callable[[DispatchOutput], dict[str, Any]] = vars(DispatchOutput)["__dict__"].__get__
+"""The attributes that an output has, also where `vars` shows more."""
 
 
 class LazyOutput(DispatchOutput):
@@ -252,12 +279,10 @@ class LazyOutput(DispatchOutput):
     ) -> LazyOutput:
         """An output with these tensors and those that `source` makes."""
         output = object.__new__(LazyOutput)
-        put = object.__setattr__  # building a frozen record in the usual way makes all fields
-        put(output, "source", source)
-        put(output, "layout", layout)
-        put(output, "tokens", tokens)
-        put(output, "scales", scales)
-        put(output, "num_tokens_per_expert_list", per_expert)
+        # Building a frozen record in the usual way makes all fields, and takes longer.
+        held = _attributes(output)
+        held["source"], held["layout"], held["tokens"] = source, layout, tokens
+        held["scales"], held["num_tokens_per_expert_list"] = scales, per_expert
         return output
 
     @property
@@ -289,7 +314,11 @@ def part_of(memory: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dty
         with torch.inference_mode():
             return part_of(memory, start, shape, dtype)
     part = memory[start : start + math.prod(shape) * dtype.itemsize // 4]
-    return part.view(dtype).view(shape).data
+    if dtype is not torch.int32:  # each of these takes as long as a new tensor
+        part = part.view(dtype)
+    if len(shape) != 1:
+        part = part.view(shape)
+    return part.data
 
 
 class OutputSizes(NamedTuple):
@@ -489,7 +518,7 @@ def with_tensors(
         output.scales,
         output.num_tokens_per_expert_list,
     )
-    object.__setattr__(replaced, "topk_weights", topk_weights)
+    _attributes(replaced)["topk_weights"] = topk_weights
     return replaced
 
 

@@ -43,7 +43,7 @@ class TableLayout:
         for name, shape in self._shapes.items():
             self._starts[name] = end
             end += math.prod(shape)
-        self._starts["slots"] = end
+        self._starts["slots"] = self._fixed = end
         self.at = {name: _WORD * start for name, start in self._starts.items()}
         self.public = [num_local, num_local + 1, num_ranks]
 
@@ -68,11 +68,15 @@ class TableLayout:
 
     def words(self, num_tokens: int) -> int:
         """Words of a block."""
-        return self._starts["slots"] + num_tokens * (self.copies + 1)
+        return self._fixed + num_tokens * (self.copies + 1)
 
     def ids_at(self, num_tokens: int) -> int:
         """Bytes from the start of a block to the ids, where these lie behind the tables."""
         return _WORD * align(self.words(num_tokens), 4)
+
+    def ids_end(self, num_tokens: int, wide: int) -> int:
+        """Words to the end of the ids there; `wide`: they are int64."""
+        return align(self.words(num_tokens), 4) + (num_tokens * self.topk << wide)
 
     def own_tokens(self, block: int, num_tokens: int) -> int:
         """Address of the tokens whose rows stay on this rank."""

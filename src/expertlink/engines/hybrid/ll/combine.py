@@ -160,9 +160,9 @@ class RailCombiner(LlCombiner):
             marked = Marked.DONE
             s.mark_counter, s.mark_word = marks.done
         messages.exchange(at, size, marked)
-        wide = route.ids().dtype is torch.int64
+        wide = route.wide_ids
         s.flags, s.operation = (_WIDE_IDS if wide else 0) | (flags & _GRADS), a.operation
-        s.num_tokens, s.row_bytes, s.ids = route.num_tokens, a.row_bytes, route.ids().data_ptr()
+        s.num_tokens, s.row_bytes, s.ids = route.num_tokens, a.row_bytes, route.ids_address
         s.under_way, s.message_bytes = at.under_way.data_ptr(), size
         s.rows_at, s.grads_at = layout.rows_at, layout.grads_at
         s.receive, s.own = at.receive.data_ptr(), sent + (messages.num_hosts - 1) * size

@@ -102,7 +102,7 @@ class RailDispatcher(LlDispatcher):
         weighted = weights is not None
         if previous is not None:
             assert isinstance(previous, RailRoute)
-            ids = previous.ids_TK
+            ids = previous.ids()
             if weights is None and previous.weighted:
                 weighted = True
                 weights = previous.table("own_weights").view(torch.float32)
@@ -113,13 +113,13 @@ class RailDispatcher(LlDispatcher):
         tables = None if call.buffers is None else call.buffers.tables
         if isinstance(tables, BufferTables):  # a half that is left may read them
             halves.finish_those_of(tables.block)
-        a, output, route = self._open(call, ids, weighted)
+        a, output, route = self._open_rail(call, ids, weighted)
         route.number, route.epoch = number, self._restarts[0]
         if call.zero_padding and self._layout.padded:
             output.tokens.zero_()
             if output.scales is not None:
                 output.scales.tensor.zero_()
-        self._name_rows(a, call, output, weighted)
+        self._name_rows(a, call, self._form_of(call, weighted))
         a.communicator = said_by(self._number, of=previous)
         a.subject = None if previous is None else previous.origin
         a.origin = route.origin
@@ -160,8 +160,8 @@ class RailDispatcher(LlDispatcher):
             topk_ids_TK=ids,
         )
         self._arena.halves.finish(self._arena.capture())
-        a, output, route = self._open(call, ids, weighted=False)
-        self._name_rows(a, call, output, weighted=False)
+        a, output, route = self._open_rail(call, ids, weighted=False)
+        self._name_rows(a, call, self._form_of(call, weighted=False))
         a.signature, a.communicator, a.subject, a.origin = REFUSED, self._number, None, route.origin
         self._pack(a, route, ids, None, None, quantizes=False, halves=False)
         flags = _ALONE if self._in_use[0] > 1 else 0
@@ -197,7 +197,7 @@ class RailDispatcher(LlDispatcher):
         if weights is not None:
             p.flags |= _NEW_WEIGHTS
             p.weights = weights.data_ptr()
-        p.ids, p.ids_copy = ids.data_ptr(), route.ids().data_ptr()
+        p.ids, p.ids_copy = ids.data_ptr(), route.ids_address
         p.weights_copy, p.rows_to = block + tables["own_weights"], block + tables["rows_to"]
         p.bound, p.message_bytes, p.under_way = bound, layout.nbytes, at.under_way.data_ptr()
         p.ids_at, p.weights_at = layout.ids_at, layout.weights_at
@@ -227,36 +227,51 @@ class RailDispatcher(LlDispatcher):
 
     # -- memory -----------------------------------------------------------------------------------
 
-    def _open(
+    def _open_rail(
         self, call: DispatchCall, ids: Tensor, weighted: bool
     ) -> tuple[Arguments, DispatchOutput, RailRoute]:
         """Arguments that name a call's tables and outputs."""
-        num_tokens, bound = call.x_TW.shape[0], self.bound_of(call)
+        num_tokens, bound, wide = call.x_TW.shape[0], self.bound_of(call), ids.dtype is torch.int64
         if call.buffers is None:
-            a = self.arguments
-            block = self._new_block(self._messages.num_hosts * bound)
-            output, kept = self._new_output(call, weighted), torch.empty_like(ids)
-            self._name_memory(a, block, kept, output)
-            return a, output, self._new_rail_route(output, num_tokens, bound, kept, block, weighted)
+            form, forwarded = self._form_of(call, weighted), self._messages.num_hosts * bound
+            output, block, address = self._make_output(call, form, forwarded, wide)
+            route = self._new_rail_route(
+                output, num_tokens, bound, None, block, weighted, address, wide
+            )
+            return self.arguments, output, route
         tables, output = call.buffers.tables, call.buffers.output
         assert isinstance(tables, BufferTables)
         if not weighted and output.topk_weights is not None:
             output = without_weights(output)
+        a, arrived = tables.dispatch, output.topk_weights
+        a.topk_weights = None if arrived is None else arrived.data_ptr()
         # A cached dispatch may read the number of the dispatch before.
         which = call.buffers.generation % ORIGINS
-        kept = tables.ids.view(-1).view(ids.dtype)[: num_tokens * ids.shape[1]].view(ids.shape)
-        route = self._new_rail_route(output, num_tokens, bound, kept, tables.block, weighted, which)
+        kept = tables.kept_ids(num_tokens, wide=wide)
+        route = self._new_rail_route(
+            output,
+            num_tokens,
+            bound,
+            kept,
+            tables.block,
+            weighted,
+            kept.data_ptr(),
+            wide,
+            which,
+        )
         route.combine = tables.combine
-        return tables.dispatch, output, route
+        return a, output, route
 
     def _new_rail_route(
         self,
         output: DispatchOutput,
         num_tokens: int,
         bound: int,
-        ids: Tensor,
+        ids: Tensor | None,
         block: Tensor,
         weighted: bool,
+        ids_address: int,
+        wide_ids: bool,
         which: int = 0,
     ) -> RailRoute:
         return RailRoute(
@@ -270,6 +285,8 @@ class RailDispatcher(LlDispatcher):
             counts=None,
             origin=block.data_ptr() + self.tables.at["origin"] + 4 * which,
             maker=self._number,
+            ids_address=ids_address,
+            wide_ids=wide_ids,
             restarts=self._restarts,
             bound=bound,
         )
@@ -279,7 +296,7 @@ class RailDispatcher(LlDispatcher):
         tables = super().new_tables(output, combine=combine)
         most = self._messages.num_hosts * self._config.max_tokens_per_rank
         tables.block = self._new_block(most)
-        self._name_memory(tables.dispatch, tables.block, tables.ids, output)
+        self._name_buffers(tables, output)
         return tables
 
     def _table_layout(self, num_hosts: int) -> LlTableLayout:

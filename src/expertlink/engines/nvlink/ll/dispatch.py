@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,26 @@ from expertlink.engines.nvlink.ll.plan import REFUSED, default_sms, shared_words
 from expertlink.engines.nvlink.ll.tables import BufferTables, LlRoute, LlTableLayout, said_by
 from expertlink.engines.nvlink.shared import ScaleKind
 from expertlink.engines.nvlink.tables import ORIGINS
-from expertlink.engines.outputs import largest_output, without_weights
-from expertlink.engines.ranks import metadata
+from expertlink.engines.outputs import (
+    LazyOutput,
+    MemorySource,
+    OutputSizes,
+    largest_output,
+    new_scales,
+    without_weights,
+)
+from expertlink.engines.ranks import capacity, metadata
 from expertlink.engines.ranks.header import Operation
 from expertlink.jit.kernel import Arguments
 from expertlink.quantization import scale_columns
-from expertlink.types import BlockFormat, DispatchOutput, RowKind
+from expertlink.types import (
+    BlockFormat,
+    DispatchBuffers,
+    DispatchLayout,
+    DispatchOutput,
+    QuantScales,
+    RowKind,
+)
 
 _SCALE_KINDS = {
     None: ScaleKind.NOT_QUANTIZED,
@@ -44,6 +59,21 @@ _WIDE_IDS, _NEW_WEIGHTS = int(Flag.WIDE_IDS), int(Flag.NEW_WEIGHTS)
 _ALONE = int(Flag.ALONE)
 _DISPATCH, _CACHED_DISPATCH = Operation.DISPATCH, Operation.CACHED_DISPATCH
 _PLAIN, _QUANTIZED = KernelName.DISPATCH, KernelName.DISPATCH_QUANTIZED
+
+
+class RowForm(NamedTuple):
+    """What dispatches of rows of one form share.
+
+    Attributes:
+        kind: the rows that arrive.
+        shape: of `tokens`, unless the caller has made them.
+        said: of the arguments: operation, signature, bytes of a row of the input and on the wire,
+            kind and bytes of the scales of a row, bytes of a scale.
+    """
+
+    kind: RowKind
+    shape: tuple[int, ...]
+    said: tuple[int, int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -140,9 +170,15 @@ class LlDispatcher:
         self._config, self._arena, self._in_use = config, arena, arena.in_use
         self._number, self._restarts = common["communicator"], arena.restarts
         self._layout, self._device = config.layout, arena.device
+        self._expanded, self._padded = self._layout.expanded, self._layout.padded
+        self._topk, self._source_tokens = config.topk, config.source_tokens
         self._num_ranks, self._num_local = num_ranks, num_local
+        self._largest = capacity.largest_shape(config, num_ranks=num_ranks, num_local=num_local)
         self.tables = self._table_layout(num_hosts)
-        self._kinds: dict[tuple[object, ...], RowKind] = {}
+        self._counted = sum(self.tables.public)
+        is_flat = self._layout is DispatchLayout.FLAT
+        self._sizes = OutputSizes(num_local, num_ranks, config.topk, is_flat)
+        self._forms: dict[tuple[object, ...], RowForm] = {}
         warps = max(1, min(max_warps, tuning.LL_DISPATCH_WARPS))
         plan = DispatchPlanner(config, num_ranks, num_local, num_sms, warps, num_hosts)
         self.most_blocks = plan.most_blocks
@@ -156,74 +192,49 @@ class LlDispatcher:
 
         `number` is the host's, 0 in a capture that is known as one.
         """
-        previous = call.previous
-        ids, weights = call.topk_ids_TK, call.weights_TK
-        weighted = weights is not None
-        if previous is not None:
-            assert isinstance(previous, LlRoute)
-            ids = previous.ids()
-            if weights is None and previous.weighted:
-                weighted = True
-                weights = previous.table("own_weights").view(torch.float32)
-        assert ids is not None
-        num_tokens, width = call.x_TW.shape
-        tables = None
-        which = 0  # of the words that the transfer's number is kept in
-        named = (num_tokens, weighted, width, call.x_TW.dtype, call.quantize_to, previous is None)
-        if call.buffers is not None:
-            tables = call.buffers.tables
-            assert isinstance(tables, BufferTables)
-            a, output = tables.dispatch, call.buffers.output
-            if not weighted and output.topk_weights is not None:
-                output = without_weights(output)
-            # A cached dispatch may read the number of the dispatch before.
-            which = call.buffers.generation % ORIGINS
-            key = (num_tokens, weighted, ids.dtype is torch.int64, which)
-            route = tables.routes.get(key)
-            if self._arena.halves.left:  # one of them may read these tables
-                self._arena.halves.finish_those_of(tables.block)
-            if route is None:
-                kept = tables.ids
-                if ids.dtype is not torch.int64:  # int32 ids take the first half of the memory
-                    kept = kept.view(-1).view(ids.dtype)[: kept.numel()].view(kept.shape)
-                kept = kept[:num_tokens]
-                route = self._new_route(output, num_tokens, kept, tables.block, weighted, which)
-                route.combine = tables.combine
-                tables.routes[key] = route
+        previous, ids, weights = call.previous, call.topk_ids_TK, call.weights_TK
+        num_tokens, weighted, flags = call.x_TW.shape[0], weights is not None, 0
+        weights_from = None if weights is None else weights.data_ptr()
+        if previous is None:
+            assert ids is not None
+            ids_from, wide = ids.data_ptr(), ids.dtype is torch.int64
         else:
-            a, block = self.arguments, self._new_block(num_tokens)
-            kept = torch.empty_like(ids)
-            output = self._new_output(call, weighted)
-            self._name_memory(a, block, kept, output)
-            route = self._new_route(output, num_tokens, kept, block, weighted, which)
+            assert isinstance(previous, LlRoute)
+            ids_from, wide = previous.ids_address, previous.wide_ids
+            if weights is None and previous.weighted:
+                weighted, weights_from = True, previous.own_weights_address()
+        form = self._form_of(call, weighted)
+        if call.buffers is None:
+            a = self.arguments
+            output, block, ids_at = self._make_output(call, form, num_tokens, wide)
+            route = self._new_route(output, num_tokens, None, block, weighted, ids_at, wide)
+        else:
+            a, output, route = self._open(call.buffers, num_tokens, weighted, wide)
         route.number, route.epoch = number, self._restarts[0]
-        if call.zero_padding and self._layout.padded:
+        if call.zero_padding and self._padded:
             output.tokens.zero_()
             if output.scales is not None:
                 output.scales.tensor.zero_()
         # Calls of several arenas must not hold SMs for their followers.
-        flags = _ALONE if self._in_use[0] > 1 else 0
-        if ids.dtype is torch.int64:
+        if self._in_use[0] > 1:
+            flags = _ALONE
+        if wide:
             flags |= _WIDE_IDS
-        if weights is not None:
+        if weights_from is not None:
             flags |= _NEW_WEIGHTS
-            a.weights = weights.data_ptr()
+            a.weights = weights_from
         a.subject = None if previous is None else previous.origin
         if previous is not None or a.communicator != self._number:
             a.communicator = said_by(self._number, of=previous)
-        a.origin, a.ids = route.origin, ids.data_ptr()
-        if tables is not None and tables.named == named and call.scales is None:
-            a.x = call.x_TW.data_ptr()  # the rest is as it was the last time
-        else:
-            self._name_rows(a, call, output, weighted)
-            if tables is not None:
-                tables.named = named if call.scales is None else None
+        a.origin, a.ids = route.origin, ids_from
+        self._name_rows(a, call, form)
         after = None
-        if output.source_tokens is not None:
+        if self._source_tokens:
+            assert output.source_tokens is not None
             after = functools.partial(route.write_source_tokens, output.source_tokens)
         needs: tuple[object, ...] = ()
         if call.return_recv_hook:
-            needs = (output, route, call.x_TW, call.scales, ids, weights)
+            needs = (output, route, call.x_TW, call.scales, ids, weights, previous)
         left = self._launch(
             _PLAIN if call.quantize_to is None else _QUANTIZED,
             a,
@@ -243,11 +254,9 @@ class LlDispatcher:
             x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
             topk_ids_TK=torch.empty((0, config.topk), dtype=torch.int64, device=self._device),
         )
-        kept = torch.empty((0, config.topk), dtype=torch.int64, device=self._device)
-        block = self._new_block(0)
-        output = self._new_output(call, weighted=False)
-        self._name_memory(a, block, kept, output)
-        self._name_rows(a, call, output, weighted=False)
+        form = self._form_of(call, weighted=False)
+        _, block, _ = self._make_output(call, form, 0, wide_ids=True)
+        self._name_rows(a, call, form)
         a.signature, a.communicator = REFUSED, self._number
         a.subject, a.origin = None, block.data_ptr() + self.tables.at["origin"]
         flags = _WIDE_IDS | (_ALONE if self._in_use[0] > 1 else 0)
@@ -268,7 +277,7 @@ class LlDispatcher:
             combine=combine,
             routes={},
         )
-        self._name_memory(tables.dispatch, tables.block, tables.ids, output)
+        self._name_buffers(tables, output)
         return tables
 
     def largest_output(self, kind: RowKind, tokens: Tensor | None = None) -> DispatchOutput:
@@ -284,59 +293,55 @@ class LlDispatcher:
 
     # -- arguments --------------------------------------------------------------------------------
 
-    def _name_rows(
-        self, a: Arguments, call: DispatchCall, output: DispatchOutput, weighted: bool
-    ) -> None:
+    def _name_rows(self, a: Arguments, call: DispatchCall, form: RowForm) -> None:
         """What is sent, and what all ranks must say of it alike."""
-        x = call.x_TW
-        kind = _SCALE_KINDS[call.quantize_to]
-        input_bytes = metadata.row_bytes(x)
-        row_bytes = x.shape[1] if kind else input_bytes
-        scale_bytes = 0
-        a.scales = None
-        if output.scales is not None:
-            scales = output.scales.tensor
-            a.scale_item = scales.element_size()
-            scale_bytes = scales.shape[-1] * a.scale_item
-            if call.scales is not None:
-                a.scales = call.scales.data_ptr()
-        operation = _DISPATCH if call.previous is None else _CACHED_DISPATCH
-        a.x, a.input_bytes, a.num_tokens = x.data_ptr(), input_bytes, x.shape[0]
-        a.scale_kind, a.row_bytes, a.scale_bytes = kind, row_bytes, scale_bytes
-        a.topk_weights = None if output.topk_weights is None else output.topk_weights.data_ptr()
-        a.operation = operation
-        a.signature = signature(
-            operation,
-            row_bytes=row_bytes,
-            weights=weighted,
-            scale_kind=kind,
-            scale_bytes=scale_bytes,
-        )
+        x, scales = call.x_TW, call.scales
+        (
+            a.operation,
+            a.signature,
+            a.input_bytes,
+            a.row_bytes,
+            a.scale_kind,
+            a.scale_bytes,
+            a.scale_item,
+        ) = form.said
+        a.x, a.num_tokens = x.data_ptr(), x.shape[0]
+        a.scales = None if scales is None else scales.data_ptr()
 
-    def _name_memory(
-        self, a: Arguments, block: Tensor, ids: Tensor, output: DispatchOutput
-    ) -> None:
-        """Where the tables of the routing and the caller's tensors are."""
-        base, at = block.data_ptr(), self.tables.at
-        a.ids_copy, a.weights_copy = ids.data_ptr(), base + at["own_weights"]
+    def _name_tables(self, a: Arguments, base: int, ids: int) -> None:
+        """Where the tables of a routing and its ids are."""
+        at = self.tables.at
+        a.ids_copy, a.weights_copy = ids, base + at["own_weights"]
         a.slots_of_token = base + at["slots"]
         a.rows_from, a.rows_to = base + at["rows_from"], base + at["rows_to"]
         a.first_row, a.first_slot = base + at["first_row"], base + at["first_slot"]
         a.tokens_per_expert = base + at["counts"]
         a.choices_of_row, a.weights_of_row = base + at["choices"], base + at["weights"]
         a.tokens_of_row = base + at["tokens"]
-        counts, per_rank = output.num_tokens_per_expert, output.num_tokens_per_rank
-        assert per_rank is not None
-        a.counts_out, a.rows_from_out = counts.data_ptr(), per_rank.data_ptr()
-        # Between the two, in every layout; without local experts the counts have no address.
-        a.offsets_out = a.rows_from_out - 4 * (self._num_local + 1)
-        a.tokens, a.max_slots = output.tokens.data_ptr(), math.prod(output.tokens.shape[:-1])
-        a.topk_ids = None if output.topk_ids is None else output.topk_ids.data_ptr()
+
+    def _name_counts(self, a: Arguments, address: int) -> None:
+        """Where the caller's counts are: one after the other, in every layout."""
+        a.counts_out, a.offsets_out = address, address + 4 * self._num_local
+        a.rows_from_out = address + 4 * (2 * self._num_local + 1)
+
+    def _name_scales(self, a: Arguments, scales: Tensor | None) -> None:
+        """Where scales go."""
         a.scales_out, a.scale_stride = None, 0
-        if output.scales is not None:
-            a.scales_out = output.scales.tensor.data_ptr()
+        if scales is not None:
+            a.scales_out = scales.data_ptr()
             if self._config.scale_order == "column_major":
-                a.scale_stride = output.tokens.shape[-2]
+                a.scale_stride = scales.shape[-2]
+
+    def _name_buffers(self, tables: BufferTables, output: DispatchOutput) -> None:
+        """All that is the same in dispatches into buffers."""
+        a, tokens, per_rank = tables.dispatch, output.tokens, output.num_tokens_per_rank
+        assert per_rank is not None
+        self._name_tables(a, tables.block.data_ptr(), tables.ids.data_ptr())
+        # By the last of them: without local experts the others have no address.
+        self._name_counts(a, per_rank.data_ptr() - 4 * (2 * self._num_local + 1))
+        a.tokens, a.max_slots = tokens.data_ptr(), math.prod(tokens.shape[:-1])
+        a.topk_ids = None if output.topk_ids is None else output.topk_ids.data_ptr()
+        self._name_scales(a, None if output.scales is None else output.scales.tensor)
 
     # -- memory -----------------------------------------------------------------------------------
 
@@ -344,56 +349,148 @@ class LlDispatcher:
         """Of the tables of a routing."""
         return LlTableLayout(self._config, num_ranks=self._num_ranks, num_local=self._num_local)
 
-    def _new_route(
-        self,
-        output: DispatchOutput,
-        num_tokens: int,
-        ids: Tensor,
-        block: Tensor,
-        weighted: bool,
-        which: int,
-    ) -> LlRoute:
-        return LlRoute(
-            shape=tuple(output.tokens.shape[:-1]),
-            num_tokens=num_tokens,
-            ids_TK=ids,
-            layout=self.tables,
-            block=block,
-            weights_block=None,
-            weighted=weighted,
-            counts=None,
-            origin=block.data_ptr() + self.tables.at["origin"] + 4 * which,
-            maker=self._number,
-            ids_address=ids.data_ptr(),
-            wide_ids=ids.dtype is torch.int64,
-            restarts=self._restarts,
-        )
-
     def _new_block(self, num_tokens: int) -> Tensor:
         """Memory for the tables of a routing."""
         words = self.tables.words(num_tokens)
         return torch.empty(words, dtype=torch.int32, device=self._device)
 
-    def _new_output(self, call: DispatchCall, weighted: bool) -> DispatchOutput:
-        """Tensors of the caller's own."""
-        return self.largest_output(self._kind_of(call, weighted), call.output_buffer)
+    def _new_route(
+        self,
+        output: DispatchOutput,
+        num_tokens: int,
+        ids_TK: Tensor | None,
+        block: Tensor,
+        weighted: bool,
+        ids_address: int,
+        wide_ids: bool,
+        which: int = 0,
+    ) -> LlRoute:
+        """The routing of a dispatch; `which` of the words has the transfer's number."""
+        return LlRoute(  # by position: names take twice as long
+            output.tokens.shape[:-1],
+            num_tokens,
+            ids_TK,
+            self.tables,
+            block,
+            None,
+            weighted,
+            None,
+            block.data_ptr() + self.tables.at["origin"] + 4 * which,
+            None,
+            0,
+            self._number,
+            {},
+            ids_address,
+            wide_ids,
+            self._restarts,
+        )
 
-    def _kind_of(self, call: DispatchCall, weighted: bool) -> RowKind:
-        """The rows that a call returns."""
-        x, scales, quantized = call.x_TW, call.scales, call.quantize_to
-        key = (x.dtype, x.shape[1], quantized, call.scale_format, weighted)
+    def _open(
+        self, buffers: DispatchBuffers, num_tokens: int, weighted: bool, wide_ids: bool
+    ) -> tuple[Arguments, DispatchOutput, LlRoute]:
+        """Arguments that name buffers, what a dispatch into them returns, and its routing."""
+        tables = buffers.tables
+        assert isinstance(tables, BufferTables)
+        if self._arena.halves.left:  # one of them may read these tables
+            self._arena.halves.finish_those_of(tables.block)
+        # A cached dispatch may read the number of the dispatch before.
+        which = buffers.generation % ORIGINS
+        key = (num_tokens, weighted, wide_ids, which)
+        known = tables.routes.get(key)
+        if known is None:
+            output = buffers.output
+            if not weighted and output.topk_weights is not None:
+                output = without_weights(output)
+            ids = tables.kept_ids(num_tokens, wide=wide_ids)
+            address = tables.ids.data_ptr()
+            route = self._new_route(
+                output, num_tokens, ids, tables.block, weighted, address, wide_ids, which
+            )
+            route.combine = tables.combine
+            known = tables.routes[key] = output, route
+        output, route = known
+        a, weights = tables.dispatch, output.topk_weights
+        a.topk_weights = None if weights is None else weights.data_ptr()
+        return a, output, route
+
+    def _make_output(
+        self, call: DispatchCall, form: RowForm, table_tokens: int, wide_ids: bool
+    ) -> tuple[DispatchOutput, Tensor, int]:
+        """Tensors of the caller's own: the output, the tables, and the address of the ids there.
+
+        One piece of memory has the tables of `table_tokens` tokens, the ids, and the caller's
+        counts. Rows, and their scales, ids and weights have their own: callers free what they have
+        used, and tables must outlive that.
+        """
+        a, x, kind, shape, layout = self.arguments, call.x_TW, form.kind, form.shape, self.tables
+        ids_at = layout.ids_at(table_tokens)
+        counts_at = ids_at // 4 + (x.shape[0] * self._topk << wide_ids)  # T may be another one
+        words = counts_at + self._counted
+        block = torch.empty(words, dtype=torch.int32, device=self._device)
+        base = block.data_ptr()
+        tokens = call.output_buffer
+        if tokens is None:
+            tokens = x.new_empty(shape, dtype=kind.dtype)
+        else:
+            shape = tokens.shape
+        leading = shape[:-1]
+        self._name_tables(a, base, base + ids_at)
+        self._name_counts(a, base + 4 * counts_at)
+        a.tokens, a.max_slots = tokens.data_ptr(), math.prod(leading)
+        a.topk_ids = a.topk_weights = None
+        ids = weights = sources = scales = tensor = None
+        if not self._expanded:
+            choices = (*leading, self._topk)
+            ids = x.new_empty(choices, dtype=torch.int64)
+            a.topk_ids = ids.data_ptr()
+            if kind.weighted:
+                weights = x.new_empty(choices, dtype=self._config.weight_dtype)
+                a.topk_weights = weights.data_ptr()
+        if self._source_tokens:
+            sources = x.new_empty(leading, dtype=torch.int32)
+        if kind.scale_dtype is not None:
+            tensor = new_scales(x, leading, kind, order=self._config.scale_order)
+            scales = QuantScales(tensor, kind.scale_format)
+        self._name_scales(a, tensor)
+        source = MemorySource(
+            self._sizes, block, counts_at, ids, weights, sources, block, -1, leading
+        )
+        output = LazyOutput.of(source, self._layout, tokens, scales, None)
+        return output, block, base + ids_at
+
+    def _form_of(self, call: DispatchCall, weighted: bool) -> RowForm:
+        """The form of a call's rows; `weighted`: weights come with them."""
+        x, scales, cached = call.x_TW, call.scales, call.previous is not None
+        key = (x.dtype, x.shape[1], call.quantize_to, call.scale_format, weighted, cached)
         if scales is not None:
             key = (*key, scales.dtype, scales.shape[1])
-        kind = self._kinds.get(key)
-        if kind is None:
-            dtype, width, format_ = x.dtype, x.shape[1], call.scale_format
-            scale_dtype, columns = None, 0
-            if scales is not None:
-                scale_dtype, columns = scales.dtype, scales.shape[1]
-            if quantized is not None:
-                dtype, format_ = torch.float8_e4m3fn, quantized
-                packed = quantized is BlockFormat.E4M3_UE8M0
-                scale_dtype = torch.int32 if packed else torch.float32
-                columns = scale_columns(width, quantized)
-            kind = self._kinds[key] = RowKind(dtype, width, scale_dtype, columns, format_, weighted)
-        return kind
+        form = self._forms.get(key)
+        if form is None:
+            form = self._forms[key] = self._new_form(call, weighted)
+        return form
+
+    def _new_form(self, call: DispatchCall, weighted: bool) -> RowForm:
+        x, scales, quantized = call.x_TW, call.scales, call.quantize_to
+        dtype, width, scale_format = x.dtype, x.shape[1], call.scale_format
+        scale_dtype, columns = None, 0
+        if scales is not None:
+            scale_dtype, columns = scales.dtype, scales.shape[1]
+        if quantized is not None:
+            dtype, scale_format = torch.float8_e4m3fn, quantized
+            packed = quantized is BlockFormat.E4M3_UE8M0
+            scale_dtype = torch.int32 if packed else torch.float32
+            columns = scale_columns(width, quantized)
+        kind = RowKind(dtype, width, scale_dtype, columns, scale_format, weighted)
+        scale_kind, input_bytes = _SCALE_KINDS[quantized], metadata.row_bytes(x)
+        row_bytes = width * dtype.itemsize
+        item = 0 if scale_dtype is None else scale_dtype.itemsize
+        operation = _DISPATCH if call.previous is None else _CACHED_DISPATCH
+        signed = signature(
+            operation,
+            row_bytes=row_bytes,
+            weights=weighted,
+            scale_kind=scale_kind,
+            scale_bytes=columns * item,
+        )
+        said = (operation, signed, input_bytes, row_bytes, scale_kind, columns * item, item)
+        return RowForm(kind, (*self._largest, width), tuple(map(int, said)))  # type: ignore[arg-type]

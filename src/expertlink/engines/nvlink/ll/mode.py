@@ -172,7 +172,7 @@ class LlMode:
         output, route, rest = self._dispatcher.dispatch(call, number)
         finish = nothing_left if rest is None else self._unless_closed(rest)
         # By position: names take time that decode notices.
-        return Dispatched(output, route, finish, self._wire.call, route.ids_TK)
+        return Dispatched(output, route, finish, self._wire.call, route.ids)
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine, or with `return_recv_hook` its sending half."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.nvlink.tables import Route, TableLayout
 from expertlink.jit.kernel import Arguments
+from expertlink.types import DispatchOutput
 
 
 class LlTableLayout(TableLayout):
@@ -39,6 +40,10 @@ class LlRoute(Route):
     restarts: Sequence[int] = (0,)
     epoch: int = 0
     combine: Arguments | None = None
+
+    def own_weights_address(self) -> int:
+        """Address of the weights of this rank's tokens, where there are any."""
+        return self.block.data_ptr() + self.layout.at["own_weights"]
 
     def write_source_tokens(self, out: Tensor) -> None:
         """Writes which token of its rank every output row is, -1 where no row is.
@@ -86,14 +91,19 @@ class BufferTables:
         ids: `[T_max, K]` int64: the ids, kept.
         dispatch: arguments of dispatches into the buffers.
         combine: arguments of their combines.
-        routes: what was made of the tables, by T, whether there are weights, whether ids are int64,
-            and where the number of the transfer is kept.
-        named: what `dispatch` says of the rows, where the caller made no scales.
+        routes: what dispatches return and their routings, by T, whether there are weights, whether
+            ids are int64, and where the number of the transfer is kept.
     """
 
     block: Tensor
     ids: Tensor
     dispatch: Arguments
     combine: Arguments
-    routes: dict[tuple[int, bool, bool, int], LlRoute]
-    named: tuple[object, ...] | None = None
+    routes: dict[tuple[int, bool, bool, int], tuple[DispatchOutput, LlRoute]]
+
+    def kept_ids(self, num_tokens: int, *, wide: bool) -> Tensor:
+        """`[T, K]` the ids, int64 or int32: these take the first half of the memory."""
+        ids, count = self.ids, num_tokens * self.ids.shape[1]
+        if not wide:
+            ids = ids.view(-1).view(torch.int32)
+        return ids.view(-1)[:count].view(num_tokens, self.ids.shape[1])
