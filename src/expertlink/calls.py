@@ -41,9 +41,10 @@ class CallBuilder:
     """Checks the arguments of one communicator's calls and makes the engine's calls of them.
 
     There are two paths. The fast path recognizes, by a few comparisons, what nearly all calls
-    pass: plain rows, a new routing or that of an own handle, tensors of the right form. All else,
-    wrong arguments included, takes the checked path. Both make the same call. The communicator
-    passes arguments by position: names take time that decode notices.
+    pass: plain rows, or rows with scales of a kind that has been accepted before, a new routing or
+    that of an own handle, tensors of the right form. All else, wrong arguments included, takes the
+    checked path. Both make the same call. The communicator passes arguments by position: names
+    take time that decode notices.
 
     Args:
         config: the communicator's configuration.
@@ -79,9 +80,9 @@ class CallBuilder:
         self._block_format, self._zero_copy = config.block_format, config.zero_copy
         self._engine_quantizes = engine_quantizes
         self._kind = plain_kind(config)
-        self._fast = FastPath(config, device)
         # The engine gets plain rows as they are, even if it quantizes them.
-        self._passes_rows = config.block_format is None or engine_quantizes
+        passes_rows = config.block_format is None or engine_quantizes
+        self._fast = FastPath(config, device, self._kind if passes_rows else None)
         self._may_track = config.block_format is None and not config.zero_copy
 
     # -- dispatch ---------------------------------------------------------------------------------
@@ -99,10 +100,15 @@ class CallBuilder:
         num_sms: int | None = None,
     ) -> DispatchCall:
         """The call for `MoECommunicator.dispatch`; raises what that documents."""
+        values, scale_format, quantize_to = scales, self._block_format, None
+        if scales is None:
+            scale_format, quantize_to = None, scale_format
+        elif isinstance(scales, QuantScales):
+            values, scale_format = scales.tensor, scales.format
+        kind = self._fast.kind_of(input, values, scale_format)  # type: ignore[arg-type]
         if (
-            scales is None
-            and self._passes_rows
-            and (output_buffer is None or self._takes_buffers(output_buffer, previous_handle))
+            kind is not None
+            and (output_buffer is None or self._takes_buffers(output_buffer, kind, previous_handle))
             and not (async_finish and return_recv_hook)
             and (
                 not (tracking := torch.is_grad_enabled())
@@ -111,9 +117,9 @@ class CallBuilder:
             )
             and transform_level() is None
             and (
-                self._fast.takes_dispatch(input, topk_ids, weights)
+                self._fast.takes_routing(topk_ids, weights, input.shape[0])
                 if previous_handle is None
-                else self._takes_cached(input, topk_ids, weights, previous_handle)
+                else self._takes_cached(input.shape[0], topk_ids, weights, previous_handle)
             )
         ):
             if output_buffer is not None:
@@ -121,15 +127,15 @@ class CallBuilder:
             # By position: keywords would double the 0.2 us that this takes.
             return DispatchCall(
                 input,
-                None,
-                None,
+                values,  # type: ignore[arg-type]
+                scale_format,
                 topk_ids if previous_handle is None else None,
                 weights,
                 None,
                 None if previous_handle is None else previous_handle.state,
                 tracking,  # experts' gradients multiply padding, which must not be NaN
                 num_sms,
-                self._block_format,
+                quantize_to,
                 output_buffer,  # type: ignore[arg-type]
                 return_recv_hook,
             )
@@ -146,12 +152,15 @@ class CallBuilder:
         )
 
     def _takes_buffers(
-        self, buffers: Tensor | DispatchBuffers, previous_handle: DispatchHandle | None
+        self,
+        buffers: Tensor | DispatchBuffers,
+        kind: RowKind,
+        previous_handle: DispatchHandle | None,
     ) -> bool:
-        """Whether these are the communicator's own, for plain rows with weights, with room."""
+        """Whether these are the communicator's own, for such rows with weights, with room."""
         return (
             isinstance(buffers, DispatchBuffers)
-            and buffers.kind is self._kind
+            and buffers.kind is kind
             and not self._zero_copy
             and (
                 previous_handle is None
@@ -161,19 +170,19 @@ class CallBuilder:
 
     def _takes_cached(
         self,
-        rows: Tensor,
+        num_tokens: int,
         topk_ids: Tensor | None,
         weights: Tensor | None,
         handle: DispatchHandle,
     ) -> bool:
-        """Whether plain rows go the way of an own handle, whose ids are given again, or not."""
+        """Whether rows go the way of an own handle, whose ids are given again, or not."""
         if handle.__class__ is not DispatchHandle or handle.owner != self._identity:
             return False
         if topk_ids is not None:
             seen = handle.ids_seen
             if seen is None or seen[0] is not topk_ids or seen[1] != topk_ids._version:
                 return False
-        if not self._fast.takes_rows(rows, weights, handle.num_tokens):
+        if num_tokens != handle.num_tokens or not self._fast.takes_new_weights(weights, num_tokens):
             return False
         if handle.leases:
             check_current(handle)
@@ -211,7 +220,7 @@ class CallBuilder:
         tracked = needs_grad(rows, weights_TK) or self.is_tracked(rows, kept_weights_TK)
         kind, quantize_to = self._kind, None
         if quant is not None:
-            kind = kind_of(rows, quant)
+            kind = self._fast.accept(kind_of(rows, quant))
         elif self._block_format is not None:
             if needs_grad(rows):
                 raise InputError(
@@ -350,7 +359,7 @@ class CallBuilder:
             _, quant = check_rows(self._config, rows, scales, device=self._device, rank=self._rank)
             if quant is not None:
                 assert rows is not None
-                kind = kind_of(rows, quant)
+                kind = self._fast.accept(kind_of(rows, quant))
         return kind if weighted else dataclasses.replace(kind, weighted=False)
 
     def _check_buffers(self, buffers: DispatchBuffers, kind: RowKind, *, weighted: bool) -> None:

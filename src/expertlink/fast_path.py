@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
-from expertlink.types import DispatchHandle
+from expertlink.types import BlockFormat, DispatchHandle, RowKind
 
 _ID_DTYPES = (torch.int64, torch.int32)
 _STRIDED = torch.strided
+_MOST_KINDS = 64  # of rows with scales; callers use one or two
 
 
 class FastPath:
@@ -26,57 +27,89 @@ class FastPath:
     Args:
         config: the communicator's.
         device: where its tensors live.
+        plain: kind of the rows that arrive where callers pass unquantized ones; None: the engine
+            cannot have these as they are.
     """
 
-    def __init__(self, config: MoECommunicatorConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: MoECommunicatorConfig, device: torch.device, plain: RowKind | None
+    ) -> None:
         self._device = device
         self._dtype, self._weight_dtype = config.dtype, config.weight_dtype
         self._hidden, self._topk = config.hidden_size, config.topk
         self._max_tokens = config.max_tokens_per_rank
         self._expanded = config.layout.expanded
+        self._plain = plain
+        # Of rows with scales that the checked path has accepted: what it looks at, and the kind.
+        self._scaled: dict[tuple[object, ...], RowKind] = {}
 
-    def takes_dispatch(self, x: Tensor, topk_ids: Tensor | None, weights: Tensor | None) -> bool:
-        """Unquantized rows with a new routing."""
+    def kind_of(
+        self, x: Tensor, scales: Tensor | None, scale_format: BlockFormat | None
+    ) -> RowKind | None:
+        """The kind of plain rows, or of such with scales as have been accepted before."""
         # Callers may pass anything: what is no plain tensor is asked nothing.
-        if x.__class__ is not Tensor or topk_ids is None or topk_ids.__class__ is not Tensor:
-            return False
-        device, shape = self._device, topk_ids.shape
+        if x.__class__ is not Tensor:
+            return None
+        device, shape = self._device, x.shape
         if not (
-            len(shape) == 2
-            and shape[1] == self._topk
-            and shape[0] <= self._max_tokens
+            len(shape) == 2 and x.device == device and x.layout is _STRIDED and x.is_contiguous()
+        ):
+            return None
+        if scales is None:
+            fits = shape[1] == self._hidden and x.dtype is self._dtype
+            return self._plain if fits else None
+        if scales.__class__ is not Tensor:
+            return None
+        size = scales.shape
+        if not (
+            len(size) == 2
+            and size[0] == shape[0]
+            and scales.device == device
+            and scales.layout is _STRIDED
+            and scales.is_contiguous()
+        ):
+            return None
+        return self._scaled.get((x.dtype, shape[1], scales.dtype, size[1], scale_format))
+
+    def accept(self, kind: RowKind) -> RowKind:
+        """Rows of this kind, with scales, have been accepted. Returns the one to compare with."""
+        key = (kind.dtype, kind.width, kind.scale_dtype, kind.scale_columns, kind.scale_format)
+        if len(self._scaled) >= _MOST_KINDS:
+            self._scaled.clear()
+        return self._scaled.setdefault(key, kind)
+
+    def takes_routing(
+        self, topk_ids: Tensor | None, weights: Tensor | None, num_tokens: int
+    ) -> bool:
+        """A new routing of so many tokens."""
+        if topk_ids is None or topk_ids.__class__ is not Tensor:
+            return False
+        shape = topk_ids.shape
+        return (
+            shape == (num_tokens, self._topk)
+            and num_tokens <= self._max_tokens
             and topk_ids.dtype in _ID_DTYPES
-            and topk_ids.device == device
+            and topk_ids.device == self._device
             and topk_ids.layout is _STRIDED
             and topk_ids.is_contiguous()
-            and x.shape == (shape[0], self._hidden)
-            and x.dtype is self._dtype
-            and x.device == device
-            and x.layout is _STRIDED
-            and x.is_contiguous()
-        ):
-            return False
-        return weights is None or (
-            weights.__class__ is Tensor
-            and weights.shape == shape
-            and weights.dtype is self._weight_dtype
-            and weights.device == device
-            and weights.layout is _STRIDED
-            and weights.is_contiguous()
+            and (
+                weights is None
+                or (
+                    weights.__class__ is Tensor
+                    and weights.shape == shape
+                    and weights.dtype is self._weight_dtype
+                    and weights.device == self._device
+                    and weights.layout is _STRIDED
+                    and weights.is_contiguous()
+                )
+            )
         )
 
-    def takes_rows(self, x: Tensor, weights: Tensor | None, num_tokens: int) -> bool:
-        """Unquantized rows of a routing that is known, with or without new weights."""
-        return (
-            x.__class__ is Tensor
-            and x.shape == (num_tokens, self._hidden)
-            and num_tokens <= self._max_tokens
-            and x.dtype is self._dtype
-            and x.device == self._device
-            and x.layout is _STRIDED
-            and x.is_contiguous()
-            and (weights is None or self._are_weights(weights, (num_tokens, self._topk)))
-        )
+    def takes_new_weights(self, weights: Tensor | None, num_tokens: int) -> bool:
+        """Weights of a routing that is known, or none."""
+        if num_tokens > self._max_tokens:  # the routing may be another communicator's
+            return False
+        return weights is None or self._are_weights(weights, (num_tokens, self._topk))
 
     def takes_combine(
         self,

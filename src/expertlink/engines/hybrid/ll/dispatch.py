@@ -119,7 +119,8 @@ class RailDispatcher(LlDispatcher):
             output.tokens.zero_()
             if output.scales is not None:
                 output.scales.tensor.zero_()
-        self._name_rows(a, call, self._form_of(call, weighted))
+        self._say(a, self._form_of(call, weighted))
+        self._name_rows(a, call)
         a.communicator = said_by(self._number, of=previous)
         a.subject = None if previous is None else previous.origin
         a.origin = route.origin
@@ -160,8 +161,9 @@ class RailDispatcher(LlDispatcher):
             topk_ids_TK=ids,
         )
         self._arena.halves.finish(self._arena.capture())
-        a, output, route = self._open_rail(call, ids, weighted=False)
-        self._name_rows(a, call, self._form_of(call, weighted=False))
+        a, _, route = self._open_rail(call, ids, weighted=False)
+        self._say(a, self._form_of(call, weighted=False))
+        self._name_rows(a, call)
         a.signature, a.communicator, a.subject, a.origin = REFUSED, self._number, None, route.origin
         self._pack(a, route, ids, None, None, quantizes=False, halves=False)
         flags = _ALONE if self._in_use[0] > 1 else 0

@@ -30,6 +30,7 @@ from expertlink.engines.outputs import (
     LazyOutput,
     MemorySource,
     OutputSizes,
+    first_rows,
     in_scale_order,
 )
 from expertlink.engines.ranks import capacity, metadata
@@ -85,21 +86,24 @@ class _Rows:
         tokens: rows.
         scales: row-major scales of quantized rows, or None.
         source: makes the rest.
+        own_tokens: `tokens` have memory that was made for this dispatch.
+        own_scales: so have `scales`.
     """
 
     shape: tuple[int, ...]
     tokens: Tensor
     scales: Tensor | None
     source: MemorySource | BufferSource
+    own_tokens: bool
+    own_scales: bool
 
     def cut(self, rows: int) -> None:
         """Leaves the first rows of what was made larger."""
         self.shape = (rows,)
         self.source.cut(rows)
-        if self.tokens.shape[0] != rows:
-            self.tokens = self.tokens[:rows]
-        if self.scales is not None and self.scales.shape[0] != rows:
-            self.scales = self.scales[:rows]
+        self.tokens = first_rows(self.tokens, rows, own=self.own_tokens)
+        if self.scales is not None:
+            self.scales = first_rows(self.scales, rows, own=self.own_scales)
 
 
 class DispatchLaunch(NamedTuple):
@@ -230,8 +234,9 @@ class HtDispatcher:
         self.most_blocks, self._launches = planner.most_blocks, Launches(planner)
         # Where every row of an output is some token's, the kernel writes all source tokens.
         self._gapless = self._mails and not self._padded and config.expert_alignment == 1
-        # Rows that recent calls needed.
+        # Rows that recent calls needed, and the leading dimensions that the next one is given.
         self._needed: collections.deque[int] = collections.deque(maxlen=tuning.HT_CALLS_REMEMBERED)
+        self._expected: tuple[int, ...] | None = None
         self._number, self._max_tokens = common["communicator"], config.max_tokens_per_rank
         self._zero_copy = config.zero_copy
         self._experts = torch.tensor(experts or (0,), dtype=torch.int32, device=self._device)
@@ -302,7 +307,7 @@ class HtDispatcher:
             counts = mail.counts
             if not self._padded:
                 needed = mail.slots if self._expanded else mail.arrivals
-                self._needed.append(needed)
+                self._remember(needed)
                 if rows is None or rows.shape[0] < needed:
                     shape = (needed,)
                     try:
@@ -525,8 +530,14 @@ class HtDispatcher:
             return (call.output_buffer.shape[0],)
         if self._fixed is not None:
             return self._fixed
-        most = max(self._needed, default=0)
-        return (min(most + most // tuning.HT_OUTPUT_SLACK, self._limit),) if most else None
+        return self._expected
+
+    def _remember(self, needed: int) -> None:
+        """Learns how many rows a call needed."""
+        self._needed.append(needed)
+        most = max(self._needed)
+        most += most // tuning.HT_OUTPUT_SLACK
+        self._expected = (min(most, self._limit),) if most else None
 
     def _make_rows(
         self,
@@ -545,7 +556,7 @@ class HtDispatcher:
         that is in buffers.
         """
         a, x, buffers, count = self.arguments, call.x_TW, call.buffers, math.prod(shape)
-        scales = None
+        scales, own_tokens, own_scales = None, False, False
         if buffers is not None:
             largest = buffers.output
             tokens = largest.tokens
@@ -569,7 +580,7 @@ class HtDispatcher:
                 pool = self._arena.local[pool_at : pool_at + nbytes]
                 tokens = pool.view(x.dtype).view(full)
             else:
-                tokens = x.new_empty((*shape, x.shape[1]))
+                tokens, own_tokens = x.new_empty((*shape, x.shape[1])), True
             ids = weights = sources = None
             if not self._expanded:
                 # Of their own: callers free what they have used, and tables must outlive that.
@@ -601,14 +612,14 @@ class HtDispatcher:
         if call.scales is not None:
             if scales is None:
                 columns = call.scales.shape[1]
-                scales = call.scales.new_empty((*shape, columns))
+                scales, own_scales = call.scales.new_empty((*shape, columns)), True
             a.scales_out = scales.data_ptr()
         a.tokens, a.max_slots = tokens.data_ptr(), count
         if call.zero_padding and self._padded:
             tokens.zero_()
             if scales is not None:
                 scales.zero_()
-        return _Rows(shape, tokens, scales, source)
+        return _Rows(shape, tokens, scales, source, own_tokens, own_scales)
 
     def _output(
         self, call: DispatchCall, rows: _Rows, weighted: bool, counts: list[int] | None

@@ -179,6 +179,7 @@ class LlDispatcher:
         is_flat = self._layout is DispatchLayout.FLAT
         self._sizes = OutputSizes(num_local, num_ranks, config.topk, is_flat)
         self._forms: dict[tuple[object, ...], RowForm] = {}
+        self._said: RowForm | None = None  # by `arguments`
         warps = max(1, min(max_warps, tuning.LL_DISPATCH_WARPS))
         plan = DispatchPlanner(config, num_ranks, num_local, num_sms, warps, num_hosts)
         self.most_blocks = plan.most_blocks
@@ -206,10 +207,19 @@ class LlDispatcher:
         form = self._form_of(call, weighted)
         if call.buffers is None:
             a = self.arguments
+            if self._said is not form:
+                self._say(a, form)
+                self._said = form
             output, block, ids_at = self._make_output(call, form, num_tokens, wide)
             route = self._new_route(output, num_tokens, None, block, weighted, ids_at, wide)
         else:
-            a, output, route = self._open(call.buffers, num_tokens, weighted, wide)
+            tables = call.buffers.tables
+            assert isinstance(tables, BufferTables)
+            a = tables.dispatch
+            if tables.said is not form:
+                self._say(a, form)
+                tables.said = form
+            output, route = self._open(call.buffers, tables, num_tokens, weighted, wide)
         route.number, route.epoch = number, self._restarts[0]
         if call.zero_padding and self._padded:
             output.tokens.zero_()
@@ -227,7 +237,7 @@ class LlDispatcher:
         if previous is not None or a.communicator != self._number:
             a.communicator = said_by(self._number, of=previous)
         a.origin, a.ids = route.origin, ids_from
-        self._name_rows(a, call, form)
+        self._name_rows(a, call)
         after = None
         if self._source_tokens:
             assert output.source_tokens is not None
@@ -256,7 +266,9 @@ class LlDispatcher:
         )
         form = self._form_of(call, weighted=False)
         _, block, _ = self._make_output(call, form, 0, wide_ids=True)
-        self._name_rows(a, call, form)
+        self._say(a, form)
+        self._said = None  # the signature will be another one
+        self._name_rows(a, call)
         a.signature, a.communicator = REFUSED, self._number
         a.subject, a.origin = None, block.data_ptr() + self.tables.at["origin"]
         flags = _WIDE_IDS | (_ALONE if self._in_use[0] > 1 else 0)
@@ -293,9 +305,8 @@ class LlDispatcher:
 
     # -- arguments --------------------------------------------------------------------------------
 
-    def _name_rows(self, a: Arguments, call: DispatchCall, form: RowForm) -> None:
-        """What is sent, and what all ranks must say of it alike."""
-        x, scales = call.x_TW, call.scales
+    def _say(self, a: Arguments, form: RowForm) -> None:
+        """What all ranks must say of the rows alike."""
         (
             a.operation,
             a.signature,
@@ -305,6 +316,10 @@ class LlDispatcher:
             a.scale_bytes,
             a.scale_item,
         ) = form.said
+
+    def _name_rows(self, a: Arguments, call: DispatchCall) -> None:
+        """What is sent."""
+        x, scales = call.x_TW, call.scales
         a.x, a.num_tokens = x.data_ptr(), x.shape[0]
         a.scales = None if scales is None else scales.data_ptr()
 
@@ -386,11 +401,14 @@ class LlDispatcher:
         )
 
     def _open(
-        self, buffers: DispatchBuffers, num_tokens: int, weighted: bool, wide_ids: bool
-    ) -> tuple[Arguments, DispatchOutput, LlRoute]:
-        """Arguments that name buffers, what a dispatch into them returns, and its routing."""
-        tables = buffers.tables
-        assert isinstance(tables, BufferTables)
+        self,
+        buffers: DispatchBuffers,
+        tables: BufferTables,
+        num_tokens: int,
+        weighted: bool,
+        wide_ids: bool,
+    ) -> tuple[DispatchOutput, LlRoute]:
+        """What a dispatch into buffers returns, and its routing."""
         if self._arena.halves.left:  # one of them may read these tables
             self._arena.halves.finish_those_of(tables.block)
         # A cached dispatch may read the number of the dispatch before.
@@ -408,10 +426,9 @@ class LlDispatcher:
             )
             route.combine = tables.combine
             known = tables.routes[key] = output, route
-        output, route = known
-        a, weights = tables.dispatch, output.topk_weights
-        a.topk_weights = None if weights is None else weights.data_ptr()
-        return a, output, route
+        weights = known[0].topk_weights
+        tables.dispatch.topk_weights = None if weights is None else weights.data_ptr()
+        return known
 
     def _make_output(
         self, call: DispatchCall, form: RowForm, table_tokens: int, wide_ids: bool
@@ -461,9 +478,9 @@ class LlDispatcher:
     def _form_of(self, call: DispatchCall, weighted: bool) -> RowForm:
         """The form of a call's rows; `weighted`: weights come with them."""
         x, scales, cached = call.x_TW, call.scales, call.previous is not None
-        key = (x.dtype, x.shape[1], call.quantize_to, call.scale_format, weighted, cached)
+        key = (x.dtype, x.shape[1], call.quantize_to, weighted, cached)
         if scales is not None:
-            key = (*key, scales.dtype, scales.shape[1])
+            key = (*key, scales.dtype, scales.shape[1], call.scale_format)
         form = self._forms.get(key)
         if form is None:
             form = self._forms[key] = self._new_form(call, weighted)

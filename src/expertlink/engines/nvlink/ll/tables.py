@@ -93,6 +93,7 @@ class BufferTables:
         combine: arguments of their combines.
         routes: what dispatches return and their routings, by T, whether there are weights, whether
             ids are int64, and where the number of the transfer is kept.
+        said: form of the rows that `dispatch` says.
     """
 
     block: Tensor
@@ -100,6 +101,7 @@ class BufferTables:
     dispatch: Arguments
     combine: Arguments
     routes: dict[tuple[int, bool, bool, int], tuple[DispatchOutput, LlRoute]]
+    said: object = None
 
     def kept_ids(self, num_tokens: int, *, wide: bool) -> Tensor:
         """`[T, K]` the ids, int64 or int32: these take the first half of the memory."""
