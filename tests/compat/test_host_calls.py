@@ -113,6 +113,11 @@ class Setting:
             output, _ = comm.dispatch(x, ids, self.weights)
             return output.topk_ids, output.topk_weights
 
+        def own_halves() -> Tensor:
+            output, _, hook = ll_comm.dispatch(x, ids, return_recv_hook=True)
+            hook()
+            return output.num_tokens_per_expert
+
         def own_ll_combine(**options: Any) -> Any:
             weights = self.weights
             return ll_comm.combine(self.slots, ll_handle, topk_weights=weights, **options)
@@ -124,10 +129,13 @@ class Setting:
                 lambda: comm.dispatch(x, None, previous_handle=self.own_handle),
             ),
             "combine": (self.combine, lambda: comm.combine(self.rows, self.own_handle)),
-            "low-latency dispatch": (self.ll_dispatch, lambda: ll_comm.dispatch(x, ids)),
+            "low-latency dispatch": (
+                self.ll_dispatch,
+                lambda: ll_comm.dispatch(x, ids)[0].num_tokens_per_expert,
+            ),
             "low-latency dispatch in halves": (
                 lambda: self.ll_dispatch(return_recv_hook=True)[4](),
-                lambda: ll_comm.dispatch(x, ids, return_recv_hook=True)[2](),
+                own_halves,
             ),
             "low-latency combine": (self.ll_combine, own_ll_combine),
             "low-latency combine in halves": (

@@ -305,20 +305,22 @@ for _name in (
     setattr(LazyOutput, _name, _Part(_name))
 
 
-def part_of(memory: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in int32 memory, from a word on; no view in autograd's sense.
+def words_of(memory: Tensor, start: int, count: int) -> Tensor:
+    """`[count]` int32 of such memory, from a word on; no view in autograd's sense.
 
     It belongs to inference mode if the memory does.
     """
     if memory.is_inference() and not torch.is_inference_mode_enabled():
         with torch.inference_mode():
-            return part_of(memory, start, shape, dtype)
-    part = memory[start : start + math.prod(shape) * dtype.itemsize // 4]
-    if dtype is not torch.int32:  # each of these takes as long as a new tensor
-        part = part.view(dtype)
-    if len(shape) != 1:
-        part = part.view(shape)
-    return part.data
+            return memory[start : start + count].data
+    return memory[start : start + count].data
+
+
+def part_of(memory: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same, of any shape and type."""
+    words = words_of(memory, start, math.prod(shape) * dtype.itemsize // 4)
+    with torch.inference_mode(words.is_inference()):
+        return words.view(dtype).view(shape).data
 
 
 def first_rows(tensor: Tensor, rows: int, *, own: bool) -> Tensor:
@@ -424,25 +426,22 @@ class MemorySource:
 
     def make(self, name: str) -> Tensor | None:
         """As `OutputSource.make`."""
+        num_local, num_ranks, _, is_flat = self._sizes
+        if name == "num_tokens_per_expert":
+            return words_of(self._memory, self._counts_at, num_local)
         if name == "topk_ids":
             return self._ids
         if name == "topk_weights":
             return self._weights
-        num_local, num_ranks, _, is_flat = self._sizes
         offsets_at = self._counts_at + num_local
-        if name == "num_tokens_per_expert":
-            return self._words(self._counts_at, num_local)
         if name == "expert_offsets":
-            return self._words(offsets_at, num_local + 1) if is_flat else None
+            return words_of(self._memory, offsets_at, num_local + 1) if is_flat else None
         if name == "num_tokens_per_rank":
-            return self._words(offsets_at + num_local + 1, num_ranks)
+            return words_of(self._memory, offsets_at + num_local + 1, num_ranks)
         assert name == "source_tokens"
         if self._sources_at < 0:
             return self._sources
-        return part_of(self._rows_memory, self._sources_at, self._shape, torch.int32)
-
-    def _words(self, start: int, count: int) -> Tensor:
-        return part_of(self._memory, start, (count,), torch.int32)
+        return words_of(self._rows_memory, self._sources_at, self._shape[0])
 
 
 class BufferSource:

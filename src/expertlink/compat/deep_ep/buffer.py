@@ -22,9 +22,9 @@ from expertlink.compat.deep_ep.low_latency import (
     Hook,
     LowLatencyCalls,
     Rows,
-    check_halves,
     known_low_latency,
     quantization_of,
+    refuse_halves,
     zero_copy_rows,
 )
 from expertlink.compat.deep_ep.normal import (
@@ -484,7 +484,8 @@ class Buffer:
                 )
             if dispatch_wait_recv_cost_stats is not None:
                 raise UnsupportedError(f"dispatch_wait_recv_cost_stats: {_NO_WAIT_COSTS}")
-            check_halves(async_finish=async_finish, return_recv_hook=return_recv_hook)
+            if async_finish and return_recv_hook:
+                refuse_halves()
             if cumulative_local_expert_recv_stats is not None:
                 stats = cumulative_local_expert_recv_stats
                 check_stats(stats, num_experts // self.group_size, self._device)
@@ -581,7 +582,8 @@ class Buffer:
                     "overlap, src_signals and comp_signal are not supported: switch off "
                     "single-batch overlap"
                 )
-            check_halves(async_finish=async_finish, return_recv_hook=return_recv_hook)
+            if async_finish and return_recv_hook:
+                refuse_halves()
             known = known_low_latency(handle)
             rows = zero_copy_rows(x, known) if zero_copy else x
         except REFUSALS as error:

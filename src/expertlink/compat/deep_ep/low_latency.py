@@ -7,6 +7,7 @@ token lives. What depends on shapes alone is made once and kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -39,11 +40,13 @@ class Form:
     Attributes:
         comm: their communicator.
         rows_shape: `[E_loc, R * M, H]` what combine takes.
+        source_tokens: dispatches bring them.
         scratch: memory that experts write to for `zero_copy`, once it was asked for.
     """
 
     comm: MoECommunicator
     rows_shape: tuple[int, int, int]
+    source_tokens: bool
     scratch: Tensor | None = None
 
 
@@ -78,9 +81,10 @@ class LowLatencyHandle(TensorTuple):
         """The handle of a dispatch; of its output at most the source tokens are kept."""
         handle = LowLatencyHandle(_FIVE)
         handle.known = received
-        sources = output.source_tokens
-        handle.kept = () if sources is None else (sources,)
-        handle._made = {}
+        handle.kept, handle._made = (), {}
+        if received.form.source_tokens:
+            assert output.source_tokens is not None
+            handle.kept = (output.source_tokens,)
         return handle
 
     def _make(self, position: int) -> Tensor | int:
@@ -188,21 +192,18 @@ class LowLatencyCalls:
             event = EventOverlap()
         else:
             hook = None
-
-            def call() -> tuple[DispatchOutput, DispatchHandle]:
-                made = comm.dispatch_in_line(x, topk_ids, None, None, None, None)
-                if received_stats is not None:
-                    _add(received_stats, made[0].num_tokens_per_expert)
-                return made
-
+            call: Callable[[], tuple[DispatchOutput, DispatchHandle]] = functools.partial(
+                comm.dispatch_in_line, x, topk_ids, None, None, None, None
+            )
+            if received_stats is not None:
+                call = functools.partial(_count_after, call, received_stats)
             (output, handle), event = self._streams.run(call, (x, topk_ids), None, async_finish)
             if async_finish:
                 event.extra_tensors = (x, topk_ids)
-        rows: Rows = output.tokens
-        if output.scales is not None:
-            rows = (output.tokens, output.scales.tensor)
+        rows, scales = output.tokens, output.scales
+        received: Rows = rows if scales is None else (rows, scales.tensor)
         known = LowLatencyHandle.of(Received(form, handle), output)
-        return rows, output.num_tokens_per_expert, known, event, hook
+        return received, output.num_tokens_per_expert, known, event, hook
 
     def refuse_dispatch(
         self,
@@ -266,7 +267,8 @@ class LowLatencyCalls:
         if self._on_gpu and comm.engine_name != "nvlink":  # nvlink tells source tokens afterwards
             comm = self._pool.fixed((*key, "source tokens"), {**fields, "source_tokens": True})
         num_local = num_experts // self._num_ranks
-        form = Form(comm, (num_local, self._num_ranks * tokens, hidden))
+        shape = (num_local, self._num_ranks * tokens, hidden)
+        form = Form(comm, shape, comm.config.source_tokens)
         self._forms[key] = form
         for rank in sorted(self._masked):
             comm.mask_peer(rank)
@@ -356,10 +358,9 @@ def known_low_latency(handle: object) -> Received:
     return known_of(Received, handle, key=LowLatencyHandle.KEY, length=LowLatencyHandle.LENGTH)
 
 
-def check_halves(*, async_finish: bool, return_recv_hook: bool) -> None:
+def refuse_halves() -> NoReturn:
     """Refuses a call that is to be both asynchronous and in halves."""
-    if async_finish and return_recv_hook:
-        raise CallError("async_finish and return_recv_hook exclude each other")
+    raise CallError("async_finish and return_recv_hook exclude each other")
 
 
 def zero_copy_rows(x: Tensor, known: Received) -> Tensor:
@@ -388,6 +389,15 @@ def quantization_of(*, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str
     if use_ue8m0:
         return "e4m3_ue8m0"
     return "e4m3_pow2" if round_scale else "e4m3_float32"
+
+
+def _count_after(
+    call: Callable[[], tuple[DispatchOutput, DispatchHandle]], totals: Tensor
+) -> tuple[DispatchOutput, DispatchHandle]:
+    """Makes a dispatch, and adds its counts of rows."""
+    made = call()
+    _add(totals, made[0].num_tokens_per_expert)
+    return made
 
 
 def _add(totals: Tensor, counts: Tensor) -> None:
