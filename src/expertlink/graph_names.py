@@ -178,7 +178,7 @@ class _Template:
     origin: int
 
 
-_Key = tuple[int, bool, int]
+_Key = tuple[int, bool, int, int]
 _templates: weakref.WeakKeyDictionary[Connection, dict[_Key, _Template]] = (
     weakref.WeakKeyDictionary()
 )
@@ -190,14 +190,14 @@ def apart(tensor: Tensor) -> Tensor:
 
 
 def tables_of(comm: Connection, handle: DispatchHandle) -> list[Tensor]:
-    """The tensors of a handle: tables, ids, then the counts and weights of a cached dispatch.
+    """The tensors of a handle: tables with the ids, then counts and weights of a cached dispatch.
 
     The rest of the handle is kept for others that are like it.
     """
     route = handle.state
     assert isinstance(route, Route)
-    # Without what else lies behind the tables: shapes are those that graphs were told.
-    tables = [route.block[: route.layout.words(route.num_tokens)], apart(route.ids())]
+    # Without what else lies behind them: shapes are those that graphs were told.
+    tables = [route.block[: route.layout.ids_end(route.num_tokens, wide=route.wide_ids)]]
     keeps = None if route.keeps is None else route.keeps[: sum(route.layout.public) + 1]
     tables += [table for table in (keeps, route.weights_block) if table is not None]
     base = route.block if route.keeps is None else route.keeps
@@ -208,31 +208,34 @@ def tables_of(comm: Connection, handle: DispatchHandle) -> list[Tensor]:
         state=dataclasses.replace(route, **without, other_slots={}),
         origin=route.origin - base.data_ptr(),
     )
-    key = (route.num_tokens, route.weighted, len(tables))
+    key = _key_of(tables, route.num_tokens, route.weighted)
     _templates.setdefault(comm, {})[key] = template
     return tables
+
+
+def _key_of(tables: Sequence[Tensor], num_tokens: int, weighted: bool) -> _Key:
+    """What handles are alike in; the number of words says whether ids are int64."""
+    return num_tokens, weighted, len(tables), tables[0].numel()
 
 
 def _handle_with(
     comm: Connection, tables: Sequence[Tensor], num_tokens: int, weighted: bool
 ) -> DispatchHandle:
-    template = _templates.get(comm, {}).get((num_tokens, weighted, len(tables)))
+    template = _templates.get(comm, {}).get(_key_of(tables, num_tokens, weighted))
     if template is None:
         raise HandleError("no such dispatch has been made in this process")
-    block, ids_TK = tables[0], tables[1]
-    keeps = tables[2] if len(tables) > 2 else None
+    block, layout = tables[0], template.state.layout
+    keeps = tables[1] if len(tables) > 1 else None
     route = dataclasses.replace(
         template.state,
         block=block,
-        ids_TK=ids_TK,
-        ids_address=ids_TK.data_ptr(),
-        wide_ids=ids_TK.dtype is torch.int64,
+        ids_address=block.data_ptr() + layout.ids_at(num_tokens),
         keeps=keeps,
-        weights_block=tables[3] if len(tables) > 3 else None,
+        weights_block=tables[2] if len(tables) > 2 else None,
         origin=template.origin + (block if keeps is None else keeps).data_ptr(),
         other_slots={},
     )
-    return dataclasses.replace(template.handle, _topk_ids=ids_TK, state=route)
+    return dataclasses.replace(template.handle, _topk_ids=route.ids, state=route)
 
 
 def handle_of(
@@ -246,6 +249,6 @@ def handle_of(
         num_tokens: T of the dispatch.
         weighted: it has weights.
     """
-    if len(tensors) == 1:
+    if tensors[0].dtype is torch.int64:  # tables are int32
         return _handle_of(tensors[0])
     return _handle_with(communicator(maker), tensors, num_tokens, weighted)

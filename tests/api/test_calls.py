@@ -14,6 +14,7 @@ from expertlink import (
     HandleError,
     InputError,
     MoECommunicatorConfig,
+    QuantScales,
     RoutingChangedError,
 )
 from expertlink.calls import CallBuilder
@@ -144,6 +145,63 @@ def test_both_paths_make_the_same_dispatch(
     assert fast["zero_padding"] is tracking
     assert fast["previous"] is (None if previous is None else previous.state)
     assert (fast["topk_ids_TK"] is None) == bool(cached)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("block_format", [None, BlockFormat.E4M3_FLOAT32])
+@torch.no_grad()
+def test_both_paths_make_the_same_dispatch_of_rows_with_scales(
+    block_format: BlockFormat | None, given: bool, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder, config = builder_of()
+    _, ids, weights = arguments()
+    rows, values = torch.zeros(T, H, dtype=torch.float8_e4m3fn), torch.ones(T, 1)
+    scales = values if block_format is None else QuantScales(values, block_format)
+    buffers = None
+    if given:
+        kind = builder.kind(rows, scales, weighted=True)
+        output = largest_output(config, kind, num_ranks=RANKS, num_local=E // RANKS, device=CPU)
+        buffers = DispatchBuffers(output=output, tables=None, kind=kind, owner=1)
+    previous = handle_of(builder, (2, 6, H), topk_weights=weights) if cached else None
+
+    def make() -> Any:
+        return builder.dispatch(
+            rows,
+            None if cached else ids,
+            weights,
+            scales,
+            output_buffer=buffers,
+            previous_handle=previous,
+        )
+
+    make()  # such rows are accepted now
+    fast, checked = both_paths(builder, monkeypatch, make)
+    assert all(fast[name] is checked[name] for name in fast)
+    assert fast["scales"] is values
+    assert fast["scale_format"] is block_format
+
+
+@torch.no_grad()
+def test_rows_with_scales_that_do_not_fit_are_refused_after_some_that_do() -> None:
+    builder, _ = builder_of()
+    _, ids, weights = arguments()
+    rows, scales = torch.zeros(T, H, dtype=torch.float8_e4m3fn), torch.ones(T, 1)
+    e4m3 = BlockFormat.E4M3_FLOAT32
+    builder.dispatch(rows, ids, weights, QuantScales(scales, e4m3))
+    wrong: list[tuple[Any, Any, str]] = [
+        (rows, scales.double(), "needs torch.float32"),
+        (rows, torch.ones(T, 2), "needs torch.float32"),
+        (rows, scales[:2], "scales has shape"),
+        (rows[:, :8].contiguous(), scales, "hidden_size"),
+        (rows.view(torch.uint8), scales, "rows are e4m3"),
+        (rows, None, "scales must be a torch.Tensor"),
+    ]
+    for x, values, message in wrong:
+        with pytest.raises(InputError, match=message):
+            builder.dispatch(x, ids, weights, QuantScales(values, e4m3))
+    strided = torch.ones(T, 4)[:, ::4]
+    assert builder.dispatch(rows, ids, weights, QuantScales(strided, e4m3)).scales is not strided
 
 
 @pytest.mark.parametrize("hook", [False, True])

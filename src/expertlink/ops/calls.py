@@ -103,7 +103,7 @@ def _make_dispatch(
         else:
             tensors = tables_of(comm, handle)
             if previous is not None and not form.own_tables:
-                tensors = tensors[2 : 4 if weights is not None else 3]  # the others are not new
+                tensors = tensors[1 : 3 if weights is not None else 2]  # the tables are not new
     return [tensor for tensor in returned if tensor is not None] + tensors
 
 

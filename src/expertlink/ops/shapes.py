@@ -65,8 +65,8 @@ def own_handle_is_whole(comm: str) -> bool:
 
 def joined(previous: Sequence[Tensor], own: Sequence[Tensor], new_weights: bool) -> list[Tensor]:
     """Tensors of the handle of a cached dispatch that shares tables with the one before."""
-    older = [] if new_weights else previous[3:4]
-    return [*previous[:2], *own, *older]
+    older = [] if new_weights else previous[2:3]
+    return [previous[0], *own, *older]
 
 
 # -- shapes, a function for each operator --------------------------------------------------------
@@ -86,8 +86,9 @@ def dispatch(
     if not form.fixed_rows:
         shape = (torch.library.get_ctx().new_dynamic_size(max=shape[0]),)
     if form.static:
-        words = _table_layout(found, form).words(input.shape[0])
-        tensors = [topk_ids.new_empty((words,), dtype=torch.int32), torch.empty_like(topk_ids)]
+        wide = topk_ids.dtype is torch.int64
+        words = _table_layout(found, form).ids_end(input.shape[0], wide=wide)
+        tensors = [topk_ids.new_empty((words,), dtype=torch.int32)]
     else:
         tensors = [_token()]
     quant = quant_scales(scales, scale_format)
@@ -116,7 +117,7 @@ def cached_dispatch(
     if not form.static:
         tensors = [_token()]
     elif form.own_tables:
-        tensors = [torch.empty_like(handle[0]), torch.empty_like(handle[1])]
+        tensors = [torch.empty_like(handle[0])]
     else:
         tables = _table_layout(found, form)
         tensors = [handle[0].new_empty((sum(tables.public) + 1,))]

@@ -74,9 +74,9 @@ class TableLayout:
         """Bytes from the start of a block to the ids, where these lie behind the tables."""
         return _WORD * align(self.words(num_tokens), 4)
 
-    def ids_end(self, num_tokens: int, wide: int) -> int:
+    def ids_end(self, num_tokens: int, *, wide: bool) -> int:
         """Words to the end of the ids there; `wide`: they are int64."""
-        return align(self.words(num_tokens), 4) + (num_tokens * self.topk << wide)
+        return align(self.words(num_tokens), 4) + num_tokens * self.topk * (2 if wide else 1)
 
     def own_tokens(self, block: int, num_tokens: int) -> int:
         """Address of the tokens whose rows stay on this rank."""

@@ -237,9 +237,7 @@ class RailDispatcher(LlDispatcher):
         if call.buffers is None:
             form, forwarded = self._form_of(call, weighted), self._messages.num_hosts * bound
             output, block, address = self._make_output(call, form, forwarded, wide)
-            route = self._new_rail_route(
-                output, num_tokens, bound, None, block, weighted, address, wide
-            )
+            route = self._new_rail_route(output, num_tokens, bound, block, weighted, address, wide)
             return self.arguments, output, route
         tables, output = call.buffers.tables, call.buffers.output
         assert isinstance(tables, BufferTables)
@@ -249,17 +247,8 @@ class RailDispatcher(LlDispatcher):
         a.topk_weights = None if arrived is None else arrived.data_ptr()
         # A cached dispatch may read the number of the dispatch before.
         which = call.buffers.generation % ORIGINS
-        kept = tables.kept_ids(num_tokens, wide=wide)
         route = self._new_rail_route(
-            output,
-            num_tokens,
-            bound,
-            kept,
-            tables.block,
-            weighted,
-            kept.data_ptr(),
-            wide,
-            which,
+            output, num_tokens, bound, tables.block, weighted, tables.ids_address, wide, which
         )
         route.combine = tables.combine
         return a, output, route
@@ -269,7 +258,6 @@ class RailDispatcher(LlDispatcher):
         output: DispatchOutput,
         num_tokens: int,
         bound: int,
-        ids: Tensor | None,
         block: Tensor,
         weighted: bool,
         ids_address: int,
@@ -279,7 +267,7 @@ class RailDispatcher(LlDispatcher):
         return RailRoute(
             shape=tuple(output.tokens.shape[:-1]),
             num_tokens=num_tokens,
-            ids_TK=ids,
+            ids_TK=None,
             layout=self.tables,
             block=block,
             weights_block=None,
@@ -293,13 +281,8 @@ class RailDispatcher(LlDispatcher):
             bound=bound,
         )
 
-    def new_tables(self, output: DispatchOutput, *, combine: Arguments) -> BufferTables:
-        """As `LlDispatcher.new_tables`."""
-        tables = super().new_tables(output, combine=combine)
-        most = self._messages.num_hosts * self._config.max_tokens_per_rank
-        tables.block = self._new_block(most)
-        self._name_buffers(tables, output)
-        return tables
+    def _most_table_tokens(self) -> int:
+        return self._messages.num_hosts * self._config.max_tokens_per_rank
 
     def _table_layout(self, num_hosts: int) -> LlTableLayout:
         return RailTableLayout(

@@ -41,7 +41,6 @@ from expertlink.quantization import scale_columns
 from expertlink.types import (
     BlockFormat,
     DispatchBuffers,
-    DispatchLayout,
     DispatchOutput,
     QuantScales,
     RowKind,
@@ -176,8 +175,7 @@ class LlDispatcher:
         self._largest = capacity.largest_shape(config, num_ranks=num_ranks, num_local=num_local)
         self.tables = self._table_layout(num_hosts)
         self._counted = sum(self.tables.public)
-        is_flat = self._layout is DispatchLayout.FLAT
-        self._sizes = OutputSizes(num_local, num_ranks, config.topk, is_flat)
+        self._sizes = OutputSizes(num_local, num_ranks, config.topk, is_flat=False)
         self._forms: dict[tuple[object, ...], RowForm] = {}
         self._said: RowForm | None = None  # by `arguments`
         warps = max(1, min(max_warps, tuning.LL_DISPATCH_WARPS))
@@ -211,7 +209,7 @@ class LlDispatcher:
                 self._say(a, form)
                 self._said = form
             output, block, ids_at = self._make_output(call, form, num_tokens, wide)
-            route = self._new_route(output, num_tokens, None, block, weighted, ids_at, wide)
+            route = self._new_route(output, num_tokens, block, weighted, ids_at, wide)
         else:
             tables = call.buffers.tables
             assert isinstance(tables, BufferTables)
@@ -279,12 +277,12 @@ class LlDispatcher:
 
         `combine` are arguments that are to name it as well; see `combine.name_tables`.
         """
-        config = self._config
+        config, most = self._config, self._most_table_tokens()
+        ids_at = self.tables.ids_at(most)
+        block = self._new_words(ids_at // 4 + 2 * config.max_tokens_per_rank * config.topk)
         tables = BufferTables(
-            block=self._new_block(config.max_tokens_per_rank),
-            ids=torch.empty(
-                (config.max_tokens_per_rank, config.topk), dtype=torch.int64, device=self._device
-            ),
+            block=block,
+            ids_address=block.data_ptr() + ids_at,
             dispatch=self.arguments.copy(),
             combine=combine,
             routes={},
@@ -351,7 +349,7 @@ class LlDispatcher:
         """All that is the same in dispatches into buffers."""
         a, tokens, per_rank = tables.dispatch, output.tokens, output.num_tokens_per_rank
         assert per_rank is not None
-        self._name_tables(a, tables.block.data_ptr(), tables.ids.data_ptr())
+        self._name_tables(a, tables.block.data_ptr(), tables.ids_address)
         # By the last of them: without local experts the others have no address.
         self._name_counts(a, per_rank.data_ptr() - 4 * (2 * self._num_local + 1))
         a.tokens, a.max_slots = tokens.data_ptr(), math.prod(tokens.shape[:-1])
@@ -364,16 +362,18 @@ class LlDispatcher:
         """Of the tables of a routing."""
         return LlTableLayout(self._config, num_ranks=self._num_ranks, num_local=self._num_local)
 
-    def _new_block(self, num_tokens: int) -> Tensor:
-        """Memory for the tables of a routing."""
-        words = self.tables.words(num_tokens)
+    def _most_table_tokens(self) -> int:
+        """Most tokens that the tables of a routing are of."""
+        return self._config.max_tokens_per_rank
+
+    def _new_words(self, words: int) -> Tensor:
+        """Memory of int32 words."""
         return torch.empty(words, dtype=torch.int32, device=self._device)
 
     def _new_route(
         self,
         output: DispatchOutput,
         num_tokens: int,
-        ids_TK: Tensor | None,
         block: Tensor,
         weighted: bool,
         ids_address: int,
@@ -384,7 +384,7 @@ class LlDispatcher:
         return LlRoute(  # by position: names take twice as long
             output.tokens.shape[:-1],
             num_tokens,
-            ids_TK,
+            None,
             self.tables,
             block,
             None,
@@ -419,10 +419,8 @@ class LlDispatcher:
             output = buffers.output
             if not weighted and output.topk_weights is not None:
                 output = without_weights(output)
-            ids = tables.kept_ids(num_tokens, wide=wide_ids)
-            address = tables.ids.data_ptr()
             route = self._new_route(
-                output, num_tokens, ids, tables.block, weighted, address, wide_ids, which
+                output, num_tokens, tables.block, weighted, tables.ids_address, wide_ids, which
             )
             route.combine = tables.combine
             known = tables.routes[key] = output, route
@@ -442,8 +440,7 @@ class LlDispatcher:
         a, x, kind, shape, layout = self.arguments, call.x_TW, form.kind, form.shape, self.tables
         ids_at = layout.ids_at(table_tokens)
         counts_at = ids_at // 4 + (x.shape[0] * self._topk << wide_ids)  # T may be another one
-        words = counts_at + self._counted
-        block = torch.empty(words, dtype=torch.int32, device=self._device)
+        block = self._new_words(counts_at + self._counted)
         base = block.data_ptr()
         tokens = call.output_buffer
         if tokens is None:

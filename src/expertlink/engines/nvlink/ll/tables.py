@@ -87,8 +87,8 @@ class BufferTables:
     """What `DispatchBuffers` hold beside the outputs: memory of one routing, and arguments.
 
     Attributes:
-        block: the tables.
-        ids: `[T_max, K]` int64: the ids, kept.
+        block: the tables, and behind them room for `[T_max, K]` int64 ids.
+        ids_address: of the ids.
         dispatch: arguments of dispatches into the buffers.
         combine: arguments of their combines.
         routes: what dispatches return and their routings, by T, whether there are weights, whether
@@ -97,15 +97,8 @@ class BufferTables:
     """
 
     block: Tensor
-    ids: Tensor
+    ids_address: int
     dispatch: Arguments
     combine: Arguments
     routes: dict[tuple[int, bool, bool, int], tuple[DispatchOutput, LlRoute]]
     said: object = None
-
-    def kept_ids(self, num_tokens: int, *, wide: bool) -> Tensor:
-        """`[T, K]` the ids, int64 or int32: these take the first half of the memory."""
-        ids, count = self.ids, num_tokens * self.ids.shape[1]
-        if not wide:
-            ids = ids.view(-1).view(torch.int32)
-        return ids.view(-1)[:count].view(num_tokens, self.ids.shape[1])
