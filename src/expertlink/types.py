@@ -70,7 +70,7 @@ class QuantScales:
 class DispatchOutput:
     """What a rank received. Owned by the caller, valid for as long as it is referenced.
 
-    On the nvlink engine, mode "ht", all but `tokens` is made when it is first read.
+    On the nvlink engine all but `tokens` and `scales` is made when it is first read.
 
     Views of `DispatchBuffers` are valid until the next dispatch into them.
 
