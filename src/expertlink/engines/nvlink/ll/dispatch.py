@@ -40,7 +40,6 @@ from expertlink.jit.kernel import Arguments
 from expertlink.quantization import scale_columns
 from expertlink.types import (
     BlockFormat,
-    DispatchBuffers,
     DispatchOutput,
     QuantScales,
     RowKind,
@@ -217,7 +216,17 @@ class LlDispatcher:
             if tables.said is not form:
                 self._say(a, form)
                 tables.said = form
-            output, route = self._open(call.buffers, tables, num_tokens, weighted, wide)
+            if self._arena.halves.left:  # one of them may read these tables
+                self._arena.halves.finish_those_of(tables.block)
+            # A cached dispatch may read the number of the dispatch before.
+            which = call.buffers.generation % ORIGINS
+            known = tables.routes.get((num_tokens, weighted, wide, which))
+            if known is None:
+                known = self._open(call.buffers.output, tables, num_tokens, weighted, wide, which)
+            output, route = known
+            if not self._expanded:
+                into = output.topk_weights
+                a.topk_weights = None if into is None else into.data_ptr()
         route.number, route.epoch = number, self._restarts[0]
         if call.zero_padding and self._padded:
             output.tokens.zero_()
@@ -402,31 +411,22 @@ class LlDispatcher:
 
     def _open(
         self,
-        buffers: DispatchBuffers,
+        output: DispatchOutput,
         tables: BufferTables,
         num_tokens: int,
         weighted: bool,
         wide_ids: bool,
+        which: int,
     ) -> tuple[DispatchOutput, LlRoute]:
-        """What a dispatch into buffers returns, and its routing."""
-        if self._arena.halves.left:  # one of them may read these tables
-            self._arena.halves.finish_those_of(tables.block)
-        # A cached dispatch may read the number of the dispatch before.
-        which = buffers.generation % ORIGINS
-        key = (num_tokens, weighted, wide_ids, which)
-        known = tables.routes.get(key)
-        if known is None:
-            output = buffers.output
-            if not weighted and output.topk_weights is not None:
-                output = without_weights(output)
-            route = self._new_route(
-                output, num_tokens, tables.block, weighted, tables.ids_address, wide_ids, which
-            )
-            route.combine = tables.combine
-            known = tables.routes[key] = output, route
-        weights = known[0].topk_weights
-        tables.dispatch.topk_weights = None if weights is None else weights.data_ptr()
-        return known
+        """What such dispatches into buffers with this output return, and their routing."""
+        if not weighted and output.topk_weights is not None:
+            output = without_weights(output)
+        route = self._new_route(
+            output, num_tokens, tables.block, weighted, tables.ids_address, wide_ids, which
+        )
+        route.combine = tables.combine
+        tables.routes[num_tokens, weighted, wide_ids, which] = output, route
+        return output, route
 
     def _make_output(
         self, call: DispatchCall, form: RowForm, table_tokens: int, wide_ids: bool
