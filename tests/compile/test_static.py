@@ -127,7 +127,7 @@ def test_ids_of_both_types_in_one_communicator(
     for tensors in made:
         rows = torch.zeros_like(tensors[0])
         rest = (None, None, False, len(x), True)
-        ops.combine_static(form.name, form.name, rows, tensors[-2:], *rest)
+        ops.combine_static(form.name, form.name, rows, tensors[-1:], *rest)
     wide = [bool(launch["flags"] & wide_ids) for launch in gpu.launched]
     assert wide == [True, False]
 
