@@ -20,6 +20,7 @@ from expertlink.compat.deep_ep import pool as pools
 from expertlink.compat.deep_ep.low_latency import LowLatencyCalls
 from expertlink.compat.deep_ep.pool import Pool
 from expertlink.compat.deep_ep.streams import Streams
+from expertlink.domains import Domains
 from support.fake_gpu import CPU, FakeGpu
 from support.operations import Operations
 
@@ -42,6 +43,9 @@ class Alone:
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
+
+    def hosts(self, device: torch.device) -> Domains:
+        return Domains.one(1)
 
     def largest(self, number: int, device: torch.device) -> int:
         return number
@@ -66,7 +70,7 @@ class Setting:
         self.gpu = gpu = FakeGpu(monkeypatch)
         gpu.kernel = _all_tokens_arrive
         monkeypatch.setattr(streams, "raw_stream", lambda _: lambda: 7)
-        monkeypatch.setattr(pools, "connect", lambda group: Pool(Alone(gpu), CPU))
+        monkeypatch.setattr(pools, "connect", lambda group: Pool(Alone(gpu), CPU, Domains.one(1)))
         self.buffer: Any = Buffer(Group(), low_latency_mode=True)
         # Tensors live on the CPU, calls run as on a GPU.
         own = self.buffer._streams = Streams(torch.device("cuda", 0))

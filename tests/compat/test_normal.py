@@ -76,7 +76,7 @@ def test_life_and_bad_calls(rank_pools) -> None:
         assert "x is torch.float32; combine takes bfloat16" in said[10]
         assert "at most two can be added" in said[12]
         assert "unexpected keyword argument 'quant_mode'" in said[18]
-        assert "several hosts" in said[20]
+        assert "all ranks share a host; dispatch() serves them" in said[20]
         assert "low_latency_mode=True" in said[23]
         assert said[24] == "this buffer has been destroyed"
 

@@ -45,9 +45,22 @@ def test_received_rdma_chunks_are_rounded_up() -> None:
     assert config.num_max_rdma_chunked_recv_tokens == 132
 
 
-def test_several_domains_are_refused() -> None:
-    with pytest.raises(AssertionError, match="several hosts"):
-        Config().get_rdma_buffer_size_hint(14336, 16)
+def test_hints_for_several_hosts() -> None:
+    """Numbers that callers compare with one another: they grow with rows, chunks and hosts."""
+    config = Config()
+    hints = [config.get_rdma_buffer_size_hint(14336, ranks) for ranks in (8, 16, 24, 160)]
+    assert hints[0] == 0
+    assert hints == sorted(set(hints))
+    wider = config.get_rdma_buffer_size_hint(28672, 16)
+    more = Config(num_max_rdma_chunked_recv_tokens=512).get_rdma_buffer_size_hint(14336, 16)
+    assert min(wider, more) > hints[1]
+    assert all(hint % 128 == 0 for hint in (*hints, wider, more))
+    for ranks in (16, 48, 160):
+        for table in (Buffer.get_dispatch_config, Buffer.get_combine_config):
+            assert table(ranks).num_sms == Buffer.num_sms
+            assert table(ranks).get_nvl_buffer_size_hint(14336, ranks) > 0
+    with pytest.raises(AssertionError, match="a multiple of 8"):
+        config.get_rdma_buffer_size_hint(14336, 12)
 
 
 def test_num_sms_belongs_to_the_class(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,7 +307,7 @@ def life(place: Place, shapes: Shapes) -> list[str]:
     refused(AssertionError, EventOverlap().current_stream_wait)
     refused(TypeError, lambda: Buffer(place.group, quant_mode=1))  # type: ignore[call-arg]
     refused(TypeError, lambda: buffer.dispatch(x, handle=handle, nonsense=1))  # type: ignore
-    refused(NotImplementedError, lambda: buffer.internode_dispatch(x))
+    refused(AssertionError, lambda: buffer.internode_dispatch(x))
     refused(NotImplementedError, lambda: Buffer(None, comm=object()))
     refused(ValueError, lambda: Buffer(None))
     refused(AssertionError, lambda: buffer.low_latency_dispatch(x, own.ids, 8, shapes.experts))

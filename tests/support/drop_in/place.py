@@ -16,10 +16,14 @@ from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink.compat.deep_ep import Buffer, install
 from expertlink.compat.deep_ep import pool as pools
 from expertlink.compat.deep_ep.pool import GroupRanks, Pool
+from expertlink.domains import Domains
+from expertlink.engines.hybrid.discovery import HOST_ID
+from expertlink.engines.select import EngineChoice
 from expertlink.errors import ExpertlinkError, PeerError
 from expertlink.launch import RankContext
 from support import hosted
 from support.cases import MANY_RANKS
+from support.hosted_hosts import HostsFleet
 
 EVERYWHERE = [
     "cpu",
@@ -50,21 +54,31 @@ Job = Callable[..., Any]
 
 
 def run(rank_pools: Any, where: str, num_ranks: int, job: Job, *args: Any) -> list[Any]:
-    """`job(place, *args)` on every rank; results by rank."""
+    """`job(place, *args)` on every rank, all on one host; results by rank."""
+    return run_on(rank_pools, where, (0,) * num_ranks, job, *args)
+
+
+def run_on(rank_pools: Any, where: str, hosts: tuple[int, ...], job: Job, *args: Any) -> list[Any]:
+    """`job(place, *args)` on ranks of these hosts, which are pretended; results by rank."""
     if where == "hosted":
-        return _run_hosted(num_ranks, job, args)
-    pool = rank_pools(num_ranks, where)
+        return _run_hosted(Domains(hosts), job, args)
+    pool = rank_pools(len(hosts), where)
     try:
-        return pool.run(_in_process, job, args, timeout_s=100)
+        return pool.run(_in_process, hosts, job, args, timeout_s=100)
     except BaseException:
         pool.kill()  # its ranks are no longer in step
         raise
 
 
-def _in_process(ctx: RankContext, job: Job, args: tuple[Any, ...]) -> Any:
+def _in_process(ctx: RankContext, hosts: tuple[int, ...], job: Job, args: tuple[Any, ...]) -> Any:
     # CPU ranks stay on CPUs where there are GPUs as well.
+    def connect(group: Any) -> Pool:
+        ranks = GroupRanks(group)
+        return Pool(ranks, ctx.device, ranks.hosts(ctx.device))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pools, "connect", lambda group: Pool(GroupRanks(group), ctx.device))
+        patch.setattr(pools, "connect", connect)
+        patch.setenv(HOST_ID, f"host {hosts[ctx.rank]}")
         patch.setenv("EXPERTLINK_TIMEOUT", "20")  # a rank that fails does not keep the others
         patch.setenv("EXPERTLINK_STARTUP_TIMEOUT", "20")
         return job(Place(ctx.rank, ctx.num_ranks, ctx.device, dist.group.WORLD), *args)
@@ -90,8 +104,9 @@ class HostedGroup:
 class Fleets:
     """The common launches of all communicators that the threads make, in the same order."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self.num_ranks = num_ranks
+    def __init__(self, domains: Domains) -> None:
+        self.domains = domains
+        self.num_ranks = num_ranks = domains.num_ranks
         self.meeting = hosted.Meeting(num_ranks)
         self._made: list[hosted.Fleet] = []
         self._lock = threading.Lock()
@@ -99,19 +114,22 @@ class Fleets:
     def get(self, number: int, fields: dict[str, Any], host: hosted.Fleet | None) -> hosted.Fleet:
         with self._lock:
             if number == len(self._made):
-                config = MoECommunicatorConfig(**{**HOSTED_BUDGETS, **fields, "engine": "nvlink"})
+                several = self.domains.num_hosts > 1
+                engine = "hybrid" if several else "nvlink"
+                config = MoECommunicatorConfig(**{**HOSTED_BUDGETS, **fields, "engine": engine})
                 warps = None if self.num_ranks <= MANY_RANKS else 4
                 if config.mode == "ht":
                     warps = 4
-                self._made.append(
-                    hosted.Fleet(
-                        config,
-                        self.num_ranks,
-                        max_warps=warps,
-                        host=host,
-                        first_number=1 + 1000 * number,
-                    )
-                )
+                options: dict[str, Any] = {
+                    "max_warps": warps,
+                    "host": host,
+                    "first_number": 1 + 1000 * number,
+                }
+                if several:
+                    fleet = HostsFleet(config, self.domains, **options)
+                else:
+                    fleet = hosted.Fleet(config, self.num_ranks, **options)
+                self._made.append(fleet)
             return self._made[number]
 
     def break_up(self) -> None:
@@ -125,6 +143,9 @@ class HostedRanks:
     """What a pool asks of ranks that are threads."""
 
     group: HostedGroup
+
+    def hosts(self, device: torch.device) -> Domains:
+        return self.group.fleets.domains
 
     def largest(self, number: int, device: torch.device) -> int:
         return max(self._meet(number))
@@ -145,6 +166,8 @@ class HostedRanks:
             group.rank(),
             share_with=share_with,  # type: ignore[arg-type]
         )
+        if group.fleets.domains.num_hosts > 1:
+            comm._choice = EngineChoice("hybrid", "its ranks are hosted")
         comm.initialize()
         return comm
 
@@ -161,8 +184,8 @@ class HostedRanks:
         return said
 
 
-def _run_hosted(num_ranks: int, job: Job, args: tuple[Any, ...]) -> list[Any]:
-    fleets = Fleets(num_ranks)
+def _run_hosted(domains: Domains, job: Job, args: tuple[Any, ...]) -> list[Any]:
+    fleets, num_ranks = Fleets(domains), domains.num_ranks
     install()  # here, since threads would do it at once
     stream = torch.cuda.current_stream(hosted.DEVICE)
 
@@ -178,7 +201,9 @@ def _run_hosted(num_ranks: int, job: Job, args: tuple[Any, ...]) -> list[Any]:
             raise
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(num_ranks) as threads:
-        patch.setattr(pools, "connect", lambda group: Pool(HostedRanks(group), hosted.DEVICE))
+        patch.setattr(
+            pools, "connect", lambda group: Pool(HostedRanks(group), hosted.DEVICE, domains)
+        )
         patch.setattr(Buffer, "num_sms", HOSTED_SMS)
         futures = [threads.submit(one, rank) for rank in range(num_ranks)]
         return hosted.results_of(futures)

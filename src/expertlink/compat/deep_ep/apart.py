@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from expertlink.domains import Domains
+
 Combine = Callable[[Tensor], Tensor]
 """`[..., W]` bfloat16 rows of a dispatch to their sums `[T, W]`; one for a given W."""
 
@@ -55,6 +57,18 @@ def sum_in_order(terms_TRW: Tensor, first_TW: Tensor | None = None) -> Tensor:
     for term in terms:
         total = total + term
     return total
+
+
+def sums_of_hosts(terms_TRH: Tensor, domains: Domains) -> Tensor:
+    """`[T, hosts, H]`: terms of the ranks of each host, added up in ascending order and rounded.
+
+    On one host the terms themselves: nothing is rounded on the way.
+    """
+    if domains.num_hosts == 1:
+        return terms_TRH
+    hosts = [list(domains.ranks_of(host)) for host in range(domains.num_hosts)]
+    sums = [sum_in_order(terms_TRH[:, ranks]).to(terms_TRH.dtype) for ranks in hosts]
+    return torch.stack(sums, dim=1)
 
 
 def sum_of_biases(bias: Tensor | tuple[Tensor, ...]) -> Tensor:

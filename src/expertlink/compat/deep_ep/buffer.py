@@ -16,7 +16,8 @@ from expertlink.compat.deep_ep.config import Config
 from expertlink.compat.deep_ep.errors import REFUSALS, CallError, UnsupportedError, expect
 from expertlink.compat.deep_ep.events import AnyEvent, EventHandle, EventOverlap, handle_of
 from expertlink.compat.deep_ep.handles import Dispatched
-from expertlink.compat.deep_ep.layout import LayoutCounter
+from expertlink.compat.deep_ep.internode import HostCounter
+from expertlink.compat.deep_ep.layout import DispatchCounts, LayoutCounter
 from expertlink.compat.deep_ep.life import until_exit
 from expertlink.compat.deep_ep.low_latency import (
     Hook,
@@ -38,13 +39,9 @@ from expertlink.compat.deep_ep.normal import (
 )
 from expertlink.compat.deep_ep.pool import Pool
 from expertlink.compat.deep_ep.streams import Streams, comm_stream
+from expertlink.config import MAX_TOPK
 from expertlink.errors import ExpertlinkError
 
-MAX_RANKS = 8
-_SEVERAL_HOSTS = (
-    "calls over several hosts (internode) are not supported: make groups of at most 8 ranks, all "
-    "within one NVLink domain"
-)
 _NO_WAIT_COSTS = (
     "waits are not measured in clock cycles; MoECommunicator.enable_statistics() has the longest"
 )
@@ -55,11 +52,11 @@ class Buffer:
     """What DeepEP's `Buffer` does, for one group of ranks.
 
     All dispatches and combines are collective: every rank makes the same ones in the same order.
-    Tensors live on CUDA's current device, or on the CPU where there is no GPU, whatever the group's
-    backend.
+    So is the constructor: the ranks tell each other which hosts they are on. Tensors live on CUDA's
+    current device, or on the CPU where there is no GPU, whatever the group's backend.
 
     Args:
-        group: process group of at most 8 ranks, NCCL or gloo.
+        group: process group, NCCL or gloo; NCCL where GPUs are on several hosts.
         num_nvl_bytes: kept as given; memory is made as calls need it.
         num_rdma_bytes: likewise.
         low_latency_mode: the low-latency calls will be used.
@@ -69,7 +66,7 @@ class Buffer:
         use_fabric: ignored.
         explicitly_destroy: `destroy()` will be called.
         enable_shrink: low-latency calls leave out ranks that do not come in time, in place of
-            raising. Only on GPUs of one NVLink domain.
+            raising. Only on GPUs of one NVLink domain; elsewhere nobody can be left out.
         comm: MPI communicators are not supported.
 
     Raises:
@@ -100,8 +97,6 @@ class Buffer:
         self.group = group
         self.rank: int = group.rank()
         self.group_size: int = group.size()
-        if self.group_size > MAX_RANKS:
-            raise UnsupportedError(f"a group of {self.group_size} ranks: {_SEVERAL_HOSTS}")
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
@@ -110,6 +105,9 @@ class Buffer:
         self._device = self.runtime.device
         self._streams = Streams(self._device)
         self._count = LayoutCounter(self._device, self.group_size)
+        domains, self._per_host = self.runtime.domains, None
+        if domains.num_hosts > 1:
+            self._per_host = HostCounter(domains, self._device)
         self._normal = NormalCalls(self.runtime, rank=self.rank, num_ranks=self.group_size)
         self._low_latency: LowLatencyCalls | None = None
         if low_latency_mode:
@@ -198,7 +196,7 @@ class Buffer:
         previous_event: AnyEvent | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[Tensor, None, Tensor, Tensor, EventOverlap]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
         """Counts where the tokens of this rank go. Local.
 
         Args:
@@ -209,8 +207,9 @@ class Buffer:
             allocate_on_comm_stream: ignored.
 
         Returns:
-            `(num_tokens_per_rank [R] int32, None, num_tokens_per_expert [E] int32,
-            is_token_in_rank [T, R] bool, event)`.
+            `(num_tokens_per_rank [R] int32, num_tokens_per_rdma_rank [hosts] int32,
+            num_tokens_per_expert [E] int32, is_token_in_rank [T, R] bool, event)`. The second is
+            None where all ranks share a host.
         """
         self._check_experts(num_experts)
         if topk_idx.dim() != 2 or not topk_idx.is_contiguous():
@@ -218,10 +217,14 @@ class Buffer:
         streams = self._streams
         if topk_idx.device != self._device:  # this call moves nothing, so ids may be anywhere
             streams = Streams(topk_idx.device)
-        counts, event = streams.run(
-            lambda: self._count(topk_idx, num_experts), (topk_idx,), previous_event, async_finish
-        )
-        return counts.per_rank, None, counts.per_expert, counts.is_token_in_rank, event
+
+        def count() -> tuple[DispatchCounts, Tensor | None]:
+            counts = self._count(topk_idx, num_experts)
+            per_host = self._per_host
+            return counts, None if per_host is None else per_host(counts.is_token_in_rank)
+
+        (counts, per_host), event = streams.run(count, (topk_idx,), previous_event, async_finish)
+        return counts.per_rank, per_host, counts.per_expert, counts.is_token_in_rank, event
 
     def dispatch(
         self,
@@ -264,7 +267,7 @@ class Buffer:
         Returns:
             `(recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle,
             event)`, rows ordered by source rank and token. With `handle`, all but the first and the
-            last are None.
+            last are None. The new handle is a tuple of 6, over several hosts of 10.
 
         Raises:
             CallError: an argument does not fit.
@@ -323,6 +326,8 @@ class Buffer:
                     f"expert_alignment={expert_alignment} and num_worst_tokens={num_worst_tokens}: "
                     "at least 1, and at least 0"
                 )
+            if topk_idx is None and self.group_size > MAX_TOPK:
+                raise CallError(f"topk_idx is needed in a group of more than {MAX_TOPK} ranks")
             expect(
                 not num_worst_tokens or topk_idx is not None,
                 "num_worst_tokens needs topk_idx",
@@ -375,7 +380,8 @@ class Buffer:
         """Brings the rows back and adds up those of every token. Collective.
 
         float32 sums from +0.0, or from the sum of the biases, over ranks in ascending order; one
-        rounding.
+        rounding. Over several hosts: sums over the ranks of each host from +0.0, rounded, then
+        likewise over hosts.
 
         Args:
             x: `[N, H]` contiguous bfloat16, in the order of the dispatch. H may be another one.
@@ -419,12 +425,22 @@ class Buffer:
         return combined_x, combined_weights, event
 
     def internode_dispatch(self, *args: Any, **options: Any) -> Any:
-        """Not supported."""
-        raise UnsupportedError(f"internode_dispatch: {_SEVERAL_HOSTS}")
+        """`dispatch`, for a group that spans several hosts. Collective.
+
+        Raises:
+            CallError: all ranks share a host.
+        """
+        self._check_several_hosts("internode_dispatch", "dispatch")
+        return self.dispatch(*args, **options)
 
     def internode_combine(self, *args: Any, **options: Any) -> Any:
-        """Not supported."""
-        raise UnsupportedError(f"internode_combine: {_SEVERAL_HOSTS}")
+        """`combine`, for a group that spans several hosts. Collective.
+
+        Raises:
+            CallError: all ranks share a host.
+        """
+        self._check_several_hosts("internode_combine", "combine")
+        return self.combine(*args, **options)
 
     # -- low-latency calls ------------------------------------------------------------------------
 
@@ -652,6 +668,11 @@ class Buffer:
 
     def _refused(self, refuse: Callable[[], NoReturn]) -> ExpertlinkError:
         return self._streams.refused(refuse)
+
+    def _check_several_hosts(self, name: str, instead: str) -> None:
+        self._check_alive()
+        if self._per_host is None:
+            raise CallError(f"{name}: all ranks share a host; {instead}() serves them")
 
     def _check_alive(self) -> None:
         expect(self.runtime is not None, _DESTROYED)

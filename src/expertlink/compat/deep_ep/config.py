@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from expertlink.compat.deep_ep.errors import expect
+from expertlink.layouts import align
 
 RANKS_PER_DOMAIN = 8  # of DeepEP's NVLink domains, in its formulas
 _MAX_TOPK = 128
@@ -53,18 +54,30 @@ class Config:
         channels = self.num_sms // 2
         peers = min(num_ranks, RANKS_PER_DOMAIN)
         domains = max(num_ranks // RANKS_PER_DOMAIN, 1)
-        row = hidden_bytes + _SOURCE_BYTES + _MAX_TOPK * 8 + _MAX_TOPK * 4 + _MAX_SCALES * 4
         words = channels * peers * (2 * domains + 3) * 4
-        rows = channels * peers * self.num_max_nvl_chunked_recv_tokens * row
-        return -(-(words + rows) // 128) * 128
+        rows = channels * peers * self.num_max_nvl_chunked_recv_tokens * _row_bytes(hidden_bytes)
+        return align(words + rows, 128)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """0 within one NVLink domain, which is all that there is here."""
+        """Bytes of such chunks between hosts of 8 ranks each, sent and received; 0 for one host.
+
+        Of the size that DeepEP would want, not its very number.
+        """
+        if num_ranks <= RANKS_PER_DOMAIN:
+            return 0
         expect(
-            num_ranks <= RANKS_PER_DOMAIN,
-            f"num_ranks={num_ranks}: calls over several hosts are not supported, at most 8 are",
+            num_ranks % RANKS_PER_DOMAIN == 0,
+            f"num_ranks={num_ranks}: at most 8, or a multiple of 8",
         )
-        return 0
+        rings = self.num_sms // 2 * (num_ranks // RANKS_PER_DOMAIN) * 2
+        words = 4 * (2 * RANKS_PER_DOMAIN + 2)
+        rows = self.num_max_rdma_chunked_recv_tokens * (_row_bytes(hidden_bytes) + 16)
+        return align(rings * (words + rows), 128)
+
+
+def _row_bytes(hidden_bytes: int) -> int:
+    """A row and what travels with it."""
+    return hidden_bytes + _SOURCE_BYTES + _MAX_TOPK * 8 + _MAX_TOPK * 4 + _MAX_SCALES * 4
 
 
 _DISPATCH_CHUNKS = {2: 24, 4: 6, 8: 6}

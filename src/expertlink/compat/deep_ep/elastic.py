@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep import pool as pools
-from expertlink.compat.deep_ep.buffer import MAX_RANKS
 from expertlink.compat.deep_ep.elastic_calls import (
     Brought,
     ElasticCalls,
@@ -36,6 +35,7 @@ from expertlink.compat.deep_ep.normal import (
 )
 from expertlink.compat.deep_ep.pool import Pool, Routing
 from expertlink.compat.deep_ep.streams import Streams, comm_stream
+from expertlink.compat.deep_ep.topology import logical_size, physical_size
 from expertlink.errors import ExpertlinkError
 from expertlink.layouts import align
 
@@ -51,20 +51,23 @@ class ElasticBuffer:
     """What DeepEP's `ElasticBuffer` does, for one group of ranks.
 
     All dispatches, combines and barriers are collective: every rank makes the same ones in the same
-    order. Memory is made as calls need it, whatever number of bytes was asked for.
+    order. So is the constructor. Memory is made as calls need it, whatever number of bytes was
+    asked for.
 
     Args:
-        group: process group of at most 8 ranks, NCCL or gloo.
+        group: process group, NCCL or gloo; NCCL where GPUs are on several hosts.
         num_bytes: kept as given; None: `get_buffer_size_hint` of the four numbers that follow.
         num_cpu_bytes: must be 0.
         num_max_tokens_per_rank: largest T of any rank in any call that says no other number.
         hidden: H of the hint.
         num_topk: K of the hint.
-        use_fp8_dispatch: ignored, as all that follow but the next two and the last.
+        use_fp8_dispatch: ignored, as all that follow but the next three and the last.
         deterministic: results always are.
+        allow_hybrid_mode: decides the attributes that count scale-out and scale-up ranks alone:
+            calls tell hosts apart in any case.
         allow_multiple_reduction: False: sums of expanded rows are rounded once, where the engine
             can do that; it is `collective` that can.
-        allow_hybrid_mode, prefer_overlap_with_compute, sl_idx, num_allocated_qps,
+        prefer_overlap_with_compute, sl_idx, num_allocated_qps,
             num_cpu_timeout_secs, num_gpu_timeout_secs: ignored.
         explicitly_destroy: `destroy()` will be called.
     """
@@ -95,11 +98,6 @@ class ElasticBuffer:
         self.group = group
         self.rank_idx: int = group.rank()
         self.num_ranks: int = group.size()
-        if self.num_ranks > MAX_RANKS:
-            raise UnsupportedError(
-                f"a group of {self.num_ranks} ranks: at most 8 ranks are supported, all within one "
-                "NVLink domain"
-            )
         if num_bytes is None:
             expect(
                 num_max_tokens_per_rank > 0 and hidden > 0,
@@ -117,11 +115,15 @@ class ElasticBuffer:
         self.deterministic = deterministic
         self.explicitly_destroy = explicitly_destroy
         self.num_allocated_qps = num_allocated_qps or (129 if allow_hybrid_mode else 17)
-        self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
-        self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
-        self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self.nccl_comm_handle = None
         self.runtime: Pool | None = pools.connect(group)
+        self._domains = domains = self.runtime.domains
+        self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
+        self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
+        if allow_hybrid_mode:
+            self.scaleout_rank_idx = domains.host_of[self.rank_idx]
+            self.scaleup_rank_idx = domains.local_of(self.rank_idx)
+        self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self._device = self.runtime.device
         self._streams = Streams(self._device)
         self._calls: ElasticCalls | None = ElasticCalls(
@@ -170,12 +172,12 @@ class ElasticBuffer:
         return comm_stream(self._device)
 
     def get_physical_domain_size(self) -> tuple[int, int]:
-        """`(RDMA ranks, NVLink ranks)`: `(1, R)`."""
-        return 1, self.num_ranks
+        """`(RDMA ranks, NVLink ranks)`: hosts, and the ranks on the largest."""
+        return physical_size(self._domains)
 
     def get_logical_domain_size(self) -> tuple[int, int]:
-        """`(scale-out ranks, scale-up ranks)`: `(1, R)`."""
-        return 1, self.num_ranks
+        """`(scale-out ranks, scale-up ranks)`: as above; `(1, R)` without `allow_hybrid_mode`."""
+        return logical_size(self._domains, allow_hybrid_mode=self.allow_hybrid_mode)
 
     def get_theoretical_num_sms(
         self,
@@ -391,7 +393,8 @@ class ElasticBuffer:
 
         Every rank adds up its rows of a token in top-k order, and rounds. The token's rank adds up
         what comes back in float32, from +0.0 or from the sum of the biases, and rounds once: over
-        ranks in ascending order; with a bias in the order of the ranks' highest choices.
+        ranks in ascending order; with a bias in the order of the ranks' highest choices. Over
+        several hosts it adds up their sums, rounded, in ascending order.
 
         Args:
             x: `[rows, H]` contiguous bfloat16, in the order of the dispatch. H may be another one.

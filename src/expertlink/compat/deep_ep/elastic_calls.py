@@ -275,7 +275,10 @@ class ElasticCalls:
     def _from_bias(
         self, rows: Tensor, handle: EPHandle, bias: Tensor | tuple[Tensor, ...], num_sms: int
     ) -> Tensor:
-        """Sums that begin with the biases, over ranks in the order of their highest choices."""
+        """Sums that begin with the biases, over ranks in the order of their highest choices.
+
+        Over several hosts: over hosts in ascending order, whose sums are rounded.
+        """
         known, ranks = handle.known, self._num_ranks
         width = self._width(rows.shape[1])
         comm = self._pool.member(known.routing, width, known.capacity)
@@ -286,6 +289,10 @@ class ElasticCalls:
             num_ranks=ranks,
             width=width,
         )
+        biases, domains = apart.sum_of_biases(bias), self._pool.domains
+        if domains.num_hosts > 1:
+            terms = apart.sums_of_hosts(terms_TRH, domains)
+            return apart.sum_in_order(terms, biases).to(rows.dtype)
         ids_TK = handle.topk_idx.to(torch.int64)
         rank_TK = ids_TK // (handle.num_experts // ranks)  # -1 stays -1: it rounds down
         lane = torch.arange(ids_TK.shape[1], dtype=torch.int64, device=ids_TK.device)
@@ -293,7 +300,7 @@ class ElasticCalls:
         highest_TR = torch.where(here_TKR, lane[:, None], -1).max(dim=1).values
         order_TR = highest_TR.sort(dim=1, stable=True).indices
         ordered = terms_TRH.gather(1, order_TR[:, :, None].expand_as(terms_TRH))
-        return apart.sum_in_order(ordered, apart.sum_of_biases(bias)).to(rows.dtype)
+        return apart.sum_in_order(ordered, biases).to(rows.dtype)
 
 
 def _brought(

@@ -51,7 +51,8 @@ class EPHandle:
         num_recv_tokens: N, the tokens received; without a host wait the most that can arrive.
         num_expanded_tokens: rows of all experts, their groups aligned; likewise.
         num_recv_tokens_per_expert_list: aligned counts; `[]` without a host wait.
-        psum_num_recv_tokens_per_scaleup_rank: `[R]` int32, rows of ranks 0 to r.
+        psum_num_recv_tokens_per_scaleup_rank: `[R]` int32, rows of ranks 0 to r, whatever host they
+            are on.
         psum_num_recv_tokens_per_expert: `[E_loc]` int32: aligned rows of experts 0 to e; expanded:
             where the rows of expert e end.
         num_unaligned_recv_tokens_per_expert: `[E_loc]` int32.

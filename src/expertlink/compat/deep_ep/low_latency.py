@@ -144,8 +144,9 @@ class LowLatencyCalls:
 
     def __init__(self, pool: Pool, streams: Streams, *, num_ranks: int, masks: bool) -> None:
         self._pool, self._streams, self._num_ranks = pool, streams, num_ranks
-        self._masks = masks and pool.device.type == "cuda"
         self._on_gpu = pool.device.type == "cuda"
+        self._on_one_host = pool.domains.num_hosts == 1
+        self._masks = masks and self._on_gpu and self._on_one_host
         self._forms: dict[tuple[object, ...], Form] = {}
         self._masked: set[int] = set()  # what new communicators are told
 
@@ -247,6 +248,7 @@ class LowLatencyCalls:
             self._num_ranks * tokens % 4 == 0,
             f"{self._num_ranks} ranks of {tokens} tokens: a multiple of 4 in all is needed",
         )
+        afterwards = self._on_gpu and self._on_one_host  # nvlink tells source tokens then
         fields: dict[str, Any] = {
             "num_experts": num_experts,
             "hidden_size": hidden,
@@ -258,13 +260,15 @@ class LowLatencyCalls:
             "scale_order": "column_major",
             "combine_precision": "wire",
             "mask_lost_peers": self._masks,
-            "source_tokens": not self._on_gpu,
+            "source_tokens": not afterwards,
         }
         # Formats of the same shapes take turns in the memory of the first one.
         first = next((f for k, f in self._forms.items() if k[:-1] == key[:-1]), None)
-        share = first.comm if first is not None and first.comm.engine_name == "nvlink" else None
+        share = None
+        if first is not None and first.comm.engine_name != "collective":
+            share = first.comm
         comm = self._pool.fixed(key, fields, share)
-        if self._on_gpu and comm.engine_name != "nvlink":  # nvlink tells source tokens afterwards
+        if afterwards and comm.engine_name != "nvlink":
             comm = self._pool.fixed((*key, "source tokens"), {**fields, "source_tokens": True})
         num_local = num_experts // self._num_ranks
         shape = (num_local, self._num_ranks * tokens, hidden)

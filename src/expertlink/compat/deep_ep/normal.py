@@ -14,7 +14,14 @@ from torch import Tensor
 from expertlink.communicator import MoECommunicator
 from expertlink.compat.deep_ep import apart
 from expertlink.compat.deep_ep.errors import CallError, expect
-from expertlink.compat.deep_ep.handles import Dispatched, NormalHandle, known_of, with_rows
+from expertlink.compat.deep_ep.handles import (
+    Dispatched,
+    NormalHandle,
+    TensorTuple,
+    known_of,
+    with_rows,
+)
+from expertlink.compat.deep_ep.internode import InternodeHandle
 from expertlink.compat.deep_ep.layout import ranks_as_experts
 from expertlink.compat.deep_ep.pool import Pool, Routing
 from expertlink.errors import EngineUnavailableError, ExpertlinkError
@@ -53,7 +60,7 @@ class NormalCalls:
         expert_alignment: int,
         num_worst_tokens: int,
         num_sms: int | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[int], NormalHandle]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[int], TensorTuple]:
         """`(recv_x, recv_scales, recv_topk_ids, recv_topk_weights, counts, handle)`.
 
         `rows` are `rows_of(x, scales)`.
@@ -105,8 +112,17 @@ class NormalCalls:
         elif not num_worst_tokens:
             counts = self._own_counts(num_tokens_per_expert, expert_alignment)
         recv_x, recv_scales = self._received(output, x, padded)
-        new_handle = NormalHandle.of(known, output, is_token_in_rank, self._rank)
+        new_handle = self._handle(known, output, is_token_in_rank)
         return recv_x, recv_scales, recv_ids, recv_weights, counts, new_handle
+
+    def _handle(
+        self, known: Dispatched, output: DispatchOutput, is_token_in_rank: Tensor
+    ) -> TensorTuple:
+        """What the caller gets: `deep_ep` has other tensors in it where there are several hosts."""
+        domains = self._pool.domains
+        if domains.num_hosts == 1:
+            return NormalHandle.of(known, output, is_token_in_rank, self._rank)
+        return InternodeHandle.of(known, output, is_token_in_rank, rank=self._rank, domains=domains)
 
     def dispatch_cached(
         self, x: Tensor, rows: Tensor, scales: Tensor | None, known: Dispatched, num_sms: int | None
@@ -207,7 +223,8 @@ class NormalCalls:
             comm = self._pool.member(known.routing, x.shape[1], known.capacity)
             return comm.combine_in_line(x, known.handle, num_sms), combined_weights
         rows_TRH = self.rows_apart(x, known, num_sms)
-        total = apart.sum_in_order(rows_TRH, apart.sum_of_biases(bias))
+        terms = apart.sums_of_hosts(rows_TRH, self._pool.domains)
+        total = apart.sum_in_order(terms, apart.sum_of_biases(bias))
         return total.to(x.dtype), combined_weights
 
     def refuse_combine(
@@ -267,8 +284,11 @@ def aligned(counts: list[int], alignment: int) -> list[int]:
 
 
 def known_normal(handle: object) -> Dispatched:
-    """What the library knows of a normal dispatch's handle."""
-    return known_of(Dispatched, handle, key=NormalHandle.KEY, length=NormalHandle.LENGTH)
+    """What the library knows of a normal dispatch's handle, over one host or several."""
+    kind: type[NormalHandle | InternodeHandle] = NormalHandle
+    if isinstance(handle, tuple) and len(handle) == InternodeHandle.LENGTH:
+        kind = InternodeHandle
+    return known_of(Dispatched, handle, key=kind.KEY, length=kind.LENGTH)
 
 
 def rows_of(x: Tensor, scales: Tensor | None) -> Tensor:

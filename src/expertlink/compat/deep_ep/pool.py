@@ -17,6 +17,8 @@ import torch
 from expertlink.communicator import MoECommunicator
 from expertlink.compat.deep_ep.errors import CallError
 from expertlink.config import MoECommunicatorConfig
+from expertlink.domains import Domains
+from expertlink.engines.hybrid.discovery import domain_label
 from expertlink.engines.ranks import handshake
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import ExpertlinkError, TooManyTokensError
@@ -29,6 +31,10 @@ _FEWEST_TOKENS = 64
 
 class Ranks(Protocol):
     """What a pool asks of the other ranks. All calls are collective."""
+
+    def hosts(self, device: torch.device) -> Domains:
+        """Which ranks share a host; their tensors live on such devices."""
+        ...
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of all ranks' numbers."""
@@ -55,6 +61,12 @@ class GroupRanks:
     def __init__(self, group: Any) -> None:
         self._group = group
 
+    def hosts(self, device: torch.device) -> Domains:
+        """Which ranks share a host, as the engines find it. Collective, unless R = 1."""
+        if self._group.size() == 1:
+            return Domains.one(1)
+        return Domains.of(handshake.texts_of(self._wire(device), domain_label(device)))
+
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of all ranks' numbers. Collective; bounded by EXPERTLINK_STARTUP_TIMEOUT."""
         return handshake.largest_of(self._wire(device), number)
@@ -78,6 +90,9 @@ class GroupRanks:
 
 class _Nobody:
     """The ranks of a pool that is closed, which must not hold on to their group."""
+
+    def hosts(self, device: torch.device) -> Domains:
+        raise CallError("this buffer has been destroyed")
 
     def largest(self, number: int, device: torch.device) -> int:
         raise CallError("this buffer has been destroyed")
@@ -119,14 +134,17 @@ class Pool:
     Args:
         ranks: the other ranks.
         device: where tensors live.
+        domains: hosts of the ranks.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, domains: Domains) -> None:
         self._ranks: Ranks = ranks
-        self.device = device
+        self.device, self.domains = device, domains
         self._members: dict[tuple[Routing, int], MoECommunicator] = {}
         self._recent: tuple[Routing, int] | None = None  # of the last call
         self._fixed: dict[object, MoECommunicator] = {}
+        # Smaller ones than the members, whose handles a larger one cannot take.
+        self._kept: dict[tuple[Routing, int, int], MoECommunicator] = {}
 
     def dispatch(
         self,
@@ -171,10 +189,8 @@ class Pool:
             capacity: `max_tokens_per_rank` of the communicator that made the handle.
         """
         self._recent = (routing, hidden)
-        comm = self._members.get(self._recent)
-        if comm is None or comm.config.max_tokens_per_rank < capacity:
-            comm = self._make(routing, hidden, capacity)
-        return comm
+        comm = self._found(routing, hidden, capacity)
+        return self._make(routing, hidden, capacity) if comm is None else comm
 
     def fixed(
         self, key: object, fields: dict[str, Any], share_with: MoECommunicator | None = None
@@ -206,7 +222,7 @@ class Pool:
             error: what to raise.
             routing: fields of the call's routing; those that are not known are left out.
             hidden: H, None if it is not known.
-            capacity: `max_tokens_per_rank` that the communicator has at least.
+            capacity: as of `member`; 0 for a dispatch of `dispatch`.
             cached: the dispatch has a handle.
         """
         self._tell_nobody_of_captures(error)
@@ -218,8 +234,9 @@ class Pool:
         ]
         if fitting:
             recent = self._recent
-            comm = self._members[recent if recent in fitting else fitting[-1]]
-            if comm.config.max_tokens_per_rank >= capacity:
+            key = recent if recent in fitting else fitting[-1]
+            comm = self._found(*key, capacity) if capacity else self._members[key]
+            if comm is not None:
                 try:
                     refuse_through(comm, op, error, cached=cached)
                 except TooManyTokensError as larger:
@@ -238,27 +255,37 @@ class Pool:
 
     def has(self, routing: Routing, hidden: int, capacity: int) -> bool:
         """Whether `member` would find that communicator, and make none."""
-        comm = self._members.get((routing, hidden))
-        return comm is not None and comm.config.max_tokens_per_rank >= capacity
+        return self._found(routing, hidden, capacity) is not None
 
     def close(self) -> None:
         """Closes all communicators. Local; safe to repeat."""
         self._ranks = _Nobody()
-        for comm in itertools.chain(self._members.values(), self._fixed.values()):
+        owned = (self._members, self._fixed, self._kept)
+        for comm in itertools.chain.from_iterable(each.values() for each in owned):
             comm.close()
-        self._members.clear()
-        self._fixed.clear()
+        for each in owned:
+            each.clear()
+
+    def _found(self, routing: Routing, hidden: int, capacity: int) -> MoECommunicator | None:
+        """What `member` would find."""
+        comm = self._members.get((routing, hidden))
+        if comm is None or not _bound_to_room(comm):
+            fits = comm is not None and comm.config.max_tokens_per_rank >= capacity
+            return comm if fits else None
+        room = _room(routing, capacity)
+        if comm.config.max_tokens_per_rank == room:
+            return comm
+        return self._kept.get((routing, hidden, room))
 
     def _make(self, routing: Routing, hidden: int, tokens: int) -> MoECommunicator:
         """A communicator for that many tokens, in place of a smaller one."""
         key = (routing, hidden)
-        small = self._members.get(key)
-        if small is not None and self.device.type == "cuda":
+        other = self._members.get(key)
+        tokens = _room(routing, tokens)
+        if other is not None and not _bound_to_room(other) and self.device.type == "cuda":
             # Every rank does this before it comes to the handshake below. So nobody uses the
             # smaller one's memory any more once that has ended.
             torch.cuda.synchronize(self.device)
-        if not routing.static_tokens:
-            tokens = max(_FEWEST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
         fields: dict[str, Any] = {
             "num_experts": routing.num_experts,
             "hidden_size": hidden,
@@ -272,16 +299,40 @@ class Pool:
             "combine_precision": "exact" if routing.exact else "wire",
             "source_tokens": True,
         }
-        comm = self._members[key] = self._communicator(fields, None)
-        if small is not None:
-            small.close()
+        comm = self._communicator(fields, None)
+        if other is None:
+            self._members[key] = comm
+        elif not _bound_to_room(other):
+            self._members[key] = comm
+            other.close()
+        else:
+            small, large = sorted((other, comm), key=lambda one: one.config.max_tokens_per_rank)
+            self._members[key] = large
+            self._kept[routing, hidden, small.config.max_tokens_per_rank] = small
         return comm
 
     def _communicator(
         self, fields: dict[str, Any], share_with: MoECommunicator | None
     ) -> MoECommunicator:
-        usual = {"dtype": torch.bfloat16, "device": self.device, "check_inputs": False}
+        usual: dict[str, Any] = {
+            "dtype": torch.bfloat16,
+            "device": self.device,
+            "check_inputs": False,
+            "domains": self.domains.host_of if self.domains.num_hosts > 1 else None,
+        }
         return self._ranks.communicator({**usual, **fields}, share_with)
+
+
+def _room(routing: Routing, tokens: int) -> int:
+    """`max_tokens_per_rank` of a communicator for that many tokens."""
+    if routing.static_tokens:
+        return tokens
+    return max(_FEWEST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
+
+
+def _bound_to_room(comm: MoECommunicator) -> bool:
+    """Whether its handles are good only for communicators with room for as many tokens."""
+    return comm.engine_name == "hybrid"
 
 
 def refuse_through(
@@ -293,14 +344,22 @@ def refuse_through(
     even if all ranks refuse.
     """
     config = comm.config
-    if comm.engine_name == "nvlink" and (config.mode == "ll" or config.static_shapes):
+    if comm.engine_name != "collective" and (config.mode == "ll" or config.static_shapes):
         raise error
     comm.refuse(op, error, cached=cached)
 
 
 def connect(group: Any) -> Pool:
-    """The pool of a new buffer: on CUDA's current device, or on the CPU where there is no GPU."""
-    device = torch.device("cpu")
+    """The pool of a new buffer: on CUDA's current device, or on the CPU where there is no GPU.
+
+    Collective: the ranks tell each other which hosts they are on.
+    """
+    device, ranks = current_device(), GroupRanks(group)
+    return Pool(ranks, device, ranks.hosts(device))
+
+
+def current_device() -> torch.device:
+    """CUDA's current device, or the CPU where there is no GPU."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    return Pool(GroupRanks(group), device)
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -86,7 +86,7 @@ def handshake(
         "key": uuid.uuid4().hex,
     }
     answers: list[dict[str, Any]] = []
-    for rank, text in enumerate(_texts(wire, json.dumps(mine))):
+    for rank, text in enumerate(texts_of(wire, json.dumps(mine))):
         try:
             answers.append(json.loads(text))
         except ValueError as error:
@@ -116,7 +116,7 @@ def largest_of(wire: Wire, number: int) -> int:
         PeerError: another rank refused.
         PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
     """
-    return max(int(text) for text in _texts(wire, str(number)))
+    return max(int(text) for text in texts_of(wire, str(number)))
 
 
 def refuse(wire: Wire, error: Exception) -> NoReturn:
@@ -132,8 +132,13 @@ def refuse(wire: Wire, error: Exception) -> NoReturn:
     raise error
 
 
-def _texts(wire: Wire, text: str) -> list[str]:
-    """Every rank's text, once all ranks have come."""
+def texts_of(wire: Wire, text: str) -> list[str]:
+    """Every rank's text. Collective; in the order of the group's handshakes.
+
+    Raises:
+        PeerError: another rank refused.
+        PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
+    """
     _meet(wire)
     texts = wire.gather_text(text)
     refused = {
