@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep import ElasticBuffer, EPHandle, topk_idx_t
+from expertlink.domains import Domains
 from support.drop_in.decode import refusal
 from support.drop_in.inputs import (
     Arrivals,
@@ -72,10 +74,12 @@ def made_by(x: Tensor, expert: int) -> Tensor:
 
 class Reference:
     """What combine must return, in DeepEP's words: a rank's partial sum, rounded, stands at its
-    rightmost lane; the token's rank adds up from left to right, from the biases, and rounds."""
+    rightmost lane; the token's rank adds up from left to right, from the biases, and rounds.
 
-    def __init__(self, shapes: Shapes, num_ranks: int, *, by_rank: bool) -> None:
-        self.shapes, self.num_ranks = shapes, num_ranks
+    Over several hosts it adds up their sums of ranks, rounded, in ascending order."""
+
+    def __init__(self, shapes: Shapes, domains: Domains, *, by_rank: bool) -> None:
+        self.shapes, self.num_ranks, self.domains = shapes, domains.num_ranks, domains
         self.by_rank = by_rank  # ranks in ascending order, not by their rightmost lanes
 
     def rows_of(self, own: Tokens, *, expand: bool, exact: bool) -> Any:
@@ -96,7 +100,18 @@ class Reference:
                 else:
                     terms[rank] = (lane, row)
             order = sorted(terms) if self.by_rank else sorted(terms, key=lambda r: terms[r][0])
-            yield [terms[rank][1].to(torch.bfloat16).float() for rank in order]
+            partials = {rank: terms[rank][1].to(torch.bfloat16).float() for rank in order}
+            several = self.domains.num_hosts > 1 and not exact
+            yield self.of_hosts(partials) if several else list(partials.values())
+
+    def of_hosts(self, partials: dict[int, Tensor]) -> list[Tensor]:
+        """Sums of the partials of each host that has any."""
+        found = []
+        for host in range(self.domains.num_hosts):
+            own = [partials[rank] for rank in self.domains.ranks_of(host) if rank in partials]
+            if own:
+                found.append(functools.reduce(torch.add, own).to(torch.bfloat16).float())
+        return found
 
     def __call__(
         self, own: Tokens, biases: list[Tensor], *, expand: bool, exact: bool = False
@@ -302,8 +317,8 @@ class TestEp:
             rows[: len(expected.x)] = made_by(expected.x, place.rank * local)
         exact = expand and not self.buffer.allow_multiple_reduction and place.device.type == "cpu"
         biases = [self.own.x, (self.own.x.float() * -0.7).to(torch.bfloat16)]
-        by_lane = Reference(self.shapes, place.num_ranks, by_rank=False)
-        by_rank = Reference(self.shapes, place.num_ranks, by_rank=True)
+        by_lane = Reference(self.shapes, place.domains, by_rank=False)
+        by_rank = Reference(self.shapes, place.domains, by_rank=True)
         for number in range(3):
             given: Any = (None, biases[0], tuple(biases))[number]
             combined, back, event = self.buffer.combine(

@@ -28,12 +28,12 @@ def plain(rows: Rows) -> Tensor:
     return from_fp8(*rows) if isinstance(rows, tuple) else rows
 
 
-def check_constant(values: Tensor, prefixes: Tensor, rank: int) -> None:
+def check_constant(values: Tensor, prefixes: Tensor) -> None:
     """Rows from source i hold i; they lie between the prefixes of sources i - 1 and i."""
     assert torch.equal(values.amin(dim=1), values.amax(dim=1))
     begin = 0
     for source in range(len(prefixes)):
-        end = int(prefixes[source][rank])
+        end = int(prefixes[source])
         assert (values[begin:end] == source).all()
         begin = end
     assert begin == len(values)
@@ -68,13 +68,24 @@ class Intranode:
     def check_layout(self) -> None:
         """1. Layout tensors equal a reference."""
         got = self.buffer.get_dispatch_layout(self.ids, self.shapes.experts)
-        self.num_tokens_per_rank, none, self.num_tokens_per_expert, self.in_rank, event = got
-        assert none is None
+        self.num_tokens_per_rank, per_host, self.num_tokens_per_expert, self.in_rank, event = got
+        self.check_hosts(per_host)
         assert event.event is None
         assert torch.equal(self.num_tokens_per_rank.long(), self.member_TR.sum(dim=0))
         assert self.num_tokens_per_expert.tolist() == choices_per_expert(self.ids, self.shapes)
         assert torch.equal(self.in_rank, self.member_TR)
         assert (self.num_tokens_per_rank.dtype, self.in_rank.dtype) == (torch.int32, torch.bool)
+
+    def check_hosts(self, per_host: Tensor | None) -> None:
+        assert per_host is None
+
+    def prefixes(self, handle: Any) -> Tensor:
+        """`[R]` rows from ranks 0 to i."""
+        return handle[0][:, self.place.rank]
+
+    def num_rows(self, handle: Any) -> int:
+        """Rows, as callers read it of a handle."""
+        return handle[3].shape[0]
 
     def arguments(self, previous: bool, asynchronous: bool) -> dict[str, Any]:
         options: dict[str, Any] = {"async_finish": asynchronous, "config": self.config}
@@ -106,13 +117,13 @@ class Intranode:
             x, previous, asynchronous, **topk
         )
         rows = plain(received)
-        prefixes = handle[0]
+        prefixes = self.prefixes(handle)
         num_local = self.shapes.experts // self.place.num_ranks
         # 2.
         assert len(rows) == int(self.per_rank[rank])
         assert counts == self.per_expert[rank * num_local : (rank + 1) * num_local]
         if not random:
-            check_constant(rows, prefixes, rank)
+            check_constant(rows, prefixes)
         if with_topk:  # 3.
             assert ((ids == -1) | ((ids >= 0) & (ids < num_local))).all()
             for expert, count in enumerate(counts):
@@ -121,14 +132,14 @@ class Intranode:
             if not random:
                 largest = recv_weights.amax(dim=1, keepdim=True).expand_as(recv_weights)
                 recv_weights[ids == -1] = largest[ids == -1]
-                check_constant(recv_weights, prefixes, rank)
+                check_constant(recv_weights, prefixes)
             self.check_worst(x, previous, asynchronous, topk, (received, ids, kept))
         else:  # 5.
             again, *nothing = self.dispatch(x, previous, asynchronous, handle=handle)
             assert nothing == [None, None, None, None]
             assert torch.equal(plain(again), rows)
             if not random:
-                check_constant(plain(again), prefixes, rank)
+                check_constant(plain(again), prefixes)
         # 6.
         options = self.arguments(previous, asynchronous)
         if with_topk:
@@ -161,7 +172,7 @@ class Intranode:
         )
         count = len(usual[1])
         assert counts == []
-        assert handle[3].shape == (worst,)
+        assert self.num_rows(handle) == worst
         for tensor in (plain(received), ids, weights):
             assert len(tensor) == worst
         assert torch.equal(plain(received)[:count], plain(usual[0]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertlink.compat.deep_ep import Buffer, EventOverlap
+from expertlink.domains import Domains
 from expertlink.errors import HandleError
 from support.drop_in.inputs import (
     Arrivals,
@@ -54,16 +55,46 @@ def check_received(place: Place, expected: Arrivals, result: Any, alignment: int
     assert counts == [-(-count // alignment) * alignment for count in expected.per_expert]
     assert event.event is None
     assert isinstance(handle, tuple)
-    assert len(handle) == 6
-    assert handle[3].shape[0] == len(x)
-    assert torch.equal(handle[3].long(), expected.source_token)
+    assert len(handle) == num_elements(place)
+    assert torch.equal(source_tokens(handle), expected.source_token)
+    prefixes = handle[-4] if len(handle) == 10 else handle[0][:, place.rank]
+    assert prefixes.dtype is torch.int32
     for source in range(place.num_ranks):
-        prefix = int((expected.source_rank <= source).sum())
-        assert int(handle[0][source][place.rank]) == prefix
+        assert int(prefixes[source]) == int((expected.source_rank <= source).sum())
+    if len(handle) == 10:
+        host_R = torch.tensor(place.domains.host_of, device=x.device)
+        hosts = handle[7].view(torch.int32)[:, 0]
+        assert handle[7].dtype is torch.uint8
+        assert torch.equal(hosts, host_R[expected.source_rank].int())
+        for host in range(place.domains.num_hosts):
+            assert int(handle[4][host]) == int((hosts <= host).sum())
 
 
-def sums(rows_TH: list[Tensor], member_TR: Tensor, first_TH: Tensor | None = None) -> Tensor:
-    """float32 sums from `first` or +0.0 over ranks in ascending order, rounded once."""
+def num_elements(place: Place) -> int:
+    """Of a handle."""
+    return 6 if place.domains.num_hosts == 1 else 10
+
+
+def source_tokens(handle: Any) -> Tensor:
+    """`[N]` int64, of a handle of one host or of several."""
+    tokens = handle[3] if len(handle) == 6 else handle[7].view(torch.int32)[:, 1]
+    return tokens.long()
+
+
+def sums(
+    rows_TH: list[Tensor], member_TR: Tensor, domains: Domains, first_TH: Tensor | None = None
+) -> Tensor:
+    """float32 sums from `first` or +0.0 over ranks in ascending order, rounded once.
+
+    Over several hosts: those of each host, rounded, are added up likewise.
+    """
+    if domains.num_hosts > 1:
+        of_host = [domains.ranks_of(host) for host in range(domains.num_hosts)]
+        one = Domains.one(1)
+        rows_TH = [
+            sums([rows_TH[r] for r in ranks], member_TR[:, list(ranks)], one) for ranks in of_host
+        ]
+        member_TR = torch.stack([member_TR[:, list(r)].any(dim=1) for r in of_host], dim=1)
     total = torch.zeros_like(rows_TH[0], dtype=torch.float32) if first_TH is None else first_TH
     for rank, rows in enumerate(rows_TH):
         total = torch.where(member_TR[:, rank, None], total + rows.float(), total)
@@ -99,7 +130,7 @@ def check_sums(
     of_ranks = [outputs(own.x, rank) for rank in range(place.num_ranks)]
     combined, weights, _ = buffer.combine(outputs(rows, place.rank), handle)
     assert weights is None
-    assert torch.equal(combined, sums(of_ranks, member_TR))
+    assert torch.equal(combined, sums(of_ranks, member_TR, place.domains))
     assert torch.equal(buffer.dispatch(own.x, handle=handle)[0], rows)
 
 
@@ -111,7 +142,7 @@ def sums_with_weights_and_biases(place: Place, shapes: Shapes) -> bool:
     rows, ids, _, _, handle, _ = dispatched(buffer, own, shapes.experts)
     member_TR = members(own.ids, shapes, place.num_ranks)
     lanes = torch.arange(ids.shape[1], dtype=torch.float32, device=place.device)
-    sources = handle[3].float()[:, None]
+    sources = source_tokens(handle).float()[:, None]
     numbers = torch.sin(sources * 7 + lanes * 3 + place.rank * 11)
     tokens = torch.arange(len(own.x), device=place.device, dtype=torch.float32)[:, None]
     total = torch.zeros((len(own.x), shapes.topk), dtype=torch.float32, device=place.device)
@@ -129,7 +160,7 @@ def sums_with_weights_and_biases(place: Place, shapes: Shapes) -> bool:
             parts = bias if isinstance(bias, tuple) else (bias,)
             first = parts[0].float() + (parts[1].float() if len(parts) == 2 else 0)
         of_ranks = [outputs(own.x, rank) for rank in range(place.num_ranks)]
-        assert torch.equal(combined, sums(of_ranks, member_TR, first))
+        assert torch.equal(combined, sums(of_ranks, member_TR, place.domains, first))
     return True
 
 
@@ -143,7 +174,7 @@ def long_lived_handles(place: Place, shapes: Shapes) -> bool:
     rows.set_()  # as SGLang disposes of what it has permuted
     member_TR = members(own.ids, shapes, place.num_ranks)
     of_ranks = [outputs(own.x, rank) for rank in range(place.num_ranks)]
-    expected = sums(of_ranks, member_TR)
+    expected = sums(of_ranks, member_TR, place.domains)
     old.destroy()
     old.destroy()
     del old
@@ -152,7 +183,7 @@ def long_lived_handles(place: Place, shapes: Shapes) -> bool:
     assert torch.equal(new.combine(outputs(kept, place.rank), handle)[0], expected)
     plain = tuple(handle)
     assert type(plain) is tuple
-    assert len(plain) == len(handle[:]) == 6
+    assert len(plain) == len(handle[:]) == num_elements(place)
     del handle
     gc.collect()
     assert torch.equal(new.combine(outputs(kept, place.rank), plain)[0], expected)
@@ -163,7 +194,7 @@ def long_lived_handles(place: Place, shapes: Shapes) -> bool:
         assert isinstance(received, Tensor)
         assert torch.equal(received, kept.repeat(1, 3)[:, :width])
         combined, _, _ = new.combine(received, plain)
-        assert torch.equal(combined, sums([narrow] * place.num_ranks, member_TR))
+        assert torch.equal(combined, sums([narrow] * place.num_ranks, member_TR, place.domains))
     return True
 
 

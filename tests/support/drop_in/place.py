@@ -17,6 +17,7 @@ from expertlink.compat.deep_ep import Buffer, install
 from expertlink.compat.deep_ep import pool as pools
 from expertlink.compat.deep_ep.pool import GroupRanks, Pool
 from expertlink.domains import Domains
+from expertlink.engines import select
 from expertlink.engines.hybrid.discovery import HOST_ID
 from expertlink.engines.select import EngineChoice
 from expertlink.errors import ExpertlinkError, PeerError
@@ -45,6 +46,7 @@ class Place:
     num_ranks: int
     device: torch.device
     group: Any
+    domains: Domains
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self.device)
@@ -81,7 +83,9 @@ def _in_process(ctx: RankContext, hosts: tuple[int, ...], job: Job, args: tuple[
         patch.setenv(HOST_ID, f"host {hosts[ctx.rank]}")
         patch.setenv("EXPERTLINK_TIMEOUT", "20")  # a rank that fails does not keep the others
         patch.setenv("EXPERTLINK_STARTUP_TIMEOUT", "20")
-        return job(Place(ctx.rank, ctx.num_ranks, ctx.device, dist.group.WORLD), *args)
+        patch.setattr(select, "AUTO_TAKES_HYBRID", True)  # of ranks with GPUs
+        place = Place(ctx.rank, ctx.num_ranks, ctx.device, dist.group.WORLD, Domains(hosts))
+        return job(place, *args)
 
 
 # -- ranks as threads on one GPU ------------------------------------------------------------------
@@ -190,7 +194,7 @@ def _run_hosted(domains: Domains, job: Job, args: tuple[Any, ...]) -> list[Any]:
     stream = torch.cuda.current_stream(hosted.DEVICE)
 
     def one(rank: int) -> Any:
-        place = Place(rank, num_ranks, hosted.DEVICE, HostedGroup(rank, fleets))
+        place = Place(rank, num_ranks, hosted.DEVICE, HostedGroup(rank, fleets), domains)
         try:
             with torch.cuda.device(hosted.DEVICE), torch.cuda.stream(stream):
                 result = job(place, *args)

@@ -186,7 +186,7 @@ def slime(place: Place, shapes: Shapes) -> bool:
     )
     assert isinstance(handle, tuple)
     assert len(handle) in (6, 10)
-    assert handle[3].shape[0] == len(rows) == sum(counts)
+    assert handle[3 if len(handle) == 6 else 7].shape[0] == len(rows) == sum(counts)
     choices = [
         Tokens(
             t.x[:, :16].repeat_interleave(topk, dim=0),
