@@ -40,13 +40,19 @@ HOSTED_BUDGETS = {"num_sms_dispatch": HOSTED_SMS, "num_sms_combine": HOSTED_SMS}
 
 @dataclass(frozen=True)
 class Place:
-    """A rank as jobs see it."""
+    """A rank as jobs see it.
+
+    Attributes:
+        domains: hosts of the ranks.
+        kernels: calls are made by kernels that address the memory of other ranks.
+    """
 
     rank: int
     num_ranks: int
     device: torch.device
     group: Any
     domains: Domains
+    kernels: bool
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self.device)
@@ -84,7 +90,9 @@ def _in_process(ctx: RankContext, hosts: tuple[int, ...], job: Job, args: tuple[
         patch.setenv("EXPERTLINK_TIMEOUT", "20")  # a rank that fails does not keep the others
         patch.setenv("EXPERTLINK_STARTUP_TIMEOUT", "20")
         patch.setattr(select, "AUTO_TAKES_HYBRID", True)  # of ranks with GPUs
-        place = Place(ctx.rank, ctx.num_ranks, ctx.device, dist.group.WORLD, Domains(hosts))
+        kernels = ctx.device.type == "cuda"
+        group = dist.group.WORLD
+        place = Place(ctx.rank, ctx.num_ranks, ctx.device, group, Domains(hosts), kernels)
         return job(place, *args)
 
 
@@ -194,7 +202,8 @@ def _run_hosted(domains: Domains, job: Job, args: tuple[Any, ...]) -> list[Any]:
     stream = torch.cuda.current_stream(hosted.DEVICE)
 
     def one(rank: int) -> Any:
-        place = Place(rank, num_ranks, hosted.DEVICE, HostedGroup(rank, fleets), domains)
+        group = HostedGroup(rank, fleets)
+        place = Place(rank, num_ranks, hosted.DEVICE, group, domains, kernels=True)
         try:
             with torch.cuda.device(hosted.DEVICE), torch.cuda.stream(stream):
                 result = job(place, *args)

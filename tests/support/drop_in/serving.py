@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -407,7 +408,7 @@ def sglang_v2(place: Place, shapes: Shapes) -> bool:
                 begin, slabs = 0, from_fp8(values, scales)
                 for number, end in enumerate(ends):  # groups begin where the last one's gap ends
                     group = by_slab(
-                        Place(place.rank, place.num_ranks, place.device, None),
+                        dataclasses.replace(place, group=None),
                         shapes,
                         slabs[None, begin:end].expand(len(ends), -1, -1),
                         torch.tensor([end - begin] * len(ends)),
