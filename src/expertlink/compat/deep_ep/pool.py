@@ -3,7 +3,8 @@
 `deep_ep` learns of H, E and K with every call, and of T without any announced bound. A communicator
 fixes all four. So a buffer keeps one for every (routing form, H), and the one of a dispatch grows
 where some rank has more tokens than it has room for. All ranks learn of that together, so all of
-them grow in the same call. Handles outlive the communicator that made them.
+them grow in the same call. Handles outlive the communicator that made them. Those of the engine
+`hybrid` are good for equal room only, so there the smaller communicators stay open.
 """
 
 from __future__ import annotations
