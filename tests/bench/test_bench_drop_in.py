@@ -44,9 +44,13 @@ def measure(
 ) -> list[list[DropInRecord]]:
     """Runs on a rank. `wrong`: experts return other rows than they received."""
     returned = drop_in_calls._returned
+
+    def connect(group: Any) -> Pool:  # CPU ranks stay on CPUs where there are GPUs as well
+        ranks = GroupRanks(group)
+        return Pool(ranks, context.device, ranks.hosts(context.device))
+
     with pytest.MonkeyPatch.context() as patch:
-        # CPU ranks stay on CPUs where there are GPUs as well.
-        patch.setattr(pools, "connect", lambda group: Pool(GroupRanks(group), context.device))
+        patch.setattr(pools, "connect", connect)
         if wrong:
             patch.setattr(drop_in_calls, "_returned", lambda received: 2 * returned(received))
         plan = Plan(iters=1, warmup=0, inputs=1, command="expertlink bench --drop-in")
