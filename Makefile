@@ -32,7 +32,7 @@ demo: $(STAMP) ## show what the library does, on this machine
 	$(BIN)/expertlink demo $(ARGS)
 
 test: $(STAMP) ## run the tests; GPU ones skip themselves elsewhere; DEPTH=10: ten times the drawn cases
-	EXPERTLINK_TEST_DEPTH=$(DEPTH) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	EXPERTLINK_TEST_DEPTH=$(DEPTH) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and pyright
 	$(BIN)/ruff check .

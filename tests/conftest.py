@@ -107,7 +107,19 @@ def spawned_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "multiprocessing", multiprocessing)
 
 
+# Files that take longest. They begin first, so that no process of `pytest -n` ends long after the
+# others.
+_LONG = [
+    "test_nvlink_kernels",
+    "test_examples",
+    "test_launch",
+    "test_readme",
+    "test_compiled_ranks",
+]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in _LONG)
     # More cases take longer: the net under a test that hangs is hung lower.
     if deep(1) > 1:
         seconds = deep(int(float(config.getini("timeout") or 0)))

@@ -30,6 +30,7 @@ from expertlink.engines.nvlink.tuning import (
 )
 from expertlink.jit import compiler
 from expertlink.jit.compiler import CompiledKernel
+from support.depth import depth
 
 TWO_BY_EIGHT = Domains((0,) * 8 + (1,) * 8)
 ARCHITECTURES = ("sm_90a", "sm_100a")
@@ -88,13 +89,14 @@ def test_resources(ranks: int, fields: dict[str, Any], arch: str) -> None:
     assert compiled == {KernelName.DISPATCH, KernelName.COMBINE}
 
 
-# Several ranks on one GPU are for tests, which run on sm_90a.
+# Several ranks on one GPU are for tests, which run on sm_90a. Their kernels differ little.
 @pytest.mark.parametrize(
-    ("arch", "hosted"), [*((arch, False) for arch in ARCHITECTURES), ("sm_90a", True)]
+    ("ranks", "fields", "arch", "hosted"),
+    [(*case, arch, False) for case in LATENCY_CASES for arch in ARCHITECTURES]
+    + [(*case, "sm_90a", True) for case in LATENCY_CASES[:: max(1, 4 - depth())]],
 )
-@pytest.mark.parametrize(("ranks", "fields"), LATENCY_CASES)
 def test_resources_of_low_latency(
-    ranks: int, fields: dict[str, Any], hosted: bool, arch: str
+    ranks: int, fields: dict[str, Any], arch: str, hosted: bool
 ) -> None:
     config = config_of({**DECODE, **fields})
     compiled = check_budgets(config, LlMode, num_ranks=ranks, arch=arch, hosted=hosted)
