@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertlink.errors import ConfigurationError
+from expertlink.errors import ConfigurationError, InputError
 
 
 @dataclass(frozen=True)
@@ -239,3 +239,18 @@ def has_duplicates(topk_ids_TK: Tensor) -> Tensor:
 def out_of_range(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
     """`[T]` bool: tokens with an id that is neither -1 nor in `0..E-1`."""
     return ((topk_ids_TK < -1) | (topk_ids_TK >= num_experts)).any(dim=1)
+
+
+def explain_ids(topk_ids_TK: Tensor, num_experts: int) -> InputError:
+    """The error for ids that are out of range or repeated: names the first such token."""
+    outside = out_of_range(topk_ids_TK, num_experts)
+    faulty = outside if bool(outside.any()) else has_duplicates(topk_ids_TK)
+    token = int(faulty.nonzero()[0])
+    ids = topk_ids_TK[token].tolist()
+    count = int(faulty.sum())
+    others = f" ({count} tokens in all)" if count > 1 else ""
+    if faulty is outside:
+        return InputError(
+            f"topk_ids[{token}]={ids}: ids must be 0..{num_experts - 1}, or -1 for none{others}"
+        )
+    return InputError(f"topk_ids[{token}]={ids}: an expert is chosen twice by one token{others}")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from expertlink import routing
 from expertlink.config import MoECommunicatorConfig
 from expertlink.errors import InputError, TooManyTokensError
 from expertlink.quantization import scale_form
@@ -195,18 +194,3 @@ def check_routing(
             "weights", weights, device=device, dtypes=(config.weight_dtype,), shape=shape
         ).contiguous()
     return ids_TK, weights_TK
-
-
-def explain_ids(topk_ids_TK: Tensor, num_experts: int) -> InputError:
-    """The error for ids that are out of range or repeated: names the first such token."""
-    outside = routing.out_of_range(topk_ids_TK, num_experts)
-    faulty = outside if bool(outside.any()) else routing.has_duplicates(topk_ids_TK)
-    token = int(faulty.nonzero()[0])
-    ids = topk_ids_TK[token].tolist()
-    count = int(faulty.sum())
-    others = f" ({count} tokens in all)" if count > 1 else ""
-    if faulty is outside:
-        return InputError(
-            f"topk_ids[{token}]={ids}: ids must be 0..{num_experts - 1}, or -1 for none{others}"
-        )
-    return InputError(f"topk_ids[{token}]={ids}: an expert is chosen twice by one token{others}")

@@ -19,6 +19,7 @@ from expertlink import (
 from expertlink.domains import Domains
 from expertlink.engines.hybrid import build
 from expertlink.engines.hybrid.engine import HybridEngine
+from expertlink.engines.nvlink.build import all_or_none
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.ranks.wire import Wire
 from expertlink.launch import RankContext
@@ -36,11 +37,11 @@ def wire_of(texts: list[str]) -> Wire:
 
 
 def test_what_hinders_one_rank_hinders_all() -> None:
-    build.all_or_none(wire_of(["", ""]), None)
+    all_or_none(wire_of(["", ""]), None)
     with pytest.raises(EngineUnavailableError, match="rank 2: no memory"):
-        build.all_or_none(wire_of(["", "no memory"]), None)
+        all_or_none(wire_of(["", "no memory"]), None)
     with pytest.raises(EngineUnavailableError, match="rank 0: mine"):
-        build.all_or_none(wire_of(["", "no memory"]), "mine")
+        all_or_none(wire_of(["", "no memory"]), "mine")
 
 
 def test_ranks_agree_about_the_rails_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +139,7 @@ def test_memory_of_messages_is_had_by_all_or_by_none(
     monkeypatch.setattr(build, "mode_of", lambda *_: Mode)
     monkeypatch.setattr(build, "DeviceRunner", lambda *_, **__: "run")
     monkeypatch.setattr(build, "_shared", lambda *_: parts)
-    monkeypatch.setattr(build, "_new_memory", lambda *_, **__: parts[0])
+    monkeypatch.setattr(build, "new_memory", lambda *_, **__: parts[0])
     monkeypatch.setattr(build, "_connect", lambda *_, **__: parts[1])
     properties = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)

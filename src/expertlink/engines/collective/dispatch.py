@@ -27,9 +27,8 @@ from expertlink.engines.ranks import capacity, metadata
 from expertlink.engines.ranks.agreement import Agreement, Table, begin_agreement, header_fields
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
-from expertlink.routing import Placement
+from expertlink.routing import Placement, explain_ids
 from expertlink.types import DispatchLayout
-from expertlink.validation import explain_ids
 from expertlink.workspace import Workspace
 
 

@@ -24,8 +24,8 @@ from expertlink.engines.hybrid.mode import HybridMode
 from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
 from expertlink.engines.hybrid.rail import NcclRail
 from expertlink.engines.hybrid.words import DeviceWords
-from expertlink.engines.nvlink.arena import Buffer, Plan, SymmetricBuffer
-from expertlink.engines.nvlink.build import make_memory
+from expertlink.engines.nvlink.arena import Plan
+from expertlink.engines.nvlink.build import all_or_none, new_memory
 from expertlink.engines.nvlink.launch import DeviceRunner
 from expertlink.engines.nvlink.mode import Memory
 from expertlink.engines.ranks.wire import Wire
@@ -112,7 +112,8 @@ def build(
     all_or_none(wire, reason)
     assert runner is not None
     if memory is None or connection is None:
-        memory = _new_memory(config, mode, plan, wire=wire, domains=domains)
+        group = _host_group(wire, domains)
+        memory = new_memory(config, mode, plan, wire=wire, group=group, domains=domains)
         connection = _connect(wire, domains, memory, max_ctas=max_ctas)
     made: HybridMode | None = None
     reason = None
@@ -152,17 +153,6 @@ def build(
     return engine
 
 
-def all_or_none(wire: Wire, reason: str | None) -> None:
-    """Goes on only if nothing hinders any rank. Collective.
-
-    Raises:
-        EngineUnavailableError: on every rank, with the reason of the lowest one that has any.
-    """
-    for rank, text in enumerate(wire.gather_text(reason or "")):
-        if text:
-            raise EngineUnavailableError(f"rank {rank}: {text}")
-
-
 def _agreed_ctas(wire: Wire) -> int | None:
     """EXPERTLINK_RAIL_CTAS, which NCCL needs to be the same on all ranks. Collective."""
     reason: str | None = None
@@ -184,43 +174,6 @@ def _shared(other: object, plan: Plan) -> tuple[Memory, Connection]:
         )
     other.arena.check_fits(plan)
     return other.memory, other.connection
-
-
-def _new_memory(
-    config: MoECommunicatorConfig,
-    mode: type[HybridMode],
-    plan: Plan,
-    *,
-    wire: Wire,
-    domains: Domains,
-) -> Memory:
-    """Memory that the ranks of this host write into each other. Collective over all ranks."""
-    buffer: Buffer | None = None
-    reason = None
-    try:
-        with _host_group(wire, domains) as group:
-            buffer = SymmetricBuffer(group, plan.total, wire.device, plan.prepare)
-    except (EngineUnavailableError, RuntimeError) as error:
-        reason = str(error)
-    all_or_none(wire, reason)  # also: everybody's memory is prepared before it is used
-    assert buffer is not None
-    memory: Memory | None = None
-    try:
-        memory = make_memory(
-            config,
-            mode,
-            plan,
-            rank=wire.rank,
-            buffer=buffer,
-            device=wire.device,
-            timeout_s=wire.timeout_s,
-            domains=domains,
-        )
-    except RuntimeError as error:  # no room for what the host reads, say
-        reason = str(error) or repr(error)
-    all_or_none(wire, reason)
-    assert memory is not None
-    return memory
 
 
 @contextlib.contextmanager

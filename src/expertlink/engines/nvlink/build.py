@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -103,10 +105,10 @@ def build(
                 backward = WeightedBackward(device, dtype=config.dtype)
         except (ExpertlinkError, RuntimeError) as error:
             reason = str(error)
-    _all_or_none(wire, reason)
+    all_or_none(wire, reason)
     assert runner is not None
     if memory is None:
-        memory = _new_memory(config, mode, plan, wire=wire)
+        memory = new_memory(config, mode, plan, wire=wire, group=nullcontext(wire.group))
     for region, size in plan.regions().items():
         logger.debug("rank %d: arena: %s: %d bytes", wire.rank, region, size)
     engine: NvlinkEngine | None = None
@@ -125,7 +127,7 @@ def build(
     except RuntimeError as error:  # no room for tables, say
         reason = str(error) or repr(error)
     try:
-        _all_or_none(wire, reason)
+        all_or_none(wire, reason)
     except EngineUnavailableError:
         memory.arena.leave(wire.number)
         raise
@@ -207,16 +209,36 @@ def make_memory(
     return Memory(arena, watchdog)
 
 
-def _new_memory(
-    config: MoECommunicatorConfig, mode: type[Mode], plan: Plan, *, wire: Wire
+def new_memory(
+    config: MoECommunicatorConfig,
+    mode: type[Mode],
+    plan: Plan,
+    *,
+    wire: Wire,
+    group: AbstractContextManager[Any | None],
+    domains: Domains | None = None,
 ) -> Memory:
-    """Memory of this communicator's own. Collective."""
-    buffer = reason = None
+    """Memory that ranks write into each other. Collective over all ranks of `wire`.
+
+    Args:
+        config: the communicator's.
+        mode: what `mode_of` says.
+        plan: the mode's.
+        wire: the ranks' connection.
+        group: the ranks that share the memory, while it is mapped; None: this one alone.
+        domains: as in `make_memory`.
+
+    Raises:
+        EngineUnavailableError: some rank cannot have it; raised on all.
+    """
+    buffer: Buffer | None = None
+    reason = None
     try:
-        buffer = SymmetricBuffer(wire.group, plan.total, wire.device, plan.prepare)
-    except EngineUnavailableError as error:
+        with group as ranks:
+            buffer = SymmetricBuffer(ranks, plan.total, wire.device, plan.prepare)
+    except (EngineUnavailableError, RuntimeError) as error:
         reason = str(error)
-    _all_or_none(wire, reason)  # also: everybody's memory is prepared before it is used
+    all_or_none(wire, reason)  # also: everybody's memory is prepared before it is used
     assert buffer is not None
     memory: Memory | None = None
     try:
@@ -228,12 +250,25 @@ def _new_memory(
             buffer=buffer,
             device=wire.device,
             timeout_s=wire.timeout_s,
+            domains=domains,
         )
     except RuntimeError as error:  # no room for what the host reads, say
         reason = str(error) or repr(error)
-    _all_or_none(wire, reason)
+    all_or_none(wire, reason)
     assert memory is not None
     return memory
+
+
+def all_or_none(wire: Wire, reason: str | None) -> None:
+    """Goes on only if nothing hinders any rank. Collective.
+
+    Raises:
+        EngineUnavailableError: on every rank, with the reason of the lowest one that has any.
+    """
+    texts = wire.gather_text(reason or "")
+    for rank, text in enumerate(texts):
+        if text:
+            raise EngineUnavailableError(text if len(texts) == 1 else f"rank {rank}: {text}")
 
 
 def _shared_memory(other: object, plan: Plan) -> Memory:
@@ -270,12 +305,3 @@ def _has_fabric(device: torch.device) -> bool:
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
     status, value = driver.cuDeviceGetAttribute(attribute, device.index)
     return not status and bool(value)
-
-
-def _all_or_none(wire: Wire, reason: str | None) -> None:
-    """Goes on only if nothing hinders any rank."""
-    texts = wire.gather_text(reason or "")
-    blocked = {rank: text for rank, text in enumerate(texts) if text}
-    if blocked:
-        rank, text = next(iter(blocked.items()))
-        raise EngineUnavailableError(text if len(texts) == 1 else f"rank {rank}: {text}")

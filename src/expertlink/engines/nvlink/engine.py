@@ -25,9 +25,8 @@ from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import InputError
 from expertlink.reduction import BackwardKernel
-from expertlink.routing import Placement
+from expertlink.routing import Placement, explain_ids
 from expertlink.types import CallStatistics, DispatchBuffers, RowKind
-from expertlink.validation import explain_ids
 
 # Looking up members of an enumeration, and their titles, takes time that decode notices.
 _DISPATCH, _CACHED_DISPATCH = Operation.DISPATCH, Operation.CACHED_DISPATCH

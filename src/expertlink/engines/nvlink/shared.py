@@ -173,6 +173,18 @@ def counters(num_ranks: int, num_sets: int) -> Struct:
     )
 
 
+OUTPUTS = (
+    Field("int*", "counts_out", "[E_loc] the caller's copy"),
+    Field("int*", "offsets_out", "[E_loc + 1] the caller's copy"),
+    Field("int*", "rows_from_out", "[R] the caller's copy"),
+    Field("char*", "tokens", "output rows"),
+    Field("char*", "scales_out", "output scales, or null"),
+    Field("long long*", "topk_ids", "[N, K] local ids, deduplicated layouts"),
+    Field("float*", "topk_weights", "[N, K], or null"),
+)
+"""The caller's tensors of a dispatch, in the arguments of both modes."""
+
+
 def declarations(num_ranks: int, num_experts: int, rail_words: int = 0) -> str:
     """C++ text of what the kernels of both modes know; `rail_words` as in `control`."""
     return (

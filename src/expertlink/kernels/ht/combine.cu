@@ -24,13 +24,7 @@ __device__ __forceinline__ bool run_halves(const CombineArguments& a, const Watc
 __device__ __forceinline__ void combine_rank(const CombineArguments& a) {
     extern __shared__ __align__(128) char shared[];
     __shared__ ReturnRing ring;
-    const Watch watch{a.state,
-                      a.control,
-                      a.state->sent + 1,
-                      static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[own_peer(a)], 0),
-                      own_peer(a),
-                      nullptr};
+    const Watch watch = watch_after(a, a.state->sent);
     if (__syncthreads_or(threadIdx.x == 0 && has_failed(watch))) return;
     if (!run_halves(a, watch, shared, ring)) return;
     if (last_to_leave(&a.state->left_send, gridDim.x)) end_transfer(a, watch);

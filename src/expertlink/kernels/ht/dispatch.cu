@@ -72,13 +72,7 @@ __device__ __forceinline__ void dispatch_rank(const DispatchArguments& a) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Ring ring;
     const bool sends = a.flags & kSend, places = a.flags & kPlace || a.flags & kDiscard;
-    const Watch watch{a.state,
-                      a.control,
-                      (sends ? a.state->sent : a.state->received) + 1,
-                      static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[own_peer(a)], 0),
-                      own_peer(a),
-                      nullptr};
+    const Watch watch = watch_after(a, sends ? a.state->sent : a.state->received);
     const bool over = __syncthreads_or(threadIdx.x == 0 && has_failed(watch));
     const bool done = !over && run_halves(a, watch, shared, ring);
     // Placing may have started before the sending half was over. The next kernel must not.

@@ -44,6 +44,18 @@ __device__ __forceinline__ int seat_of_peer(const Arguments& a, int peer) {
     return kSpansHosts ? own_seat(a) - own_peer(a) + peer : peer;
 }
 
+// What waits of the transfer after `last` have to know.
+template <typename Arguments>
+__device__ __forceinline__ Watch watch_after(const Arguments& a, unsigned last) {
+    return {a.state,
+            a.control,
+            last + 1,
+            static_cast<unsigned>(a.operation),
+            ready_word(a.bases[own_peer(a)], 0),
+            own_peer(a),
+            nullptr};
+}
+
 // A word of this rank's header, which goes to every peer.
 template <typename Arguments>
 __device__ __forceinline__ int header_word(const Arguments& a, const Watch& watch, int word) {

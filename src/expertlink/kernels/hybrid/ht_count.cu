@@ -60,13 +60,7 @@ __device__ __forceinline__ void write_counts(const DispatchArguments& a, const W
 
 __device__ __forceinline__ void count_rank(const DispatchArguments& a) {
     extern __shared__ __align__(128) char shared[];
-    const Watch watch{a.state,
-                      a.control,
-                      a.state->sent + 1,
-                      static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[own_peer(a)], 0),
-                      own_peer(a),
-                      nullptr};
+    const Watch watch = watch_after(a, a.state->sent);
     if (__syncthreads_or(threadIdx.x == 0 && has_failed(watch))) return;
     const auto publish = [&](const int* totals) {
         if (blockIdx.x == 0) write_counts(a, watch, totals);

@@ -116,13 +116,7 @@ __device__ __forceinline__ bool move_chunk(const DispatchArguments& a, const Wat
 __device__ __forceinline__ void dispatch_chunk_rank(const DispatchArguments& a) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Ring ring;
-    const Watch watch{a.state,
-                      a.control,
-                      a.state->sent + 1,
-                      static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[own_peer(a)], 0),
-                      own_peer(a),
-                      nullptr};
+    const Watch watch = watch_after(a, a.state->sent);
     if (__syncthreads_or(threadIdx.x == 0 && has_failed(watch))) return;
     if (!move_chunk(a, watch, shared, ring)) return;
     if (last_to_leave(&a.state->left_send, gridDim.x)) end_transfer(a, watch);

@@ -39,13 +39,7 @@ __device__ __forceinline__ bool publish_rail(const DispatchArguments& a, const W
 
 __device__ __forceinline__ void plan_rank(const DispatchArguments& a) {
     extern __shared__ __align__(128) char shared[];
-    const Watch watch{a.state,
-                      a.control,
-                      a.state->sent + 1,
-                      static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[own_peer(a)], 0),
-                      own_peer(a),
-                      nullptr};
+    const Watch watch = watch_after(a, a.state->sent);
     if (__syncthreads_or(threadIdx.x == 0 && has_failed(watch))) return;
     if (!publish_rail(a, watch)) return;
     if (blockIdx.x == gridDim.x - 1 && !plan_slots(a, watch, reinterpret_cast<int*>(shared)))

@@ -33,13 +33,7 @@ __device__ __forceinline__ void sum_tokens(const CombineArguments& a, const Mess
 __device__ __forceinline__ void sum_hosts_rank(const CombineArguments& a) {
     extern __shared__ __align__(128) char shared[];
     __shared__ Messages messages;
-    const Watch watch{a.state,
-                      a.control,
-                      a.state->sent + 1,
-                      static_cast<unsigned>(a.operation),
-                      ready_word(a.bases[own_peer(a)], 0),
-                      own_peer(a),
-                      nullptr};
+    const Watch watch = watch_after(a, a.state->sent);
     if (__syncthreads_or(threadIdx.x == 0 && has_failed(watch))) return;
     load_messages(a, messages, [&](int host) { return rows_out(a, host); });
     if (!check_heads(a, watch, messages)) return;

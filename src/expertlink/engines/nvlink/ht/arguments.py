@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+from expertlink.engines.nvlink.shared import OUTPUTS
 from expertlink.jit.compiler import enum_declaration
 from expertlink.jit.kernel import Field, Struct
 
@@ -68,17 +69,6 @@ _COMMON = (
     Field("long long*", "rows_received", "[R] statistics"),
     Field("long long*", "bytes_sent", "[R] statistics"),
     Field("long long*", "bytes_received", "[R] statistics"),
-)
-
-# The caller's tensors, in both modes.
-OUTPUTS = (
-    Field("int*", "counts_out", "[E_loc] the caller's copy"),
-    Field("int*", "offsets_out", "[E_loc + 1] the caller's copy"),
-    Field("int*", "rows_from_out", "[R] the caller's copy"),
-    Field("char*", "tokens", "output rows"),
-    Field("char*", "scales_out", "output scales, or null"),
-    Field("long long*", "topk_ids", "[N, K] local ids, deduplicated layouts"),
-    Field("float*", "topk_weights", "[N, K], or null"),
 )
 
 DISPATCH = Struct(

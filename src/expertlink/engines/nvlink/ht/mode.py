@@ -41,9 +41,8 @@ from expertlink.errors import (
     InputError,
 )
 from expertlink.jit.kernel import Arguments
-from expertlink.routing import Placement
+from expertlink.routing import Placement, explain_ids
 from expertlink.types import CallStatistics, DispatchBuffers, RowKind
-from expertlink.validation import explain_ids
 
 
 class Dispatcher(Protocol):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import enum
 
 from expertlink.domains import Domains
-from expertlink.engines.nvlink.ht.arguments import OUTPUTS
 from expertlink.engines.nvlink.ll.plan import SETS
-from expertlink.engines.nvlink.shared import CountColumn, Form, ScaleKind, counters
+from expertlink.engines.nvlink.shared import OUTPUTS, CountColumn, Form, ScaleKind, counters
 from expertlink.engines.ranks.header import Operation
 from expertlink.jit.compiler import constants, enum_declaration
 from expertlink.jit.kernel import Field, Struct
