@@ -220,6 +220,30 @@ def test_names_that_pages_name_exist() -> None:
 NAMES_OF_OTHERS = ("acq_rel", "fully_shard", "gradcheck")
 
 
+def test_options_of_commands_that_pages_name_exist() -> None:
+    """Those of every `expertlink ...`, in blocks and in sentences."""
+    typer_main = pytest.importorskip("typer.main")
+    from expertlink.cli import app
+
+    commands = typer_main.get_command(app).commands
+    options = {
+        name: {text for parameter in command.params for text in parameter.opts}
+        for name, command in commands.items()
+    }
+    checked = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        fenced = [line for block in FENCED.findall(text) for line in block.splitlines()]
+        spoken = re.findall(r"`(expertlink [a-z][^`]*)`", FENCED.sub("", text))
+        for line in (*fenced, *spoken):
+            found = re.search(r"(?:^\s*|--no-python )expertlink ([a-z]+)([^#|]*)", line)
+            if found is not None:
+                unknown = set(re.findall(r"--[a-z-]+", found[2])) - options[found[1]] - {"--help"}
+                assert not unknown, f"{page.name}: {line}"
+                checked += 1
+    assert checked > 20
+
+
 def test_every_constant_that_was_tried_is_one_of_tuning() -> None:
     tried = (ROOT / "docs" / "tried.md").read_text(encoding="utf-8")
     tuning = ROOT / "src" / "expertlink" / "engines" / "nvlink" / "tuning.py"
