@@ -30,12 +30,11 @@ from expertlink.bench.records import (
     summarize,
 )
 from expertlink.bench.steps import Step
-from expertlink.bench.stopwatch import Stopwatch
+from expertlink.bench.stopwatch import IN_A_ROW, Stopwatch
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.launch import RankContext
 
 _MOST_INPUTS = 2  # low-latency rows are padded: an input may take gigabytes
-_IN_A_ROW = 20  # calls without a host wait: their launches fit into the GPU's queue
 _SAME = ("interface", "variant", "quantization", "uneven", "ranks", "tokens", "hidden", "topk")
 _SAME += ("experts", "max_tokens_per_rank")
 
@@ -206,7 +205,7 @@ def _host_us(call: Callable[[], object], plan: Plan, clock: Clock, waits: Stopwa
     """Median microseconds until a call has returned, without its wait for counts."""
     found: list[float] = []
     for number in range(-plan.warmup, plan.iters):
-        if number % _IN_A_ROW == 0 or number == -plan.warmup:
+        if number % IN_A_ROW == 0 or number == -plan.warmup:
             _meet(clock)
         waits.read()
         begin = time.perf_counter()
@@ -222,7 +221,7 @@ def _loop_us(call: Callable[[], object], plan: Plan, clock: Clock) -> float:
     """Mean microseconds of calls one after the other, until the work of all is done."""
     _meet(clock)
     begin = time.perf_counter()
-    count = min(_IN_A_ROW, plan.iters)
+    count = min(IN_A_ROW, plan.iters)
     for _ in range(count):
         call()
     if clock.on_gpu:

@@ -25,7 +25,7 @@ from expertlink.bench.environment import describe_environment
 from expertlink.bench.inputs import Input, prepare_inputs
 from expertlink.bench.measure import no_garbage_collection, open_communicator
 from expertlink.bench.records import Checked, Environment, Summary, summarize
-from expertlink.bench.stopwatch import Stopwatch
+from expertlink.bench.stopwatch import IN_A_ROW, Stopwatch
 from expertlink.communicator import MoECommunicator
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.jit.kernel import Kernel
@@ -33,7 +33,6 @@ from expertlink.launch import RankContext
 
 PHASES = ("dispatch", "combine")
 OUTPUTS = ("own", "prepared", "tracked")
-_IN_A_ROW = 20  # pairs without a host wait: their launches fit into the GPU's queue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +199,7 @@ def _loop(
     found: dict[str, list[list[float]]] = {phase: [] for phase in PHASES}
     dispatched = None
     for number in range(-plan.warmup, plan.iters):
-        if number % _IN_A_ROW == 0 or number == -plan.warmup:
+        if number % IN_A_ROW == 0 or number == -plan.warmup:
             if clock.on_gpu:
                 torch.cuda.synchronize()
             clock.barrier()

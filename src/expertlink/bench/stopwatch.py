@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+IN_A_ROW = 20  # calls, or pairs, without a host wait: their launches fit into the GPU's queue
 _CALIBRATIONS = 1000
 
 

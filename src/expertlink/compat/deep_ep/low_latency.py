@@ -22,6 +22,7 @@ from expertlink.compat.deep_ep.handles import TensorTuple, known_of
 from expertlink.compat.deep_ep.pool import Pool, refuse_through
 from expertlink.compat.deep_ep.streams import Streams, on, without_tracking
 from expertlink.errors import ExpertlinkError
+from expertlink.quantization import BLOCK
 from expertlink.types import DispatchHandle, DispatchOutput
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -29,7 +30,6 @@ Rows = Tensor | tuple[Tensor, Tensor]
 
 Hook = Callable[[], None]
 
-_BLOCK = 128
 _IDS = (torch.int64, torch.int32)
 
 
@@ -217,7 +217,7 @@ class LowLatencyCalls:
         """Raises `error` in place of a dispatch with these arguments; tells the other ranks."""
         hidden = topk = None
         if isinstance(x, Tensor) and x.dim() == 2 and x.is_contiguous():
-            hidden = x.shape[1] if x.shape[1] % _BLOCK == 0 else None
+            hidden = x.shape[1] if x.shape[1] % BLOCK == 0 else None
         if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2 and topk_ids.is_contiguous():
             topk = topk_ids.shape[1]
         experts = num_experts if num_experts % self._num_ranks == 0 else None
@@ -235,10 +235,10 @@ class LowLatencyCalls:
             topk_ids.dim() == 2 and topk_ids.dtype in _IDS,
             "topk_idx must be [T, K], int64 or int32",
         )
-        expect(hidden % _BLOCK == 0, f"H={hidden} is not a multiple of {_BLOCK}")
+        expect(hidden % BLOCK == 0, f"H={hidden} is not a multiple of {BLOCK}")
         expect(
-            quantization is None or hidden % (4 * _BLOCK) == 0,
-            f"H={hidden} is not a multiple of {4 * _BLOCK}, which use_fp8 needs",
+            quantization is None or hidden % (4 * BLOCK) == 0,
+            f"H={hidden} is not a multiple of {4 * BLOCK}, which use_fp8 needs",
         )
         expect(
             num_experts > 0 and num_experts % self._num_ranks == 0,

@@ -25,7 +25,7 @@ from torch import Tensor
 from expertlink.domains import Domains
 from expertlink.engines.hybrid.rail import Marked, Rail, RailError
 from expertlink.engines.hybrid.words import RANGE, Words
-from expertlink.engines.ranks.status import StatusStore
+from expertlink.engines.ranks.status import ABORT, StatusStore
 from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
 
 _POLL_S = 0.05  # between two looks at the words, or less where the time-out is short
@@ -38,7 +38,6 @@ _LOST_GRACE_S = 2.0  # when a connection broke: other ranks may be on their way
 _FOLLOW_S = 0.3  # for what missing ranks post themselves
 _LONGEST_TEXT = 2048
 _FAILED = "rail failed"  # name under which the first failure is posted
-_ABORT = "abort"  # and an abort, by wire.py
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class Monitor:
         status.publish(_sign(self._ranks.rank), f"{self._words.read()[0]} {self._beats}")
 
     def _posted(self, status: StatusStore) -> ExpertlinkError | None:
-        aborted = status.read(_ABORT)
+        aborted = status.read(ABORT)
         if aborted is not None:
             rank, _, reason = aborted.split(":", 2)
             return AbortError(

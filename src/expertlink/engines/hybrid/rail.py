@@ -31,13 +31,13 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 from expertlink.engines.hybrid import ending
 from expertlink.engines.hybrid.words import Marks
 from expertlink.engines.nvlink.capture import is_capturing
+from expertlink.engines.ranks.wire import WAIT_SLICE
 
 logger = logging.getLogger("expertlink")
 
 _CLOSING_S = 10.0
 _HELD_S = 0.3  # where a CUDA graph may hold calls of the rail: it can live for long
 _ABORTING_S = 1.0
-_SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
 _FOREVER = datetime.timedelta(days=3650)  # the monitor bounds the waits of a rail
 _SHORT = datetime.timedelta(milliseconds=1)
 _UNUSED_TAG = 0x7EADBEF
@@ -268,7 +268,7 @@ class NcclRail:
             if self._ended is not None:
                 raise RailError(self._ended)
             with contextlib.suppress(RuntimeError):  # this part of the wait is over
-                work.wait(_SLICE)
+                work.wait(WAIT_SLICE)
         work.wait()  # raises if the operation failed
         self._under_way = None
 

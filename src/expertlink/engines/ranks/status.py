@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
 
+ABORT = "abort"  # name under which a rank publishes its abort
 ANSWER_S = 2.0  # how long a query waits for the store
 _FIRST_POLL_S = 0.05
 _NEXT_POLL_S = 0.2

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
-from expertlink.engines.ranks.status import StatusStore, StoreSilentError, Watch
+from expertlink.engines.ranks.status import ABORT, StatusStore, StoreSilentError, Watch
 from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
 
 logger = logging.getLogger("expertlink")
@@ -34,11 +34,10 @@ logger = logging.getLogger("expertlink")
 _GRACE_S = 2.0  # how long a rank whose wait failed polls for the others' signs of life
 _REASON_S = 0.5  # how long to wait for the reason of a known abort
 _POLL_S = 0.02
-_SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
+WAIT_SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals are served in between
 _MARGIN_S = 5.0  # gloo ends its waits itself; this bound is for the case that it does not
 _TEXT_BYTES = 2048
 _HANDSHAKES = "handshakes"  # name under which a rank counts those of the group
-_ABORT = "abort"  # name under which a rank publishes its abort
 _UNUSED_TAG = 0x7EADBEE
 
 # Aborts that have been raised in this process. A handshake can be repeated under its old name, and
@@ -197,8 +196,8 @@ class Wire:
             return
         text = f"{self.rank}:{uuid.uuid4().hex}:{reason[:_TEXT_BYTES]}"
         try:
-            self._status.publish(f"{_ABORT}/{self.rank}", text)
-            self._status.publish_first(_ABORT, text)
+            self._status.publish(f"{ABORT}/{self.rank}", text)
+            self._status.publish_first(ABORT, text)
         except RuntimeError as error:
             logger.debug("rank %d: the abort could not be published: %s", self.rank, error)
 
@@ -209,7 +208,7 @@ class Wire:
         deadline = time.monotonic() + _REASON_S
         with contextlib.suppress(RuntimeError):
             while True:
-                text = self._status.read(f"{_ABORT}/{rank}")
+                text = self._status.read(f"{ABORT}/{rank}")
                 if text is not None:
                     return text.split(":", 2)[2]
                 if time.monotonic() > deadline:
@@ -304,7 +303,7 @@ class Wire:
         watch = self._watch_aborts()
         while True:
             try:
-                work.wait(_SLICE)
+                work.wait(WAIT_SLICE)
             except RuntimeError:
                 if work.is_completed():
                     work.wait()  # raises if the operation failed
@@ -317,7 +316,7 @@ class Wire:
                 raise TimeoutError(f"not finished after {waited:.1f} s")
 
     def _watch_aborts(self) -> Watch | None:
-        return None if self._status is None else self._status.watch(_ABORT)
+        return None if self._status is None else self._status.watch(ABORT)
 
     def _check_abort(self, watch: Watch | None, *, phase: str, call: int) -> None:
         """Raises AbortError if another rank is known to have aborted. Returns at once."""
@@ -417,8 +416,8 @@ class Wire:
                 self.call = attempt
                 self.set_key(f"handshake {attempt}")
                 with status.patient(self.timeout_s):
-                    if (status.read(_ABORT) or "").startswith(f"{self.rank}:"):
-                        status.remove(_ABORT)  # of an earlier attempt of this rank
+                    if (status.read(ABORT) or "").startswith(f"{self.rank}:"):
+                        status.remove(ABORT)  # of an earlier attempt of this rank
                     self._publish_sign(0.0)
                 self._await_all(status, attempt, started)
                 counts.publish(f"{_HANDSHAKES}/{self.rank}", str(attempt + 1))
@@ -479,7 +478,7 @@ class Wire:
         waited = time.monotonic() - started
         self.phase, self.call = phase, call
         with contextlib.suppress(RuntimeError):  # `_find_missing` reports a silent store
-            text = None if self._status is None else self._status.read(_ABORT)
+            text = None if self._status is None else self._status.read(ABORT)
             if text is not None and text not in _raised_aborts:
                 return self._aborted(text, phase=phase, call=call)
         missing, note = self._find_missing(waited)
