@@ -32,6 +32,21 @@ class Listing:
     note: Callable[[Sequence[Any]], str]  # what the columns are
 
 
+def _sizes_of(record: DropInRecord | BackwardRecord) -> str:
+    shape = f"T={record.tokens} H={record.hidden} K={record.topk} E={record.experts}"
+    return f"{shape} R={record.ranks}"
+
+
+def _routing_of(record: DropInRecord | BackwardRecord | LayerRecord) -> str:
+    return record.routing + (" uneven" if record.uneven else "")
+
+
+def _budgets_of(record: BackwardRecord | LayerRecord) -> str:
+    """SMs of both calls, once where they are equal."""
+    budgets = dict.fromkeys((record.num_sms_dispatch, record.num_sms_combine))
+    return "+".join("auto" if budget is None else str(budget) for budget in budgets)
+
+
 def _overlap_row(record: OverlapRecord) -> list[str]:
     """A budget of SMs belongs to the case."""
     case = Case(**record.case)
@@ -87,9 +102,8 @@ def layer_name(record: LayerRecord) -> str:
     """The case in a few words."""
     words = [record.model, *([f"{record.layers} layers"] if record.layers > 1 else [])]
     words += [record.variant, f"T={record.tokens}", f"R={record.ranks}", record.dtype]
-    words += [record.routing + (" uneven" if record.uneven else "")]
-    budgets = dict.fromkeys((record.num_sms_dispatch, record.num_sms_combine))
-    sms = "+".join("auto" if budget is None else str(budget) for budget in budgets)
+    words.append(_routing_of(record))
+    sms = _budgets_of(record)
     return " · ".join([*words, *([] if sms == "auto" else [f"SMs={sms}"])])
 
 
@@ -100,7 +114,7 @@ def _layer_row(record: LayerRecord) -> list[str]:
     turns = [text_of(record.communication_us), overlap, text_of(record.compute_sms)]
     turns.append(text_of(record.unlimited_us))
     peak = record.memory_peak_bytes
-    memory = "" if peak is None else f"{peak / (1 << 20):.0f}"
+    memory = "" if peak is None else f"{peak / _MIB:.0f}"
     phase = record.phase.removeprefix("layer_")
     numbers = [*map(text_of, values), exposed, *turns, memory]
     return [layer_name(record), record.engine, phase, *numbers]
@@ -114,9 +128,8 @@ _DROP_IN_NOTE = (
 
 
 def _drop_in_row(record: DropInRecord) -> list[str]:
-    shape = f"T={record.tokens} H={record.hidden} K={record.topk} E={record.experts}"
-    words = [record.interface, f"{shape} R={record.ranks}", record.quantization or "bfloat16"]
-    words += [record.routing + (" uneven" if record.uneven else "")]
+    words = [record.interface, _sizes_of(record), record.quantization or "bfloat16"]
+    words.append(_routing_of(record))
     values = (record.time_us, record.idle_us, record.loop_us, record.host_us)
     values += (record.library_host_us, record.added_us)
     sms = text_of(record.num_sms)
@@ -138,17 +151,14 @@ _BACKWARD_NOTE = (
 
 
 def _backward_row(record: BackwardRecord) -> list[str]:
-    shape = f"T={record.tokens} H={record.hidden} K={record.topk} E={record.experts}"
-    words = [f"{record.layout} {record.variant}", f"{shape} R={record.ranks}", record.dtype]
-    words += [record.routing + (" uneven" if record.uneven else "")]
+    words = [f"{record.layout} {record.variant}", _sizes_of(record), record.dtype]
+    words.append(_routing_of(record))
     words += [f"{record.hosts} hosts"] if record.hosts > 1 else []
-    budgets = dict.fromkeys((record.num_sms_dispatch, record.num_sms_combine))
-    sms = "+".join("auto" if budget is None else str(budget) for budget in budgets)
     sizes = (record.expanded_bytes, record.kept_bytes, record.memory_peak_bytes)
     memory = ["" if size is None else text_of(size / _MIB) for size in sizes]
     share = "" if record.memory_ratio is None else f"{record.memory_ratio:.2f}"
     times = [text_of(record.forward_us), text_of(record.time_us), f"{record.backward_ratio:.2f}"]
-    return [" · ".join(words), record.engine, sms, *times, *memory, share]
+    return [" · ".join(words), record.engine, _budgets_of(record), *times, *memory, share]
 
 
 OVERLAP = Listing(
