@@ -218,10 +218,10 @@ def test_a_stopped_process_gets_its_time(monkeypatch: pytest.MonkeyPatch) -> Non
         rank = ranks.all[0]
         rank.monitor.stop()
         rank.words.begin()
-        rank.monitor.look()
+        rank.monitor.poll()
         later = time.monotonic() + 1e4
         monkeypatch.setattr(monitors.time, "monotonic", lambda: later)
-        rank.monitor.look()
+        rank.monitor.poll()
         assert rank.monitor.failure is None
 
 

@@ -28,11 +28,11 @@ from expertlink.engines.hybrid.words import RANGE, Words
 from expertlink.engines.ranks.status import ABORT, StatusStore
 from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
 
-_POLL_S = 0.05  # between two looks at the words, or less where the time-out is short
+_POLL_S = 0.05  # between two polls of the words, or less where the time-out is short
 _POLLS_PER_TIMEOUT = 20
 _BEAT_S = 0.2  # between two signs of life of a rank that waits
 _FIRST_BEAT_S = 0.25  # after which it posts the first one: short waits cost nothing
-_LONGEST_STEP_S = 1.0  # that one look counts: a process that was stopped gets its time
+_LONGEST_STEP_S = 1.0  # that one poll counts: a process that was stopped gets its time
 _EXPIRED_GRACE_S = 0.5  # for signs, when a wait has expired: every rank had its time
 _LOST_GRACE_S = 2.0  # when a connection broke: other ranks may be on their way
 _FOLLOW_S = 0.3  # for what missing ranks post themselves
@@ -98,7 +98,7 @@ class Monitor:
         self._judging = threading.Lock()  # held while somebody finds out why
         self._step = (0, 0)
         self._waited = 0.0
-        self._looked = time.monotonic()
+        self._polled = time.monotonic()
         self._next_beat, self._beats = 0.0, 0
         stop = threading.Event()
         thread = threading.Thread(
@@ -141,7 +141,7 @@ class Monitor:
         with self._judging:
             if self._failure is None:
                 # This thread may have been in the step for longer than the monitor knows.
-                waited = self._waited + time.monotonic() - self._looked
+                waited = self._waited + time.monotonic() - self._polled
                 self._fail(self._judge(waited + time.monotonic() - began, str(error)))
         assert self._failure is not None
         self._raised = True
@@ -160,13 +160,13 @@ class Monitor:
 
     @property
     def interval_s(self) -> float:
-        """Time between two looks."""
+        """Time between two polls."""
         return min(_POLL_S, self.timeout_s / _POLLS_PER_TIMEOUT)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Compares the words with the clock, once."""
         now = time.monotonic()
-        passed, self._looked = min(now - self._looked, _LONGEST_STEP_S), now
+        passed, self._polled = min(now - self._polled, _LONGEST_STEP_S), now
         if self._failure is not None:
             return
         fault = self._fault()
@@ -478,13 +478,13 @@ def _ranks_in(text: str) -> list[int]:
 
 
 def _watch(monitor: Callable[[], Monitor | None], stop: threading.Event) -> None:
-    """Looks until stopped, or until nobody holds the monitor any more."""
+    """Polls until stopped, or until nobody holds the monitor any more."""
     interval_s = 0.0
     while not stop.wait(interval_s):
         alive = monitor()
         if alive is None:
             return
-        alive.look()
+        alive.poll()
         interval_s = alive.interval_s
         del alive
 
