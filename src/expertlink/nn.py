@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -444,7 +445,8 @@ class MoELayer(nn.Module):
         self.mark_copies_summed()
 
     def mark_copies_summed(self) -> None:
-        """Says that the gradients of copies are added up, whoever did it, up to the next step."""
+        """Says that the gradients of copies are added up, whoever did it. It holds up to the next
+        step or backward pass."""
         self._summed.update(name for name, _ in self.experts.named_parameters())
 
     def rebalance(
@@ -476,6 +478,7 @@ class MoELayer(nn.Module):
             tensor.copy_(after)
         for parameter in parameters:
             parameter.grad = None
+        self._summed.clear()
         self.placement = new
         self.experts.expert_ids = new.experts_of_rank[self.comm.rank]
         if self._physical is None:
@@ -533,26 +536,54 @@ def _guard(layer: MoELayer) -> None:
     if not layer.has_copies:
         return
     _with_copies.add(layer)
+    for name, parameter in layer.experts.named_parameters():
+        if parameter.requires_grad:
+            # What a backward pass adds is not summed, and a step before it may have been left out.
+            parameter.register_post_accumulate_grad_hook(partial(_unmark, layer._summed, name))
     if not _hooks:
         check, note = (cast(Any, torch.compiler.disable(f)) for f in (_check_step, _note_step))
         _hooks.append(register_optimizer_step_pre_hook(check))
         _hooks.append(register_optimizer_step_post_hook(note))
 
 
-def _stepped(optimizer: torch.optim.Optimizer) -> Iterator[tuple[MoELayer, str]]:
-    """Parameters of experts with copies that a step changes."""
+def _unmark(summed: set[str], name: str, parameter: Tensor) -> None:
+    summed.discard(name)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> Iterator[tuple[MoELayer, str, Tensor]]:
+    """Parameters of experts with copies that an optimizer has."""
     if not _with_copies:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in list(_with_copies):
         for name, parameter in layer.experts.named_parameters():
-            if parameter.grad is not None and id(parameter) in held:
-                yield layer, name
+            if id(parameter) in held:
+                yield layer, name, parameter
 
 
-def _check_step(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
-    for layer, name in _stepped(optimizer):
-        if name not in layer._summed:
+def _check_step(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> Any:
+    """Before a step; one with a closure gets its gradients from that."""
+    positional = len(args) > 1  # behind the optimizer itself
+    closure = args[1] if positional else options.get("closure")
+    if not callable(closure):
+        _check_gradients(optimizer)
+        return None
+    if next(_held(optimizer), None) is None:
+        return None
+
+    def checked() -> Any:
+        loss = closure()
+        _check_gradients(optimizer)
+        return loss
+
+    if positional:
+        return (args[0], checked, *args[2:]), options
+    return args, {**options, "closure": checked}
+
+
+def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
+    for layer, name, parameter in _held(optimizer):
+        if parameter.grad is not None and name not in layer._summed:
             raise InputError(
                 f"{type(optimizer).__name__}.step: gradients of {name} are those of single copies "
                 "of experts; call sum_copies_gradients() after backward, on all ranks, or "
@@ -561,7 +592,7 @@ def _check_step(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> No
 
 
 def _note_step(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
-    for layer, name in _stepped(optimizer):
+    for layer, name, _ in _held(optimizer):
         layer._summed.discard(name)
 
 

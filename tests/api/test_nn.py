@@ -307,6 +307,14 @@ def test_steps_with_gradients_of_single_copies_are_refused(rank_pools) -> None:
             assert text.startswith("SGD.step: gradients of gate_up are those of single copies")
 
 
+def test_sums_hold_for_one_step_whether_it_comes_or_not(rank_pools) -> None:
+    for said in rank_pools(2).run(moe_layers.steps_that_are_left_out, timeout_s=60):
+        skipped, more, first_closure, second_closure, closure_alone, moved = said
+        assert first_closure == second_closure == ""
+        for text in (skipped, more, closure_alone, moved):
+            assert "are those of single copies" in text
+
+
 def test_what_ranks_save_makes_one_checkpoint(rank_pools) -> None:
     rank_pools(2).run(moe_layers.checkpoints, timeout_s=60)
 

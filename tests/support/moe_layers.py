@@ -305,6 +305,48 @@ def steps_without_sums(ctx: RankContext) -> list[str]:
     return said
 
 
+def steps_that_are_left_out(ctx: RankContext) -> list[str]:
+    """What steps without sums say after sums whose step never came, and of closures."""
+    case = LayerCase((3, 3), ExpertPlacement(EXPERTS, ((0, 1, 2), (0, 3, 4))))
+    said: list[str] = []
+    with MoECommunicator(case.config(ctx.device)) as comm:
+        layer = layer_of(comm, case)
+        optimizer = torch.optim.SGD(layer.experts.parameters(), lr=0.1)
+
+        def backward(*, sums: bool) -> None:
+            layer(*inputs_of(case, ctx.rank)).sum().backward()
+            if sums:
+                layer.sum_copies_gradients()
+
+        def step(**options: Any) -> None:
+            try:
+                optimizer.step(**options)
+                said.append("")
+            except InputError as error:
+                said.append(str(error))
+
+        backward(sums=True)  # as where a scaler of gradients has found an overflow
+        optimizer.zero_grad()
+        backward(sums=False)
+        step()
+        layer.sum_copies_gradients()
+        backward(sums=False)  # more than what was added up
+        step()
+        for sums in (True, True, False):
+
+            def closure(sums: bool = sums) -> float:
+                optimizer.zero_grad()
+                backward(sums=sums)
+                return 0.0
+
+            step(closure=closure)
+        backward(sums=True)
+        layer.rebalance(layer.placement)
+        layer.experts.down.grad = torch.ones_like(layer.experts.down)
+        step()
+    return said
+
+
 class Mixed(nn.Module):
     """Replicated weights before and in a layer; `recompute` runs the layer."""
 
