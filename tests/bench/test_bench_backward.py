@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import RankPools
+from expertlink.bench import backward
 from expertlink.bench.backward import (
     BACKWARD_PAIR,
     BackwardRecord,
@@ -73,6 +74,27 @@ def test_two_ranks(rank_pools: RankPools, tmp_path: Path) -> None:
     assert read_records(path, BackwardRecord) == latest(every) == every
     [page] = [page for page in PAGES if page.name == "backward"]
     assert "| x forward |" in (page_text(page, tmp_path, pictures_at="records") or "")
+
+
+def of_many_bytes(context: RankContext) -> list[BackwardRecord]:
+    """Runs on a rank: rows as large as on GPUs, as far as records know."""
+    made = backward._Pair
+
+    class Large(made):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.expanded_bytes = (1 << 29) + 1 + context.rank
+
+    plan = Plan(iters=1, warmup=0, inputs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "_Pair", Large)
+        [records] = measure_backward(context, [pair_case()], plan, on_progress=lambda _: None)
+    return records
+
+
+def test_bytes_are_counted_to_the_last_one(rank_pools: RankPools) -> None:
+    [record], _ = rank_pools(2).run(of_many_bytes)
+    assert record.expanded_bytes == (1 << 29) + 2
 
 
 @pytest.mark.parametrize("wrong", ["tokens", "weights"])

@@ -3,6 +3,8 @@ page says of it."""
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -144,6 +146,44 @@ def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     with mock.patch.object(ahead, "ProcessPoolExecutor", side_effect=AssertionError):
         assert ahead.compile_ahead([Case(**shape), Case(**shape, variant="static")]) == 0
         assert ahead.compile_ahead([case for case in GRID if case.engine == "collective"]) == 0
+
+
+class _Pool:
+    """Workers that run nothing: each task fails as it is told to, by the name of its function."""
+
+    def __init__(self, failures: dict[str, Exception]) -> None:
+        self._failures = failures
+
+    def __call__(self, *_: object, **__: object) -> _Pool:
+        return self
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, task: Any, *_: object) -> Future[Any]:
+        future: Future[Any] = Future()
+        error = self._failures.get(task.__name__)
+        future.set_result("sm_90a") if error is None else future.set_exception(error)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [
+        ("_architecture", RuntimeError("CUDA error: the GPU is in exclusive use")),
+        ("compile_for", BrokenProcessPool("a worker was killed")),
+        ("compile_for", OSError("no space left")),
+    ],
+)
+def test_a_run_goes_on_where_nothing_can_be_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch, task: str, error: Exception
+) -> None:
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", _Pool({task: error}))
+    monkeypatch.setattr(ahead.compiler, "unavailable_reason", lambda: None)
+    assert ahead.compile_ahead([case for case in GRID if case.engine == "nvlink"]) == 0
 
 
 def test_a_page_says_what_is_slower_than_nccl(tmp_path: Path) -> None:

@@ -232,9 +232,8 @@ def _measure(
     comm.check_health()
     gathered = times.gather(clock)
     expanded = max(pair.expanded_bytes for pair in pairs)
-    # Of one rank together: that with the largest peak.
     peak = int(gathered[case.variant, BACKWARD_PAIR, "memory"].max())
-    largest = clock.gather(torch.tensor([float(expanded), float(kept)])).amax(dim=0).tolist()
+    largest = clock.gather(torch.tensor([expanded, kept])).amax(dim=0).tolist()
 
     def of(phase: str, kind: str) -> Summary:
         return summarize(slowest_rank(gathered[case.variant, phase, kind]))
@@ -242,8 +241,8 @@ def _measure(
     time_us, forward_us = of(BACKWARD_PAIR, "time"), of(_FORWARD, "time")
     memory: dict[str, Any] = {}
     if clock.on_gpu:
-        memory = {"kept_bytes": int(largest[1]), "memory_peak_bytes": peak}
-        memory["memory_ratio"] = round(peak / max(largest[0], 1.0), 4)
+        memory = {"kept_bytes": largest[1], "memory_peak_bytes": peak}
+        memory["memory_ratio"] = round(peak / max(largest[0], 1), 4)
     return BackwardRecord(
         engine=comm.engine_name,
         phase=BACKWARD_PAIR,
@@ -254,7 +253,7 @@ def _measure(
         forward_us=forward_us,
         forward_host_us=of(_FORWARD, "host"),
         backward_ratio=round(time_us.median / forward_us.median, 4),
-        expanded_bytes=int(largest[0]),
+        expanded_bytes=largest[0],
         **memory,
         environment=describe_environment(clock.device),
         aligned="device" if clock.on_gpu else "host",

@@ -12,7 +12,6 @@ import torch
 
 from expertlink.bench.cases import Case
 from expertlink.bench.environment import usable_cores
-from expertlink.errors import ExpertlinkError
 from expertlink.jit import compiler
 
 logger = logging.getLogger("expertlink")
@@ -22,7 +21,8 @@ _FEWEST = 3  # communicators; fewer are compiled when they are opened
 
 def compile_ahead(cases: Sequence[Case]) -> int:
     """Fills the cache of kernels for cases of the nvlink engine on one host; returns how many
-    communicators they have. Where that fails, it fails again, with its reason, in the case."""
+    communicators were compiled for. Where that fails, for whatever reason, ranks compile when they
+    open a communicator, and say what is wrong."""
     wanted = {
         (case.communicator, case.calls.static, case.calls.zero_copy): case
         for case in cases
@@ -32,15 +32,22 @@ def compile_ahead(cases: Sequence[Case]) -> int:
         return 0
     context = multiprocessing.get_context("spawn")
     workers = min(len(wanted), usable_cores())
+    compiled = 0
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        # In another process: this one leaves the GPUs to its ranks.
-        arch = pool.submit(_architecture).result()
-        for future in [pool.submit(compile_for, case, arch) for case in wanted.values()]:
+        try:
+            # In another process: this one leaves the GPUs to its ranks.
+            arch = pool.submit(_architecture).result()
+        except Exception as error:
+            logger.info("nothing is compiled ahead: %s", error)
+            return 0
+        futures = [pool.submit(compile_for, case, arch) for case in wanted.values()]
+        for future in futures:
             try:
                 future.result()
-            except ExpertlinkError as error:
+                compiled += 1
+            except Exception as error:
                 logger.info("not compiled ahead: %s", error)
-    return len(wanted)
+    return compiled
 
 
 def compile_for(case: Case, arch: str) -> None:
