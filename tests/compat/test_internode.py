@@ -89,3 +89,19 @@ def test_what_several_hosts_do_not_have(rank_pools) -> None:
     for said in run_on(rank_pools, "cpu", TWO, internode.bad_calls):
         assert "peers can be masked on GPUs of one NVLink domain" in said[0]
         assert "a handle is expected" in said[1]
+
+
+def test_groups_with_gloo_between_gpus(rank_pools) -> None:
+    """As vLLM hands them over: on one host they will do, over several all ranks refuse them."""
+    pool = rank_pools(2)
+    assert pool.run(internode.gloo_between_gpus, (0, 0)) == [["cuda:0"]] * 2
+    for said in pool.run(internode.gloo_between_gpus, TWO):
+        assert len(said) == 3
+        for text in said:
+            assert text.startswith("CallError: group: its ranks are on 2 hosts")
+            assert "pass one that has NCCL" in text
+
+
+def test_constructors_that_meet_other_calls(rank_pools) -> None:
+    for said in run_on(rank_pools, "cpu", TWO, internode.different_constructors):
+        assert "rank 0: tokens; rank 1: host" in said

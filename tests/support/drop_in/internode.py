@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from expertlink.compat.deep_ep import (
@@ -14,6 +16,10 @@ from expertlink.compat.deep_ep import (
     get_logical_domain_size,
     get_physical_domain_size,
 )
+from expertlink.compat.deep_ep import pool as pools
+from expertlink.engines.hybrid.discovery import HOST_ID
+from expertlink.errors import ConfigurationError
+from expertlink.launch import RankContext
 from support.drop_in.decode import refusal
 from support.drop_in.inputs import Shapes, calc_diff
 from support.drop_in.intranode import Intranode
@@ -118,6 +124,49 @@ def domains(place: Place) -> bool:
     assert (kept.num_nvl_bytes, kept.num_rdma_bytes) == (256, 384)
     assert kept.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True).shape == (384,)
     return True
+
+
+def gloo_between_gpus(ctx: RankContext, hosts: tuple[int, ...]) -> list[str]:
+    """What constructors of ranks with GPUs say of a group with gloo that spans these hosts."""
+    group = dist.group.WORLD
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOST_ID, f"host {hosts[ctx.rank]}")
+        patch.setattr(pools, "current_device", lambda: torch.device("cuda", 0))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        if len(set(hosts)) == 1:
+            return [str(pools.connect(group).device)]
+        return [
+            refusal(lambda: Buffer(group)),
+            refusal(lambda: Buffer(group, low_latency_mode=True)),
+            refusal(lambda: ElasticBuffer(group, num_bytes=2 << 20)),
+        ]
+
+
+def different_constructors(place: Place) -> str:
+    """What ranks say of which one makes a buffer while the others dispatch."""
+    buffer: Any = Buffer(place.group)
+    ids = torch.zeros(4, 1, dtype=torch.int64, device=place.device)
+    x = torch.ones(4, 8, dtype=torch.bfloat16, device=place.device)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, place.num_ranks)
+
+    def dispatch() -> Any:
+        return buffer.dispatch(
+            x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=ids,
+            topk_weights=ids.float(),
+        )
+
+    said = ""
+    try:
+        Buffer(place.group) if place.rank else dispatch()
+    except ConfigurationError as error:
+        said = str(error)
+    rows, *_ = dispatch()
+    assert len(rows) == (0 if place.rank else 4 * place.num_ranks)
+    return said
 
 
 def bad_calls(place: Place) -> list[str]:

@@ -1,8 +1,8 @@
 """Low-latency calls of `Buffer`: decode.
 
 Rows are moved by EXPERT_MAJOR communicators of mode "ll", one for every (M, H, E, K, format of
-rows). The routing weights come with combine, so every row travels back and is weighted where the
-token lives. What depends on shapes alone is made once and kept.
+rows). The routing weights come with combine: they go to the ranks of the experts, which add up what
+they return. What depends on shapes alone is made once and kept.
 """
 
 from __future__ import annotations

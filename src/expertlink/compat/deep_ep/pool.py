@@ -66,7 +66,8 @@ class GroupRanks:
         """Which ranks share a host, as the engines find it. Collective, unless R = 1."""
         if self._group.size() == 1:
             return Domains.one(1)
-        return Domains.of(handshake.texts_of(self._wire(device), domain_label(device)))
+        label = domain_label(device)
+        return Domains.of(handshake.texts_of(self._wire(device), label, what="host"))
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of all ranks' numbers. Collective; bounded by EXPERTLINK_STARTUP_TIMEOUT."""
@@ -354,9 +355,23 @@ def connect(group: Any) -> Pool:
     """The pool of a new buffer: on CUDA's current device, or on the CPU where there is no GPU.
 
     Collective: the ranks tell each other which hosts they are on.
+
+    Raises:
+        CallError: the group cannot move rows between GPUs of several hosts, on every rank; or a
+            CUDA graph is captured.
     """
     device, ranks = current_device(), GroupRanks(group)
-    return Pool(ranks, device, ranks.hosts(device))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise CallError("a buffer cannot be made while a CUDA graph is captured")
+    domains = ranks.hosts(device)
+    if domains.num_hosts > 1:
+        reason = handshake.cannot_move(group, device)
+        if reason is not None:
+            raise CallError(
+                f"group: its ranks are on {domains.num_hosts} hosts, and {reason}; pass one that "
+                "has NCCL"
+            )
+    return Pool(ranks, device, domains)
 
 
 def current_device() -> torch.device:

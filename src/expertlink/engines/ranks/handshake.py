@@ -86,7 +86,7 @@ def handshake(
         "key": uuid.uuid4().hex,
     }
     answers: list[dict[str, Any]] = []
-    for rank, text in enumerate(texts_of(wire, json.dumps(mine))):
+    for rank, text in enumerate(texts_of(wire, json.dumps(mine), what="configuration")):
         try:
             answers.append(json.loads(text))
         except ValueError as error:
@@ -113,10 +113,9 @@ def largest_of(wire: Wire, number: int) -> int:
     """The largest of all ranks' numbers. Collective; in the order of the group's handshakes.
 
     Raises:
-        PeerError: another rank refused.
-        PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
+        What `texts_of` raises.
     """
-    return max(int(text) for text in texts_of(wire, str(number)))
+    return max(int(text) for text in texts_of(wire, str(number), what="tokens"))
 
 
 def refuse(wire: Wire, error: Exception) -> NoReturn:
@@ -132,15 +131,21 @@ def refuse(wire: Wire, error: Exception) -> NoReturn:
     raise error
 
 
-def texts_of(wire: Wire, text: str) -> list[str]:
+def texts_of(wire: Wire, text: str, *, what: str) -> list[str]:
     """Every rank's text. Collective; in the order of the group's handshakes.
+
+    Args:
+        wire: the ranks' connection.
+        text: this rank's.
+        what: a word for what the texts are, the same on all ranks.
 
     Raises:
         PeerError: another rank refused.
+        ConfigurationError: on every rank: some exchange something else.
         PeerTimeoutError: a rank did not arrive within `wire.timeout_s`.
     """
     _meet(wire)
-    texts = wire.gather_text(text)
+    texts = wire.gather_text(f"{what}: {text}")
     refused = {
         rank: text.removeprefix(_REFUSED)
         for rank, text in enumerate(texts)
@@ -149,7 +154,14 @@ def texts_of(wire: Wire, text: str) -> list[str]:
     if refused:
         reasons = "; ".join(f"rank {rank} refused it: {why}" for rank, why in refused.items())
         raise PeerError(f"no communicator was made for a call: {reasons}", ranks=list(refused))
-    return texts
+    words = [text.partition(": ")[0] for text in texts]
+    if len(set(words)) > 1:
+        found = "; ".join(f"rank {rank}: {shortened(word)}" for rank, word in enumerate(words))
+        raise ConfigurationError(
+            f"ranks came to different handshakes of their group ({found}): all have to make the "
+            "same communicators, buffers and first calls in the same order"
+        )
+    return [text.removeprefix(f"{what}: ") for text in texts]
 
 
 def _meet(wire: Wire) -> None:
