@@ -429,18 +429,22 @@ class MoELayer(nn.Module):
 
         Call it on all ranks once for every step of the optimizer: after the last backward, before
         gradients are clipped. All copies then have the same bits, so steps keep them equal. A
-        missing gradient counts as zero. Without copies nothing is done.
+        missing gradient counts as zero; parameters without `requires_grad`, alike on all ranks,
+        are left out. Without copies nothing is done.
 
         Raises:
             What `MoECommunicator.sum_copies` raises.
         """
         if not self.has_copies:
             return
-        parameters = [self.experts.gate_up, self.experts.down]
+        both = (self.experts.gate_up, self.experts.down)
+        parameters = [parameter for parameter in both if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not grads:  # all are frozen
+            return
         self.comm.sum_copies(grads, placement=self.placement)
         self.mark_copies_summed()
 

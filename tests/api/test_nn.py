@@ -309,8 +309,8 @@ def test_steps_with_gradients_of_single_copies_are_refused(rank_pools) -> None:
 
 def test_sums_hold_for_one_step_whether_it_comes_or_not(rank_pools) -> None:
     for said in rank_pools(2).run(moe_layers.steps_that_are_left_out, timeout_s=60):
-        skipped, more, first_closure, second_closure, closure_alone, moved = said
-        assert first_closure == second_closure == ""
+        skipped, more, first_closure, second_closure, closure_alone, moved, frozen = said
+        assert first_closure == second_closure == frozen == ""
         for text in (skipped, more, closure_alone, moved):
             assert "are those of single copies" in text
 

@@ -344,6 +344,11 @@ def steps_that_are_left_out(ctx: RankContext) -> list[str]:
         layer.rebalance(layer.placement)
         layer.experts.down.grad = torch.ones_like(layer.experts.down)
         step()
+        layer.experts.gate_up.requires_grad_(False)
+        optimizer.zero_grad()
+        backward(sums=True)
+        assert layer.experts.gate_up.grad is None, "it is frozen: decay would change it"
+        step()
     return said
 
 
