@@ -63,8 +63,9 @@ class DropInRecord(Checked):
     time_us: Summary  # from inputs ready to outputs usable; of a graph, over its calls
     idle_us: Summary | None = None  # CUDA, eager: from an idle device, launches included
     loop_us: float | None = None  # eager: a call in a tight loop, its work included: mean
-    # Eager. Host time of a call in a tight loop without the wait for counts, of the rank that takes
-    # longest: medians. The library's own call takes turns with it, with its own number of SMs.
+    # Eager. Host time of a call in a tight loop, of the rank that takes longest: medians; without
+    # the wait for counts on `nvlink` and `hybrid`, with all that ranks exchange on `collective`.
+    # The library's own call takes turns with it, with its own number of SMs.
     host_us: float | None = None
     library_host_us: float | None = None
     added_us: float | None = None  # the difference of the two
