@@ -267,6 +267,47 @@ def test_a_process_ends_while_graphs_hold_rails() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_a_process_ends_where_no_thread_can_be_started() -> None:
+    """As since Python 3.12 while the interpreter ends: nothing is ended, graphs may go."""
+    refuses = """
+import atexit, threading
+def refuse(thread):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+atexit.register(setattr, threading.Thread, "start", refuse)
+"""
+    before, after = END_OF_A_PROCESS.split("closed._captured = True")
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{before}{refuses}closed._captured = True{after}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_rail_that_is_collected_while_another_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its finalizer may run in the thread that starts the other one's end."""
+    start, groups = threading.Thread.start, (FakeGroup(), FakeGroup())
+    first, rails = NcclRail(groups[0], device=GPU), [NcclRail(groups[1], device=GPU)]
+
+    def collect(thread: threading.Thread) -> None:
+        start(thread)
+        rails.clear()
+
+    for group in groups:
+        group.gone.set()
+    monkeypatch.setattr(threading.Thread, "start", collect)
+    closing = threading.Thread(target=first.close, daemon=True)
+    start(closing)
+    closing.join(10)
+    assert not closing.is_alive()
+    for thread in threading.enumerate():
+        if thread.name == "expertlink rail end":
+            thread.join(10)
+    assert [group.calls for group in groups] == [["shutdown"]] * 2
+
+
 def test_an_abort_does_not_wait_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL ends its kernels first, and then waits until no CUDA graph holds one."""
     released, begun = threading.Event(), threading.Event()

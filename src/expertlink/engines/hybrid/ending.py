@@ -6,7 +6,8 @@ destructor of torch's process group, whatever its time-out is. Therefore they ar
 which are left behind while a graph lives on.
 
 Such a thread must not come back while the interpreter ends: torch then ends the process
-("terminate called without an active exception"). So graphs that live at that time are kept.
+("terminate called without an active exception"). So graphs that live at that time are kept. Since
+Python 3.12 no thread can be started at that time: what would be ended is then kept as well.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import torch
 
 _AT_EXIT_S = 1.0
 
-_lock = threading.Lock()
+# Without a lock: finalizers end communicators too, and one may run inside any function of this file.
 _threads: list[threading.Thread] = []
+_lock = threading.Lock()  # of `_open`
 _open: weakref.WeakSet[Endable] = weakref.WeakSet()
 
 
@@ -47,7 +49,8 @@ def end(call: Callable[[], object], name: str, seconds: float) -> bool:
         seconds: 0: does not wait.
 
     Returns:
-        Whether the call has ended.
+        Whether the call has ended. Where no thread can be started any more, it never begins, and
+        what it belongs to is kept.
     """
 
     def run() -> None:
@@ -55,10 +58,16 @@ def end(call: Callable[[], object], name: str, seconds: float) -> bool:
             call()
 
     thread = threading.Thread(target=run, name=name, daemon=True)
-    with _lock:
-        _threads[:] = [each for each in _threads if each.is_alive()]
+    try:
         thread.start()
-        _threads.append(thread)
+    except RuntimeError:  # the interpreter ends
+        keep(call)
+        return False
+    _threads.append(thread)
+    for each in list(_threads):
+        if not each.is_alive():
+            with contextlib.suppress(ValueError):  # another thread has removed it
+                _threads.remove(each)
     thread.join(seconds)
     return not thread.is_alive()
 
@@ -80,7 +89,7 @@ def _at_exit() -> None:
     for member in list(_open):
         member.end_at_exit()
     deadline = time.monotonic() + _AT_EXIT_S
-    for thread in _threads:
+    for thread in list(_threads):
         thread.join(max(0.0, deadline - time.monotonic()))
     if any(thread.is_alive() for thread in _threads):
         for graph in live_graphs():
