@@ -26,7 +26,7 @@ import torch
 
 _AT_EXIT_S = 1.0
 
-# Without a lock: finalizers end communicators too, and one may run inside any function of this file.
+# Without a lock: finalizers end communicators too, and may run inside any function of this file.
 _threads: list[threading.Thread] = []
 _lock = threading.Lock()  # of `_open`
 _open: weakref.WeakSet[Endable] = weakref.WeakSet()
@@ -64,7 +64,7 @@ def end(call: Callable[[], object], name: str, seconds: float) -> bool:
         keep(call)
         return False
     _threads.append(thread)
-    for each in list(_threads):
+    for each in _threads.copy():
         if not each.is_alive():
             with contextlib.suppress(ValueError):  # another thread has removed it
                 _threads.remove(each)
@@ -89,7 +89,7 @@ def _at_exit() -> None:
     for member in list(_open):
         member.end_at_exit()
     deadline = time.monotonic() + _AT_EXIT_S
-    for thread in list(_threads):
+    for thread in _threads.copy():
         thread.join(max(0.0, deadline - time.monotonic()))
     if any(thread.is_alive() for thread in _threads):
         for graph in live_graphs():

@@ -50,7 +50,10 @@ class RailTally:
 
     def _add(self, totals: CallStatistics, ids_TK: Tensor, row_bytes: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            rows_N = rows_per_host(self._host_of_E[ids_TK.long()], self._num_hosts)
+            ids_TK, num_experts = ids_TK.long(), self._host_of_E.numel() - 1
+            is_expert = (ids_TK >= 0) & (ids_TK < num_experts)
+            host_TK = self._host_of_E[torch.where(is_expert, ids_TK, num_experts)]
+            rows_N = rows_per_host(host_TK, self._num_hosts)
             totals.rail_bytes.add_(rows_N, alpha=row_bytes)
 
 
