@@ -14,6 +14,7 @@ import torch
 from expertlink import BlockFormat, DispatchLayout, MoECommunicator
 from expertlink.engines.hybrid.rail import CopyRail, Marked
 from expertlink.engines.hybrid.words import Mark, Marks
+from expertlink.engines.nvlink.launch import KernelName, Launch
 from support import decode, emulator, hosted_hosts, jobs, payloads
 from support.cases import Shape
 from support.depth import deep
@@ -133,6 +134,43 @@ def marks_of_calls(comm: MoECommunicator, case: Case) -> None:
     assert rail.words.tolist() == [rail.steps] * 2
 
 
+def launches_of_calls(comm: MoECommunicator, case: Case) -> None:
+    """Each is made once, for runners keep what they prepare for it; behind the rail, which may
+    leave more than a kernel there, none of a capture has a programmatic dependency."""
+    mode: Any = comm._engine._mode  # type: ignore[union-attr]
+    dispatcher, combiner = mode._dispatcher, mode._combiner
+    launched: list[tuple[KernelName, Launch]] = []
+
+    def launches() -> list[tuple[KernelName, Launch]]:
+        launched.clear()
+        _, handle = jobs.dispatch_case(comm, case)
+        comm.combine(jobs.rows_for(case, comm.rank, handle), handle)
+        return launched.copy()
+
+    run = dispatcher._run
+
+    def recorded(name: KernelName, a: Any, launch: Launch) -> None:
+        launched.append((name, launch))
+        run(name, a, launch)
+
+    callers = (dispatcher, dispatcher._launch, combiner, combiner._launch)
+    for caller in callers:
+        caller._run = recorded
+    eager = launches()
+    assert launches() == eager
+    assert all(launch.follows for _, launch in eager)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mode._arena, "capture", lambda: 1)
+        captured = launches()
+        assert launches() == captured
+    behind = (KernelName.DISPATCH, KernelName.SUM_HOSTS)
+    for (name, launch), (other, usual) in zip(captured, eager, strict=True):
+        assert (name, launch.grid, launch.block) == (other, usual.grid, usual.block)
+        assert launch.follows == (name not in behind)
+    for caller in callers:
+        caller._run = run
+
+
 @pytest.mark.parametrize("number", range(deep(1)))
 @pytest.mark.parametrize("mode", ["ht", "ll"])
 def test_several_hosts(mode: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,4 +182,5 @@ def test_several_hosts(mode: str, number: int, monkeypatch: pytest.MonkeyPatch) 
     run_hosted(fleet, jobs.contracts, cases)
     if mode == "ll":
         run_cases(fleet, marks_of_calls, cases)
+        run_cases(fleet, launches_of_calls, cases[:1])
         run_cases(fleet, decode.rail_statistics, cases)

@@ -27,8 +27,19 @@ def test_ids_outside_the_experts_go_nowhere(dtype: torch.dtype) -> None:
     rail_bytes = tally.enable(zeros).rail_bytes
     rows = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
     tally.add_dispatch(
-        ids_TK, DispatchOutput(rows, torch.zeros(2, dtype=torch.int32), DispatchLayout.TOKEN_MAJOR)
+        lambda: ids_TK,
+        DispatchOutput(rows, torch.zeros(2, dtype=torch.int32), DispatchLayout.TOKEN_MAJOR),
     )
-    tally.add_combine(ids_TK, rows)
+    tally.add_combine(lambda: ids_TK, rows)
     assert rail_bytes.tolist() == [0, 2 * 3 * 2 * HIDDEN]
     assert torch.equal(ids_TK, given)
+
+
+def test_calls_that_are_not_counted_make_no_ids() -> None:
+    placement = Placement.from_ranks(even_blocks(EXPERTS, RANKS), num_ranks=RANKS)
+    tally = RailTally(placement, Domains((0, 0, 1, 1)), rank=0)
+
+    def ids() -> torch.Tensor:
+        raise AssertionError("asked for")
+
+    tally.add_combine(ids, torch.zeros(1, HIDDEN))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from expertlink.types import CallStatistics, DispatchOutput
 
 class RailTally:
     """Adds calls to `CallStatistics.rail_bytes`, once enabled, with torch operations.
+
+    Calls pass what makes the ids of their routing: few count, and a tensor takes time.
 
     Args:
         placement: where the experts live.
@@ -34,19 +37,19 @@ class RailTally:
             self._totals = dataclasses.replace(counted, rail_bytes=rail_bytes)
         return self._totals
 
-    def add_dispatch(self, ids_TK: Tensor, output: DispatchOutput) -> None:
+    def add_dispatch(self, ids: Callable[[], Tensor], output: DispatchOutput) -> None:
         """Adds the rows of a dispatch, as they travelled."""
         if self._totals is None:
             return
         row_bytes = _row_bytes(output.tokens)
         if output.scales is not None:
             row_bytes += _row_bytes(output.scales.tensor)
-        self._add(self._totals, ids_TK, row_bytes)
+        self._add(self._totals, ids(), row_bytes)
 
-    def add_combine(self, ids_TK: Tensor, out_TH: Tensor) -> None:
+    def add_combine(self, ids: Callable[[], Tensor], out_TH: Tensor) -> None:
         """Adds the sums that came back in a combine."""
         if self._totals is not None:
-            self._add(self._totals, ids_TK, metadata.row_bytes(out_TH))
+            self._add(self._totals, ids(), metadata.row_bytes(out_TH))
 
     def _add(self, totals: CallStatistics, ids_TK: Tensor, row_bytes: int) -> None:
         with torch.inference_mode(False), torch.no_grad():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -95,6 +97,11 @@ class Launch:
     shared_bytes: int
     follows: bool = False
     local: bool = False
+
+    @cached_property
+    def after_all(self) -> Launch:
+        """The same, but it starts when all before it is over."""
+        return dataclasses.replace(self, follows=False)
 
 
 Run = Callable[[KernelName, Arguments, Launch], None]

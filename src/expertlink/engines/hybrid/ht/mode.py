@@ -194,7 +194,7 @@ class RailHtMode(HtMode):
             output, fill = into_buffers(call.buffers, output)
             fill()
         if call.counted:
-            self._rail_tally.add_dispatch(route.ids(), output)
+            self._rail_tally.add_dispatch(route.ids, output)
         return Dispatched(
             output=output,
             state=route,
@@ -206,7 +206,7 @@ class RailHtMode(HtMode):
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
         combined = super().combine(call)
-        self._rail_tally.add_combine(as_route(call.state).ids(), combined.out_TH)
+        self._rail_tally.add_combine(as_route(call.state).ids, combined.out_TH)
         return combined
 
     def enable_statistics(self) -> CallStatistics:

@@ -19,11 +19,11 @@ from expertlink.engines.hybrid.ll.messages import CombineMessage
 from expertlink.engines.hybrid.ll.tables import RailRoute
 from expertlink.engines.hybrid.rail import Marked
 from expertlink.engines.nvlink import tuning
-from expertlink.engines.nvlink.launch import KernelName, Launch, Run
+from expertlink.engines.nvlink.launch import KernelName, Run
 from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.arguments import Flag, signature
 from expertlink.engines.nvlink.ll.combine import LlCombiner, name_tables
-from expertlink.engines.nvlink.ll.launch import add_half
+from expertlink.engines.nvlink.ll.launch import add_half, local_launch
 from expertlink.engines.nvlink.ll.tables import said_by
 from expertlink.engines.ranks.header import Operation
 from expertlink.jit.kernel import Arguments
@@ -168,7 +168,9 @@ class RailCombiner(LlCombiner):
         s.out = None if out_TH is None else out_TH.data_ptr()
         s.grads_out = None if grads_TK is None else grads_TK.data_ptr()
         blocks = self.most_blocks(num_sms)
-        launch = Launch(blocks, 32 * self._warps, shared_bytes=0, follows=True, local=True)
+        launch, capture = local_launch(blocks, 32 * self._warps), arena.capture()
+        if capture:  # as in dispatches
+            launch = launch.after_all
 
         def add_up() -> None:
             self._run(KernelName.SUM_HOSTS, s, launch)
@@ -177,7 +179,6 @@ class RailCombiner(LlCombiner):
 
         if halves:
             kept = (*needs, route, grads, grads_TK, out_TH, at)
-            capture = arena.capture()
             return grads_TK, add_half(arena, capture, add_up, tables=route.block, needs=kept)
         add_up()
         return grads_TK, None

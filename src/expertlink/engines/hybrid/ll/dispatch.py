@@ -2,6 +2,8 @@
 
 First half: `ll::pack` writes this rank's tokens into a message for each other host, and the rail
 moves them. Second half: `ll::dispatch` sends the tokens of the whole rail to the ranks of the host.
+In a graph it has no programmatic dependency: these join two kernels, and what the rail leaves in a
+capture is up to NCCL.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from expertlink.engines.hybrid.ll.messages import DispatchMessage
 from expertlink.engines.hybrid.ll.tables import RailRoute, RailTableLayout
 from expertlink.engines.hybrid.rail import Marked
 from expertlink.engines.nvlink import tuning
-from expertlink.engines.nvlink.launch import KernelName, Launch, Run
+from expertlink.engines.nvlink.launch import KernelName, Run
 from expertlink.engines.nvlink.ll.arena import LlArena
 from expertlink.engines.nvlink.ll.arguments import Flag
 from expertlink.engines.nvlink.ll.dispatch import LlDispatcher
-from expertlink.engines.nvlink.ll.launch import add_half
+from expertlink.engines.nvlink.ll.launch import add_half, local_launch
 from expertlink.engines.nvlink.ll.plan import REFUSED
 from expertlink.engines.nvlink.ll.tables import BufferTables, LlTableLayout, said_by
 from expertlink.engines.nvlink.shared import ScaleKind
@@ -139,7 +141,9 @@ class RailDispatcher(LlDispatcher):
         needs = (output, route, call.x_TW, call.scales, ids, weights, at)
 
         def forward() -> None:
-            self._launch.launch_whole(KernelName.DISPATCH, a, flags, call.num_sms)
+            self._launch.launch_whole(
+                KernelName.DISPATCH, a, flags, call.num_sms, after_all=capture != 0
+            )
             if output.source_tokens is not None:
                 route.write_source_tokens(output.source_tokens)
 
@@ -207,7 +211,7 @@ class RailDispatcher(LlDispatcher):
         p.send = at.send.data_ptr()
         p.own = received + (messages.num_hosts - 1) * layout.nbytes
         blocks = self.most_blocks(num_sms)
-        launch = Launch(blocks, 32 * self._warps, shared_bytes=0, follows=True, local=True)
+        launch = local_launch(blocks, 32 * self._warps)
         self._run(KernelName.PACK_QUANTIZED if quantizes else KernelName.PACK, p, launch)
         a.mark_counter = a.mark_word = None
         marked, marks = Marked.NOT, messages.marks

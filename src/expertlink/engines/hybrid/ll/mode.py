@@ -149,13 +149,13 @@ class RailLlMode(LlMode):
         """As `LlMode.dispatch`."""
         dispatched = super().dispatch(call, number)
         if call.counted:
-            self._rail_tally.add_dispatch(as_route(dispatched.state).ids(), dispatched.output)
+            self._rail_tally.add_dispatch(as_route(dispatched.state).ids, dispatched.output)
         return dispatched
 
     def combine(self, call: CombineCall) -> Combined:
         """As `LlMode.combine`."""
         combined = super().combine(call)
-        self._rail_tally.add_combine(as_route(call.state).ids(), combined.out_TH)
+        self._rail_tally.add_combine(as_route(call.state).ids, combined.out_TH)
         return combined
 
     def check(self, call: DispatchCall) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,12 +85,27 @@ class HalvesLauncher:
         return add_half(arena, capture, launch_rest, tables=tables, needs=needs)
 
     def launch_whole(
-        self, name: KernelName, arguments: Arguments, flags: int, num_sms: int | None
+        self,
+        name: KernelName,
+        arguments: Arguments,
+        flags: int,
+        num_sms: int | None,
+        *,
+        after_all: bool = False,
     ) -> None:
-        """Queues both halves in one launch, whatever halves are left."""
+        """Queues both halves in one launch, whatever halves are left.
+
+        `after_all`: it starts when all before it is over.
+        """
         launch, arguments.send_warps = self._launches[name, num_sms, True, True]
         arguments.flags = flags | _BOTH
-        self._run(name, arguments, launch)
+        self._run(name, arguments, launch.after_all if after_all else launch)
+
+
+@functools.cache
+def local_launch(grid: int, block: int) -> Launch:
+    """A launch that waits for no other rank. One object each: runners keep what they prepare."""
+    return Launch(grid, block, shared_bytes=0, follows=True, local=True)
 
 
 def add_half(
