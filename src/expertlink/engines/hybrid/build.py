@@ -108,14 +108,14 @@ def build(
         if config.layout.expanded:
             backward = WeightedBackward(device, dtype=config.dtype)
     except (ExpertlinkError, RuntimeError) as error:
-        reason = str(error)
+        reason = str(error) or repr(error)
     all_or_none(wire, reason)
     assert runner is not None
     if memory is None or connection is None:
         group = _host_group(wire, domains)
         memory = new_memory(config, mode, plan, wire=wire, group=group, domains=domains)
         connection = _connect(wire, domains, memory, max_ctas=max_ctas)
-    made: HybridMode | None = None
+    engine: HybridEngine | None = None
     reason = None
     try:
         made = mode(
@@ -128,28 +128,30 @@ def build(
             domains=domains,
             rail=connection.rail,
         )
+        engine = HybridEngine(
+            config,
+            wire=wire,
+            placement=placement,
+            memory=memory,
+            mode=made,
+            connection=connection,
+            backward_kernel=backward,
+            check_inputs=check_inputs,
+        )
+        torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
     except (ExpertlinkError, RuntimeError) as error:  # no room for its messages, say
-        reason = str(error)
+        reason = str(error) or repr(error)
     try:
         all_or_none(wire, reason)
     except ExpertlinkError:
+        memory.arena.leave(wire.number)
+        connection.leave(wire.number)
         if share_with is None:
             connection.rail.close()
         raise
-    assert made is not None
-    engine = HybridEngine(
-        config,
-        wire=wire,
-        placement=placement,
-        memory=memory,
-        mode=made,
-        connection=connection,
-        backward_kernel=backward,
-        check_inputs=check_inputs,
-    )
+    assert engine is not None
     for region, size in engine.memory_estimate().items():
         logger.debug("rank %d: %s: %d bytes", wire.rank, region, size)
-    torch.cuda.synchronize(device)  # tables are made on this stream, calls may come on others
     return engine
 
 

@@ -104,7 +104,7 @@ def build(
             if config.layout.expanded:
                 backward = WeightedBackward(device, dtype=config.dtype)
         except (ExpertlinkError, RuntimeError) as error:
-            reason = str(error)
+            reason = str(error) or repr(error)
     all_or_none(wire, reason)
     assert runner is not None
     if memory is None:
