@@ -319,3 +319,17 @@ def test_kinds_of_rows_in_turn(gpu: FakeGpu) -> None:
     engine: Any = comm._engine
     engine._mode._dispatcher.refuse()
     assert signatures() == said
+
+
+def test_halves_end_in_the_mode_that_they_began_in(gpu: FakeGpu) -> None:
+    """Another call may launch them: source tokens of inference mode are written in no other one."""
+    gpu.kernel = lambda *_: None
+    comm = communicator(gpu, "rank_major", source_tokens=True)
+    x, ids, weights = inputs()
+    with torch.inference_mode():
+        out, _, hook = comm.dispatch(x, ids, weights, return_recv_hook=True)
+    with torch.no_grad():
+        comm.dispatch(x, ids, weights)
+    hook()
+    assert out.source_tokens is not None
+    assert out.source_tokens.is_inference()

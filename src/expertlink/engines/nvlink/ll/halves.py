@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from expertlink.errors import InputError
 
 
@@ -28,6 +30,7 @@ class Half:
         "_capture_now",
         "_follow",
         "_halves",
+        "_inference",
         "_launch",
         "_needs",
         "before",
@@ -49,6 +52,7 @@ class Half:
         self._halves, self.capture, self.tables = halves, capture, tables
         self._launch: Callable[[], None] | None = launch
         self._follow, self._capture_now, self._needs = follow, capture_now, needs
+        self._inference = torch.is_inference_mode_enabled()
         self.before: Half | None = None  # of the call before on the same side, while it is left
 
     def __call__(self) -> None:
@@ -87,7 +91,11 @@ class Half:
             return
         launch, self._launch = self._launch, None
         self._follow()
-        launch()
+        if self._inference and not torch.is_inference_mode_enabled():  # a call outside of it
+            with torch.inference_mode():  # tensors made in it can be written to nowhere else
+                launch()
+        else:
+            launch()
         self._needs, self.tables = (), None
 
 
