@@ -333,3 +333,17 @@ def test_halves_end_in_the_mode_that_they_began_in(gpu: FakeGpu) -> None:
     hook()
     assert out.source_tokens is not None
     assert out.source_tokens.is_inference()
+
+
+@torch.no_grad()
+def test_offsets_of_flat(gpu: FakeGpu) -> None:
+    """What grouped products take; decode has it with static shapes."""
+    offsets = torch.arange(E + 1, dtype=torch.int32, device=CPU)
+    gpu.kernel = lambda _, a, __: put(a.offsets_out, offsets)
+    comm = communicator(gpu, "flat", static_shapes=True)
+    out, _ = comm.dispatch(*inputs())
+    assert out.expert_offsets is not None
+    assert torch.equal(out.expert_offsets, offsets)
+    buffered, _ = comm.dispatch(*inputs(), output_buffer=comm.create_buffers())
+    assert buffered.expert_offsets is not None
+    assert torch.equal(buffered.expert_offsets, offsets)

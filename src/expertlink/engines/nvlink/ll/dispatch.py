@@ -40,6 +40,7 @@ from expertlink.jit.kernel import Arguments
 from expertlink.quantization import scale_columns
 from expertlink.types import (
     BlockFormat,
+    DispatchLayout,
     DispatchOutput,
     QuantScales,
     RowKind,
@@ -174,7 +175,8 @@ class LlDispatcher:
         self._largest = capacity.largest_shape(config, num_ranks=num_ranks, num_local=num_local)
         self.tables = self._table_layout(num_hosts)
         self._counted = sum(self.tables.public)
-        self._sizes = OutputSizes(num_local, num_ranks, config.topk, is_flat=False)
+        is_flat = self._layout is DispatchLayout.FLAT
+        self._sizes = OutputSizes(num_local, num_ranks, config.topk, is_flat)
         self._forms: dict[tuple[object, ...], RowForm] = {}
         self._said: RowForm | None = None  # by `arguments`
         warps = max(1, min(max_warps, tuning.LL_DISPATCH_WARPS))
