@@ -175,7 +175,7 @@ def launches_of_calls(comm: MoECommunicator, case: Case) -> None:
 @pytest.mark.parametrize("mode", ["ht", "ll"])
 def test_several_hosts(mode: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosted_hosts, "CopyRail", MarkedRail)
-    layout = layout_of(number + (2 if mode == "ll" else 1))
+    layout = layout_of(number + (3 if mode == "ll" else 1))
     cases = drawn(number, layout, HOSTS[number % len(HOSTS)])
     chunk_rows = 5 if mode == "ht" else None
     fleet = hosts_fleet_of(cases[0], mode=mode, chunk_rows=chunk_rows, warps=3, **SMS)

@@ -538,10 +538,12 @@ def statistics(comm: MoECommunicator, case: Case) -> None:
 
 
 def rail_statistics(comm: MoECommunicator, case: Case) -> None:
-    """What a dispatch, a cached one and a combine need between hosts."""
-    own = inputs_of(case, comm.rank)
-    rail_bytes = comm.enable_statistics().rail_bytes
+    """What a dispatch, a cached one and a combine need between hosts, and their rows."""
+    rank, own, expected = comm.rank, inputs_of(case, comm.rank), expected_of(case, comm.rank)
+    totals = comm.enable_statistics()
+    rail_bytes = totals.rail_bytes
     before = rail_bytes.clone()
+    rows_before, experts_before = totals.rows_sent.clone(), totals.tokens_per_expert.clone()
     between = torch.tensor(rows_between_hosts(case, comm.rank)) * case.hidden * case.dtype.itemsize
     _, handle = dispatch_case(comm, case)
     assert (rail_bytes - before).tolist() == between.tolist()
@@ -550,6 +552,12 @@ def rail_statistics(comm: MoECommunicator, case: Case) -> None:
     weights = own.weights_TK if case.layout.expanded else None
     comm.combine(rows, handle, topk_weights=None if weights is None else weights.to(comm.device))
     assert (rail_bytes - before).tolist() == (3 * between).tolist()
+    # How weights of a combine travel does not count.
+    counts = (totals.tokens_per_expert - experts_before).tolist()
+    assert counts == [2 * count for count in expected.counts]
+    sent = [expected_of(case, dest).rows_per_rank[rank] for dest in range(case.ranks)]
+    rows = [2 * there + back for there, back in zip(sent, expected.rows_per_rank, strict=True)]
+    assert (totals.rows_sent - rows_before).tolist() == rows
 
 
 def statistics_of_packed_rows(comm: MoECommunicator, case: Case) -> None:

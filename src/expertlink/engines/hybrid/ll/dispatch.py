@@ -116,6 +116,9 @@ class RailDispatcher(LlDispatcher):
         if isinstance(tables, BufferTables):  # a half that is left may read them
             halves.finish_those_of(tables.block)
         a, output, route = self._open_rail(call, ids, weighted)
+        if not call.counted:
+            a = a.copy()
+            a.rows_received = a.tokens_stat = None
         route.number, route.epoch = number, self._restarts[0]
         if call.zero_padding and self._layout.padded:
             output.tokens.zero_()
@@ -135,6 +138,7 @@ class RailDispatcher(LlDispatcher):
             call.num_sms,
             quantizes=call.quantize_to is not None,
             halves=call.return_recv_hook,
+            counted=call.counted,
         )
         if call.return_recv_hook:
             a = a.copy()  # the next call changes the arguments
@@ -185,9 +189,13 @@ class RailDispatcher(LlDispatcher):
         *,
         quantizes: bool,
         halves: bool,
+        counted: bool = True,
     ) -> MessageSet:
         """Queues the messages; afterwards `a` reads what has been received instead of the input."""
         messages, config, p = self._messages, self._config, self.pack
+        if not counted:
+            p = p.copy()
+            p.rows_sent = None
         at, bound = messages.next_set(), route.bound
         layout = DispatchMessage.of(
             bound=bound, topk=config.topk, row_bytes=a.row_bytes, scale_bytes=a.scale_bytes
