@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import subprocess
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from expertlink.engines.hybrid import ending
 from expertlink.engines.hybrid import rail as rail_module
 from expertlink.engines.hybrid.rail import CopyRail, NcclRail, Rail, RailError
 from support.depth import deep
@@ -265,6 +267,17 @@ def test_a_process_ends_while_graphs_hold_rails() -> None:
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_graphs_are_found_that_a_server_has_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers call `gc.freeze()` when they have captured their graphs."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {}))
+    graph = torch.cuda.CUDAGraph()
+    gc.freeze()
+    try:
+        assert ending.live_graphs() == [graph]
+    finally:
+        gc.unfreeze()
 
 
 def test_a_process_ends_where_no_thread_can_be_started() -> None:

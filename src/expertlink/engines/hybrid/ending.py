@@ -97,5 +97,6 @@ def _at_exit() -> None:
 
 
 def live_graphs() -> list[Any]:
-    """All CUDA graphs of torch that this process has."""
+    """All CUDA graphs of torch that this process has, for its end."""
+    gc.unfreeze()  # what servers have frozen is not listed
     return [each for each in gc.get_objects() if issubclass(type(each), torch.cuda.CUDAGraph)]
