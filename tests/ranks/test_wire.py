@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,7 +154,7 @@ def test_a_late_store_does_not_end_a_start(monkeypatch: pytest.MonkeyPatch) -> N
     wire.enter("start", 0)
     other = status.StatusStore(store._store)
     other.key = "expertlink/handshake 0"
-    other.publish("0/start/0", "0.000")
+    other.publish("0/start/0/0", "0.000")
     wire.wait_for_all()
 
 
@@ -201,10 +203,10 @@ def test_words_of_a_gpu_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPa
 def test_handshakes_are_those_of_the_store_not_of_the_process() -> None:
     """A process that makes a new group may meet processes that have just been started."""
 
-    def meet(store: dist.Store, number: int) -> None:
+    def meet(store: dist.Store, number: int, attempt: int = 0) -> None:
         other = status.StatusStore(store)
         other.key = f"expertlink/handshake {number}"
-        other.publish(f"{number}/initialize/0", "0.000")
+        other.publish(f"{number}/initialize/{attempt}/0", "0.000")
         handshake._meet(Wire(LostGroup(store), device=CPU, timeout_s=0.5))  # type: ignore[arg-type]
 
     store = dist.HashStore()
@@ -214,7 +216,145 @@ def test_handshakes_are_those_of_the_store_not_of_the_process() -> None:
     meet(store, 2)
     with pytest.raises(PeerTimeoutError, match="missing: rank 0"):
         meet(store, 4)
-    meet(store, 3)
+    meet(store, 3, attempt=1)
+
+
+class RankGroup(LostGroup):
+    """One rank's group, as far as handshakes go."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        super().__init__(store)
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+class Paused:
+    """A store that lets a test act just before a word is replaced, once it is armed."""
+
+    def __init__(self, store: dist.Store, act: Callable[[], object]) -> None:
+        self._store, self._act = store, act
+        self.armed = False
+
+    def compare_set(self, name: str, before: str, text: str) -> bytes:
+        if self.armed:
+            self.armed = False
+            self._act()
+        return self._store.compare_set(name, before, text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+
+def handshake_wire(store: Any, rank: int, size: int, timeout_s: float) -> Wire:
+    group: Any = RankGroup(store, rank, size)
+    wire = Wire(group, device=CPU, timeout_s=timeout_s)
+    wire.enter("initialize", 0)
+    return wire
+
+
+def meet_all(store: Any, size: int) -> list[int]:
+    """Numbers of the handshake that all ranks make together."""
+    wires = [handshake_wire(store, rank, size, 5.0) for rank in range(size)]
+    with ThreadPoolExecutor(size) as threads:
+        list(threads.map(Wire.wait_for_all, wires))
+    return [wire.call for wire in wires]
+
+
+def test_a_rank_that_gives_up_as_the_last_one_comes_has_met_it() -> None:
+    """Or no rank has: their counts of handshakes must not come apart."""
+    plain = dist.HashStore()
+    last = handshake_wire(plain, 1, 2, 5.0)
+    threads = ThreadPoolExecutor(1)
+    came: list[Any] = []
+
+    def come() -> None:
+        came.append(threads.submit(last.wait_for_all))
+        came[0].result(5)
+
+    store = Paused(plain, come)
+    store.armed = True
+    handshake_wire(store, 0, 2, 0.05).wait_for_all()  # its time is over, and then rank 1 comes
+    assert came
+    assert meet_all(plain, 2) == [1, 1]
+    threads.shutdown()
+
+
+def test_ranks_do_not_pass_a_handshake_that_another_one_has_left() -> None:
+    """Rank 0 leaves before rank 2 comes; rank 1 has seen it, and must not go on with rank 2."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as threads:
+        seen = threads.submit(handshake_wire(store, 1, 3, 0.6).wait_for_all)
+        with pytest.raises(PeerTimeoutError, match="missing: rank 2"):
+            handshake_wire(store, 0, 3, 0.2).wait_for_all()
+        last = threads.submit(handshake_wire(store, 2, 3, 0.6).wait_for_all)
+        for future in (seen, last):
+            with pytest.raises(PeerTimeoutError, match="missing: rank 0"):
+                future.result(10)
+    assert meet_all(store, 3) == [0, 0, 0]
+    assert meet_all(store, 3) == [1, 1, 1]
+
+
+def test_ranks_that_wait_in_turn_name_the_one_that_never_came() -> None:
+    """Not those that have given up before."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        futures = [
+            threads.submit(handshake_wire(store, rank, 3, 0.1 + 0.1 * rank).wait_for_all)
+            for rank in range(2)
+        ]
+        for future in futures:
+            with pytest.raises(PeerTimeoutError, match="missing: rank 2$"):
+                future.result(10)
+
+
+def stores() -> Iterator[dist.Store]:
+    yield dist.HashStore()
+    yield dist.PrefixStore("a", dist.HashStore())
+    yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_one_of_several_ranks_publishes_first(tmp_path: Path) -> None:
+    """All learn the same text, whatever the store; none is found between look and set."""
+    for store in (*stores(), dist.FileStore(str(tmp_path / "store"), 1)):
+        texts = status.StatusStore(store)
+        assert texts.publish_first("failed", "1:a") == "1:a"
+        assert texts.publish_first("failed", "2:b") == "1:a"
+        texts.remove("failed")
+        assert texts.publish_first("failed", "3:c") == "3:c"
+        assert texts.replace("failed", "1:a", "4:d") == "3:c"
+        assert texts.replace("failed", "3:c", "4:d") == texts.read("failed") == "4:d"
+
+
+def test_two_ranks_at_once_do_not_both_publish_first() -> None:
+    """The other one publishes after this one has looked."""
+
+    class Looking(Paused):
+        def check(self, names: list[str]) -> bool:
+            there = self._store.check(names)
+            self._store.set(names[0], "other")
+            return there
+
+    texts = status.StatusStore(Looking(dist.HashStore(), lambda: None))
+    texts.publish_first("failed", "mine")
+    plain = status.StatusStore(texts._store._store)
+    assert texts.publish_first("failed", "late") == plain.read("failed") == "mine"
+
+
+def test_a_store_that_cannot_compare_and_set() -> None:
+    class Plain:
+        def __init__(self) -> None:
+            self._store = dist.HashStore()
+            self.set, self.get, self.check = self._store.set, self._store.get, self._store.check
+
+    texts = status.StatusStore(Plain())
+    assert texts.publish_first("failed", "1:a") == "1:a"
+    assert texts.publish_first("failed", "2:b") == "1:a"
+    assert texts.replace("failed", "1:a", "2:b") == "2:b"
 
 
 def test_configurations_of_many_ranks_fit_into_a_handshake() -> None:

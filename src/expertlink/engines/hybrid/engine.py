@@ -6,6 +6,8 @@ nvlink engine; this adds what the rail needs.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
@@ -16,7 +18,7 @@ from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.mode import Memory
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
-from expertlink.errors import AbortError, ExpertlinkError, PeerTimeoutError
+from expertlink.errors import AbortError, PeerTimeoutError
 from expertlink.reduction import BackwardKernel
 from expertlink.routing import Placement
 
@@ -91,27 +93,36 @@ class HybridEngine(NvlinkEngine):
         try:
             return super().dispatch(call)
         except (AbortError, PeerTimeoutError) as error:
-            raise self._cause(error) from error
+            self._raise_cause(error)
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
         try:
             return super().combine(call)
         except (AbortError, PeerTimeoutError) as error:
-            raise self._cause(error) from error
+            self._raise_cause(error)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
         try:
             return super().weight_grads(state, weight_grads)
         except (AbortError, PeerTimeoutError) as error:
-            raise self._cause(error) from error
+            self._raise_cause(error)
 
-    def _cause(self, error: AbortError | PeerTimeoutError) -> ExpertlinkError:
-        """What a failed wait is raised as: a rail may have ended it, here or at a peer."""
+    def refuse(self, operation: Operation, error: Exception) -> NoReturn:
+        """Raises `error` here; the ranks that make the call learn that it does not happen."""
+        try:
+            super().refuse(operation, error)
+        except (AbortError, PeerTimeoutError) as failure:
+            self._raise_cause(failure)
+
+    def _raise_cause(self, error: AbortError | PeerTimeoutError) -> NoReturn:
+        """Raises what a failed wait comes from: a rail may have ended it, here or at a peer."""
         cause = self._monitor.explain(error)
         self.watchdog.fail(str(cause))
-        return cause
+        if cause is error:
+            raise cause
+        raise cause from error
 
     def _enter(self, operation: Operation, state: object | None, capturing: bool) -> int:
         if self._monitor.failure is not None:
@@ -124,7 +135,7 @@ class HybridEngine(NvlinkEngine):
         try:
             super().check_health()
         except (AbortError, PeerTimeoutError) as error:
-            raise self._cause(error) from error
+            self._raise_cause(error)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds; those of the rail that are under way too."""

@@ -233,7 +233,9 @@ class Monitor:
             text = f"{self._ranks.rank}:{_text_of(missing)}:{error}"[:_LONGEST_TEXT]
             with contextlib.suppress(RuntimeError):
                 status.publish(_verdict(self._ranks.rank), _text_of(missing))
-                status.publish_first(_FAILED, text)
+                if status.publish_first(_FAILED, text) != text:  # another rank was first
+                    first = self._posted(status)
+                    error = error if first is None or _are_alike(first, error) else first
         self._failure = error
         for end in self._end:
             with contextlib.suppress(Exception):  # each of them has to be tried
@@ -287,8 +289,7 @@ class Monitor:
         except RuntimeError:  # the store does not answer: no more is known
             return error
         if posted is not None:
-            same = type(posted) is type(error)
-            return error if same and getattr(posted, "missing", ()) == tuple(missing) else posted
+            return error if _are_alike(posted, error) else posted
         if found == missing:
             return error
         return self._error(getattr(error, "waited_s", 0.0), missing=found, text=str(error))
@@ -459,6 +460,13 @@ def follow(rank: int, verdicts: Mapping[int, Sequence[int]]) -> list[int]:
             ends.add(other)
         ahead += further
     return sorted(ends) or sorted(set(verdicts[rank]) - {rank})
+
+
+def _are_alike(one: ExpertlinkError, other: ExpertlinkError) -> bool:
+    """Whether two errors name the same ranks."""
+    if type(one) is not type(other):
+        return False
+    return tuple(getattr(one, "missing", ())) == tuple(getattr(other, "missing", ()))
 
 
 def _sign(rank: int) -> str:

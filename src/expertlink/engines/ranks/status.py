@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch.distributed as dist
+
 _T = TypeVar("_T")
 
 ABORT = "abort"  # name under which a rank publishes its abort
@@ -84,15 +86,18 @@ class StatusStore:
         full = self._full(name)
         self._query(lambda: self._store.set(full, text))
 
-    def publish_first(self, name: str, text: str) -> None:
-        """Publishes, unless something is published under that name already."""
+    def publish_first(self, name: str, text: str) -> str:
+        """Publishes, unless something is published under that name; what is published then."""
+        return self.replace(name, None, text)
+
+    def replace(self, name: str, before: str | None, text: str) -> str:
+        """Publishes where `before` is what is published (None: nothing); what is published then.
+
+        Of several ranks at once, one replaces. A store that cannot compare and set in one step is
+        asked to do both in turn; then two ranks may.
+        """
         full = self._full(name)
-
-        def ask() -> None:
-            if not self._read(full):
-                self._store.set(full, text)
-
-        self._query(ask)
+        return self._query(lambda: self._replace(full, before or "", text))
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Names under which nothing is published."""
@@ -122,6 +127,18 @@ class StatusStore:
     def _read(self, full: str) -> str | None:
         text = self._store.get(full).decode() if self._store.check([full]) else ""
         return text or None
+
+    def _replace(self, full: str, before: str, text: str) -> str:
+        try:
+            return self._store.compare_set(full, before, text).decode()
+        except dist.DistError:
+            raise
+        except (AttributeError, RuntimeError):  # a store of other makers need not have it
+            found = self._read(full) or ""
+            if found != before:
+                return found
+            self._store.set(full, text)
+            return text
 
     def _full(self, name: str) -> str:
         return f"{self.key}/{name}"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
-from expertlink.engines.ranks.status import ABORT, StatusStore, StoreSilentError, Watch
+from expertlink.engines.ranks.status import ABORT, ANSWER_S, StatusStore, StoreSilentError, Watch
 from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
 
 logger = logging.getLogger("expertlink")
@@ -38,6 +38,7 @@ WAIT_SLICE = datetime.timedelta(milliseconds=50)  # of a wait on CPUs; signals a
 _MARGIN_S = 5.0  # gloo ends its waits itself; this bound is for the case that it does not
 _TEXT_BYTES = 2048
 _HANDSHAKES = "handshakes"  # name under which a rank counts those of the group
+_MET = "met"
 _UNUSED_TAG = 0x7EADBEE
 
 # Aborts that have been raised in this process. A handshake can be repeated under its old name, and
@@ -129,6 +130,7 @@ class Wire:
         self.number = 0
         self.phase = "start"
         self.call = 0
+        self._attempt = 0  # of a handshake
         self._status: StatusStore | None = None
         if group is not None and self.num_ranks > 1:
             self._status = StatusStore(group.get_group_store())
@@ -399,68 +401,105 @@ class Wire:
         A group's first collective has no bound of its own: NCCL connects all ranks before it checks
         a deadline.
 
-        Ranks make the handshakes of a group in the same order, so counting tells them apart. One
-        that failed because a rank was missing counts for nobody. The store counts, for each rank: a
-        process may have made handshakes of an earlier group, and its peers may be new.
+        Ranks make the handshakes of a group in the same order, so counting tells them apart. The
+        store counts, for each rank: a process may have made handshakes of an earlier group, and its
+        peers may be new. One word decides for all ranks how an attempt ends; see "How ranks meet"
+        in docs/protocol/collective.md.
         """
         status = self._status
         if status is None:
             return
         started = time.monotonic()
-        attempt = 0
+        number = 0
         with self.abort_on_error():
             try:
-                counts = self.status_store(answer_s=self.timeout_s)
-                assert counts is not None
-                attempt = int(counts.read(f"{_HANDSHAKES}/{self.rank}") or 0)
-                self.call = attempt
-                self.set_key(f"handshake {attempt}")
+                store = self.status_store(answer_s=ANSWER_S)
+                assert store is not None
+                store.key = "expertlink"
+                counted = f"{_HANDSHAKES}/{self.rank}"
+                with store.patient(self.timeout_s):
+                    number = int(store.read(counted) or 0)
+                    while store.read(_outcome(number)) == _MET:  # this rank was there, then failed
+                        number += 1
+                self.call = number
+                self.set_key(f"handshake {number}")
                 with status.patient(self.timeout_s):
                     if (status.read(ABORT) or "").startswith(f"{self.rank}:"):
                         status.remove(ABORT)  # of an earlier attempt of this rank
-                    self._publish_sign(0.0)
-                self._await_all(status, attempt, started)
-                counts.publish(f"{_HANDSHAKES}/{self.rank}", str(attempt + 1))
+                self._await_all(status, store, number, started)
+                with store.patient(self.timeout_s):
+                    store.publish(counted, str(number + 1))
             except ExpertlinkError:
                 raise
             except RuntimeError as error:
                 raise self._diagnose(
-                    error, phase=self.phase, call=attempt, started=started
+                    error, phase=self.phase, call=number, started=started
                 ) from error
+            finally:
+                self._attempt = 0
 
-    def _await_all(self, status: StatusStore, attempt: int, started: float) -> None:
-        watch = self._watch_aborts()
-        silent = list(range(self.num_ranks))
-        try:
-            while True:
-                signs = {self._sign(rank): rank for rank in silent}
-                silence = None
-                try:
-                    silent = [signs[sign] for sign in status.missing(list(signs))]
-                except StoreSilentError as error:
-                    silence = error
-                if not silent:
-                    return
-                self._check_abort(watch, phase=self.phase, call=attempt)
-                waited = time.monotonic() - started
-                if waited > self.timeout_s:
-                    if silence is not None:
-                        raise silence
-                    names = ", ".join(f"rank {rank}" for rank in silent)
-                    raise PeerTimeoutError(
-                        f"rank {self.rank} waited {waited:.1f} s of at most {self.timeout_s:g} s "
-                        f"in {self.phase}; missing: {names}",
-                        rank=self.rank,
-                        missing=silent,
-                        phase=self.phase,
-                        call=attempt,
-                        waited_s=waited,
-                    )
-                time.sleep(_POLL_S / 10)
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # so that a later attempt starts afresh
-                status.remove(self._sign(self.rank))
-            raise
+    def _await_all(
+        self, status: StatusStore, store: StatusStore, number: int, started: float
+    ) -> None:
+        """Waits in one attempt after another, until all ranks have come to the same one.
+
+        Args:
+            status: has the signs of life of the ranks.
+            store: has the word that says how the attempt ends.
+            number: of the handshake.
+            started: when this rank came.
+        """
+        watch, outcome = self._watch_aborts(), _outcome(number)
+        absent = set(range(self.num_ranks))  # in all attempts so far
+        while True:
+            with store.patient(self.timeout_s):
+                said = store.read(outcome)
+            if said == _MET:
+                return
+            self._attempt = int(said or 0)
+            following = str(self._attempt + 1)
+            silent = list(range(self.num_ranks))
+            try:
+                with status.patient(self.timeout_s):
+                    self._publish_sign(0.0)
+                while True:
+                    silence = None
+                    try:
+                        if store.read(outcome) != said:
+                            break
+                        signs = {self._sign(rank): rank for rank in silent}
+                        silent = [signs[sign] for sign in status.missing(list(signs))]
+                        absent.intersection_update(silent)
+                        if not silent:
+                            store.replace(outcome, said, _MET)
+                            break
+                    except StoreSilentError as error:
+                        silence = error
+                    self._check_abort(watch, phase=self.phase, call=number)
+                    waited = time.monotonic() - started
+                    if waited > self.timeout_s:
+                        if silence is not None:
+                            raise silence
+                        if store.replace(outcome, said, following) == _MET:
+                            return
+                        raise self._not_met(sorted(absent) or silent, waited, number)
+                    time.sleep(_POLL_S / 10)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the others must not take it for there
+                    store.replace(outcome, said, following)
+                raise
+
+    def _not_met(self, missing: Sequence[int], waited: float, number: int) -> PeerTimeoutError:
+        names = ", ".join(f"rank {rank}" for rank in missing)
+        return PeerTimeoutError(
+            f"rank {self.rank} waited {waited:.1f} s of at most {self.timeout_s:g} s "
+            f"in {self.phase}; missing: {names}",
+            rank=self.rank,
+            missing=missing,
+            phase=self.phase,
+            call=number,
+            waited_s=waited,
+        )
 
     def gather_text(self, text: str) -> list[str]:
         """Every rank's text, cut to 2048 bytes. Collective; waits."""
@@ -538,4 +577,13 @@ class Wire:
             self._status.publish(self._sign(self.rank), f"{waited:.3f}")
 
     def _sign(self, rank: int) -> str:
-        return f"{self.call}/{self.phase}/{rank}"
+        return f"{self.call}/{self.phase}/{self._attempt}/{rank}"
+
+
+def _outcome(number: int) -> str:
+    """Name of the word that says how the handshake with that number goes.
+
+    Nothing: its first attempt is under way. A number: that of the attempt under way. `_MET`: all
+    ranks have come.
+    """
+    return f"{_HANDSHAKES}/outcome/{number}"
