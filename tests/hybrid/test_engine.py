@@ -93,7 +93,7 @@ def test_hosts_have_groups_of_their_own(rank_pools) -> None:
 # -- errors that a rail has caused ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dispatch", "combine", "weight_grads", "check_health"])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "weight_grads", "check_health", "refuse"])
 def test_every_call_raises_what_the_monitor_knows(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -113,7 +113,8 @@ def test_every_call_raises_what_the_monitor_knows(
     )
     failed: list[str] = []
     engine.watchdog = types.SimpleNamespace(fail=failed.append)
-    arguments = {"weight_grads": (None, None), "check_health": ()}.get(name, (None,))
+    both = (None, None)
+    arguments = {"weight_grads": both, "refuse": both, "check_health": ()}.get(name, (None,))
     with pytest.raises(PeerTimeoutError) as info:
         getattr(engine, name)(*arguments)
     assert info.value is cause
@@ -127,8 +128,12 @@ def test_memory_of_messages_is_had_by_all_or_by_none(
     """A rank without room for them tells the others, and a rail that is new is closed."""
     closed: list[bool] = []
     rail = types.SimpleNamespace(close=lambda: closed.append(True))
-    memory = types.SimpleNamespace(arena=types.SimpleNamespace(plan=None))
-    parts = memory, types.SimpleNamespace(rail=rail)
+    left: list[object] = []
+    memory = types.SimpleNamespace(
+        arena=types.SimpleNamespace(plan=None, leave=left.append),
+        watchdog=types.SimpleNamespace(detach=left.append),
+    )
+    parts = memory, types.SimpleNamespace(rail=rail, leave=left.append)
 
     class Mode:
         plan_of = program_of = staticmethod(lambda *_: None)
@@ -158,3 +163,4 @@ def test_memory_of_messages_is_had_by_all_or_by_none(
             share_with=object() if shared else None,
         )
     assert closed == ([] if shared else [True])
+    assert left == [wire.number, wire.number, wire.publish_abort]

@@ -20,10 +20,12 @@ class Parts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str, error: Exception) -> None:
         self.said: list[str] = []
         self.left: list[int] = []
+        self.detached: list[object] = []
         self.closed = 0
         self._failing, self._error = failing, error
         part = types.SimpleNamespace
         arena = part(leave=self.left.append)
+        memory = part(arena=arena, watchdog=part(detach=self.detached.append))
         rail = part(close=self._close)
         mode: Any = self._maker("mode", part())
         mode.plan_of = mode.program_of = lambda *_: None
@@ -31,7 +33,7 @@ class Parts:
         monkeypatch.setattr(build, "DeviceRunner", self._maker("runner", part()))
         monkeypatch.setattr(build, "WeightedBackward", self._maker("backward", part()))
         monkeypatch.setattr(build, "HybridEngine", self._maker("engine", part()))
-        monkeypatch.setattr(build, "new_memory", lambda *_, **__: part(arena=arena))
+        monkeypatch.setattr(build, "new_memory", lambda *_, **__: memory)
         connection = part(rail=rail, leave=lambda _: self._close())
         monkeypatch.setattr(build, "_connect", lambda *_, **__: connection)
         properties = part(multi_processor_count=8)
@@ -63,6 +65,7 @@ def test_a_rank_that_lacks_a_part_tells_the_others(
     parts = Parts(monkeypatch, part, torch.OutOfMemoryError(text))
     config = MoECommunicatorConfig(num_experts=8, hidden_size=64, topk=2, max_tokens_per_rank=8)
     wire: Any = types.SimpleNamespace(gather_text=parts.gather_text, rank=1, number=7)
+    wire.publish_abort = print
     wire.device = torch.device("cpu")
     placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=wire.device)
     with pytest.raises(EngineUnavailableError, match=f"rank 1: .*{text}"):
@@ -73,3 +76,4 @@ def test_a_rank_that_lacks_a_part_tells_the_others(
     connected = part in ("mode", "engine")
     assert bool(parts.closed) == connected
     assert parts.left == ([7] if connected else [])
+    assert parts.detached == ([print] if connected else [])

@@ -153,6 +153,23 @@ def test_the_cause_is_looked_for_on_the_rails_of_peers(by_host: bool) -> None:
         assert error.missing == (3,), error
 
 
+def test_all_name_the_failure_that_was_first() -> None:
+    """Also a rank that has looked for it just before another one posts it."""
+    with ranks_on(THREE_HOSTS, timeout_s=TIMEOUT_S) as ranks:
+        publish_first = ranks.all[0].status.publish_first
+
+        def late(name: str, text: str) -> str:
+            ranks.all[2].status.publish(name, "2:1:rank 1 is missing")
+            return publish_first(name, text)
+
+        ranks.all[0].status.publish_first = late  # type: ignore[method-assign]
+        error, _ = errors_of(ranks, 0)[0]
+        assert isinstance(error, PeerTimeoutError)
+        assert error.missing == (1,), error  # itself it misses 2 as well
+        with pytest.raises(ClosedError, match="rank 2 reports: rank 1 is missing"):
+            ranks.all[0].monitor.check()
+
+
 def test_a_peer_whose_rail_failed_has_not_aborted() -> None:
     """It ends the waits of its host with the sign of an abort."""
     with ranks_on(TWO_BY_TWO, timeout_s=TIMEOUT_S) as ranks:

@@ -6,6 +6,7 @@ import gc
 import time
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -652,7 +653,11 @@ def test_an_engine_is_had_by_all_or_by_none(
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(text)
 
-    memory = types.SimpleNamespace(arena=types.SimpleNamespace(leave=left.append))
+    detached: list[object] = []
+    memory = types.SimpleNamespace(
+        arena=types.SimpleNamespace(leave=left.append),
+        watchdog=types.SimpleNamespace(detach=detached.append),
+    )
     monkeypatch.setattr(build, "SymmetricBuffer", lambda *_: "buffer")
     monkeypatch.setattr(build, "DeviceRunner", lambda *_, **__: "run")
     monkeypatch.setattr(build, "WeightedBackward", lambda *_, **__: "backward")
@@ -663,8 +668,53 @@ def test_an_engine_is_had_by_all_or_by_none(
         gather_text=gather_text, peers=[], rank=1, number=7, group=None, timeout_s=5.0
     )
     wire.device = torch.device("cpu")
+    wire.publish_abort = print
     placement = Placement.from_ranks(even_blocks(8, 2), num_ranks=2, device=wire.device)
     with pytest.raises(EngineUnavailableError, match=f"rank 1: .*{text}"):
         build.build(config, wire=wire, placement=placement, check_inputs=False)
     assert said[-1] == (text or "OutOfMemoryError('')")
     assert left == ([7] if part == "assemble" else [])
+    assert detached == ([wire.publish_abort] if part == "assemble" else [])
+
+
+def test_memory_forgets_communicators_that_do_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aborts are posted for, and interrupted waits end, those that do."""
+    control = torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *a, pin_memory=False, **kwargs: control(*a, **kwargs)
+    )
+    watchdog = Watchdog(rank=0, num_ranks=2, num_experts=8, timeout_s=1.0)
+    said: list[str] = []
+
+    def attach(name: str) -> Callable[[str], None]:
+        def post(reason: str) -> None:
+            said.append(f"{name}: {reason}")
+
+        def interrupted(reason: str) -> None:
+            said.append(f"{name} {reason}")
+
+        watchdog.attach(post, lambda rank: name, lambda: interrupted)
+        return post
+
+    first, second = attach("first"), attach("second")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watchdog, "_await_mail", interrupt)
+    for post in (second, first):
+        watchdog.publish_abort("why")
+        with pytest.raises(KeyboardInterrupt):
+            watchdog.wait_for_mail(0, call=1, num_local=1)
+        watchdog.detach(post)
+    assert said == [
+        "first: why",
+        "second: why",
+        "second interrupted by KeyboardInterrupt",
+        "first: why",
+        "first interrupted by KeyboardInterrupt",
+    ]
+    assert not watchdog.dead
+    with pytest.raises(KeyboardInterrupt):
+        watchdog.wait_for_mail(0, call=1, num_local=1)
+    assert watchdog.dead

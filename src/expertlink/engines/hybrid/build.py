@@ -144,8 +144,9 @@ def build(
     try:
         all_or_none(wire, reason)
     except ExpertlinkError:
-        memory.arena.leave(wire.number)
         connection.leave(wire.number)
+        memory.arena.leave(wire.number)
+        memory.watchdog.detach(wire.publish_abort)  # others may go on using it
         if share_with is None:
             connection.rail.close()
         raise

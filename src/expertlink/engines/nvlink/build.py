@@ -130,6 +130,7 @@ def build(
         all_or_none(wire, reason)
     except EngineUnavailableError:
         memory.arena.leave(wire.number)
+        memory.watchdog.detach(wire.publish_abort)  # others may go on using it
         raise
     assert engine is not None
     return engine

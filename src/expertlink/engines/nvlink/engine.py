@@ -71,8 +71,7 @@ class NvlinkEngine:
             shape = (config.max_tokens_per_rank, ALIGNMENT)
             self._short_rows = torch.zeros(shape, dtype=torch.uint8, device=wire.device)
         self.arena.join(wire.number)
-        self.watchdog.attach(wire.publish_abort, wire.abort_reason)
-        self.watchdog.interrupted = weakref.WeakMethod(self.abort)
+        self.watchdog.attach(wire.publish_abort, wire.abort_reason, weakref.WeakMethod(self.abort))
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -246,6 +245,7 @@ class NvlinkEngine:
         """
         with contextlib.suppress(RuntimeError):  # a broken context has nothing under way
             torch.cuda.synchronize(self.arena.device)
+        self.watchdog.detach(self._wire.publish_abort)
         if self.arena.leave(self._wire.number):
             self.watchdog.release()
         self._wire.close()

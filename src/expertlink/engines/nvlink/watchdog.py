@@ -77,6 +77,14 @@ class Mail(NamedTuple):
     rail: Sequence[int] = ()
 
 
+class _User(NamedTuple):
+    """A communicator, as the memory that it uses knows it; see `Watchdog.attach`."""
+
+    post: Callable[[str], None]
+    read: Callable[[int], str]
+    interrupted: Callable[[], Callable[[str], None] | None]
+
+
 class Watchdog:
     """The host's end of one rank's control words.
 
@@ -111,23 +119,36 @@ class Watchdog:
         self._order = threading.Lock()
         self._forget = weakref.finalize(self, _abandoned.append, self._pinned)
         self._forget.atexit = False
-        # Of all communicators that share the memory: how to post why one aborts, and to read it.
-        self._statuses: list[tuple[Callable[[str], None], Callable[[int], str]]] = []
-        # What an interrupted wait calls. Weak: dropping a communicator frees its memory at once.
-        self.interrupted: Callable[[], Callable[[str], None] | None] = lambda: None
+        self._users: list[_User] = []  # all communicators that share the memory
         self.set_timeout(timeout_s)
 
-    def attach(self, post: Callable[[str], None], read: Callable[[int], str]) -> None:
-        """Another communicator uses this; the same ones do on all ranks."""
-        self._statuses.append((post, read))
+    def attach(
+        self,
+        post: Callable[[str], None],
+        read: Callable[[int], str],
+        interrupted: Callable[[], Callable[[str], None] | None] = lambda: None,
+    ) -> None:
+        """Another communicator uses this; the same ones do on all ranks.
+
+        Args:
+            post: posts why this rank aborts.
+            read: why another one has aborted.
+            interrupted: what an interrupted wait calls. Weak: dropping a communicator frees its
+                memory at once.
+        """
+        self._users.append(_User(post, read, interrupted))
+
+    def detach(self, post: Callable[[str], None]) -> None:
+        """The communicator with that `post` does not use this, or no more."""
+        self._users = [user for user in self._users if user.post != post]
 
     def publish_abort(self, reason: str) -> None:
         """Posts why this rank aborts, for the others to read."""
-        for post, _ in self._statuses:
-            post(reason)
+        for user in list(self._users):
+            user.post(reason)
 
     def _reason_of(self, rank: int) -> str:
-        reasons = (read(rank) for _, read in reversed(self._statuses))
+        reasons = (user.read(rank) for user in reversed(self._users))
         return next((reason for reason in reasons if reason), "")
 
     def release(self) -> None:
@@ -299,7 +320,8 @@ class Watchdog:
             raise
         except BaseException as error:  # Ctrl-C, a signal handler: the call is half done
             reason = f"interrupted by {type(error).__name__}"
-            (self.interrupted() or self.fail)(reason)
+            calls = (user.interrupted() for user in reversed(self._users))
+            (next((call for call in calls if call is not None), None) or self.fail)(reason)
             raise
 
     def _await_mail(self, before: int, *, call: int, num_local: int) -> Mail:
