@@ -121,6 +121,26 @@ def test_every_call_raises_what_the_monitor_knows(
     assert failed == [str(cause)]
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "weight_grads"])
+def test_a_rank_without_memory_ends_the_call_of_all(
+    monkeypatch: pytest.MonkeyPatch, name: str, capturing: bool
+) -> None:
+    """Its peers have begun to send; a capture is no call."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room for it")
+
+    monkeypatch.setattr(NvlinkEngine, name, fail)
+    monkeypatch.setattr("expertlink.engines.hybrid.engine.is_capturing", lambda: capturing)
+    engine: Any = HybridEngine.__new__(HybridEngine)
+    aborted: list[str] = []
+    engine.abort = aborted.append
+    with pytest.raises(torch.OutOfMemoryError):
+        getattr(engine, name)(*((None, None) if name == "weight_grads" else (None,)))
+    assert aborted == ([] if capturing else ["OutOfMemoryError: no room for it"])
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_of_messages_is_had_by_all_or_by_none(
     monkeypatch: pytest.MonkeyPatch, shared: bool

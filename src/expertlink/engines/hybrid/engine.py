@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.hybrid.mode import HybridMode
 from expertlink.engines.hybrid.monitor import Monitor, WatchedRail
+from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.mode import Memory
 from expertlink.engines.ranks.header import Operation
@@ -94,6 +96,9 @@ class HybridEngine(NvlinkEngine):
             return super().dispatch(call)
         except (AbortError, PeerTimeoutError) as error:
             self._raise_cause(error)
+        except torch.OutOfMemoryError as error:
+            self._end_call(error)
+            raise
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
@@ -101,6 +106,9 @@ class HybridEngine(NvlinkEngine):
             return super().combine(call)
         except (AbortError, PeerTimeoutError) as error:
             self._raise_cause(error)
+        except torch.OutOfMemoryError as error:
+            self._end_call(error)
+            raise
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
@@ -108,6 +116,9 @@ class HybridEngine(NvlinkEngine):
             return super().weight_grads(state, weight_grads)
         except (AbortError, PeerTimeoutError) as error:
             self._raise_cause(error)
+        except torch.OutOfMemoryError as error:
+            self._end_call(error)
+            raise
 
     def refuse(self, operation: Operation, error: Exception) -> NoReturn:
         """Raises `error` here; the ranks that make the call learn that it does not happen."""
@@ -115,6 +126,14 @@ class HybridEngine(NvlinkEngine):
             super().refuse(operation, error)
         except (AbortError, PeerTimeoutError) as failure:
             self._raise_cause(failure)
+
+    def _end_call(self, error: Exception) -> None:
+        """Ends a call that this rank cannot go on with, as its peers would wait for it.
+
+        A dispatch learns how large its output is when the other ranks have begun to send.
+        """
+        if not is_capturing():  # a capture is no call: nobody waits
+            self.abort(f"{type(error).__name__}: {error}")
 
     def _raise_cause(self, error: AbortError | PeerTimeoutError) -> NoReturn:
         """Raises what a failed wait comes from: a rail may have ended it, here or at a peer."""
