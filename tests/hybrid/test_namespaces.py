@@ -19,7 +19,7 @@ from support.namespaces import Network
 pytestmark = pytest.mark.preload("support.namespaces")
 TIMEOUT_S = 0.5
 BOUND_S = TIMEOUT_S + 1.0
-SLACK_S = 1.0  # for a machine with other things to do
+SLACK_S = 10.0  # for a machine with other things to do
 HOSTS = 3
 EVERY = range(HOSTS)
 SLOW, LONG = "2mbit", 1 << 20  # four seconds
