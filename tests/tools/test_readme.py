@@ -219,7 +219,7 @@ def test_names_that_pages_name_exist() -> None:
         assert set(named) <= words | set(re.findall(r"\w+", code)), page.name
 
 
-NAMES_OF_OTHERS = ("acq_rel", "fully_shard", "gradcheck")
+NAMES_OF_OTHERS = ("acq_rel", "fully_shard", "gradcheck", "GradScaler", "ShardedGradScaler")
 
 
 def test_options_of_commands_that_pages_name_exist() -> None:
