@@ -9,19 +9,14 @@ per expert, E local experts, I width of an expert, F = 2 I.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
+from expertlink import copies
 from expertlink.communicator import MoECommunicator
 from expertlink.errors import ConfigurationError, InputError
 from expertlink.grouped_product import (
@@ -374,13 +369,13 @@ class MoELayer(nn.Module):
             row_dtype=config.dtype,
             **style,
         )
-        self._summed: set[str] = set()  # experts' parameters whose gradients copies share
-        _guard(self)
+        self.copies_summed: set[str] = set()  # experts' parameters whose gradients copies share
+        copies.guard(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy."""
         super().__setstate__(state)
-        _guard(self)
+        copies.guard(self)
 
     @property
     def has_copies(self) -> bool:
@@ -451,7 +446,7 @@ class MoELayer(nn.Module):
     def mark_copies_summed(self) -> None:
         """Says that the gradients of copies are added up, whoever did it. It holds up to the next
         step or backward pass."""
-        self._summed.update(name for name, _ in self.experts.named_parameters())
+        self.copies_summed.update(name for name, _ in self.experts.named_parameters())
 
     def rebalance(
         self, new: ExpertPlacement, *, optimizer: torch.optim.Optimizer | None = None
@@ -482,7 +477,7 @@ class MoELayer(nn.Module):
             tensor.copy_(after)
         for parameter in parameters:
             parameter.grad = None
-        self._summed.clear()
+        self.copies_summed.clear()
         self.placement = new
         self.experts.expert_ids = new.experts_of_rank[self.comm.rank]
         if self._physical is None:
@@ -527,77 +522,6 @@ def merge_state_dicts(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor
             merged[prefix + name] = torch.stack([found[expert] for expert in range(count)])
         del merged[key]
     return merged
-
-
-# -- steps of optimizers --------------------------------------------------------------------------
-
-_with_copies: weakref.WeakSet[MoELayer] = weakref.WeakSet()
-_hooks: list[Any] = []
-
-
-def _guard(layer: MoELayer) -> None:
-    """From now on no optimizer of torch steps with the gradients of single copies."""
-    if not layer.has_copies:
-        return
-    _with_copies.add(layer)
-    for name, parameter in layer.experts.named_parameters():
-        if parameter.requires_grad:
-            # What a backward pass adds is not summed, and a step before it may have been left out.
-            parameter.register_post_accumulate_grad_hook(partial(_unmark, layer._summed, name))
-    if not _hooks:
-        check, note = (cast(Any, torch.compiler.disable(f)) for f in (_check_step, _note_step))
-        _hooks.append(register_optimizer_step_pre_hook(check))
-        _hooks.append(register_optimizer_step_post_hook(note))
-
-
-def _unmark(summed: set[str], name: str, parameter: Tensor) -> None:
-    summed.discard(name)
-
-
-def _held(optimizer: torch.optim.Optimizer) -> Iterator[tuple[MoELayer, str, Tensor]]:
-    """Parameters of experts with copies that an optimizer has."""
-    if not _with_copies:
-        return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in list(_with_copies):
-        for name, parameter in layer.experts.named_parameters():
-            if id(parameter) in held:
-                yield layer, name, parameter
-
-
-def _check_step(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> Any:
-    """Before a step; one with a closure gets its gradients from that."""
-    positional = len(args) > 1  # behind the optimizer itself
-    closure = args[1] if positional else options.get("closure")
-    if not callable(closure):
-        _check_gradients(optimizer)
-        return None
-    if next(_held(optimizer), None) is None:
-        return None
-
-    def checked() -> Any:
-        loss = closure()
-        _check_gradients(optimizer)
-        return loss
-
-    if positional:
-        return (args[0], checked, *args[2:]), options
-    return args, {**options, "closure": checked}
-
-
-def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
-    for layer, name, parameter in _held(optimizer):
-        if parameter.grad is not None and name not in layer._summed:
-            raise InputError(
-                f"{type(optimizer).__name__}.step: gradients of {name} are those of single copies "
-                "of experts; call sum_copies_gradients() after backward, on all ranks, or "
-                "mark_copies_summed() where you have added them up"
-            )
-
-
-def _note_step(optimizer: torch.optim.Optimizer, args: Any, options: Any) -> None:
-    for layer, name, _ in _held(optimizer):
-        layer._summed.discard(name)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
