@@ -48,10 +48,12 @@ def demo(
     layout: Annotated[
         str | None,
         typer.Option(
-            metavar="LAYOUT", help="flat, token_major, rank_major or expert_major receive layout."
+            "--layout",
+            metavar="LAYOUT",
+            help="flat, token_major, rank_major or expert_major receive layout.",
         ),
     ] = None,
-    mode: Annotated[str, typer.Option(metavar="MODE", help="ht or ll.")] = "ht",
+    mode: Annotated[str, typer.Option("--mode", metavar="MODE", help="ht or ll.")] = "ht",
     balance_weight: Annotated[
         float, typer.Option(help="Weight of the load-balancing loss; 0: experts as they come.")
     ] = 0.1,
@@ -183,6 +185,7 @@ def bench(
     rail: Annotated[
         str | None,
         typer.Option(
+            "--rail",
             metavar="RAIL",
             help="What joins virtual hosts: sockets (the default; NCCL over TCP) or nvlink.",
         ),

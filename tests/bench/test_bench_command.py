@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from expertlink.bench import command
@@ -24,6 +26,17 @@ from support.bench_records import make_record
 
 TINY = ("--ranks", "2", "--tokens", "16", "--hidden", "64", "--topk", "2", "--experts", "4")
 QUICK = (*TINY, "--iters", "3", "--warmup", "1", "--device", "cpu")
+
+
+def test_options_are_spelled_out_where_a_placeholder_is_named_alike() -> None:
+    """Typer 0.27.0 takes a metavar that is the name in capitals for the option's own name."""
+    for registered in app.registered_commands:
+        assert registered.callback is not None
+        hints = get_type_hints(registered.callback, include_extras=True)
+        for name, hint in hints.items():
+            for option in getattr(hint, "__metadata__", ()):
+                if isinstance(option, OptionInfo) and option.metavar == name.upper():
+                    assert option.default == f"--{name}"  # where typer keeps what comes first
 
 
 def test_two_ranks_end_to_end(tmp_path: Path) -> None:
