@@ -14,6 +14,7 @@ from expertlink import (
     ConfigurationError,
     EngineUnavailableError,
     MoECommunicatorConfig,
+    PeerError,
     PeerTimeoutError,
 )
 from expertlink.domains import Domains
@@ -119,6 +120,35 @@ def test_every_call_raises_what_the_monitor_knows(
         getattr(engine, name)(*arguments)
     assert info.value is cause
     assert failed == [str(cause)]
+
+
+@pytest.mark.parametrize("has_failed", [True, False])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "weight_grads", "check_health"])
+def test_verdicts_about_what_a_failed_rail_has_brought_are_none(
+    monkeypatch: pytest.MonkeyPatch, name: str, has_failed: bool
+) -> None:
+    """The kernels behind a step that was aborted compare what an earlier call has left there."""
+    verdict = PeerError("the ranks are not in the same call", ranks=[1])
+    cause = PeerTimeoutError(
+        "rank 3 is missing", rank=0, missing=[3], phase="dispatch", call=1, waited_s=1.0
+    )
+
+    def decided(*_: object) -> None:
+        raise verdict
+
+    monkeypatch.setattr(NvlinkEngine, name, decided)
+    engine: Any = HybridEngine.__new__(HybridEngine)
+    failure = cause if has_failed else None
+    engine._monitor = types.SimpleNamespace(
+        failure=failure, check=lambda: None, explain=lambda _: failure
+    )
+    failed: list[str] = []
+    engine.watchdog = types.SimpleNamespace(fail=failed.append)
+    arguments = {"weight_grads": (None, None), "check_health": ()}.get(name, (None,))
+    with pytest.raises((PeerError, PeerTimeoutError)) as info:
+        getattr(engine, name)(*arguments)
+    assert info.value is (failure or verdict)
+    assert failed == ([str(cause)] if has_failed else [])
 
 
 @pytest.mark.parametrize("capturing", [False, True])

@@ -19,19 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expertlink.engines.hybrid import ending
-from expertlink.engines.hybrid import rail as rail_module
-from expertlink.engines.hybrid.rail import CopyRail, NcclRail, Rail, RailError
+from expertlink.engines.hybrid import connect as connecting
+from expertlink.engines.hybrid import ending, nccl_rail
+from expertlink.engines.hybrid.connect import connect
+from expertlink.engines.hybrid.nccl_rail import NcclRail
+from expertlink.engines.hybrid.rail import CopyRail, Rail, RailError
 from support.depth import deep
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 3, 5)
 
 
-def nccl_rail(store: Any, index: int, size: int, timeout_s: float = 20.0) -> NcclRail:
-    return NcclRail.connect(
-        store, index=index, size=size, device=CPU, max_ctas=None, timeout_s=timeout_s
-    )
+def gloo_rail(store: Any, index: int, size: int, timeout_s: float = 20.0) -> Rail:
+    return connect(store, index=index, size=size, device=CPU, max_ctas=None, timeout_s=timeout_s)
 
 
 def together(size: int, job: Callable[[int], Any]) -> list[Any]:
@@ -43,7 +43,7 @@ def together(size: int, job: Callable[[int], Any]) -> list[Any]:
 def rails_of(kind: str, size: int) -> list[Any]:
     if kind != "copy":
         store = dist.HashStore()
-        return together(size, lambda index: nccl_rail(store, index, size))
+        return together(size, lambda index: gloo_rail(store, index, size))
     return list(CopyRail.connected(size, timeout_s=20.0))
 
 
@@ -84,7 +84,7 @@ def drawn_calls(draw: random.Random, size: int) -> list[list[list[int]]]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("kind", "device"),
-    [("copy", "cpu"), ("nccl", "cpu"), pytest.param("copy", "cuda", marks=pytest.mark.gpu)],
+    [("copy", "cpu"), ("gloo", "cpu"), pytest.param("copy", "cuda", marks=pytest.mark.gpu)],
 )
 def test_rows_arrive(kind: str, device: str, size: int) -> None:
     """Uneven, none, and none at all; in the order of the peers."""
@@ -97,7 +97,7 @@ def test_rows_arrive(kind: str, device: str, size: int) -> None:
         rail.close()
 
 
-@pytest.mark.parametrize("kind", ["copy", "nccl"])
+@pytest.mark.parametrize("kind", ["copy", "gloo"])
 def test_an_abort_ends_a_call(kind: str) -> None:
     rails = rails_of(kind, 2)
     rows = torch.zeros(2, 4, dtype=torch.uint8)
@@ -116,7 +116,7 @@ def test_an_abort_ends_a_call(kind: str) -> None:
 
 def test_a_rank_that_leaves_is_noticed() -> None:
     """gloo tells the others when a rank closes its connections, without waiting."""
-    rails = rails_of("nccl", 3)
+    rails = rails_of("gloo", 3)
     rails.pop().close()
     rows = torch.zeros(3, 4, dtype=torch.uint8)
 
@@ -132,7 +132,7 @@ def test_a_rank_that_leaves_is_noticed() -> None:
 
 def test_a_meeting_is_bounded() -> None:
     with pytest.raises(RailError):
-        nccl_rail(dist.HashStore(), 0, 2, timeout_s=0.3)
+        gloo_rail(dist.HashStore(), 0, 2, timeout_s=0.3)
 
 
 def test_copies_need_everybody_in_time() -> None:
@@ -145,8 +145,8 @@ def test_own_groups_only() -> None:
     """No group by name appears, and none goes, in a process that has others."""
     before = dict(dist.distributed_c10d._world.pg_names)
     store = dist.HashStore()
-    rails = together(2, lambda index: nccl_rail(dist.PrefixStore("a", store), index, 2))
-    others = together(2, lambda index: nccl_rail(dist.PrefixStore("b", store), index, 2))
+    rails = together(2, lambda index: gloo_rail(dist.PrefixStore("a", store), index, 2))
+    others = together(2, lambda index: gloo_rail(dist.PrefixStore("b", store), index, 2))
     assert dict(dist.distributed_c10d._world.pg_names) == before
     for rail in rails:
         rail.close()
@@ -164,30 +164,33 @@ class FakeGroup:
 
     def __init__(self) -> None:
         self.gone, self.calls = threading.Event(), list[str]()
-        self.rank, self.size = (lambda: 0), (lambda: 2)
+        self.rank, self.size = 0, 2
 
     def _end(self, name: str) -> None:
         self.calls.append(name)
         self.gone.wait(30)
 
-    def shutdown(self) -> None:
-        self._end("shutdown")
+    def destroy(self) -> None:
+        self._end("destroy")
 
     def abort(self) -> None:
         self._end("abort")
 
-    def _allgather_base(self, *_: object) -> None:
+    def gather(self, *_: object) -> None:
         self.calls.append("gather")
+
+    def exchange(self, *_: object) -> None:
+        self.calls.append("exchange")
 
 
 def test_a_rail_that_nothing_holds_is_closed_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    group = FakeGroup()
+    group: Any = FakeGroup()
     group.gone.set()
     rail = NcclRail(group, device=GPU)
     with caplog.at_level(logging.INFO, logger="expertlink"):
         rail.close()
         rail.close()
-    assert group.calls == ["shutdown"]
+    assert group.calls == ["destroy"]
     assert not caplog.records
 
 
@@ -196,17 +199,19 @@ def test_a_close_does_not_wait_for_graphs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, captured: bool
 ) -> None:
     """A graph may live as long as the caller likes. Without one, something is wrong."""
-    monkeypatch.setattr(rail_module, "_CLOSING_S", 0.1)
-    monkeypatch.setattr(rail_module, "is_capturing", lambda: captured)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: None)
-    group = FakeGroup()
+    monkeypatch.setattr(nccl_rail, "_CLOSING_S", 0.1)
+    monkeypatch.setattr(nccl_rail, "is_capturing", lambda: captured)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda _=None: types.SimpleNamespace(cuda_stream=0)
+    )
+    group: Any = FakeGroup()
     rail = NcclRail(group, device=GPU)
     rail.gather(torch.zeros(4), torch.zeros(2, 4))
     began = time.monotonic()
     with caplog.at_level(logging.INFO, logger="expertlink"):
         rail.close()
     assert time.monotonic() - began < 5
-    assert group.calls == ["gather", "shutdown"]
+    assert group.calls == ["gather", "destroy"]
     assert [record.levelname for record in caplog.records] == ["INFO" if captured else "WARNING"]
     with pytest.raises(RailError, match="closed"):
         rail.gather(torch.zeros(4), torch.zeros(2, 4))
@@ -218,22 +223,22 @@ def test_a_rail_that_nobody_closes_does_not_wait_for_graphs(
     monkeypatch: pytest.MonkeyPatch, aborted: bool
 ) -> None:
     """The destructor of a group of NCCL does, so a thread ends it first."""
-    monkeypatch.setattr(rail_module, "_ABORTING_S", 0.05)
-    group = FakeGroup()
+    monkeypatch.setattr(nccl_rail, "_ABORTING_S", 0.05)
+    group: Any = FakeGroup()
     rail = NcclRail(group, device=GPU)
     if aborted:
         rail.abort()
     began = time.monotonic()
     del rail
     assert time.monotonic() - began < 5
-    assert "shutdown" in group.calls
+    assert "destroy" in group.calls
     group.gone.set()
 
 
 END_OF_A_PROCESS = """
 import functools, time, types
 import torch, torch.distributed as dist
-from expertlink.engines.hybrid import rail
+from expertlink.engines.hybrid import nccl_rail as rail
 rail._HELD_S = 0.05
 store = dist.HashStore()
 
@@ -247,7 +252,7 @@ torch.cuda.CUDAGraph = Graph
 # frame would keep what the module has.
 wait = functools.partial(store.wait, ["gone"])
 group = functools.partial(
-    types.SimpleNamespace, rank=int, size=functools.partial(int, 2), shutdown=wait, abort=wait
+    types.SimpleNamespace, rank=0, size=2, destroy=wait, abort=wait
 )
 graph = Graph()
 closed = rail.NcclRail(group(), device=torch.device("cuda"))
@@ -301,7 +306,8 @@ atexit.register(setattr, threading.Thread, "start", refuse)
 
 def test_a_rail_that_is_collected_while_another_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its finalizer may run in the thread that starts the other one's end."""
-    start, groups = threading.Thread.start, (FakeGroup(), FakeGroup())
+    start = threading.Thread.start
+    groups: list[Any] = [FakeGroup(), FakeGroup()]
     first, rails = NcclRail(groups[0], device=GPU), [NcclRail(groups[1], device=GPU)]
 
     def collect(thread: threading.Thread) -> None:
@@ -318,7 +324,7 @@ def test_a_rail_that_is_collected_while_another_one_ends(monkeypatch: pytest.Mon
     for thread in threading.enumerate():
         if thread.name == "expertlink rail end":
             thread.join(10)
-    assert [group.calls for group in groups] == [["shutdown"]] * 2
+    assert [group.calls for group in groups] == [["destroy"]] * 2
 
 
 def test_an_abort_does_not_wait_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,9 +335,9 @@ def test_an_abort_does_not_wait_for_graphs(monkeypatch: pytest.MonkeyPatch) -> N
         begun.set()
         released.wait(30)
 
-    backend = types.SimpleNamespace(rank=lambda: 0, size=lambda: 2, abort=abort)
-    monkeypatch.setattr(rail_module, "_ABORTING_S", 0.05, raising=False)
-    rail = NcclRail(backend, device=torch.device("cuda"))
+    communicator: Any = types.SimpleNamespace(rank=0, size=2, abort=abort)
+    monkeypatch.setattr(nccl_rail, "_ABORTING_S", 0.05)
+    rail = NcclRail(communicator, device=torch.device("cuda"))
     began = time.monotonic()
     rail.abort()
     rail.close()
@@ -359,14 +365,14 @@ def test_a_rail_that_nobody_waits_for_any_more_is_closed(
 
     times = iter([lambda: 0.0, interrupted])
     clock = types.SimpleNamespace(monotonic=lambda: next(times)())
-    monkeypatch.setattr(rail_module, "time", clock)
+    monkeypatch.setattr(connecting, "time", clock)
     if not is_late:  # the meeting ends before the signal comes
         slow = threading.Thread.is_alive
         monkeypatch.setattr(
             threading.Thread, "is_alive", lambda thread: thread.join(20) or not slow(thread)
         )
     with pytest.raises(KeyboardInterrupt):
-        rail_module._within(5.0, meet)
+        connecting._within(5.0, meet)
     monkeypatch.undo()
     met.set()
     assert closed.wait(20)

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from expertlink.domains import Domains
+from expertlink.engines.hybrid.connect import connect
 from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
-from expertlink.engines.hybrid.rail import CopyRail, NcclRail
+from expertlink.engines.hybrid.rail import CopyRail
 from expertlink.engines.hybrid.words import DeviceWords, HostWords
 from expertlink.engines.ranks.status import StatusStore
 from expertlink.engines.ranks.wire import Peer
@@ -71,7 +72,7 @@ def make_rank(
     """Local but for the rail, which ranks of it make together where none is given."""
     local = domains.local_of(number)
     if rail is None:
-        rail = NcclRail.connect(
+        rail = connect(
             dist.PrefixStore(f"rail {local}", store),
             index=domains.host_of[number],
             size=domains.num_hosts,

@@ -18,8 +18,9 @@ from expertlink.bench.cases import Case, Plan
 from expertlink.bench.ceilings import Moves
 from expertlink.bench.clock import Clock
 from expertlink.domains import Domains
+from expertlink.engines.hybrid.connect import connect
 from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
-from expertlink.engines.hybrid.rail import NcclRail, Rail
+from expertlink.engines.hybrid.rail import Rail
 from expertlink.engines.hybrid.schedule import chunk_sizes, rows_per_chunk, splits
 from expertlink.engines.hybrid.words import HostWords
 from expertlink.routing import even_blocks, rows_per_host
@@ -69,7 +70,7 @@ class RailCeiling:
         self._host, local = domains.host_of[rank], domains.local_of(rank)
         store = group.get_group_store()
         number = _next_number(clock, store, rank)
-        rail = NcclRail.connect(
+        rail = connect(
             dist.PrefixStore(f"expertlink-bench-{number}-rail-{local}", store),
             index=self._host,
             size=case.hosts,
@@ -152,7 +153,7 @@ def rows_of_chunks(ids_TK: Tensor, case: Case) -> Tensor:
     return torch.stack([rows_to_hosts(part_TK, case) for part_TK in parts])
 
 
-def _bounded(rail: NcclRail, domains: Domains, rank: int, timeout_s: float) -> Rail:
+def _bounded(rail: Rail, domains: Domains, rank: int, timeout_s: float) -> Rail:
     """A rail of ranks on CPUs whose waits end."""
     words = HostWords()
     ranks = Neighbours(

@@ -17,12 +17,13 @@ from torch.distributed import distributed_c10d
 
 from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
+from expertlink.engines.hybrid.connect import connect
 from expertlink.engines.hybrid.engine import Connection, HybridEngine
 from expertlink.engines.hybrid.ht import mode as ht
 from expertlink.engines.hybrid.ll import mode as ll
 from expertlink.engines.hybrid.mode import HybridMode
 from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
-from expertlink.engines.hybrid.rail import NcclRail
+from expertlink.engines.hybrid.rail import Rail
 from expertlink.engines.hybrid.words import DeviceWords
 from expertlink.engines.nvlink.arena import Plan
 from expertlink.engines.nvlink.build import all_or_none, new_memory
@@ -215,12 +216,12 @@ def _connect(wire: Wire, domains: Domains, memory: Memory, *, max_ctas: int | No
     group = wire.group
     assert group is not None
     local, host = domains.local_of(wire.rank), domains.host_of[wire.rank]
-    rail: NcclRail | None = None
+    rail: Rail | None = None
     words: DeviceWords | None = None
     reason = None
     try:
         words = DeviceWords(wire.device)
-        rail = NcclRail.connect(
+        rail = connect(
             dist.PrefixStore(f"expertlink-{wire.number}-rail-{local}", group.get_group_store()),
             index=host,
             size=domains.num_hosts,

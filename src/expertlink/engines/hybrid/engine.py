@@ -20,9 +20,18 @@ from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.mode import Memory
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.wire import Wire
-from expertlink.errors import AbortError, PeerTimeoutError
+from expertlink.errors import (
+    AbortError,
+    CapacityError,
+    InputError,
+    PeerError,
+    PeerTimeoutError,
+)
 from expertlink.reduction import BackwardKernel
 from expertlink.routing import Placement
+
+_WAITS = (AbortError, PeerTimeoutError)
+_VERDICTS = (CapacityError, InputError, PeerError)
 
 
 class Connection:
@@ -94,8 +103,10 @@ class HybridEngine(NvlinkEngine):
         """Queues a dispatch; waits for all ranks' counts where the host has to know them."""
         try:
             return super().dispatch(call)
-        except (AbortError, PeerTimeoutError) as error:
+        except _WAITS as error:
             self._raise_cause(error)
+        except _VERDICTS as error:
+            self._raise_verdict(error)
         except torch.OutOfMemoryError as error:
             self._end_call(error)
             raise
@@ -104,8 +115,10 @@ class HybridEngine(NvlinkEngine):
         """Queues a combine."""
         try:
             return super().combine(call)
-        except (AbortError, PeerTimeoutError) as error:
+        except _WAITS as error:
             self._raise_cause(error)
+        except _VERDICTS as error:
+            self._raise_verdict(error)
         except torch.OutOfMemoryError as error:
             self._end_call(error)
             raise
@@ -114,8 +127,10 @@ class HybridEngine(NvlinkEngine):
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
         try:
             return super().weight_grads(state, weight_grads)
-        except (AbortError, PeerTimeoutError) as error:
+        except _WAITS as error:
             self._raise_cause(error)
+        except _VERDICTS as error:
+            self._raise_verdict(error)
         except torch.OutOfMemoryError as error:
             self._end_call(error)
             raise
@@ -124,7 +139,7 @@ class HybridEngine(NvlinkEngine):
         """Raises `error` here; the ranks that make the call learn that it does not happen."""
         try:
             super().refuse(operation, error)
-        except (AbortError, PeerTimeoutError) as failure:
+        except _WAITS as failure:
             self._raise_cause(failure)
 
     def _end_call(self, error: Exception) -> None:
@@ -135,7 +150,14 @@ class HybridEngine(NvlinkEngine):
         if not is_capturing():  # a capture is no call: nobody waits
             self.abort(f"{type(error).__name__}: {error}")
 
-    def _raise_cause(self, error: AbortError | PeerTimeoutError) -> NoReturn:
+    def _raise_verdict(self, error: Exception) -> NoReturn:
+        """Raises what kernels say of a call, unless its rail has failed: then the counts and
+        messages that they read are those of an earlier call, or a part of this one's."""
+        if self._monitor.failure is None:
+            raise error
+        self._raise_cause(error)
+
+    def _raise_cause(self, error: Exception) -> NoReturn:
         """Raises what a failed wait comes from: a rail may have ended it, here or at a peer."""
         cause = self._monitor.explain(error)
         self.watchdog.fail(str(cause))
@@ -153,8 +175,10 @@ class HybridEngine(NvlinkEngine):
         self._monitor.check()
         try:
             super().check_health()
-        except (AbortError, PeerTimeoutError) as error:
+        except _WAITS as error:
             self._raise_cause(error)
+        except _VERDICTS as error:
+            self._raise_verdict(error)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds; those of the rail that are under way too."""

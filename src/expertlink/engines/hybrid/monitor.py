@@ -147,10 +147,14 @@ class Monitor:
         self._raised = True
         return self._failure
 
-    def explain(self, error: AbortError | PeerTimeoutError) -> ExpertlinkError:
-        """What to raise for a wait inside this host that ended so. Waits until it is known."""
+    def explain(self, error: Exception) -> Exception:
+        """What to raise for a wait inside this host that ended so. Waits until it is known.
+
+        `error`: of another kind only where there is a `failure`.
+        """
         with self._judging:
             if self._failure is None:
+                assert isinstance(error, AbortError | PeerTimeoutError)
                 self._fail(self._trace(error))
         assert self._failure is not None
         self._raised = True

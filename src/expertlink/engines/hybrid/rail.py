@@ -3,54 +3,25 @@
 In: rows for every other host, as bytes, with their numbers. Out: the rows of every other host. What
 the rows are, and who gets them inside a host, is not known here.
 
-`NcclRail` moves them through a process group of its own, `CopyRail` between threads of one process.
-Both are called by the host, which says how many rows go where. A transport whose kernels start
-transfers themselves, such as NCCL's GIN, would be another class here, and another answer of
-the one function in the kernels that says whether the rows of a source have arrived. There is none
-yet.
+`NcclRail` (nccl_rail.py) joins GPUs, `GlooRail` (gloo_rail.py) CPUs, `CopyRail` threads of one
+process; connect.py makes them. All are called by the host, which says how many rows go where. A
+transport whose kernels start transfers themselves, such as NCCL's GIN, would be another class, and
+another answer of the one function in the kernels that says whether the rows of a source have
+arrived. There is none yet.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import enum
-import logging
-import os
 import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
-from expertlink.engines.hybrid import ending
 from expertlink.engines.hybrid.words import Marks
-from expertlink.engines.nvlink.capture import is_capturing
-from expertlink.engines.ranks.wire import WAIT_SLICE
-
-logger = logging.getLogger("expertlink")
-
-_CLOSING_S = 10.0
-_HELD_S = 0.3  # where a CUDA graph may hold calls of the rail: it can live for long
-_ABORTING_S = 1.0
-_FOREVER = datetime.timedelta(days=3650)  # the monitor bounds the waits of a rail
-_SHORT = datetime.timedelta(milliseconds=1)
-_UNUSED_TAG = 0x7EADBEF
-_QUIET = {
-    # When an operation fails or expires, torch by default ends the process. The monitor reports
-    # failures of a rail instead, and ends its operations.
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_BLOCKING_WAIT": "0",
-    # It ends the process, too, where an aborted communicator stays for minutes: in a CUDA graph.
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-}
-_environment = threading.Lock()
 
 
 class RailError(RuntimeError):
@@ -148,190 +119,6 @@ class Rail(Protocol):
         ...
 
 
-class NcclRail:
-    """A rail over a process group of its own: NCCL for tensors on GPUs, gloo for tensors on CPUs.
-
-    The group is none of those that torch.distributed knows by name: `destroy_process_group` does
-    not reach it, and its name cannot clash. `connect` makes it.
-
-    Args:
-        backend: of torch.distributed, with this rank's index and the rail's size.
-        device: where the tensors live.
-    """
-
-    exact_sizes_in_graphs = False
-    marks = None
-
-    def __init__(self, backend: Any, *, device: torch.device) -> None:
-        self.index: int = backend.rank()
-        self.size: int = backend.size()
-        self.capturable = self._on_gpu = device.type == "cuda"
-        self._device = device
-        self._backend: Any = backend
-        self._process = os.getpid()
-        self._ended: str | None = None
-        self._captured = False  # a CUDA graph may hold calls of this rail
-        self._under_way: Any = None  # CPU
-        self._exchange_options, self._gather_options = AllToAllOptions(), AllgatherOptions()
-        for options in (self._exchange_options, self._gather_options):
-            options.asyncOp = not self._on_gpu  # GPU: on the current stream, without one more
-            options.timeout = _FOREVER
-        self._dropped: Any = None
-        if self._on_gpu:
-            self._dropped = weakref.finalize(self, _drop, backend, self._process)
-            self._dropped.atexit = False
-            ending.end_with_the_process(self)
-
-    @classmethod
-    def connect(
-        cls,
-        store: Any,
-        *,
-        index: int,
-        size: int,
-        device: torch.device,
-        max_ctas: int | None,
-        timeout_s: float,
-    ) -> NcclRail:
-        """Meets the other ranks of the rail and moves a row to each. Collective over the rail.
-
-        Args:
-            store: key-value store of the rail's ranks, that nobody else uses.
-            index: this rank's place on the rail.
-            size: N.
-            device: where the tensors live.
-            max_ctas: most thread blocks, and so SMs, of NCCL's kernels; None: NCCL decides.
-            timeout_s: bound of the meeting.
-
-        Raises:
-            RailError: it failed, or took longer.
-        """
-
-        def meet() -> NcclRail:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)  # of this thread
-                backend = _nccl(store, index, size, device, max_ctas)
-            else:
-                seconds = datetime.timedelta(seconds=timeout_s)
-                backend = dist.ProcessGroupGloo(store, index, size, seconds)
-            rail = cls(backend, device=device)
-            _warm_up(rail, device)
-            return rail
-
-        return _within(timeout_s, meet)
-
-    def gather(self, row: Tensor, rows: Tensor, stream: torch.cuda.Stream | None = None) -> None:
-        """See `Rail`."""
-        backend, options = self._backend, self._gather_options
-        self._run(lambda: backend._allgather_base(rows.view(-1), row, options), stream)
-
-    def exchange(
-        self,
-        send: Tensor,
-        receive: Tensor,
-        send_rows: Sequence[int],
-        receive_rows: Sequence[int],
-        stream: torch.cuda.Stream | None = None,
-        *,
-        marked: Marked = Marked.NOT,
-    ) -> None:
-        """See `Rail`."""
-        assert send_rows[self.index] == receive_rows[self.index] == 0
-        backend, options = self._backend, self._exchange_options
-        splits = (list(receive_rows), list(send_rows))
-        self._run(lambda: backend.alltoall_base(receive, send, *splits, options), stream)
-
-    def _run(self, issue: Callable[[], Any], stream: torch.cuda.Stream | None) -> None:
-        if self._ended is not None:
-            raise RailError(self._ended)
-        try:
-            if not self._on_gpu:
-                self._complete(issue())
-            elif stream is None or stream == torch.cuda.current_stream(self._device):
-                self._issue(issue)
-            else:
-                with torch.cuda.stream(stream):
-                    self._issue(issue)
-        except RuntimeError as error:
-            if isinstance(error, RailError):
-                raise
-            raise RailError(self._ended or _first_line(error)) from error
-
-    def _issue(self, issue: Callable[[], Any]) -> None:
-        self._captured = self._captured or is_capturing()
-        issue()
-
-    def _complete(self, work: Any) -> None:
-        """Waits on the host, for ever: the monitor aborts what takes too long."""
-        self._under_way = work
-        while not work.is_completed():
-            if self._ended is not None:
-                raise RailError(self._ended)
-            with contextlib.suppress(RuntimeError):  # this part of the wait is over
-                work.wait(WAIT_SLICE)
-        work.wait()  # raises if the operation failed
-        self._under_way = None
-
-    def abort(self) -> None:
-        """See `Rail`."""
-        if self._ended is not None:
-            return
-        self._ended = "the rail was aborted"
-        if self._on_gpu:
-            ending.end(self._backend.abort, "expertlink rail abort", _ABORTING_S)
-            return
-        with contextlib.suppress(RuntimeError):
-            self._disconnect()
-
-    def close(self) -> None:
-        """See `Rail`. What CUDA graphs hold of it goes with the last of them."""
-        if os.getpid() != self._process:  # a fork shares the connections, and has no threads
-            return
-        backend, self._backend = self._backend, None
-        if backend is None:
-            return
-        ended, self._ended = self._ended, "the rail is closed"
-        if not self._on_gpu:
-            self._disconnect(backend)
-            return
-        self._dropped.detach()
-        if ended is not None:  # aborted communicators are gone, or a thread waits for their graphs
-            return
-        seconds = _HELD_S if self._captured else _CLOSING_S
-        if ending.end(backend.shutdown, "expertlink rail end", seconds):
-            return
-        if self._captured:
-            logger.info("NCCL holds the memory of a rail until no CUDA graph has calls of it")
-        else:
-            logger.warning("NCCL did not release a rail within %g s", seconds)
-
-    def end_at_exit(self) -> None:
-        """See `ending.Endable`. As torch does with groups that nobody destroyed."""
-        backend = self._backend
-        if backend is None:
-            return
-        self._dropped.detach()
-        if os.getpid() != self._process:
-            ending.keep(backend)
-        elif self._ended is None:
-            self._ended = "the process ends"
-            ending.end(backend.abort, "expertlink rail abort", 0.0)
-
-    def _disconnect(self, backend: Any = None) -> None:
-        """Ends an operation of gloo, which has no abort: a receive that expires closes connections.
-
-        A receive from a rank that has closed its connection fails at once and closes nothing, so
-        every rank is tried.
-        """
-        backend, work = backend or self._backend, self._under_way
-        word = torch.empty(1, dtype=torch.uint8, device="cpu")
-        for step in range(1, self.size):
-            if work is None or work.is_completed():
-                return
-            with contextlib.suppress(RuntimeError):
-                backend.recv([word], (self.index + step) % self.size, _UNUSED_TAG).wait(_SHORT)
-
-
 class CopyRail:
     """A rail between threads of one process, which copy rows from each other's tensors.
 
@@ -403,14 +190,6 @@ class CopyRail:
         """See `Rail`."""
 
 
-def _drop(backend: Any, process: int) -> None:
-    """Ends the group of a rail that nobody closed; its destructor could wait for a CUDA graph."""
-    if os.getpid() != process:
-        ending.keep(backend)
-    else:
-        ending.end(backend.shutdown, "expertlink rail end", 0.0)
-
-
 class _Meeting:
     """Where threads exchange values."""
 
@@ -435,84 +214,3 @@ class _Meeting:
 
     def end(self) -> None:
         self._barrier.abort()
-
-
-def _nccl(store: Any, index: int, size: int, device: torch.device, max_ctas: int | None) -> Any:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = _FOREVER
-    if max_ctas is not None:
-        options.config.max_ctas = max_ctas
-    with _environment:  # torch reads it when it makes the group, and only then
-        before = {name: os.environ.get(name) for name in _QUIET}
-        os.environ.update(_QUIET)
-        try:
-            backend = dist.ProcessGroupNCCL(store, index, size, options)
-        finally:
-            for name, text in before.items():
-                if text is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = text
-    backend.eager_connect_single_device(device)
-    return backend
-
-
-def _warm_up(rail: NcclRail, device: torch.device) -> None:
-    """Moves a row to each rank: NCCL connects them at the first use, which cannot be captured."""
-    mine = torch.full((16,), rail.index, dtype=torch.uint8, device=device)
-    rows = torch.empty((rail.size, 16), dtype=torch.uint8, device=device)
-    rail.gather(mine, rows)
-    splits = [int(index != rail.index) for index in range(rail.size)]
-    received = torch.empty((rail.size - 1, 16), dtype=torch.uint8, device=device)
-    rail.exchange(mine.expand(rail.size - 1, -1).contiguous(), received, splits, splits)
-    others = [index for index in range(rail.size) if index != rail.index]
-    if rows[:, 0].tolist() != list(range(rail.size)) or received[:, 0].tolist() != others:
-        raise RailError("rows of the first exchange arrived where they do not belong")
-
-
-def _within(timeout_s: float, meet: Callable[[], NcclRail]) -> NcclRail:
-    """What `meet` returns; in a thread of its own, since it may never end.
-
-    Raises:
-        RailError: it failed, or took longer.
-    """
-    rails: list[NcclRail] = []
-    errors: list[BaseException] = []
-    lock = threading.Lock()
-    given_up = False
-
-    def run() -> None:
-        try:
-            rail = meet()
-        except BaseException as error:  # raised where it is waited for
-            errors.append(error)
-            return
-        with lock:
-            if not given_up:
-                rails.append(rail)
-                return
-        rail.close()
-
-    thread = threading.Thread(target=run, daemon=True, name="expertlink-rail")
-    started = time.monotonic()
-    thread.start()
-    waited = False
-    try:
-        while thread.is_alive() and time.monotonic() - started < timeout_s:
-            thread.join(0.05)  # signals are served in between
-        waited = True
-    finally:  # one of them may end the wait: nobody will have the rail
-        with lock:
-            given_up = True
-        if rails and not waited:
-            rails[0].close()
-    if rails:
-        return rails[0]
-    if errors:
-        raise RailError(_first_line(errors[0])) from errors[0]
-    raise RailError(f"no connection within {timeout_s:g} s")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
