@@ -180,6 +180,8 @@ def test_several_hosts(mode: str, number: int, monkeypatch: pytest.MonkeyPatch) 
     chunk_rows = 5 if mode == "ht" else None
     fleet = hosts_fleet_of(cases[0], mode=mode, chunk_rows=chunk_rows, warps=3, **SMS)
     run_hosted(fleet, jobs.contracts, cases)
+    if mode == "ht":
+        run_cases(fleet, jobs.without_memory, cases[:1])
     if mode == "ll":
         run_cases(fleet, marks_of_calls, cases)
         run_cases(fleet, launches_of_calls, cases[:1])

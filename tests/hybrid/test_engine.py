@@ -109,6 +109,7 @@ def test_every_call_raises_what_the_monitor_knows(
 
     monkeypatch.setattr(NvlinkEngine, name, ended)
     engine: Any = HybridEngine.__new__(HybridEngine)
+    engine._rail_mode = types.SimpleNamespace(dispatches_queued=0)
     engine._monitor = types.SimpleNamespace(
         failure=None, check=lambda: None, explain=lambda error: cause
     )
@@ -156,7 +157,7 @@ def test_verdicts_about_what_a_failed_rail_has_brought_are_none(
 def test_a_rank_without_memory_ends_the_call_of_all(
     monkeypatch: pytest.MonkeyPatch, name: str, capturing: bool
 ) -> None:
-    """Its peers have begun to send; a capture is no call."""
+    """Its peers would wait for it; a capture is no call."""
 
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("no room for it")
@@ -164,11 +165,29 @@ def test_a_rank_without_memory_ends_the_call_of_all(
     monkeypatch.setattr(NvlinkEngine, name, fail)
     monkeypatch.setattr("expertlink.engines.hybrid.engine.is_capturing", lambda: capturing)
     engine: Any = HybridEngine.__new__(HybridEngine)
+    engine._rail_mode = types.SimpleNamespace(dispatches_queued=3)
     aborted: list[str] = []
     engine.abort = aborted.append
     with pytest.raises(torch.OutOfMemoryError):
         getattr(engine, name)(*((None, None) if name == "weight_grads" else (None,)))
     assert aborted == ([] if capturing else ["OutOfMemoryError: no room for it"])
+
+
+def test_a_rank_that_took_part_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its dispatch is queued, only its output is missing: the others wait for nothing."""
+    engine: Any = HybridEngine.__new__(HybridEngine)
+    mode = engine._rail_mode = types.SimpleNamespace(dispatches_queued=3)
+
+    def queue_and_fail(*_: object) -> None:
+        mode.dispatches_queued += 1
+        raise torch.OutOfMemoryError("no room for it")
+
+    monkeypatch.setattr(NvlinkEngine, "dispatch", queue_and_fail)
+    aborted: list[str] = []
+    engine.abort = aborted.append
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.dispatch(None)
+    assert not aborted
 
 
 @pytest.mark.parametrize("shared", [False, True])

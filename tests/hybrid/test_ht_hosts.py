@@ -74,6 +74,15 @@ def test_statistics(fields: dict[str, Any], hosts: str, layout: DispatchLayout) 
 
 
 @LAYOUTS
+@HOSTS_OF
+@pytest.mark.parametrize("fields", [{}, {"static_shapes": True}], ids=["", "static"])
+def test_a_rank_without_memory(fields: dict[str, Any], hosts: str, layout: DispatchLayout) -> None:
+    """With the kernels of `test_contract`."""
+    cases = across(hosts, edges(shape_of(hosts, layout)))[:4]
+    run_cases(fleet_of(cases[0], **fields), jobs.without_memory, cases)
+
+
+@LAYOUTS
 @pytest.mark.parametrize("name", ["narrow", "all_lanes", "one_choice", "many_experts"])
 def test_contract_at_the_edges(name: str, layout: DispatchLayout) -> None:
     shape = special(name, layout)

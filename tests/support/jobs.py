@@ -320,6 +320,34 @@ def calls_with_all(comm: MoECommunicator, case: Case) -> DispatchHandle:
     return handle
 
 
+def without_memory(comm: MoECommunicator, case: Case) -> None:
+    """Across hosts, mode "ht": a rank finds no memory for its output. It alone raises, and nothing
+    is written where its last output is; the others get theirs, and the next calls work."""
+    mode: Any = comm._engine._mode  # type: ignore[union-attr]
+    before, _ = dispatch_case(comm, case)
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room for it")
+
+    for culprit in {0, comm.num_ranks - 1}:
+        if comm.rank == culprit:
+            tensors = (before.tokens, before.topk_ids, before.topk_weights)
+            kept = [tensor.clone() for tensor in tensors if tensor is not None]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(mode._dispatcher, "_make_output", no_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    dispatch_case(comm, case)
+            found = [tensor for tensor in tensors if tensor is not None]
+            for one, other in zip(found, kept, strict=True):
+                same_bits(one, other, "the output of the call before")
+        else:
+            out, handle = dispatch_case(comm, case)
+            check_output(case, comm.rank, out, static=counts_stay_on_device(comm))
+        before, handle = dispatch_case(comm, case)
+        check_output(case, comm.rank, before, static=counts_stay_on_device(comm))
+        combine_case(comm, case, handle, "combine after a dispatch without memory")
+
+
 # -- calls in flight ------------------------------------------------------------------------------
 
 

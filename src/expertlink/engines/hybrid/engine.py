@@ -96,11 +96,12 @@ class HybridEngine(NvlinkEngine):
             check_inputs=check_inputs,
         )
         self.connection, self._monitor = connection, connection.monitor
-        self._message_regions = mode.message_regions()
+        self._rail_mode, self._message_regions = mode, mode.message_regions()
         connection.join(wire.number)
 
     def dispatch(self, call: DispatchCall) -> Dispatched:
         """Queues a dispatch; waits for all ranks' counts where the host has to know them."""
+        queued = self._rail_mode.dispatches_queued
         try:
             return super().dispatch(call)
         except _WAITS as error:
@@ -108,7 +109,8 @@ class HybridEngine(NvlinkEngine):
         except _VERDICTS as error:
             self._raise_verdict(error)
         except torch.OutOfMemoryError as error:
-            self._end_call(error)
+            if self._rail_mode.dispatches_queued == queued:  # else nobody waits for this rank
+                self._end_call(error)
             raise
 
     def combine(self, call: CombineCall) -> Combined:
@@ -143,10 +145,7 @@ class HybridEngine(NvlinkEngine):
             self._raise_cause(failure)
 
     def _end_call(self, error: Exception) -> None:
-        """Ends a call that this rank cannot go on with, as its peers would wait for it.
-
-        A dispatch learns how large its output is when the other ranks have begun to send.
-        """
+        """Ends a call that this rank cannot go on with, as its peers would wait for it."""
         if not is_capturing():  # a capture is no call: nobody waits
             self.abort(f"{type(error).__name__}: {error}")
 

@@ -21,6 +21,10 @@ from expertlink.routing import Placement
 class HybridMode(Mode, Protocol):
     """How one rank makes its calls, over the memory of its host and over its rail.
 
+    Attributes:
+        dispatches_queued: how many this rank has queued as a whole, or up to the hook of a call in
+            halves: no peer waits for it in them, whether or not it has an output.
+
     Args:
         config, placement, run, num_sms, max_warps: as `Mode`.
         wire: the connection of the ranks of all hosts.
@@ -42,6 +46,9 @@ class HybridMode(Mode, Protocol):
         rail: Rail,
         max_warps: int | None = None,
     ) -> None: ...
+
+    @property
+    def dispatches_queued(self) -> int: ...
 
     @staticmethod
     def plan_of(config: MoECommunicatorConfig, domains: Domains) -> Plan:

@@ -113,6 +113,7 @@ class HybridDispatcher:
     Attributes:
         most_blocks: of the planner.
         arguments: of all calls.
+        dispatches_queued: as `HybridMode.dispatches_queued`.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class HybridDispatcher:
         self._positions = 4 * min(config.topk, plan.num_peers)
         self._memory = _Scratch.of(config, plan, experts, num_sms=num_sms, device=self._device)
         self.arguments = DISPATCH.new(**common, **self._memory.arguments())
+        self.dispatches_queued = 0
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -180,7 +182,11 @@ class HybridDispatcher:
             shape = self._padded_shape()
         elif mail is None and call.output_buffer is not None:
             shape = (call.output_buffer.shape[0],)
-        tensors = self._make_output(call, shape, weighted)
+        try:
+            tensors = self._make_output(call, shape, weighted)
+        except Exception:  # no memory, say: the peers must not wait for this rank
+            self._discard(call, rows)
+            raise
         route = HybridRoute(
             shape=shape,
             num_tokens=num_tokens,
@@ -195,7 +201,7 @@ class HybridDispatcher:
             maker=self._number,
             rows=rows,
         )
-        self._move(call, route, filled=1)
+        self._move(call, rows, filled=1)
         return Started(tensors.output(self._layout, public, counts), route, mail)
 
     def dispatch_cached(self, call: DispatchCall, old: Route, *, number: int) -> Started:
@@ -234,7 +240,7 @@ class HybridDispatcher:
             route.origin,
         )
         tensors = self._make_output(call, old.shape, route.weighted)
-        self._move(call, route, filled=0)
+        self._move(call, route.rows, filled=0)
         return Started(tensors.output(self._layout, public, old.counts), route, None)
 
     def refuse(self, error: Exception, *, number: int) -> Mail | None:
@@ -292,12 +298,21 @@ class HybridDispatcher:
         self._run(name, a, launch)
         a.flags = flags
 
-    def _move(self, call: DispatchCall, route: HybridRoute, *, filled: int) -> None:
-        """Moves the rows of all chunks; `filled`: the messages of so many are packed already."""
-        a, rows = self.arguments, route.rows
+    def _move(
+        self, call: DispatchCall, rows: _Rows | None, *, filled: int, clear: bool = True
+    ) -> None:
+        """Moves the rows of all chunks.
+
+        Args:
+            call: the dispatch.
+            rows: of its messages; None: with static shapes.
+            filled: the messages of so many chunks are packed already.
+            clear: slots that no row fills are cleared.
+        """
+        a = self.arguments
         launch = self._launches[a.row_bytes, call.num_sms].moving
         num_chunks = self._plan.num_chunks if rows is None else len(rows)
-        first = True
+        first = clear
         for step, chunk in dispatch_steps(num_chunks):
             if step is Step.FILL:
                 if chunk >= filled:
@@ -312,6 +327,15 @@ class HybridDispatcher:
             a.flags |= _MOVES | (_WITHIN_HOST if step is Step.OWN else 0) | (_CLEAR if first else 0)
             self._run(KernelName.DISPATCH, a, launch)
             a.flags, first = flags, False
+        self.dispatches_queued += 1
+
+    def _discard(self, call: DispatchCall, rows: _Rows | None) -> None:
+        """Takes part in a new dispatch without an output: what arrives is dropped.
+
+        Its own rows, and those that it relays, reach the other ranks.
+        """
+        self.arguments.max_slots = 0
+        self._move(call, rows, filled=1, clear=False)
 
     def _pack(self, call: DispatchCall, chunk: int) -> None:
         a = self.arguments

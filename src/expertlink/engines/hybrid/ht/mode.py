@@ -174,6 +174,13 @@ class RailHtMode(HtMode):
 
     # -- calls ------------------------------------------------------------------------------------
 
+    @property
+    def dispatches_queued(self) -> int:
+        """See `HybridMode`."""
+        dispatcher = self._dispatcher
+        assert isinstance(dispatcher, HybridDispatcher)
+        return dispatcher.dispatches_queued
+
     def dispatch(self, call: DispatchCall, number: int) -> Dispatched:
         """Queues a dispatch; a new routing waits for the counts unless shapes are static."""
         call = into_tokens(call)

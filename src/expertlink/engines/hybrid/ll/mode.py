@@ -59,7 +59,7 @@ class RailLlMode(LlMode):
         rail: Rail,
         max_warps: int | None = None,
     ) -> None:
-        self._domains = domains
+        self._domains, self.dispatches_queued = domains, 0
         self._rail_tally = RailTally(placement, domains, rank=wire.rank)
         device = memory.arena.device
         self._messages = Messages(config, domains=domains, rank=wire.rank, rail=rail, device=device)
@@ -148,6 +148,7 @@ class RailLlMode(LlMode):
     def dispatch(self, call: DispatchCall, number: int) -> Dispatched:
         """As `LlMode.dispatch`."""
         dispatched = super().dispatch(call, number)
+        self.dispatches_queued += 1
         if call.counted:
             self._rail_tally.add_dispatch(as_route(dispatched.state).ids, dispatched.output)
         return dispatched
