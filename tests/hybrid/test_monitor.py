@@ -18,13 +18,15 @@ from expertlink import AbortError, ClosedError, PeerTimeoutError
 from expertlink.bench.rails import rail_environment
 from expertlink.engines.hybrid import monitor as monitors
 from expertlink.engines.hybrid.monitor import came, follow
+from expertlink.engines.hybrid.rail import Marked
 from expertlink.engines.hybrid.words import RANGE, DeviceWords
 from expertlink.launch import RankError, RankPool
 from support.depth import deep
-from support.rails import Ranks, captured_steps_on_gpus, killed_in_an_exchange, ranks_on
+from support.rails import Rank, Ranks, captured_steps_on_gpus, killed_in_an_exchange, ranks_on
 
 TIMEOUT_S = 0.4
 BOUND_S = TIMEOUT_S + 1.0
+SHORT_S = 0.2
 SLACK_S = 1.0  # for a machine with other things to do
 TWO_BY_TWO = (0, 0, 1, 1)
 THREE_HOSTS = (0, 1, 2)
@@ -69,6 +71,46 @@ def test_ranks_that_begin_apart_name_the_same_one() -> None:
             error, _ = future.result(30)
             assert isinstance(error, PeerTimeoutError)
             assert error.missing == (2,), error
+
+
+def test_idle_ranks_are_not_named_beside_one_that_is_gone() -> None:
+    """One has not begun the step, one is done with it: their signs of life say that they live."""
+    with ranks_on((0, 1, 2, 3), timeout_s=SHORT_S) as ranks:
+        waits, _, done, gone = ranks.all
+        gone.monitor.stop()
+        done.words.begin()
+        done.words.end()
+        waits.words.begin()
+        await_failure(ranks, 0)
+        with pytest.raises(PeerTimeoutError) as info:
+            waits.monitor.check()
+        assert info.value.missing == (3,), info.value
+
+
+def test_idle_ranks_seldom_ask_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in a while as long as nobody asks them; not at all when it does not answer."""
+    monkeypatch.setattr(monitors, "_LOOKS_PER_TIMEOUT", 2)
+    with ranks_on((0, 1), timeout_s=SHORT_S) as ranks:
+        rank, reads = ranks.all[0], []
+        rank.monitor.stop()
+
+        def read(name: str) -> None:
+            reads.append(name)
+            if len(reads) > 1:
+                raise RuntimeError("the store is gone")
+
+        monkeypatch.setattr(rank.status, "read", read)
+        rank.monitor._next_look = 0.0
+        for _ in range(3):
+            rank.monitor.poll()
+        assert len(reads) == 1
+        rank.monitor._next_look = 0.0
+        for _ in range(3):
+            rank.monitor.poll()
+        assert len(reads) == 2
+        time.sleep(SHORT_S / 2)
+        rank.monitor.poll()
+        assert len(reads) == 2
 
 
 def test_a_late_rank_learns_that_it_was_given_up() -> None:
@@ -131,6 +173,68 @@ def test_the_cause_is_looked_for_inside_the_host() -> None:
         await_failure(ranks, 2)
         with pytest.raises(PeerTimeoutError, match="waited for rank 3"):
             ranks.all[2].monitor.check()
+
+
+def test_waits_inside_the_host_are_not_the_rails() -> None:
+    """The kernel that says that a step is done waits for rank 1 before. Nothing is wrong with the
+    rail: rank 2 is done. The wait has begun after the step, so it expires after the step's time."""
+    with ranks_on(TWO_BY_TWO, timeout_s=SHORT_S) as ranks:
+        waits, done = ranks.all[0], ranks.all[2]
+        waits.monitor.done_inside = True
+        for words in (waits.words, done.words):
+            words.begin()
+        done.words.end()
+        time.sleep(1.8 * SHORT_S)
+        assert waits.monitor.failure is None
+        ranks.faults[0] = wait_inside(0, 1)
+        await_failure(ranks, 0)
+        with pytest.raises(PeerTimeoutError, match="rank 0 waited for rank 1") as info:
+            waits.monitor.check()
+        assert info.value.missing == (1,)
+
+
+def test_kernels_that_say_that_steps_are_done_are_noticed() -> None:
+    with ranks_on((0, 1), timeout_s=SHORT_S) as ranks:
+        empty = torch.zeros((0, 8), dtype=torch.uint8, device="cpu")
+
+        def step(rank: Rank, marked: Marked) -> None:
+            rank.rail.exchange(empty, empty, [0, 0], [0, 0], marked=marked)
+
+        for marked in (Marked.NOT, Marked.BEGUN | Marked.DONE):
+            list(ranks.threads.map(step, ranks.all, [marked] * 2))
+            assert ranks.all[0].monitor.done_inside == bool(marked & Marked.DONE)
+
+
+def test_a_step_that_ends_while_the_others_are_looked_for_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last rank came when the time was just over: nobody is missing, and rows moved."""
+    with ranks_on((0, 1), timeout_s=SHORT_S) as ranks:
+        rank = ranks.all[0]
+        looked: list[bool] = []
+
+        def all_came(*_: object) -> list[int]:
+            looked.append(True)
+            rank.words.end()
+            return []
+
+        monkeypatch.setattr(rank.monitor, "_without_sign", all_came)
+        rank.words.begin()
+        time.sleep(1.5 * SHORT_S)
+        assert looked == [True]
+        rank.monitor.check()
+
+
+def test_a_monitor_that_fails_bounds_steps_nevertheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ValueError("no such phase")
+
+    with ranks_on((0, 1), timeout_s=60.0) as ranks:
+        waiting = ranks.start(0)[0]
+        monkeypatch.setattr(ranks.all[0].monitor, "_fault", broken)
+        error, _ = waiting.result(10)
+        assert isinstance(error, PeerTimeoutError)
+        assert "no such phase" in str(error)
 
 
 @pytest.mark.parametrize("by_host", [False, True], ids=["monitor", "host"])
@@ -198,13 +302,17 @@ def test_waits_end_when_a_rank_aborts() -> None:
         assert waited < 5
 
 
-def test_nobody_is_named_where_all_came() -> None:
-    """A cut network: all wait in the same step."""
-    with ranks_on((0, 1), timeout_s=TIMEOUT_S) as ranks:
+@pytest.mark.parametrize("done_inside", [False, True])
+def test_nobody_is_named_where_all_came(done_inside: bool) -> None:
+    """A cut network: all wait in the same step. Waits inside hosts have had their time too."""
+    with ranks_on((0, 1), timeout_s=SHORT_S) as ranks:
+        began = time.monotonic()
         for rank in ranks.all:
+            rank.monitor.done_inside = done_inside
             rank.words.begin()
-        time.sleep(BOUND_S)
         for rank in ranks.all:
+            await_failure(ranks, rank.number)
+            assert time.monotonic() - began < BOUND_S + done_inside * SHORT_S + SLACK_S
             with pytest.raises(PeerTimeoutError, match="network between the hosts") as info:
                 rank.monitor.check()
             assert info.value.missing == ()
@@ -247,9 +355,12 @@ def test_dropped_ranks_leave_no_thread() -> None:
     gone = [weakref.ref(rank.monitor) for rank in ranks.all]
     ranks.threads.shutdown()
     del ranks
-    gc.collect()
-    assert all(monitor() is None for monitor in gone)
     deadline = time.monotonic() + 5
+    gc.collect()
+    while any(monitor() is not None for monitor in gone):  # the thread may have been in a poll
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        gc.collect()
     while any(thread.name == "expertlink-monitor" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -5,13 +5,17 @@ that the next call raises.
 
 Kernels of NCCL wait for ever for a host that is gone, and replays of CUDA graphs have no host code
 that could notice. So a thread compares the words with the clock. A rank that waits for long posts
-signs of life. When its time is over it looks for those of the others, posts whom it misses, and
-ends the operations of its rail. Ranks that wait elsewhere read that, and end their waits too.
+signs of life, and asks the others of its rail for theirs: those between two steps look now and then
+whether somebody asks. When its time is over it looks for the signs of the others, posts whom it
+misses, and ends the operations of its rail. Ranks that wait elsewhere read that, and end their
+waits too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import threading
 import time
@@ -28,10 +32,14 @@ from expertlink.engines.hybrid.words import RANGE, Words
 from expertlink.engines.ranks.status import ABORT, StatusStore
 from expertlink.errors import AbortError, ClosedError, ExpertlinkError, PeerTimeoutError
 
+logger = logging.getLogger("expertlink")
 _POLL_S = 0.05  # between two polls of the words, or less where the time-out is short
 _POLLS_PER_TIMEOUT = 20
 _BEAT_S = 0.2  # between two signs of life of a rank that waits
 _FIRST_BEAT_S = 0.25  # after which it posts the first one: short waits cost nothing
+_LOOK_S = 2.0  # between two looks of an idle rank, or less where the time-out is short
+_LOOKS_PER_TIMEOUT = 8
+_BEATS_PER_QUESTION = 5  # that an idle rank posts after a question that it had not seen
 _LONGEST_STEP_S = 1.0  # that one poll counts: a process that was stopped gets its time
 _EXPIRED_GRACE_S = 0.5  # for signs, when a wait has expired: every rank had its time
 _LOST_GRACE_S = 2.0  # when a connection broke: other ranks may be on their way
@@ -77,6 +85,11 @@ class Monitor:
         doing: what the host does, for messages: the call's name and its number.
         fault: a failure inside this host that the kernels have reported, or None.
         end: called once, from any thread, when the rail has failed: ends what is under way.
+
+    Attributes:
+        timeout_s: as given; may be changed at any time.
+        done_inside: kernels that may wait inside the host say when steps are done. So a step that
+            seems open may be a wait inside the host.
     """
 
     def __init__(
@@ -92,7 +105,7 @@ class Monitor:
     ) -> None:
         self._words, self._ranks, self._status = words, ranks, status
         self._doing, self._fault, self._end = doing, fault, list(end)
-        self.timeout_s = timeout_s
+        self.timeout_s, self.done_inside = timeout_s, False
         self._failure: ExpertlinkError | None = None
         self._raised = False
         self._judging = threading.Lock()  # held while somebody finds out why
@@ -100,6 +113,9 @@ class Monitor:
         self._waited = 0.0
         self._polled = time.monotonic()
         self._next_beat, self._beats = 0.0, 0
+        self._next_look, self._next_judgement = 0.0, 0.0
+        self._asked: str | None = None  # the last question that this rank has seen
+        self._answers = 0  # beats that are left of the answer
         stop = threading.Event()
         thread = threading.Thread(
             target=_watch, args=(weakref.ref(self), stop), daemon=True, name="expertlink-monitor"
@@ -142,7 +158,10 @@ class Monitor:
             if self._failure is None:
                 # This thread may have been in the step for longer than the monitor knows.
                 waited = self._waited + time.monotonic() - self._polled
-                self._fail(self._judge(waited + time.monotonic() - began, str(error)))
+                waited += time.monotonic() - began
+                text = str(error)
+                found = self._judge(waited, text) or self._error(waited, missing=(), text=text)
+                self._fail(found)
         assert self._failure is not None
         self._raised = True
         return self._failure
@@ -180,19 +199,58 @@ class Monitor:
                     self._fail(self._trace(fault))
             return
         step = self._words.read()
-        if step != self._step or step[0] == step[1]:
+        if step != self._step:
             self._step, self._waited = step, 0.0
+            self._next_look = min(self._next_look, now + self._look_s)  # a silent store may answer
+            return
+        if step[0] == step[1]:
+            self._waited = 0.0
+            if now >= self._next_look:
+                with self._judging:
+                    self._answer()
             return
         self._waited += passed
-        if self._waited > self.timeout_s:
+        if self._waited > self.timeout_s and now >= self._next_judgement:
             with self._judging:
                 if self._failure is None and self._words.read() == step:
-                    self._fail(self._judge(self._waited, None))
+                    error = self._judge(self._waited, None)
+                    if error is not None:
+                        self._fail(error)
+            self._next_judgement = time.monotonic() + _FOLLOW_S
         elif self._waited > min(_FIRST_BEAT_S, self.timeout_s / 4) and now > self._next_beat:
             with self._judging:
                 found = self._news()
                 if found is not None and self._failure is None:
                     self._fail(found)
+
+    def give_up(self, error: Exception) -> None:
+        """Ends the rail of a monitor that cannot go on: nobody would bound its steps."""
+        with self._judging:
+            if self._failure is None:
+                text = f"The monitor failed: {error!r}"
+                self._fail(self._error(self._waited, missing=(), text=text))
+
+    @property
+    def _look_s(self) -> float:
+        return min(_LOOK_S, self.timeout_s / _LOOKS_PER_TIMEOUT)
+
+    def _answer(self) -> None:
+        """Posts signs of life of a rank that is in no step, while another one asks for them."""
+        status = self._status
+        if status is None:
+            return
+        try:
+            asked = status.read(_question(self._ranks))
+            if asked != self._asked:
+                self._asked, self._answers = asked, _BEATS_PER_QUESTION
+            if self._answers > 0:
+                self._answers -= 1
+                self._beat(status)
+        except RuntimeError:  # the store may be gone: it is asked again after the next step
+            self._next_look = math.inf
+            return
+        wait_s = min(_BEAT_S, self._look_s) if self._answers else self._look_s
+        self._next_look = time.monotonic() + wait_s
 
     def _news(self) -> ExpertlinkError | None:
         """Posts a sign of life; what other ranks have posted of a failure or an abort."""
@@ -201,6 +259,7 @@ class Monitor:
             return None
         try:
             self._beat(status)
+            self._ask(status)
             return self._posted(status)
         except RuntimeError:  # the time-out ends the wait, with an error that says more
             return None
@@ -210,6 +269,10 @@ class Monitor:
     def _beat(self, status: StatusStore) -> None:
         self._beats += 1
         status.publish(_sign(self._ranks.rank), f"{self._words.read()[0]} {self._beats}")
+
+    def _ask(self, status: StatusStore) -> None:
+        """Idle ranks of the rail post signs of life for a while. After a `_beat`."""
+        status.publish(_question(self._ranks), f"{self._ranks.rank} {self._beats}")
 
     def _posted(self, status: StatusStore) -> ExpertlinkError | None:
         aborted = status.read(ABORT)
@@ -247,8 +310,12 @@ class Monitor:
 
     # -- who is missing ---------------------------------------------------------------------------
 
-    def _judge(self, waited: float, cause: str | None) -> ExpertlinkError:
-        """The error of a step that failed (`cause`), or has taken too long."""
+    def _judge(self, waited: float, cause: str | None) -> ExpertlinkError | None:
+        """The error of a step that failed (`cause`), or has taken too long.
+
+        None: every rank came, and the step has ended meanwhile, or may be waiting inside the host.
+        Such a wait began later than the step, so its time is not over yet.
+        """
         status = self._status
         if status is None:
             return self._error(waited, missing=[], text="nothing is known of the others")
@@ -271,8 +338,27 @@ class Monitor:
                 f"the launcher, has ended or cannot be reached: {str(error).splitlines()[0]}."
             )
         if not missing:
-            text += " Every rank of the rail came: the network between the hosts moves nothing."
+            if cause is None and (self._may_wait_inside(waited) or self._has_ended()):
+                return None
+            text += " Every rank of the rail came"
+            text += ", and no wait inside the host expired" if self.done_inside else ""
+            text += ": the network between the hosts moves nothing."
         return self._error(waited, missing=missing, text=text)
+
+    def _has_ended(self) -> bool:
+        """Whether the step ends within a moment: the last rank may have come just now."""
+        deadline = time.monotonic() + _FOLLOW_S
+        while self._words.read() == self._step:
+            if time.monotonic() > deadline:
+                return False
+            if self._status is not None:
+                with contextlib.suppress(RuntimeError):
+                    self._beat(self._status)  # others look for this rank meanwhile
+            time.sleep(self.interval_s)
+        return True
+
+    def _may_wait_inside(self, waited: float) -> bool:
+        return self.done_inside and waited < 2 * self.timeout_s + _EXPIRED_GRACE_S
 
     def _trace(self, error: AbortError | PeerTimeoutError) -> ExpertlinkError:
         """The error of a wait inside this host; whom it misses may be waiting for another host.
@@ -306,13 +392,16 @@ class Monitor:
         """Ranks of the rail that did not come to this step, or live no more.
 
         A rank that came posts a new sign now and then, or a verdict behind its sign. A verdict
-        alone is of a rank that waits inside its host.
+        alone is of a rank that waits inside its host. New signs of a rank that did not come show
+        that it lives: it may be waiting for one that does not, so only that one is named.
         """
         step, silent = self._words.read()[0], self._others
         before = {rank: status.read(_sign(rank)) for rank in silent}
+        late: set[int] = set()
         deadline = time.monotonic() + grace_s
         while True:
             self._beat(status)
+            self._ask(status)
             elsewhere: set[int] = set()
             for rank in list(silent):
                 sign = status.read(_sign(rank))
@@ -322,11 +411,17 @@ class Monitor:
                     silent.remove(rank)
                 elif has_said:
                     elsewhere.add(rank)
+                elif sign != before[rank]:
+                    late.add(rank)
             if not silent or time.monotonic() > deadline:
-                return silent
+                break
             if all(rank in elsewhere or self._ranks.has_exited(rank) for rank in silent):
-                return silent
+                break
             time.sleep(self.interval_s)
+        late -= elsewhere
+        if late | elsewhere >= set(silent):
+            return silent
+        return [rank for rank in silent if rank not in late]
 
     def _follow(
         self, status: StatusStore, missing: list[int], grace_s: float | None = None
@@ -426,7 +521,9 @@ class WatchedRail:
             move()
         except RailError as error:
             raise self._monitor.lost(error) from error
-        if not marked & Marked.DONE:
+        if marked & Marked.DONE:
+            self._monitor.done_inside = True
+        else:
             self._words.end(stream)
 
     def abort(self) -> None:
@@ -481,6 +578,10 @@ def _verdict(rank: int) -> str:
     return f"rail verdict/{rank}"
 
 
+def _question(ranks: Neighbours) -> str:
+    return f"rail asked/{ranks.domains.local_of(ranks.rank)}"
+
+
 def _text_of(ranks: Sequence[int]) -> str:
     return ",".join(map(str, ranks))
 
@@ -496,7 +597,11 @@ def _watch(monitor: Callable[[], Monitor | None], stop: threading.Event) -> None
         alive = monitor()
         if alive is None:
             return
-        alive.poll()
+        try:
+            alive.poll()
+        except Exception as error:
+            logger.exception("the monitor of a rail failed")
+            alive.give_up(error)
         interval_s = alive.interval_s
         del alive
 
