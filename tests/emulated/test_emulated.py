@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from expertlink import BlockFormat, DispatchLayout, MoECommunicator
+from expertlink import BlockFormat, DispatchLayout, InputError, MoECommunicator
 from expertlink.engines.hybrid.rail import CopyRail, Marked
 from expertlink.engines.hybrid.words import Mark, Marks
 from expertlink.engines.nvlink.launch import KernelName, Launch
@@ -169,6 +169,30 @@ def launches_of_calls(comm: MoECommunicator, case: Case) -> None:
         assert launch.follows == (name not in behind)
     for caller in callers:
         caller._run = run
+
+
+def message_sizes(comm: MoECommunicator, case: Case) -> list[int]:
+    """Bytes of the messages of a dispatch, and of one that this rank refuses."""
+    mode: Any = comm._engine._mode  # type: ignore[union-attr]
+    sizes: list[int] = []
+    mode._messages.exchange = lambda at, nbytes, marked: sizes.append(nbytes)
+    with torch.no_grad():
+        jobs.dispatch_case(comm, case)
+    mode.refuse(0, InputError("no such rows"))
+    return sizes
+
+
+@pytest.mark.parametrize("fmt", [None, *BlockFormat])
+def test_refusals_have_the_size_of_messages(
+    fmt: BlockFormat | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of a rail exchange messages of one size, whether or not one refuses. Nothing runs."""
+    layout = DispatchLayout.EXPERT_MAJOR
+    case = Shape(2, layout, hidden=512, experts=4, topk=2, max_tokens=12).case(domains=(0, 1))
+    fleet = hosts_fleet_of(case, quantization=fmt, **SMS)
+    monkeypatch.setattr(fleet, "_launch", lambda *_: None)
+    for called, refused in run_hosted(fleet, message_sizes, case):
+        assert refused == called
 
 
 @pytest.mark.parametrize("number", range(deep(1)))

@@ -25,6 +25,7 @@ from expertlink.engines.nvlink import build, tuning, watchdog
 from expertlink.engines.nvlink.ht.mode import HtMode
 from expertlink.engines.nvlink.launch import KernelName
 from expertlink.engines.nvlink.ll.arguments import Flag
+from expertlink.engines.nvlink.shared import Phase
 from expertlink.engines.nvlink.watchdog import Watchdog
 from expertlink.engines.ranks.header import Operation, Status
 from expertlink.routing import Placement, even_blocks
@@ -340,6 +341,23 @@ def test_reports_of_the_device_become_errors_once(gpu: FakeGpu) -> None:
         comm.dispatch(*inputs())
     with pytest.raises(ClosedError, match="between the halves"):
         comm.check_health()
+
+
+def test_expired_waits_are_told_from_other_reports_without_asking_anyone(gpu: FakeGpu) -> None:
+    """A monitor polls for them; why a peer aborted is read from the store, which takes time."""
+    watchdog = Watchdog(rank=0, num_ranks=2, num_experts=8, timeout_s=1.0)
+    asked: list[int] = []
+    watchdog.attach(lambda reason: None, lambda rank: asked.append(rank) or "")
+    words = watchdog._words
+    words.peer, words.operation, words.reported = 1, int(Operation.DISPATCH), 4
+    for phase in (Phase.ABORTED, Phase.HALVES, Phase.AGREEMENT):
+        words.phase = int(phase)
+        assert watchdog.expired_wait(4) is None
+    assert not asked
+    words.phase = int(Phase.ROW)
+    error = watchdog.expired_wait(4)
+    assert error is not None
+    assert error.missing == (1,)
 
 
 # -- one engine for both modes --------------------------------------------------------------------

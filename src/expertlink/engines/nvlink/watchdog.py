@@ -192,6 +192,8 @@ class Watchdog:
         if not self._words.reported:
             return None
         with self._order:
+            if self._words.phase >= Phase.AGREEMENT:  # why a peer aborted takes a while to find out
+                return None
             error = self._expired(call)
         return error if isinstance(error, PeerTimeoutError) else None
 

@@ -161,12 +161,17 @@ class RailDispatcher(LlDispatcher):
         return output, route, None
 
     def refuse(self) -> None:
-        """Lets the other ranks know that this rank will not make the dispatch that they make."""
+        """Lets the other ranks know that this rank will not make the dispatch that they make.
+
+        Its messages have the size of those of the configured rows: both ends of a rail move as
+        many bytes.
+        """
         config = self._config
         ids = torch.empty((0, config.topk), dtype=torch.int64, device=self._device)
         call = DispatchCall(
             x_TW=torch.empty((0, config.hidden_size), dtype=config.dtype, device=self._device),
             topk_ids_TK=ids,
+            quantize_to=config.block_format,
         )
         self._arena.halves.finish(self._arena.capture())
         a, _, route = self._open_rail(call, ids, weighted=False)
