@@ -189,7 +189,8 @@ def test_refusals_have_the_size_of_messages(
     """Ranks of a rail exchange messages of one size, whether or not one refuses. Nothing runs."""
     layout = DispatchLayout.EXPERT_MAJOR
     case = Shape(2, layout, hidden=512, experts=4, topk=2, max_tokens=12).case(domains=(0, 1))
-    fleet = hosts_fleet_of(case, quantization=fmt, **SMS)
+    fields: dict[str, Any] = {"quantization": fmt, **SMS}
+    fleet = hosts_fleet_of(case, **fields)
     monkeypatch.setattr(fleet, "_launch", lambda *_: None)
     for called, refused in run_hosted(fleet, message_sizes, case):
         assert refused == called

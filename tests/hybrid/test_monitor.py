@@ -18,7 +18,7 @@ from expertlink import AbortError, ClosedError, PeerTimeoutError
 from expertlink.bench.rails import rail_environment
 from expertlink.engines.hybrid import monitor as monitors
 from expertlink.engines.hybrid.monitor import came, follow
-from expertlink.engines.hybrid.rail import Marked
+from expertlink.engines.hybrid.rail import Marked, RailError
 from expertlink.engines.hybrid.words import RANGE, DeviceWords
 from expertlink.launch import RankError, RankPool
 from support.depth import deep
@@ -316,6 +316,18 @@ def test_nobody_is_named_where_all_came(done_inside: bool) -> None:
             with pytest.raises(PeerTimeoutError, match="network between the hosts") as info:
                 rank.monitor.check()
             assert info.value.missing == ()
+
+
+def test_the_network_is_not_blamed_by_who_knows_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: str) -> str | None:
+        raise RuntimeError("connection reset")
+
+    with ranks_on((0, 1), timeout_s=60.0) as ranks:
+        rank = ranks.all[0]
+        monkeypatch.setattr(rank.status, "read", gone)
+        text = str(rank.monitor.lost(RailError("a connection broke")))
+        assert "store does not answer" in text
+        assert "moves nothing" not in text
 
 
 def test_two_communicators_fail_apart() -> None:

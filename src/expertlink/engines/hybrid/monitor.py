@@ -320,6 +320,7 @@ class Monitor:
         if status is None:
             return self._error(waited, missing=[], text="nothing is known of the others")
         text = "" if cause is None else f" Cause: {cause}."
+        are_known = True
         try:
             posted = self._posted(status)
             if posted is not None:
@@ -332,6 +333,7 @@ class Monitor:
             if posted is not None:
                 return posted
         except RuntimeError as error:
+            are_known = False
             missing = [rank for rank in self._others if self._ranks.has_exited(rank)]
             text += (
                 " The group's store does not answer: the process that hosts it, usually rank 0 or "
@@ -340,9 +342,10 @@ class Monitor:
         if not missing:
             if cause is None and (self._may_wait_inside(waited) or self._has_ended()):
                 return None
-            text += " Every rank of the rail came"
-            text += ", and no wait inside the host expired" if self.done_inside else ""
-            text += ": the network between the hosts moves nothing."
+            if are_known:
+                text += " Every rank of the rail came"
+                text += ", and no wait inside the host expired" if self.done_inside else ""
+                text += ": the network between the hosts moves nothing."
         return self._error(waited, missing=missing, text=text)
 
     def _has_ended(self) -> bool:
