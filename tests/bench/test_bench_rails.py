@@ -136,8 +136,8 @@ def test_rows_are_in_the_chunk_of_their_token() -> None:
     case = Case(**shape, dtype="float32", routing="balanced")
     ids = torch.zeros(299, 1, dtype=torch.int64)
     ids[256:] = 7
-    assert schedule.chunk_sizes(300, most=300) == [300]
-    assert rails.rows_of_chunks(ids, case).tolist() == [[256, 0, 0, 43]]
+    assert schedule.chunk_sizes(300, most=300) == [75, 225]
+    assert rails.rows_of_chunks(ids, case).tolist() == [[75, 0, 0, 0], [181, 0, 0, 43]]
     shape |= {"tokens": 1024}
     rows = rails.rows_of_chunks(torch.zeros(1024, 1, dtype=torch.int64), Case(**shape))
     assert rows[:, 0].tolist() == schedule.chunk_sizes(1024, most=2048 // 3)

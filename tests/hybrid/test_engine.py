@@ -140,6 +140,7 @@ def test_verdicts_about_what_a_failed_rail_has_brought_are_none(
     monkeypatch.setattr(NvlinkEngine, name, decided)
     engine: Any = HybridEngine.__new__(HybridEngine)
     failure = cause if has_failed else None
+    engine._rail_mode = types.SimpleNamespace(dispatches_queued=0)
     engine._monitor = types.SimpleNamespace(
         failure=failure, check=lambda: None, explain=lambda _: failure
     )

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import random
+import types
+from typing import Any
 
 import pytest
 import torch
 
 from expertlink import MoECommunicatorConfig
 from expertlink.domains import Domains
-from expertlink.engines.hybrid.ht.dispatch import message_of
+from expertlink.engines.hybrid.ht.dispatch import exchange, full_message
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.mode import seats_of, unavailable_reason
 from expertlink.engines.hybrid.ht.order import Step, combine_steps, dispatch_steps
 from expertlink.engines.hybrid.ht.plan import (
     RING,
     HybridPlan,
+    Message,
     chunk_starts,
     head_rows,
+    largest_row,
     message,
 )
 from expertlink.engines.hybrid.rail import CopyRail
@@ -53,16 +57,21 @@ def test_no_message_is_written_before_the_last_one_there_was_read(steps_of: obje
         steps = list(steps_of(num_chunks))  # type: ignore[operator]
         place = {step: index for index, step in enumerate(steps)}
         assert len(place) == len(steps) == 3 * num_chunks
-        for chunk in range(num_chunks):
+        order = [chunk for step, chunk in steps if step is Step.DRAIN]
+        assert sorted(order) == list(range(num_chunks))
+        for turn, chunk in enumerate(order):
             assert place[Step.FILL, chunk] < place[Step.DRAIN, chunk]
             assert place[Step.OWN, chunk] < place[Step.DRAIN, chunk]
-            if chunk >= RING:
-                assert place[Step.DRAIN, chunk - RING] < place[Step.FILL, chunk]
+            if turn >= RING:
+                before = order[turn - RING]
+                assert before % RING == chunk % RING, "a message of the same memory"
+                assert place[Step.DRAIN, before] < place[Step.FILL, chunk]
 
 
 def test_own_sums_of_a_combine_are_used_before_the_next_ones_are_made() -> None:
     steps = [step for step in combine_steps(7) if step[0] is not Step.FILL]
-    assert steps == [(step, chunk) for chunk in range(7) for step in (Step.OWN, Step.DRAIN)]
+    order = reversed(range(7))  # the short chunks of the end first
+    assert steps == [(step, chunk) for chunk in order for step in (Step.OWN, Step.DRAIN)]
 
 
 def test_messages_have_a_head_and_nothing_for_the_own_host() -> None:
@@ -72,13 +81,38 @@ def test_messages_have_a_head_and_nothing_for_the_own_host() -> None:
 
 def test_what_came_goes_back_in_a_combine() -> None:
     plan = plan_of(Domains((0, 1, 2)), chunk_rows=512)
+    moved: list[tuple[Message, int]] = []
+
+    def note(chunk: int, rows: Message, stride: int) -> None:
+        moved.append((rows, stride))
+
+    messages: Any = types.SimpleNamespace(plan=plan, exchange=note)
+    told: Any = types.SimpleNamespace(message_bytes=0, head_rows=1, rail_stride=64)
     rows = [([4, 0, 7], [1, 0, 2])]
-    there = message_of(plan, 0, rows, host=1, head=1)
-    back = message_of(plan, 0, rows, host=1, head=1, back=True)
+    exchange(told, messages, 0, rows, host=1)
+    exchange(told, messages, 0, rows, host=1, back=True)
+    (there, _), (back, _) = moved
     assert (there.send, there.receive) == (back.receive, back.send) == ((5, 0, 8), (2, 0, 3))
-    static = message_of(plan, 0, None, host=1, head=1)
-    size = plan.starts[1] + 1
-    assert static.send == static.receive == (size, 0, size)
+    told.message_bytes = full_message(told, plan, 0)
+    exchange(told, messages, 0, None, host=1)
+    static, stride = moved[-1]
+    assert static.send == static.receive
+    assert [rows * stride for rows in static.send] == [size := 64 * (plan.starts[1] + 1), 0, size]
+
+
+@pytest.mark.parametrize("fields", [{}, {"hidden_size": 8}, {"output_layout": "flat"}])
+def test_a_message_that_leaves_before_counts_are_known_has_room(fields: dict[str, Any]) -> None:
+    """Whatever rows a rank sends, others expect that size: they have not compared any yet."""
+    for hosts in (2, 3, 8):
+        domains = Domains(tuple(range(hosts)))
+        plan = plan_of(domains, **fields)
+        config = MoECommunicatorConfig(device="cpu", **{**MODEL, **fields})
+        largest = largest_row(config, domains)
+        for stride in (largest, 16):
+            rows = head_rows(HEADER_WORDS, stride) + plan.starts[1]
+            assert rows * stride <= plan.first_message
+        assert plan.first_message % 16 == 0
+        assert (hosts - 1) * plan.first_message <= plan.messages
 
 
 def test_heads_are_whole_rows() -> None:

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from expertlink.engines.hybrid import schedule as schedules
-from expertlink.engines.hybrid.schedule import TAPER, chunk_sizes, rail_bytes, splits
+from expertlink.engines.hybrid.schedule import FIRST, TAPER, chunk_sizes, rail_bytes, splits
 from support.depth import deep
 
 ROW = 7168 * 2
@@ -44,23 +44,27 @@ def test_every_row_travels_once(first: int) -> None:
 
 
 @pytest.mark.parametrize("first", range(0, deep(200), 50))
-def test_sizes_fall_towards_the_end(first: int) -> None:
+def test_sizes_fall_towards_the_ends(first: int) -> None:
     for seed in range(first, first + 50):
         draw = random.Random(seed)
         tokens, most = draw.randint(0, 6000), draw.randint(1, 2500)
         sizes = chunk_sizes(tokens, most=most)
         assert sum(sizes) == tokens
         assert all(0 < size <= most for size in sizes)
+        if sizes and sizes[0] < max(sizes):  # what leaves before counts are known is little
+            assert sizes[0] == min(most, tokens) // FIRST
+            sizes = sizes[1:]
         assert sizes == sorted(sizes, reverse=True)
-        # No more chunks than needed, but for those that end the call.
+        # No more chunks than needed, but for those that begin and end the call.
         assert len(sizes) <= -(-tokens // most) + len(TAPER)
 
 
 def test_sizes_of_known_calls() -> None:
-    assert chunk_sizes(4096, most=2048) == [1664, 1664, 512, 256]
-    assert chunk_sizes(600, most=2048) == [344, 256]
-    assert chunk_sizes(511, most=2048) == [511]
-    assert chunk_sizes(1092, most=512) == [418, 418, 256]
+    assert chunk_sizes(4096, most=2048) == [512, 1408, 1408, 512, 256]
+    assert chunk_sizes(600, most=2048) == [150, 450]
+    assert chunk_sizes(511, most=2048) == [127, 384]
+    assert chunk_sizes(1092, most=512) == [128, 354, 354, 256]
+    assert chunk_sizes(3, most=2048) == [3]
     assert chunk_sizes(0, most=2048) == []
 
 

@@ -2,7 +2,8 @@
 
 A call cuts the tokens of every rank at the same numbers. The rows of one part that go to other
 hosts are a *chunk*, one exchange on the rail. While it travels, the one before is passed on inside
-the host. The last chunks are short, so that little is left to pass on when the rail is done.
+the host. The last chunks are short, so that little is left to pass on when the rail is done. So is
+the first one: the rail begins with it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ ROWS_IN_FLIGHT = 2048
 """Rows that a chunk brings from all other hosts together, at most: some 30 MB of 7168 bf16."""
 LEAST_BYTES = 1 << 20
 """Messages to one host have room for so much: then networks still run at full speed."""
+FIRST = 4
+"""The first chunk has that part of the most tokens: its messages may leave before anybody knows how
+many rows they have, with room for all."""
 TAPER = (512, 256)
-"""Tokens of the last chunks."""
+"""Tokens of the last chunks, which a combine moves first."""
 
 
 def rows_per_chunk(num_hosts: int, *, row_bytes: int, max_tokens: int) -> int:
@@ -33,15 +37,23 @@ def rows_per_chunk(num_hosts: int, *, row_bytes: int, max_tokens: int) -> int:
 
 
 def chunk_sizes(tokens: int, *, most: int) -> list[int]:
-    """Tokens of each chunk of a call: equal numbers, at most `most`; then a taper."""
+    """Tokens of each chunk of a call: a short one; equal numbers, at most `most`; then a taper."""
+    head = [min(most, tokens) // FIRST]
     tail = [size for size in TAPER if size < most]
     while True:
-        body = tokens - sum(tail)
+        body = tokens - sum(head) - sum(tail)
         count = -(-body // most)
-        if not tail or body >= count * tail[0] > 0:  # else the end would not be shorter
-            break
-        del tail[0]
-    return [(body + index) // count for index in reversed(range(count))] + tail
+        if body >= count * max([*head, *tail]) > 0 or not any([*head, *tail]):
+            break  # else the ends would not be shorter
+        if tail:
+            del tail[0]
+        else:
+            head = [0]
+    return [
+        *filter(None, head),
+        *((body + index) // count for index in reversed(range(count))),
+        *tail,
+    ]
 
 
 def splits(rows_NN: Sequence[Sequence[int]], host: int) -> tuple[list[int], list[int]]:

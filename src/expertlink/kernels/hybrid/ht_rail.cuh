@@ -2,7 +2,7 @@
 //
 // A message to a host is `head_rows` rows that say which call it is of, then the chunk's rows. Rows
 // are `rail_stride` bytes. Messages lie one behind the other, in the order of the hosts, without
-// one for the own host. With static shapes every message has room for all tokens of the chunk.
+// one for the own host. Where lengths cannot follow from counts, all have `message_bytes` bytes.
 #pragma once
 
 #include "ht/chunk.cuh"
@@ -55,14 +55,15 @@ __device__ __forceinline__ void load_messages(const Arguments& a, Messages& mess
         messages.rows[h] = h == own_host(a) ? 0 : min(max(rows_with(h), 0), kChunkRows);
     __syncthreads();
     if (threadIdx.x == 0) {
+        const long long stride = a.rail_stride;
         long long at = 0;
         messages.most = 0;
         for (int h = 0; h < kNumHosts; ++h) {
-            messages.head[h] = at * a.rail_stride;
-            messages.at[h] = (at + a.head_rows) * a.rail_stride;
+            messages.head[h] = at;
+            messages.at[h] = at + a.head_rows * stride;
             messages.most = max(messages.most, messages.rows[h]);
             if (h == own_host(a)) continue;
-            at += a.head_rows + (kWantsMail ? messages.rows[h] : a.chunk_end - a.chunk_begin);
+            at += a.message_bytes ? a.message_bytes : (a.head_rows + messages.rows[h]) * stride;
         }
     }
     __syncthreads();

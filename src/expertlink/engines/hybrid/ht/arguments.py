@@ -25,6 +25,7 @@ _RAIL = (
     Field("const char*", "rail_receive", "messages from other hosts"),
     Field("int", "rail_stride", "bytes from one row of a message to the next"),
     Field("int", "head_rows", "rows before the first one of a message"),
+    Field("long long", "message_bytes", "of each message; 0: as many as it has rows"),
 )
 
 DISPATCH = Struct(

@@ -12,7 +12,12 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall
 from expertlink.engines.hybrid.ht.arguments import COMBINE
-from expertlink.engines.hybrid.ht.dispatch import message_of, tell_chunk, tell_tables
+from expertlink.engines.hybrid.ht.dispatch import (
+    exchange,
+    full_message,
+    tell_chunk,
+    tell_tables,
+)
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.order import Step, combine_steps
 from expertlink.engines.hybrid.ht.plan import RailRow, head_rows
@@ -156,6 +161,7 @@ class HybridCombiner:
         num_chunks = plan.num_chunks if route.rows is None else len(route.rows)
         for step, chunk in combine_steps(num_chunks):
             tell_chunk(a, messages, chunk)
+            a.message_bytes = full_message(a, plan, chunk) if route.rows is None else 0
             if step is Step.DRAIN:
                 messages.wait(chunk)
                 self._run(KernelName.SUM_HOSTS, a, launches.add)
@@ -164,6 +170,4 @@ class HybridCombiner:
             self._run(KernelName.COMBINE, a, launches.move)
             a.flags = flags
             if step is Step.FILL:
-                head, host = a.head_rows, self._host
-                rows = message_of(plan, chunk, route.rows, host=host, head=head, back=True)
-                messages.exchange(chunk, rows, a.rail_stride)
+                exchange(a, messages, chunk, route.rows, host=self._host, back=True)

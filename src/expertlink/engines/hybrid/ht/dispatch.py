@@ -16,8 +16,9 @@ from expertlink.engines.hybrid.ht.arguments import DISPATCH
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.order import Step, dispatch_steps
 from expertlink.engines.hybrid.ht.plan import (
+    MESSAGE_ALIGNMENT,
+    RING,
     HybridPlan,
-    Message,
     RailRow,
     head_rows,
     message,
@@ -177,6 +178,8 @@ class HybridDispatcher:
         shape = (self._limit,)
         if mail is not None:
             counts, rows = mail.counts, self._rows_of(mail)
+            for chunk in self._first_chunks(rows)[1:]:  # at once: the rail waits for the host
+                self._exchange(call, chunk, rows)
             shape = (mail.slots if self._layout.expanded else mail.arrivals,)
         if self._layout.padded:
             shape = self._padded_shape()
@@ -201,7 +204,7 @@ class HybridDispatcher:
             maker=self._number,
             rows=rows,
         )
-        self._move(call, rows, filled=1)
+        self._move(call, rows, filled=RING)
         return Started(tensors.output(self._layout, public, counts), route, mail)
 
     def dispatch_cached(self, call: DispatchCall, old: Route, *, number: int) -> Started:
@@ -265,30 +268,38 @@ class HybridDispatcher:
     # -- counting, and moving chunks --------------------------------------------------------------
 
     def _count(self, call: DispatchCall, number: int) -> Mail | None:
-        """Counts, tells all ranks, plans, and packs the first messages; the host's mail if any.
+        """Counts, tells all ranks, plans, and fills the first messages; the host's mail if any.
 
-        With static shapes the first messages bring the counts, so the rail has carried them.
+        Chunk 0 is on the rail before the counts are known, with room for all its rows, and so are
+        all of them with static shapes, where chunk 0 brings the counts.
         """
         a, messages, memory = self.arguments, self._messages, self._memory
         launches = self._launches[a.row_bytes, call.num_sms]
         self._tell(launches)
         self._run_counting(KernelName.COUNT, launches.counting)
         before = self._watchdog.mail_number
-        if self._mails:
-            messages.gather(memory.count_row, memory.gathered)
-            a.gathered = memory.gathered.data_ptr()
-            a.gathered_stride = memory.gathered.shape[1]
-            self._pack(call, 0)
-        else:
-            self._pack(call, 0)
-            self._exchange(call, 0, None)
-            a.gathered = messages.receive[0].data_ptr()
-            a.gathered_stride = (self._plan.starts[1] + self._head(0, cached=False)) * a.rail_stride
-        messages.wait(0)
-        self._run_counting(KernelName.PLAN, launches.planning)
+        first = self._first_chunks(None)
         if not self._mails:
+            for chunk in first:
+                self._fill(call, chunk, None)
+            self._tell_chunk(call, 0)
+            a.gathered, a.gathered_stride = messages.receive[0].data_ptr(), a.message_bytes
+            messages.wait(0)
+            self._run_counting(KernelName.PLAN, launches.planning)
             return None
+        messages.gather(memory.count_row, memory.gathered)
+        a.gathered, a.gathered_stride = memory.gathered.data_ptr(), memory.gathered.shape[1]
+        self._pack(call, 0)
+        messages.wait(0)  # for the gather
+        self._exchange(call, 0, None)
+        self._run_counting(KernelName.PLAN, launches.planning)
+        for chunk in first[1:]:
+            self._pack(call, chunk)
         return self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
+
+    def _first_chunks(self, rows: _Rows | None) -> range:
+        """Those whose messages are in memory at a time when a call begins."""
+        return range(min(RING, self._plan.num_chunks if rows is None else len(rows)))
 
     def _run_counting(self, name: KernelName, launch: Launch) -> None:
         """Queues a kernel whose header says that the host waits for counts."""
@@ -306,7 +317,7 @@ class HybridDispatcher:
         Args:
             call: the dispatch.
             rows: of its messages; None: with static shapes.
-            filled: the messages of so many chunks are packed already.
+            filled: the messages of so many chunks are on the rail already.
             clear: slots that no row fills are cleared.
         """
         a = self.arguments
@@ -316,9 +327,7 @@ class HybridDispatcher:
         for step, chunk in dispatch_steps(num_chunks):
             if step is Step.FILL:
                 if chunk >= filled:
-                    self._pack(call, chunk)
-                if chunk >= filled or self._mails:
-                    self._exchange(call, chunk, rows)
+                    self._fill(call, chunk, rows)
                 continue
             self._tell_chunk(call, chunk)
             if step is Step.DRAIN:
@@ -335,7 +344,11 @@ class HybridDispatcher:
         Its own rows, and those that it relays, reach the other ranks.
         """
         self.arguments.max_slots = 0
-        self._move(call, rows, filled=1, clear=False)
+        self._move(call, rows, filled=RING, clear=False)
+
+    def _fill(self, call: DispatchCall, chunk: int, rows: _Rows | None) -> None:
+        self._pack(call, chunk)
+        self._exchange(call, chunk, rows)
 
     def _pack(self, call: DispatchCall, chunk: int) -> None:
         a = self.arguments
@@ -343,9 +356,8 @@ class HybridDispatcher:
         self._run(KernelName.PACK, a, self._launches[a.row_bytes, call.num_sms].packing)
 
     def _exchange(self, call: DispatchCall, chunk: int, rows: _Rows | None) -> None:
-        head = self._head(chunk, cached=call.previous is not None)
-        lengths = message_of(self._plan, chunk, rows, host=self._host, head=head)
-        self._messages.exchange(chunk, lengths, self.arguments.rail_stride)
+        self._tell_lengths(chunk, cached=call.previous is not None)
+        exchange(self.arguments, self._messages, chunk, rows, host=self._host)
 
     def _head(self, chunk: int, *, cached: bool) -> int:
         """Rows in front of a message: with static shapes the first ones bring the counts."""
@@ -370,7 +382,18 @@ class HybridDispatcher:
         a = self.arguments
         self._tell(self._launches[a.row_bytes, call.num_sms])
         tell_chunk(a, self._messages, chunk)
-        a.head_rows = self._head(chunk, cached=call.previous is not None)
+        self._tell_lengths(chunk, cached=call.previous is not None)
+
+    def _tell_lengths(self, chunk: int, *, cached: bool) -> None:
+        """The first message of a new routing has one size: ranks do not know yet whether their rows
+        have one."""
+        a = self.arguments
+        a.head_rows = self._head(chunk, cached=cached)
+        a.message_bytes = 0
+        if not self._mails:
+            a.message_bytes = full_message(a, self._plan, chunk)
+        elif not cached and not chunk:
+            a.message_bytes = self._plan.first_message
 
     def _write(
         self,
@@ -524,23 +547,37 @@ class _Scratch:
         }
 
 
-def message_of(
-    plan: HybridPlan,
+def full_message(a: Arguments, plan: HybridPlan, chunk: int) -> int:
+    """Bytes of a message with room for all tokens of a chunk."""
+    return (a.head_rows + plan.starts[chunk + 1] - plan.starts[chunk]) * a.rail_stride
+
+
+def exchange(
+    a: Arguments,
+    messages: Messages,
     chunk: int,
     rows: _Rows | None,
     *,
     host: int,
-    head: int,
     back: bool = False,
-) -> Message:
-    """The message of a chunk; `back`: of a combine, where what came goes back."""
-    if rows is None:
-        size = plan.starts[chunk + 1] - plan.starts[chunk]
-        send: Sequence[int] = [size] * plan.num_hosts
-        receive = send
-    else:
-        send, receive = reversed(rows[chunk]) if back else rows[chunk]
-    return message(send, receive, host=host, head=head)
+) -> None:
+    """The rail moves the messages of a chunk that the kernels have been told of.
+
+    Args:
+        a: says how long they are.
+        messages: where they are.
+        chunk: which one.
+        rows: by chunk, rows for and from every host; None: messages have `a.message_bytes`.
+        host: this one.
+        back: of a combine, where what came goes back.
+    """
+    if a.message_bytes:
+        same = [a.message_bytes // MESSAGE_ALIGNMENT] * messages.plan.num_hosts
+        messages.exchange(chunk, message(same, same, host=host, head=0), MESSAGE_ALIGNMENT)
+        return
+    assert rows is not None
+    send, receive = reversed(rows[chunk]) if back else rows[chunk]
+    messages.exchange(chunk, message(send, receive, host=host, head=a.head_rows), a.rail_stride)
 
 
 def tell_chunk(a: Arguments, messages: Messages, chunk: int) -> None:

@@ -2,7 +2,7 @@
 
 Kernels run on the caller's stream, exchanges on the rail's. A step of one waits for the steps of
 the other that it needs, and those come before it in the order that is made here. So the order also
-says when memory of a message may be written again: chunk c uses that of chunk c - RING.
+says when memory of a message may be written again: a chunk uses that of the RING-th before it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ def dispatch_steps(num_chunks: int) -> Iterator[tuple[Step, int]]:
 
 
 def combine_steps(num_chunks: int) -> Iterator[tuple[Step, int]]:
-    """Sums of own tokens are made just before those of the other hosts are added to them."""
-    first = min(RING, num_chunks)
-    yield from ((Step.FILL, chunk) for chunk in range(first))
-    for chunk in range(num_chunks):
+    """Sums of own tokens are made just before those of the other hosts are added to them.
+
+    The last chunks, which are short, come first: the rail waits while the first sums are made.
+    """
+    chunks = list(reversed(range(num_chunks)))
+    yield from ((Step.FILL, chunk) for chunk in chunks[:RING])
+    for turn, chunk in enumerate(chunks):
         yield Step.OWN, chunk
         yield Step.DRAIN, chunk
-        if chunk + RING < num_chunks:
-            yield Step.FILL, chunk + RING
+        if turn + RING < num_chunks:
+            yield Step.FILL, chunks[turn + RING]

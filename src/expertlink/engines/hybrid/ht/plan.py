@@ -28,7 +28,8 @@ RING = 3
 on. Not measured."""
 
 _USUAL_ROW = 14336  # bytes; cuts do not follow the rows: those of any size can use a routing
-_ALIGNMENT = 16  # of rows in a message: bulk copies move multiples
+MESSAGE_ALIGNMENT = 16
+"""Bytes; of rows in a message, and of messages: bulk copies move multiples."""
 
 
 def chunk_starts(max_tokens: int, *, most: int) -> list[int]:
@@ -63,7 +64,7 @@ class RailRow:
     @property
     def stride(self) -> int:
         """Bytes from one row to the next."""
-        return align(self.row + self.metadata + self.positions, _ALIGNMENT)
+        return align(self.row + self.metadata + self.positions, MESSAGE_ALIGNMENT)
 
 
 def head_rows(words: int, stride: int) -> int:
@@ -104,6 +105,7 @@ class HybridPlan(HtPlan):
         chunk_rows: m.
         messages: of all messages of one chunk, in one direction.
         own_sums: sums of this host for the tokens of a chunk.
+        first_message: of a message of chunk 0 that leaves before counts are known, to one host.
     """
 
     num_hosts: int
@@ -112,6 +114,7 @@ class HybridPlan(HtPlan):
     chunk_rows: int
     messages: int
     own_sums: int
+    first_message: int
 
     @staticmethod
     def across(
@@ -142,8 +145,8 @@ class HybridPlan(HtPlan):
             "flags": 4 * (FLAG_WORDS * num_peers + slots),
             "counts": 4 * num_ranks * words,
             "rows": slots * shape.staged,
-            "messages": (num_hosts - 1) * (head + most * largest),
-            "own_sums": most * align(shape.row + 4 * config.topk, _ALIGNMENT),
+            "messages": (num_hosts - 1) * align(head + most * largest, MESSAGE_ALIGNMENT),
+            "own_sums": most * align(shape.row + 4 * config.topk, MESSAGE_ALIGNMENT),
         }
         rounded = {name: align(size, ARENA_ALIGNMENT) for name, size in sizes.items()}
         return HybridPlan(
@@ -157,6 +160,7 @@ class HybridPlan(HtPlan):
             num_peers=num_peers,
             starts=starts,
             chunk_rows=most,
+            first_message=align(4 * HEADER_WORDS + (starts[1] + 1) * largest, MESSAGE_ALIGNMENT),
         )
 
     @property
