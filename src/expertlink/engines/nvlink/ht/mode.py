@@ -17,7 +17,8 @@ from expertlink.engines.nvlink.ht import arguments
 from expertlink.engines.nvlink.ht.arena import HtArena
 from expertlink.engines.nvlink.ht.blocks import BlockShape
 from expertlink.engines.nvlink.ht.combine import HtCombiner
-from expertlink.engines.nvlink.ht.dispatch import BufferTables, HtDispatcher, Started
+from expertlink.engines.nvlink.ht.dispatch import HtDispatcher, Started
+from expertlink.engines.nvlink.ht.outputs import BufferTables
 from expertlink.engines.nvlink.ht.plan import HtPlan, combine_warps, constants_of
 from expertlink.engines.nvlink.launch import KernelName, KernelSource, Program, Run
 from expertlink.engines.nvlink.mode import (
