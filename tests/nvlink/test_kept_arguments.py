@@ -124,7 +124,8 @@ def told(name: KernelName, a: Arguments, foreign: int) -> tuple[object, ...]:
     said.append("foreign" if a.slots_of_token == foreign else a.slots_of_token - a.first_row)
     said += [a.offsets_out - a.counts_out, a.rows_from_out - a.counts_out]
     if a.flags & Flag.COUNT and a.status == Status.FINE:
-        said += [(getattr(a, own) or 0) - a.first_row for own in ("ids_copy", "origin", "counts_out")]
+        own = (a.ids_copy or 0, a.origin, a.counts_out)
+        said += [address - a.first_row for address in own]
         said.append(a.weights_of_row and a.weights_of_row - a.first_row)
     return tuple(said)
 

@@ -127,6 +127,7 @@ class HtDispatcher:
         )
         self._tables = TableLayout(config, num_ranks=num_ranks, num_local=self._num_local)
         self._counted = sum(self._tables.public)
+        self._cached_rows_at = align(self._counted + 1, 4)
         planner = DispatchPlanner(config, blocks, num_sms)
         self.most_blocks, self._launches = planner.most_blocks, Launches(planner)
         self._number, self._max_tokens = common["communicator"], config.max_tokens_per_rank
@@ -192,7 +193,7 @@ class HtDispatcher:
         rows = None
         if shape is not None:
             rows = outputs.make(a, call, shape, weighted, pool_at, block, counts_at, block, rows_at)
-        before = self._watchdog.mail_number
+        before = self._watchdog.mail_number if self._mails else 0
         self._run(_KERNEL, a, form.launch)
         mail = counts = None
         if self._mails:
@@ -245,7 +246,7 @@ class HtDispatcher:
         rows_at = 0
         if buffers is None:
             # One piece: the caller's counts, the transfer's number, source tokens.
-            rows_at = align(self._counted + 1, 4)
+            rows_at = self._cached_rows_at
             memory = outputs.new_words(rows_at + outputs.source_words(shape))
             base = memory.data_ptr()
             origin = base + 4 * self._counted

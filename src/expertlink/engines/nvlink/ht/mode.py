@@ -207,7 +207,7 @@ class HtMode:
         grads_TK = self._combiner.combine(call)
         if call.out_TH is not out_TH:
             out_TH.copy_(call.out_TH)
-        return Combined(out_TH=out_TH, weight_grads_TK=grads_TK, finish=nothing_left)
+        return Combined(out_TH, grads_TK, nothing_left)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
