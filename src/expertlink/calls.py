@@ -295,7 +295,9 @@ class CallBuilder:
             ids_TK = previous_handle._topk_ids
             if weights_TK is None:
                 weights_TK = previous_handle.topk_weights
-            leases += tuple(lease for lease in previous_handle.leases if lease[0] is not buffers)
+            if previous_handle.leases:
+                kept = (lease for lease in previous_handle.leases if lease[0] is not buffers)
+                leases = (*leases, *kept)
         elif ids_TK is None:
             assert call.topk_ids_TK is not None
             ids_TK = call.topk_ids_TK.clone()
@@ -412,7 +414,8 @@ class CallBuilder:
                 weights is not None or topk_weights is not None or handle.topk_weights is not None
             )
             if out is None:
-                out = expert_output.new_empty((handle.num_tokens, self._hidden))
+                # A tuple for the size would take as long as the rest of it.
+                out = expert_output.new_empty(handle.num_tokens, self._hidden)
             # By position: keywords take twice as long.
             return CombineCall(
                 expert_output,

@@ -30,7 +30,11 @@ def anchor_of(handle: DispatchHandle) -> Tensor | None:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """True where autograd has to track a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator would take longer than the comparisons
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def without_gradients(finish: Callable[[], None]) -> None:

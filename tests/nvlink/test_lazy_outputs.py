@@ -183,7 +183,7 @@ def test_operations_of_torch_in_a_call(gpu: FakeGpu, layout: DispatchLayout, sta
 
     gpu.kernel = kernel
     for into in (None, buffers):
-        made = ["empty", "new_empty"] if into is None else []
+        made = ["new_empty"] * 2 if into is None else []
         if into is None and not layout.expanded:
             made += ["new_empty"] * 2
         cut, larger = [], []  # operations, those on buffers

@@ -58,7 +58,6 @@ class Mail(NamedTuple):
         arrivals: rows this rank receives, each token once.
         slots: rows of this rank's `tokens` in an expanded layout, alignment gaps included.
         headers: `[R][HEADER_WORDS]` DISAGREE: of every rank.
-        rows_from: `[R]` rows from each rank.
         counts: `[E_loc]` choices of each local expert.
         chunks: across hosts: chunks up to the last one that holds a row of any rank.
         rail: `[C * 2 * N]` across hosts: rows of each chunk to, then from, every host.
@@ -71,7 +70,6 @@ class Mail(NamedTuple):
     arrivals: int
     slots: int
     headers: list[list[int]]
-    rows_from: list[int]
     counts: list[int]
     chunks: int = 0
     rail: Sequence[int] = ()
@@ -363,7 +361,6 @@ class Watchdog:
                 words.mail_arrivals,
                 words.mail_slots,
                 self._headers() if verdict is Verdict.DISAGREE else [],
-                words.mail_rows_from[:],
                 words.mail_counts[:num_local],
                 words.mail_chunks if self._rail_words else 0,
                 words.mail_rail[: self._rail_words] if self._rail_words else (),

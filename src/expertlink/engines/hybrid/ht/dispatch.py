@@ -26,7 +26,8 @@ from expertlink.engines.hybrid.ht.plan import (
 from expertlink.engines.hybrid.ht.tables import HybridRoute, HybridTables, as_hybrid_route
 from expertlink.engines.nvlink.ht.arguments import Flag
 from expertlink.engines.nvlink.ht.blocks import BlockShape
-from expertlink.engines.nvlink.ht.dispatch import DispatchPlanner, Started
+from expertlink.engines.nvlink.ht.dispatch import Started
+from expertlink.engines.nvlink.ht.launch import DispatchPlanner
 from expertlink.engines.nvlink.launch import KernelName, Launch, Launches, Run
 from expertlink.engines.nvlink.rows import RowShape
 from expertlink.engines.nvlink.shared import HEADER_WORDS, Verdict

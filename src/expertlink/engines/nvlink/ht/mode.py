@@ -17,7 +17,8 @@ from expertlink.engines.nvlink.ht import arguments
 from expertlink.engines.nvlink.ht.arena import HtArena
 from expertlink.engines.nvlink.ht.blocks import BlockShape
 from expertlink.engines.nvlink.ht.combine import HtCombiner
-from expertlink.engines.nvlink.ht.dispatch import BufferTables, HtDispatcher, Started
+from expertlink.engines.nvlink.ht.dispatch import HtDispatcher, Started
+from expertlink.engines.nvlink.ht.outputs import BufferTables
 from expertlink.engines.nvlink.ht.plan import HtPlan, combine_warps, constants_of
 from expertlink.engines.nvlink.launch import KernelName, KernelSource, Program, Run
 from expertlink.engines.nvlink.mode import (
@@ -206,7 +207,7 @@ class HtMode:
         grads_TK = self._combiner.combine(call)
         if call.out_TH is not out_TH:
             out_TH.copy_(call.out_TH)
-        return Combined(out_TH=out_TH, weight_grads_TK=grads_TK, finish=nothing_left)
+        return Combined(out_TH, grads_TK, nothing_left)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Queues the return of per-slot gradients: `[T, K]` float32."""
