@@ -21,7 +21,6 @@ from expertlink.bench.records import RecordError, latest, read_records, write_re
 from expertlink.bench.report import PAGES, page_text
 from expertlink.cli import app
 from expertlink.compat.deep_ep import pool as pools
-from expertlink.compat.deep_ep.pool import GroupRanks, Pool
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 
@@ -45,12 +44,9 @@ def measure(
     """Runs on a rank. `wrong`: experts return other rows than they received."""
     returned = drop_in_calls._returned
 
-    def connect(group: Any) -> Pool:  # CPU ranks stay on CPUs where there are GPUs as well
-        ranks = GroupRanks(group)
-        return Pool(ranks, context.device, ranks.hosts(context.device))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pools, "connect", connect)
+        # CPU ranks stay on CPUs where there are GPUs as well.
+        patch.setattr(pools, "current_device", lambda: context.device)
         if wrong:
             patch.setattr(drop_in_calls, "_returned", lambda received: 2 * returned(received))
         plan = Plan(iters=1, warmup=0, inputs=1, command="expertlink bench --drop-in")
