@@ -9,8 +9,10 @@ them grow in the same call. Handles outlive the communicator that made them. Tho
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
@@ -29,6 +31,7 @@ from expertlink.settings import STARTUP_TIMEOUT
 Result = TypeVar("Result")
 
 _FEWEST_TOKENS = 64
+_pretended: ContextVar[str | None] = ContextVar("pretended host", default=None)
 
 
 class Ranks(Protocol):
@@ -70,7 +73,7 @@ class GroupRanks:
         """Which ranks share a host, as the engines find it. Collective, unless R = 1."""
         if self._group.size() == 1:
             return Domains.one(1)
-        own = {"host": shortened(domain_label(device))}
+        own = {"host": shortened(_pretended.get() or domain_label(device))}
         common = {**common, "device type": device.type}
         answers = handshake.agree_on(self._wire(device), common, own, what="buffer")
         return Domains.of([answer["host"] for answer in answers])
@@ -385,6 +388,19 @@ def connect(group: Any, made_by: str, **common: object) -> Pool:
                 "has NCCL"
             )
     return Pool(ranks, device, domains)
+
+
+@contextlib.contextmanager
+def on_host(name: str) -> Iterator[None]:
+    """Takes this rank for one of the host of that name where `connect` is called meanwhile.
+
+    For measuring: NCCL, which heeds NCCL_HOSTID, sees the machine as it is.
+    """
+    token = _pretended.set(name)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
 
 
 def refuse_buffer(group: Any, error: Exception) -> NoReturn:
