@@ -1,7 +1,6 @@
 """`EPHandle`: the routing of a dispatch of `ElasticBuffer`, and what callers read of it.
 
-Attributes that take work are made when they are looked at. Like the routing they are there for as
-long as the handle lives: also once its buffer has grown, or was destroyed.
+Attributes that take work are made when they are looked at.
 """
 
 from __future__ import annotations
@@ -45,6 +44,9 @@ class Geometry:
 
 class EPHandle:
     """The routing of a dispatch; any number of combines and cached dispatches may use it.
+
+    Attributes can be read for as long as the handle lives: also once its buffer has grown, or was
+    destroyed. The tensors belong to the handle.
 
     Attributes:
         do_expand, num_experts, expert_alignment, num_max_tokens_per_rank, num_sms: of the dispatch.
