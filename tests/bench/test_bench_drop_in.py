@@ -212,6 +212,21 @@ def test_two_gpus(rank_pools: RankPools) -> None:
             assert (one.calls_per_graph is None) == (case.variant == "eager")
 
 
+@pytest.mark.gpu(2)
+def test_two_gpus_as_two_hosts(rank_pools: RankPools) -> None:
+    cases = [
+        drop_in_case("normal", hosts=2, rail="nvlink"),
+        drop_in_case("normal", hosts=2, rail="nvlink", quantization=FP8),
+        drop_in_case("low_latency", hosts=2, rail="nvlink", quantization=FP8),
+        drop_in_case("elastic", hosts=2, rail="nvlink"),
+    ]
+    measured, _ = rank_pools(2, "cuda").run(measure, cases)
+    for records in measured:
+        assert {(one.engine, one.hosts, one.rail) for one in records} == {
+            ("collective", 2, "nvlink")
+        }
+
+
 def test_ranks_of_another_device_are_refused() -> None:
     buffer = mock.Mock()
     buffer.runtime.device = torch.device("cuda", 0)
