@@ -19,6 +19,7 @@ from expertlink.dispatching import Dispatching
 from expertlink.engines.ranks.header import Operation
 from expertlink.engines.ranks.rebalance import rebalance, sum_copies
 from expertlink.errors import ConfigurationError, InputError
+from expertlink.handles import tables_of
 from expertlink.overlap import check_settings, operation_of
 from expertlink.placement import ExpertPlacement
 from expertlink.types import CallStatistics, CommOverlapConfig, DispatchHandle
@@ -120,15 +121,14 @@ class MoECommunicator(Dispatching, Combining):
             InputError: the layout is another one.
             HandleError, ClosedError: the handle or this communicator cannot be used.
         """
-        engine = self._ready()
+        self._ready()
         handle = self._calls.check_handle(handle)
         if not self.config.layout.expanded:
             raise InputError(
                 f"expert_ranges needs a layout with a row per expert (flat, expert_major), not "
                 f"{self.config.layout.value}"
             )
-        handle.wait()
-        return engine.expert_ranges(handle.state)
+        return tables_of(handle).expert_ranges(self.config.layout, self.config.expert_alignment)
 
     def slot_weights(self, handle: DispatchHandle) -> Tensor | None:
         """Routing weight of every row, 0 for rows that nothing fills. Local.
@@ -165,10 +165,8 @@ class MoECommunicator(Dispatching, Combining):
         Raises:
             HandleError, ClosedError: the handle or this communicator cannot be used.
         """
-        engine = self._ready()
-        handle = self._calls.check_handle(handle)
-        handle.wait()
-        return engine.arrivals(handle.state)
+        self._ready()
+        return tables_of(self._calls.check_handle(handle)).arrivals()
 
     def source_tokens(self, handle: DispatchHandle) -> Tensor:
         """What `DispatchOutput.source_tokens` would be, made now instead of by every dispatch.
@@ -186,8 +184,7 @@ class MoECommunicator(Dispatching, Combining):
         """
         engine = self._ready()
         handle = self._calls.check_handle(handle)
-        handle.wait()
-        tokens = engine.source_tokens(handle.state, handle.rows_shape[:-1])
+        tokens = tables_of(handle).source_tokens(handle.rows_shape[:-1])
         if tokens is None:
             raise ConfigurationError(
                 f"source tokens come with the rows in mode={self.config.mode!r} of the "

@@ -6,11 +6,13 @@ They raise `HandleError` and `RoutingChangedError`, which name the caller's argu
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from expertlink.config import MoECommunicatorConfig
+from expertlink.engines.base import Tables
 from expertlink.errors import HandleError, RoutingChangedError
 from expertlink.types import DispatchHandle, RoutingScope
 
@@ -114,6 +116,15 @@ def check_current(handle: DispatchHandle) -> None:
                 f"the handle of dispatch #{handle.call} is stale: a later dispatch used its "
                 "DispatchBuffers; alternate between two of them to keep two dispatches"
             )
+
+
+def tables_of(handle: DispatchHandle) -> Tables:
+    """What the routing of a finished dispatch says of its rows, for as long as the handle lives.
+
+    Also once every communicator that it suits is closed.
+    """
+    handle.wait()
+    return cast(Tables, handle.state)
 
 
 def check_same_routing(

@@ -21,7 +21,7 @@ from expertlink.bench.records import RecordError, latest, read_records, write_re
 from expertlink.bench.report import PAGES, page_text
 from expertlink.cli import app
 from expertlink.compat.deep_ep import pool as pools
-from expertlink.compat.deep_ep.pool import GroupRanks, Pool
+from expertlink.engines import select
 from expertlink.errors import ConfigurationError
 from expertlink.launch import RankContext
 
@@ -45,12 +45,9 @@ def measure(
     """Runs on a rank. `wrong`: experts return other rows than they received."""
     returned = drop_in_calls._returned
 
-    def connect(group: Any) -> Pool:  # CPU ranks stay on CPUs where there are GPUs as well
-        ranks = GroupRanks(group)
-        return Pool(ranks, context.device, ranks.hosts(context.device))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pools, "connect", connect)
+        # CPU ranks stay on CPUs where there are GPUs as well.
+        patch.setattr(pools, "current_device", lambda: context.device)
         if wrong:
             patch.setattr(drop_in_calls, "_returned", lambda received: 2 * returned(received))
         plan = Plan(iters=1, warmup=0, inputs=1, command="expertlink bench --drop-in")
@@ -101,13 +98,43 @@ def test_every_interface_on_cpu_ranks(rank_pools: RankPools, tmp_path: Path) -> 
     assert "| low_latency · T=1 H=512 K=2 E=4 R=2 · e4m3_float32 · balanced |" in text
 
 
+def test_virtual_hosts_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "drop-in-hosts.jsonl"
+    shape = ("--tokens", "4", "--hidden", "512", "--topk", "2", "--experts", "4")
+    arguments = (*shape, "--quantization", "none", "--iters", "1", "--warmup", "0", "--inputs", "1")
+    hosts = ("--ranks", "2", "--virtual-hosts", "2", "--device", "cpu", "--out", str(path))
+    result = CliRunner().invoke(app, ["bench", "--drop-in", *arguments, *hosts])
+    assert result.exit_code == 0, result.output
+    records = read_records(path, DropInRecord)
+    calls = [(one.interface, one.call) for one in records]
+    wanted = [("normal", name) for name in NORMAL]
+    wanted += [("low_latency", name) for name in ("dispatch", "combine", "pair")]
+    assert calls == [*wanted, *(("elastic", name) for name in ELASTIC)]
+    for one in records:
+        assert (one.engine, one.hosts, one.rail) == ("collective", 2, "sockets")
+        assert one.rail_ctas is None
+        assert one.time_us.min > 0
+    [page] = [page for page in PAGES if page.name == "drop-in"]
+    text = page_text(page, tmp_path, pictures_at="records") or ""
+    assert "| normal · T=4 H=512 K=2 E=4 R=2 · 2 hosts, sockets · bfloat16 · balanced |" in text
+
+
+def test_hosts_that_nccl_does_not_see(rank_pools: RankPools) -> None:
+    """With NVLink for a rail NCCL sees one host, and the drop-in those that are asked for."""
+    cases = [drop_in_case("normal", hosts=2, rail="nvlink")]
+    measured, _ = rank_pools(2).run(measure, cases)
+    assert [{one.hosts for one in records} for records in measured] == [{2}]
+    with pytest.raises(Exception, match=r"finds hosts \(0, 0\).*not \(0, 1\)"):
+        rank_pools(2).run(measure, [drop_in_case("normal", hosts=2, rail="network")])
+
+
 def test_wrong_sums_are_noticed(rank_pools: RankPools) -> None:
     for interface in ("low_latency", "elastic"):
         with pytest.raises(Exception, match=WrongResultError.__name__):
             rank_pools(2).run(measure, [drop_in_case(interface)], True)
 
 
-def test_cases() -> None:
+def test_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = build_drop_in_cases(BenchOptions(num_sms="24"), device="cuda", ranks=4)
     low_latency = [case for case in gpu if case.interface == "low_latency"]
     assert {(case.tokens, case.variant, case.quantization) for case in low_latency} == {
@@ -124,6 +151,11 @@ def test_cases() -> None:
     assert {(case.tokens, case.num_sms_dispatch) for case in others} == {(4096, 24)}
     cpu = build_drop_in_cases(BenchOptions(interface="low_latency"), device="cpu", ranks=2)
     assert {case.variant for case in cpu} == {"eager"}
+    hosts = BenchOptions(virtual_hosts=2, rail="nvlink", rail_ctas=4)
+    for case in build_drop_in_cases(hosts, device="cuda", ranks=4):
+        assert (case.hosts, case.rail, case.rail_ctas, case.variant) == (2, "nvlink", 4, "eager")
+    monkeypatch.setattr(select, "AUTO_TAKES_HYBRID", True)  # whose calls can be captured
+    assert "graph" in {case.variant for case in build_drop_in_cases(hosts, device="cuda", ranks=4)}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +171,9 @@ def test_cases() -> None:
         ({"layout": "flat"}, "layout='flat'"),
         ({"mode": "ll"}, "accepted: --interface"),
         ({"num_sms_dispatch": "8", "num_sms_combine": "16"}, "one number of SMs"),
+        ({"virtual_hosts": 3}, "virtual_hosts=3 cannot be measured on 2 ranks"),
+        ({"rail": "nvlink"}, "rail='nvlink' needs --virtual-hosts"),
+        ({"variant": "graph", "virtual_hosts": 2}, "across hosts"),
     ],
 )
 def test_cases_that_are_refused(options: dict[str, Any], message: str) -> None:
@@ -175,6 +210,21 @@ def test_two_gpus(rank_pools: RankPools) -> None:
             assert one.engine == "nvlink"
             assert (one.idle_us is None) == (case.variant == "graph")
             assert (one.calls_per_graph is None) == (case.variant == "eager")
+
+
+@pytest.mark.gpu(2)
+def test_two_gpus_as_two_hosts(rank_pools: RankPools) -> None:
+    cases = [
+        drop_in_case("normal", hosts=2, rail="nvlink"),
+        drop_in_case("normal", hosts=2, rail="nvlink", quantization=FP8),
+        drop_in_case("low_latency", hosts=2, rail="nvlink", quantization=FP8),
+        drop_in_case("elastic", hosts=2, rail="nvlink"),
+    ]
+    measured, _ = rank_pools(2, "cuda").run(measure, cases)
+    for records in measured:
+        assert {(one.engine, one.hosts, one.rail) for one in records} == {
+            ("collective", 2, "nvlink")
+        }
 
 
 def test_ranks_of_another_device_are_refused() -> None:

@@ -27,6 +27,11 @@ def test_ranks_without_tokens(rank_pools, where: str) -> None:
     assert all(run(rank_pools, where, 2, elastic.elastic, shapes, {}))
 
 
+@WHERE
+def test_handles_that_outlive_communicators(rank_pools, where: str) -> None:
+    assert all(run(rank_pools, where, 2, elastic.handles_that_outlive_communicators, SMALL))
+
+
 def test_constructor_and_bad_calls(rank_pools) -> None:
     for said in run(rank_pools, "cpu", 2, elastic.constructor, SMALL):
         assert "either num_bytes, or num_max_tokens_per_rank and hidden" in said[0]

@@ -7,7 +7,7 @@ functions of torch.cuda, of which some take longer.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -44,7 +44,7 @@ class Alone:
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
 
-    def hosts(self, device: torch.device) -> Domains:
+    def hosts(self, device: torch.device, common: Mapping[str, object]) -> Domains:
         return Domains.one(1)
 
     def largest(self, number: int, device: torch.device) -> int:
@@ -70,7 +70,8 @@ class Setting:
         self.gpu = gpu = FakeGpu(monkeypatch)
         gpu.kernel = _all_tokens_arrive
         monkeypatch.setattr(streams, "raw_stream", lambda _: lambda: 7)
-        monkeypatch.setattr(pools, "connect", lambda group: Pool(Alone(gpu), CPU, Domains.one(1)))
+        pool = Pool(Alone(gpu), CPU, Domains.one(1))
+        monkeypatch.setattr(pools, "connect", lambda *args, **common: pool)
         self.buffer: Any = Buffer(Group(), low_latency_mode=True)
         # Tensors live on the CPU, calls run as on a GPU.
         own = self.buffer._streams = Streams(torch.device("cuda", 0))

@@ -104,4 +104,4 @@ def test_groups_with_gloo_between_gpus(rank_pools) -> None:
 
 def test_constructors_that_meet_other_calls(rank_pools) -> None:
     for said in run_on(rank_pools, "cpu", TWO, internode.different_constructors):
-        assert "rank 0: tokens; rank 1: host" in said
+        assert "rank 0: tokens; rank 1: buffer" in said

@@ -27,6 +27,11 @@ def test_ranks_with_fewer_tokens_and_none(rank_pools, where: str) -> None:
 
 
 @WHERE
+def test_handles_that_outlive_buffers(rank_pools, where: str) -> None:
+    assert all(run(rank_pools, where, 2, decode.handles_that_outlive_buffers, SMALL))
+
+
+@WHERE
 def test_two_micro_batches_in_threads_that_alternate(rank_pools, where: str) -> None:
     batches = [SMALL, Shapes(tokens=4, hidden=512, experts=8, topk=3, seed=1)]
     assert all(run(rank_pools, where, 2, decode.micro_batches, batches))

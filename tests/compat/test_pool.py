@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ class Fakes:
         self.engine = engine
         self.made: list[Any] = []
 
-    def hosts(self, device: torch.device) -> Domains:
+    def hosts(self, device: torch.device, common: Mapping[str, object]) -> Domains:
         return Domains((0, 1))
 
     def largest(self, number: int, device: torch.device) -> int:
@@ -41,7 +42,7 @@ class Fakes:
 
 def pool_of(engine: str) -> tuple[Fakes, Pool]:
     ranks = Fakes(engine)
-    return ranks, Pool(ranks, torch.device("cpu"), ranks.hosts(torch.device("cpu")))
+    return ranks, Pool(ranks, torch.device("cpu"), Domains((0, 1)))
 
 
 @pytest.mark.parametrize("engine", ["nvlink", "collective"])

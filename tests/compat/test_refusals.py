@@ -22,6 +22,12 @@ def test_normal(rank_pools, where: str, bad_rank: int) -> None:
     assert all(run(rank_pools, where, 2, refusals.normal, SMALL, bad_rank))
 
 
+@WHERE
+@BAD_RANK
+def test_constructors(rank_pools, where: str, bad_rank: int) -> None:
+    assert all(run(rank_pools, where, 2, refusals.constructors, bad_rank))
+
+
 @BAD_RANK
 def test_normal_among_three(rank_pools, bad_rank: int) -> None:
     shapes = Shapes(tokens=9, hidden=128, experts=9, topk=3)

@@ -144,7 +144,7 @@ def test_tables_of_the_nvlink_engine(layout: DispatchLayout) -> None:
     case = Case((5, 3, 7), 8, experts=7, topk=3, layout=layout, masked=0.2, seed=3)
     for rank in range(case.ranks):
         tables, route = nvlink_route(case, rank)
-        starts_ER, counts_ER = route.expert_ranges(layout)
+        starts_ER, counts_ER = route.expert_ranges(layout, case.alignment)
         starts, counts = ranges_of(case, rank)
         assert counts_ER.tolist() == counts
         present = counts_ER > 0

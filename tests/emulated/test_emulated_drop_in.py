@@ -32,6 +32,9 @@ JOBS: list[tuple[Job, tuple[int, ...], tuple[Any, ...]]] = [
     (normal.odd_ids, TWO, (SMALL,)),
     (decode.micro_batches, TWO, ([DECODE, DECODE],)),
     (refusals.normal, TWO, (SMALL, 1)),
+    (refusals.constructors, TWO, (1,)),
+    (elastic.handles_that_outlive_communicators, TWO, (SMALL,)),
+    (decode.handles_that_outlive_buffers, TWO_BY_TWO, (DECODE,)),
 ]
 
 

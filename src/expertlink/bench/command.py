@@ -106,9 +106,8 @@ def _what_to_measure(
     if len(wanted) > 1:
         flags = (f"--{name.replace('_', '-')}" for name in wanted)
         raise ConfigurationError(f"either {' or '.join(flags)}")
-    if options.layer or options.drop_in:
-        hosts_of(options, ranks)  # refuses several
     if options.layer:
+        hosts_of(options, ranks)  # refuses several
         return measure_layers, build_layer_cases(options, device=device, ranks=ranks)
     if options.drop_in:
         return measure_drop_in, build_drop_in_cases(options, device=device, ranks=ranks)

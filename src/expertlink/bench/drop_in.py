@@ -36,7 +36,7 @@ from expertlink.launch import RankContext
 
 _MOST_INPUTS = 2  # low-latency rows are padded: an input may take gigabytes
 _SAME = ("interface", "variant", "quantization", "uneven", "ranks", "tokens", "hidden", "topk")
-_SAME += ("experts", "max_tokens_per_rank")
+_SAME += ("experts", "max_tokens_per_rank", "hosts", "rail", "rail_ctas")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,9 @@ class DropInRecord(Checked):
     routing: str
     uneven: bool
     ranks: int
+    hosts: int = 1  # that the drop-in found, of equally many ranks
+    rail: str | None = None  # what joins them
+    rail_ctas: int | None = None  # most thread blocks of NCCL's kernels there
     tokens: int  # of the rank that has most
     hidden: int
     topk: int

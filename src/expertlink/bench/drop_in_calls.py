@@ -7,6 +7,7 @@ that was made before. Results are checked before anything is timed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from expertlink.bench.drop_in_cases import DropInCase
 from expertlink.bench.inputs import Drawn
 from expertlink.communicator import MoECommunicator
 from expertlink.compat.deep_ep import Buffer, Config, ElasticBuffer
+from expertlink.compat.deep_ep import pool as pools
 from expertlink.errors import ConfigurationError
 from expertlink.quantization import dequantize, quantize
 from expertlink.types import BlockFormat
@@ -52,30 +54,46 @@ class DropIn:
         device: of this rank.
 
     Raises:
-        ConfigurationError: the drop-in works on another device.
+        ConfigurationError: the drop-in works on another device, or finds other hosts.
     """
 
     def __init__(self, case: DropInCase, device: torch.device) -> None:
         self._case = case
-        group = dist.group.WORLD
-        if case.interface == "elastic":
-            self.buffer: Any = ElasticBuffer(
-                group,
-                num_max_tokens_per_rank=case.tokens,
-                hidden=case.hidden,
-                num_topk=case.topk,
-                explicitly_destroy=True,
-            )
-        else:
-            low_latency = case.interface == "low_latency"
-            self.buffer = Buffer(group, low_latency_mode=low_latency, explicitly_destroy=True)
-        found = self.buffer.runtime.device
+        with self._pretended_host():
+            self.buffer = self._make()
+        pool = self.buffer.runtime
+        found, hosts = pool.device, pool.domains.host_of
         if found.type != device.type:
             self.close()
             raise ConfigurationError(
                 f"device={device.type!r} cannot be measured with --drop-in, which takes the GPU "
                 "where there is one; accepted: CUDA_VISIBLE_DEVICES= in the environment"
             )
+        if hosts != case.host_of:
+            self.close()
+            raise ConfigurationError(
+                f"the drop-in finds hosts {hosts} of the ranks, not {case.host_of}; accepted: "
+                "equally many ranks of torchrun on each host"
+            )
+
+    def _pretended_host(self) -> AbstractContextManager[None]:
+        """What the drop-in is to find: NCCL does not see hosts whose rail is NVLink."""
+        if self._case.rail != "nvlink":
+            return nullcontext()
+        return pools.on_host(f"virtual-{self._case.host_of[dist.get_rank()]}")
+
+    def _make(self) -> Any:
+        case, group = self._case, dist.group.WORLD
+        if case.interface == "elastic":
+            return ElasticBuffer(
+                group,
+                num_max_tokens_per_rank=case.tokens,
+                hidden=case.hidden,
+                num_topk=case.topk,
+                explicitly_destroy=True,
+            )
+        low_latency = case.interface == "low_latency"
+        return Buffer(group, low_latency_mode=low_latency, explicitly_destroy=True)
 
     def close(self) -> None:
         """Releases the buffer's memory."""
@@ -103,9 +121,10 @@ class DropIn:
         x, rows, scales = _sent(drawn.x_TH, case)
         ids, weights = drawn.topk_ids_TK, drawn.topk_weights_TK
         config = Config(num_sms=self.num_sms or 0)
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, case.experts)
+        per_rank, per_host, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, case.experts)
         layout = {
             "num_tokens_per_rank": per_rank,
+            "num_tokens_per_rdma_rank": per_host,  # None on one host
             "is_token_in_rank": in_rank,
             "num_tokens_per_expert": per_expert,
         }

@@ -13,12 +13,15 @@ from expertlink.bench.options import (
     BenchOptions,
     check_device,
     check_trace,
+    hosts_of,
     parse_budgets,
     parse_ints,
     parse_names,
+    rail_of,
     recorded_shape,
     refuse_options,
 )
+from expertlink.engines import select
 from expertlink.errors import ConfigurationError
 
 INTERFACES = ("normal", "low_latency", "elastic")
@@ -42,7 +45,6 @@ _EXCLUDED = {
     "layout": "the layouts of deep_ep",
     "engine": "none, as the drop-in chooses",
     "max_tokens_per_rank": "--tokens, whose largest value is that of the buffers",
-    "virtual_hosts": "one host",
     "grid": "either --drop-in or --grid",
     "gemm": "--overlap",
     "model": "--layer",
@@ -101,9 +103,17 @@ def build_drop_in_cases(options: BenchOptions, *, device: str, ranks: int) -> li
     names = ("hidden", "topk", "experts", "routing", "quantization")
     texts |= {name: text for name in names if (text := getattr(options, name)) is not None}
     interfaces = parse_names(options.interface or ",".join(INTERFACES), name="interface")
-    variants = parse_names(options.variant or _usual_variants(device), name="variant")
+    hosts = hosts_of(options, ranks)
+    capturable = device == "cuda" and (hosts == 1 or select.AUTO_TAKES_HYBRID)
+    usual = ",".join(DROP_IN_VARIANTS) if capturable else "eager"
+    variants = parse_names(options.variant or usual, name="variant")
     _check_names(interfaces, INTERFACES, "interface")
     _check_names(variants, DROP_IN_VARIANTS, "variant")
+    if "graph" in variants and hosts > 1 and not select.AUTO_TAKES_HYBRID:
+        raise ConfigurationError(
+            "variant='graph' cannot be measured across hosts, where low-latency calls of the "
+            "drop-in make the host wait; accepted: eager"
+        )
     routings = parse_names(texts["routing"], name="routing")
     sizes = [parse_ints(texts[name], name=name) for name in ("hidden", "topk", "experts")]
     formats = [
@@ -138,6 +148,9 @@ def build_drop_in_cases(options: BenchOptions, *, device: str, ranks: int) -> li
                 num_sms_dispatch=None if low_latency else dispatch,
                 num_sms_combine=None if low_latency else combine,
                 trace=None if options.trace is None else str(options.trace),
+                hosts=hosts,
+                rail=rail_of(options) if hosts > 1 else None,
+                rail_ctas=options.rail_ctas,
             )
             check_device(case, device)
             check_trace(case, recorded)
@@ -145,10 +158,6 @@ def build_drop_in_cases(options: BenchOptions, *, device: str, ranks: int) -> li
     if not cases:
         raise ConfigurationError("variant='graph' needs --interface low_latency")
     return list(dict.fromkeys(cases))
-
-
-def _usual_variants(device: str) -> str:
-    return ",".join(DROP_IN_VARIANTS) if device == "cuda" else "eager"
 
 
 def _check_names(names: Sequence[str], accepted: Iterable[str], what: str) -> None:

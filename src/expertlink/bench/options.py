@@ -211,9 +211,8 @@ def hosts_of(options: BenchOptions, ranks: int) -> int:
         )
     if hosts == 1 and options.rail_ctas is not None:
         raise ConfigurationError(f"rail_ctas={options.rail_ctas} needs several hosts")
-    if hosts > 1 and (options.layer or options.drop_in):
-        what = "--layer" if options.layer else "--drop-in"
-        raise ConfigurationError(f"hosts cannot be told apart with {what}; accepted: one host")
+    if hosts > 1 and options.layer:
+        raise ConfigurationError("hosts cannot be told apart with --layer; accepted: one host")
     return hosts
 
 

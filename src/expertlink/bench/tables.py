@@ -128,8 +128,9 @@ _DROP_IN_NOTE = (
 
 
 def _drop_in_row(record: DropInRecord) -> list[str]:
-    words = [record.interface, _sizes_of(record), record.quantization or "bfloat16"]
-    words.append(_routing_of(record))
+    words = [record.interface, _sizes_of(record)]
+    words += [f"{record.hosts} hosts, {record.rail}"] if record.hosts > 1 else []
+    words += [record.quantization or "bfloat16", _routing_of(record)]
     values = (record.time_us, record.idle_us, record.loop_us, record.host_us)
     values += (record.library_host_us, record.added_us)
     sms = text_of(record.num_sms)

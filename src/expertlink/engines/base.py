@@ -21,6 +21,7 @@ from expertlink.types import (
     BlockFormat,
     CallStatistics,
     DispatchBuffers,
+    DispatchLayout,
     DispatchOutput,
     RowKind,
 )
@@ -130,6 +131,31 @@ class Combined:
     finish: Callable[[], None]
 
 
+class Tables(Protocol):
+    """What a routing says of its rows. Every finished `Dispatched.state` is one.
+
+    It needs neither engine nor communicator: tables are read for as long as the state lives.
+    """
+
+    def arrivals(self) -> Tensor:
+        """`[N, K]` int64: slot (expanded layouts), else local expert, of each choice, or -1."""
+        ...
+
+    def expert_ranges(self, layout: DispatchLayout, alignment: int) -> tuple[Tensor, Tensor]:
+        """Expanded layouts: first slot and number of rows of each source rank in each group.
+
+        int32 `[E_loc, R]` each; FLAT: slots of `tokens`, EXPERT_MAJOR: slots of the group.
+        """
+        ...
+
+    def source_tokens(self, shape: tuple[int, ...]) -> Tensor | None:
+        """What `DispatchOutput.source_tokens` would be, where the tables say so.
+
+        `shape`: the leading shape of the rows. None: only the dispatch can bring them.
+        """
+        ...
+
+
 def nothing_left() -> None:
     """`finish` of a call whose work was queued before it returned."""
 
@@ -178,26 +204,8 @@ class Engine(Protocol):
         """Expanded layouts: routing weight of every slot; None for an unweighted dispatch."""
         ...
 
-    def arrivals(self, state: object) -> Tensor:
-        """`[N, K]` int64: slot (expanded layouts), else local expert, of each choice, or -1."""
-        ...
-
-    def source_tokens(self, state: object, shape: tuple[int, ...]) -> Tensor | None:
-        """What `DispatchOutput.source_tokens` would be, where the tables of a routing say so.
-
-        `shape`: the leading shape of the rows. None: only the dispatch can bring them.
-        """
-        ...
-
     def make_buffers(self, rows: RowKind) -> DispatchBuffers:
         """Outputs of the largest shape for such rows, and tables of one routing. Local."""
-        ...
-
-    def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
-        """Expanded layouts: first slot and number of rows of each source rank in each group.
-
-        int32 `[E_loc, R]` each; FLAT: slots of `tokens`, EXPERT_MAJOR: slots of the group.
-        """
         ...
 
     def refuse(self, operation: Operation, error: Exception) -> NoReturn:

@@ -44,9 +44,9 @@ def plain(rows: Any) -> Tensor:
 class LowLatency:
     """One rank's part of DeepEP's test."""
 
-    def __init__(self, place: Place, shapes: Shapes) -> None:
+    def __init__(self, place: Place, shapes: Shapes, **fields: Any) -> None:
         self.place, self.shapes = place, shapes
-        self.buffer: Any = buffer_for(place, shapes)
+        self.buffer: Any = buffer_for(place, shapes, **fields)
         everyone = all_tokens(shapes, place)
         self.all_ids = [tokens.ids for tokens in everyone]
         self.ids = everyone[place.rank].ids
@@ -173,6 +173,19 @@ def low_latency(place: Place, shapes: Shapes) -> bool:
     with torch.inference_mode():
         for hook, form, calls in itertools.product((False, True), FORMATS, (1, 2)):
             test.check(hook, form, calls)
+    return True
+
+
+def handles_that_outlive_buffers(place: Place, shapes: Shapes) -> bool:
+    """What a handle says is first read once its buffer was destroyed."""
+    test = LowLatency(place, shapes, explicitly_destroy=True)
+    for form in FORMATS[:2]:  # on one host of GPUs they share memory
+        rows, count, handle = test.dispatch(None, False, form)
+        if form["use_fp8"]:
+            test.buffer.destroy()
+        for expert, received in enumerate(plain(rows)):
+            test.check_expert(expert, received, count, handle, form)
+        assert handle[2:] == (shapes.tokens, shapes.hidden, shapes.experts)
     return True
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -360,6 +362,35 @@ def elastic(place: Place, shapes: Shapes, fields: dict[str, Any]) -> bool:
         assert torch.equal(first, second)
     test.buffer.destroy()
     test.buffer.destroy()
+    return True
+
+
+def handles_that_outlive_communicators(place: Place, shapes: Shapes) -> bool:
+    """What handles say is first read once their buffer has grown, and once it was destroyed."""
+    test = TestEp(place, shapes)
+    options: dict[str, Any] = {"topk_idx": test.own.ids, "topk_weights": test.own.weights}
+    options["num_experts"] = shapes.experts
+
+    def dispatched(expand: bool) -> tuple[Any, ...]:
+        return test.dispatch(test.own.x, do_expand=expand, **options)
+
+    both = [(expand, [dispatched(expand) for _ in range(2)]) for expand in (False, True)]
+    made = [weakref.ref(comm) for comm in test.buffer.runtime._members.values()]
+    for expand, results in both:
+        test.dispatch(
+            test.own.x, do_expand=expand, num_max_tokens_per_rank=50 * shapes.tokens, **options
+        )
+        rows, ids, weights, handle = results[0]
+        test.check_handle(handle, expand, alignment=1, sync=True)
+        test.check_rows(rows, ids, weights, handle, False, expand, 1, False)
+    test.buffer.destroy()
+    gc.collect()
+    if not place.kernels:  # elsewhere the test keeps communicators too
+        assert [ref() for ref in made] == [None] * len(made), "handles keep no communicator"
+    for expand, results in both:
+        rows, ids, weights, handle = results[1]
+        test.check_handle(handle, expand, alignment=1, sync=True)
+        test.check_rows(rows, ids, weights, handle, False, expand, 1, False)
     return True
 
 

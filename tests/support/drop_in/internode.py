@@ -134,7 +134,7 @@ def gloo_between_gpus(ctx: RankContext, hosts: tuple[int, ...]) -> list[str]:
         patch.setattr(pools, "current_device", lambda: torch.device("cuda", 0))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         if len(set(hosts)) == 1:
-            return [str(pools.connect(group).device)]
+            return [str(pools.connect(group, "Buffer").device)]
         return [
             refusal(lambda: Buffer(group)),
             refusal(lambda: Buffer(group, low_latency_mode=True)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,12 +15,12 @@ import torch.distributed as dist
 from expertlink import MoECommunicator, MoECommunicatorConfig
 from expertlink.compat.deep_ep import Buffer, install
 from expertlink.compat.deep_ep import pool as pools
-from expertlink.compat.deep_ep.pool import GroupRanks, Pool
 from expertlink.domains import Domains
 from expertlink.engines import select
 from expertlink.engines.hybrid.discovery import HOST_ID
+from expertlink.engines.ranks.handshake import check_common
 from expertlink.engines.select import EngineChoice
-from expertlink.errors import ExpertlinkError, PeerError
+from expertlink.errors import PeerError
 from expertlink.launch import RankContext
 from support import hosted
 from support.cases import MANY_RANKS
@@ -79,13 +79,9 @@ def run_on(rank_pools: Any, where: str, hosts: tuple[int, ...], job: Job, *args:
 
 
 def _in_process(ctx: RankContext, hosts: tuple[int, ...], job: Job, args: tuple[Any, ...]) -> Any:
-    # CPU ranks stay on CPUs where there are GPUs as well.
-    def connect(group: Any) -> Pool:
-        ranks = GroupRanks(group)
-        return Pool(ranks, ctx.device, ranks.hosts(ctx.device))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pools, "connect", connect)
+        # CPU ranks stay on CPUs where there are GPUs as well.
+        patch.setattr(pools, "current_device", lambda: ctx.device)
         patch.setenv(HOST_ID, f"host {hosts[ctx.rank]}")
         patch.setenv("EXPERTLINK_TIMEOUT", "20")  # a rank that fails does not keep the others
         patch.setenv("EXPERTLINK_STARTUP_TIMEOUT", "20")
@@ -156,7 +152,8 @@ class HostedRanks:
 
     group: HostedGroup
 
-    def hosts(self, device: torch.device) -> Domains:
+    def hosts(self, device: torch.device, common: Mapping[str, object]) -> Domains:
+        check_common(self._meet(common), what="buffer")
         return self.group.fleets.domains
 
     def largest(self, number: int, device: torch.device) -> int:
@@ -183,16 +180,17 @@ class HostedRanks:
         comm.initialize()
         return comm
 
-    def refuse(self, error: ExpertlinkError, device: torch.device) -> NoReturn:
+    def refuse(self, error: Exception, device: torch.device) -> NoReturn:
         self.group.fleets.meeting.swap(self.group.rank(), str(error))
         raise error
 
-    def _meet(self, number: int) -> list[int]:
-        """All ranks' numbers."""
-        said = self.group.fleets.meeting.swap(self.group.rank(), number)
+    def _meet(self, value: Any) -> list[Any]:
+        """All ranks' values."""
+        said = self.group.fleets.meeting.swap(self.group.rank(), value)
         refused = [rank for rank, one in enumerate(said) if isinstance(one, str)]
         if refused:
-            raise PeerError(f"refused: {said}", ranks=refused)
+            reasons = "; ".join(f"rank {rank} refused it: {said[rank]}" for rank in refused)
+            raise PeerError(reasons, ranks=refused)
         return said
 
 
@@ -214,9 +212,8 @@ def _run_hosted(domains: Domains, job: Job, args: tuple[Any, ...]) -> list[Any]:
             raise
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(num_ranks) as threads:
-        patch.setattr(
-            pools, "connect", lambda group: Pool(HostedRanks(group), hosted.DEVICE, domains)
-        )
+        patch.setattr(pools, "GroupRanks", HostedRanks)
+        patch.setattr(pools, "current_device", lambda: hosted.DEVICE)
         patch.setattr(Buffer, "num_sms", HOSTED_SMS)
         futures = [threads.submit(one, rank) for rank in range(num_ranks)]
         return hosted.results_of(futures)

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from expertlink.compat.deep_ep import Buffer, ElasticBuffer
 from expertlink.compat.deep_ep.errors import REFUSALS
-from expertlink.errors import PeerError
+from expertlink.errors import ConfigurationError, PeerError
 from support.drop_in.decode import buffer_for
 from support.drop_in.inputs import Shapes, all_tokens
 from support.drop_in.place import Place
@@ -20,8 +21,8 @@ _SOON_S = 8.0  # less than the time-outs of the ranks of tests
 Call = Callable[[], Any]
 
 
-def _refused(place: Place, bad_rank: int, *, good: Call, bad: Call, says: str) -> None:
-    """One rank makes the bad call, the others the good one."""
+def _refused(place: Place, bad_rank: int, *, good: Call, bad: Call, says: str) -> str:
+    """One rank makes the bad call, the others the good one; returns what is said here."""
     began = time.monotonic()
     raised: Exception | None = None
     try:
@@ -32,6 +33,53 @@ def _refused(place: Place, bad_rank: int, *, good: Call, bad: Call, says: str) -
     assert says in str(raised), raised
     took = time.monotonic() - began
     assert took < _SOON_S, f"rank {place.rank} waited {took:.1f} s ({says})"
+    return str(raised)
+
+
+def constructors(place: Place, bad_rank: int) -> bool:
+    """Constructors: what is wrong on one rank, and what differs between ranks."""
+    group: Any = place.group
+    odd = place.rank == bad_rank
+
+    def buffer() -> Any:
+        return Buffer(group)
+
+    def without_depth() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NVSHMEM_QP_DEPTH", "deep")
+            return Buffer(group, low_latency_mode=True)
+
+    def elastic_buffer(**fields: Any) -> Any:
+        return ElasticBuffer(group, **{"num_bytes": 2 << 20, **fields})
+
+    bad_ones: list[tuple[Call, Call, str]] = [
+        (buffer, lambda: Buffer(group, comm=object()), "MPI communicators are not supported"),
+        (elastic_buffer, lambda: ElasticBuffer(group), "either num_bytes, or"),
+        (elastic_buffer, lambda: elastic_buffer(num_bytes=1000), "a multiple of 2 MiB"),
+        (elastic_buffer, lambda: elastic_buffer(num_cpu_bytes=1), "buffers on the host"),
+    ]
+    if not place.kernels:  # ranks that are threads have one environment
+        bad_ones.append(
+            (lambda: Buffer(group, low_latency_mode=True), without_depth, "is no whole")
+        )
+    for good, bad, says in bad_ones:
+        said = _refused(place, bad_rank, good=good, bad=bad, says=says)
+        assert odd or f"rank {bad_rank} refused it" in said, said
+    for call, says in (
+        (lambda: Buffer(group, low_latency_mode=odd), "low_latency_mode"),
+        (lambda: Buffer(group, low_latency_mode=True, enable_shrink=odd), "enable_shrink"),
+        (lambda: elastic_buffer(num_max_tokens_per_rank=8 + odd), "num_max_tokens_per_rank"),
+        (lambda: elastic_buffer(allow_multiple_reduction=odd), "allow_multiple_reduction"),
+        (lambda: buffer() if odd else elastic_buffer(), "made by"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(ConfigurationError) as error:
+            call()
+        assert f"{says}: " in str(error.value), error.value
+        assert f"on rank {bad_rank}" in str(error.value), error.value
+        assert time.monotonic() - began < _SOON_S
+    elastic_buffer().barrier()
+    return True
 
 
 def normal(place: Place, shapes: Shapes, bad_rank: int) -> bool:

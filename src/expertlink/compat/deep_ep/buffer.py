@@ -49,7 +49,10 @@ class Buffer(NormalBuffer, LowLatencyBuffer):
         comm: MPI communicators are not supported.
 
     Raises:
-        ValueError: no group was given.
+        ValueError: no group was given; on this rank alone.
+        CallError, UnsupportedError: an argument cannot be; then the other ranks raise PeerError.
+        ConfigurationError: `low_latency_mode` or `enable_shrink` differs between ranks; on all.
+        PeerTimeoutError: a rank did not come.
     """
 
     def __init__(
@@ -67,10 +70,15 @@ class Buffer(NormalBuffer, LowLatencyBuffer):
         enable_shrink: bool = False,
         comm: Any = None,
     ) -> None:
+        mpi = UnsupportedError("comm: MPI communicators are not supported; pass a group")
+        if group is None:  # there is nobody to tell
+            raise (
+                mpi
+                if comm is not None
+                else CallError("group is None; a torch.distributed.ProcessGroup is expected")
+            )
         if comm is not None:
-            raise UnsupportedError("comm: MPI communicators are not supported; pass a group")
-        if group is None:
-            raise CallError("group is None; a torch.distributed.ProcessGroup is expected")
+            pools.refuse_buffer(group, mpi)
         self.group = group
         self.rank: int = group.rank()
         self.group_size: int = group.size()
@@ -78,7 +86,14 @@ class Buffer(NormalBuffer, LowLatencyBuffer):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self.runtime: Pool | None = pools.connect(group)
+        if low_latency_mode:
+            self.nvshmem_qp_depth = _queue_depth(group)
+        self.runtime: Pool | None = pools.connect(
+            group,
+            "Buffer",
+            low_latency_mode=bool(low_latency_mode),
+            enable_shrink=bool(enable_shrink),
+        )
         self._device = self.runtime.device
         self._streams = Streams(self._device)
         self._count = LayoutCounter(self._device, self.group_size)
@@ -88,7 +103,6 @@ class Buffer(NormalBuffer, LowLatencyBuffer):
         self._normal = NormalCalls(self.runtime, rank=self.rank, num_ranks=self.group_size)
         self._low_latency: LowLatencyCalls | None = None
         if low_latency_mode:
-            self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
             self._low_latency = LowLatencyCalls(
                 self.runtime, self._streams, num_ranks=self.group_size, masks=enable_shrink
             )
@@ -163,3 +177,11 @@ class Buffer(NormalBuffer, LowLatencyBuffer):
         shape = (count,) if size is None else tuple(size)
         expect(torch.Size(shape).numel() <= count, f"{list(shape)} of {dtype}: {count} fit")
         return torch.empty(shape, dtype=dtype, device=self._device)
+
+
+def _queue_depth(group: Any) -> int:
+    """What callers read as `nvshmem_qp_depth`. Collective where the variable holds no number."""
+    text = os.environ.get("NVSHMEM_QP_DEPTH", "1024")
+    if not text.isdecimal():
+        pools.refuse_buffer(group, CallError(f"NVSHMEM_QP_DEPTH={text!r} is no whole number"))
+    return int(text)

@@ -70,6 +70,13 @@ class ElasticBuffer:
         prefer_overlap_with_compute, sl_idx, num_allocated_qps,
             num_cpu_timeout_secs, num_gpu_timeout_secs: ignored.
         explicitly_destroy: `destroy()` will be called.
+
+    Raises:
+        CallError, UnsupportedError: an argument does not fit; then the other ranks raise PeerError.
+            Without a group on this rank alone.
+        ConfigurationError: `num_max_tokens_per_rank` or `allow_multiple_reduction` differs between
+            ranks; on all.
+        PeerTimeoutError: a rank did not come.
     """
 
     def __init__(
@@ -93,20 +100,25 @@ class ElasticBuffer:
     ) -> None:
         if group is None:
             raise CallError("group is None; a torch.distributed.ProcessGroup is expected")
-        if num_cpu_bytes:
-            raise UnsupportedError("num_cpu_bytes: buffers on the host are not supported; pass 0")
         self.group = group
         self.rank_idx: int = group.rank()
         self.num_ranks: int = group.size()
-        if num_bytes is None:
-            expect(
-                num_max_tokens_per_rank > 0 and hidden > 0,
-                "either num_bytes, or num_max_tokens_per_rank and hidden, must be given",
-            )
-            num_bytes = ElasticBuffer.get_buffer_size_hint(
-                group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch
-            )
-        expect(num_bytes % _PAGE == 0, f"num_bytes={num_bytes} must be a multiple of 2 MiB")
+        try:
+            if num_cpu_bytes:
+                raise UnsupportedError(
+                    "num_cpu_bytes: buffers on the host are not supported; pass 0"
+                )
+            if num_bytes is None:
+                expect(
+                    num_max_tokens_per_rank > 0 and hidden > 0,
+                    "either num_bytes, or num_max_tokens_per_rank and hidden, must be given",
+                )
+                num_bytes = ElasticBuffer.get_buffer_size_hint(
+                    group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch
+                )
+            expect(num_bytes % _PAGE == 0, f"num_bytes={num_bytes} must be a multiple of 2 MiB")
+        except (*REFUSALS, TypeError) as error:
+            pools.refuse_buffer(group, error)
         self.num_bytes = num_bytes
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
         self.allow_hybrid_mode = allow_hybrid_mode
@@ -116,7 +128,12 @@ class ElasticBuffer:
         self.explicitly_destroy = explicitly_destroy
         self.num_allocated_qps = num_allocated_qps or (129 if allow_hybrid_mode else 17)
         self.nccl_comm_handle = None
-        self.runtime: Pool | None = pools.connect(group)
+        self.runtime: Pool | None = pools.connect(
+            group,
+            "ElasticBuffer",
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            allow_multiple_reduction=bool(allow_multiple_reduction),
+        )
         self._domains = domains = self.runtime.domains
         self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx

@@ -96,7 +96,7 @@ class ElasticCalls:
         unweighted = dataclasses.replace(handle, topk_weights=None)
         known = Dispatched(unweighted, routing, comm.config.max_tokens_per_rank, received, padded)
         kept_ids = topk_ids.clone() if copies_ids else topk_ids
-        made = EPHandle.of(known, geometry, kept_ids, output, comm)
+        made = EPHandle.of(known, geometry, kept_ids, output)
         return _brought(comm, output, handle, made, weighted=topk_weights is not None)
 
     def _routing(self, num_experts: int, topk: int, alignment: int, *, expanded: bool) -> Routing:

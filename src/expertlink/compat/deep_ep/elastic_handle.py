@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlink.communicator import MoECommunicator
 from expertlink.compat.deep_ep.errors import CallError
 from expertlink.compat.deep_ep.handles import Dispatched
+from expertlink.handles import tables_of
 from expertlink.layouts import align
 from expertlink.types import DispatchOutput
 
@@ -44,6 +44,9 @@ class Geometry:
 
 class EPHandle:
     """The routing of a dispatch; any number of combines and cached dispatches may use it.
+
+    Attributes can be read for as long as the handle lives: also once its buffer has grown, or was
+    destroyed. The tensors belong to the handle.
 
     Attributes:
         do_expand, num_experts, expert_alignment, num_max_tokens_per_rank, num_sms: of the dispatch.
@@ -141,7 +144,6 @@ class EPHandle:
         geometry: Geometry,
         topk_idx: Tensor,
         output: DispatchOutput,
-        comm: MoECommunicator,
     ) -> EPHandle:
         """The handle of a dispatch.
 
@@ -150,10 +152,9 @@ class EPHandle:
             geometry: what it was asked for.
             topk_idx: `[T, K]`.
             output: of the dispatch; its counts and source tokens are kept.
-            comm: that made it.
         """
         handle = EPHandle.__new__(EPHandle)
-        views = _Views(known, geometry, topk_idx, output, comm)
+        views = _Views(known, geometry, topk_idx, output)
         vars(handle).update(
             _known=(known, geometry),
             _makers=views.makers(),
@@ -180,9 +181,8 @@ class _Views:
         geometry: Geometry,
         topk_idx: Tensor,
         output: DispatchOutput,
-        comm: MoECommunicator,
     ) -> None:
-        self._known, self._geometry, self._topk_idx, self._comm = known, geometry, topk_idx, comm
+        self._known, self._geometry, self._topk_idx = known, geometry, topk_idx
         self._sources = output.source_tokens
         self._per_expert, self._offsets = output.num_tokens_per_expert, output.expert_offsets
         self._per_expert_list = output.num_tokens_per_expert_list
@@ -237,7 +237,7 @@ class _Views:
     def _metadata(self) -> Tensor:
         geometry, sources = self._geometry, self._sources
         assert sources is not None
-        arrivals_NK = self._comm.arrivals(self._known.handle)
+        arrivals_NK = tables_of(self._known.handle).arrivals()
         num_rows, topk = arrivals_NK.shape
         row = torch.arange(num_rows, dtype=torch.int64, device=arrivals_NK.device)
         ends = self._per_rank.cumsum(0)

@@ -1,7 +1,8 @@
 """Handles of normal and low-latency calls: tuples of tensors, as callers of `deep_ep` expect.
 
-Nobody but tests reads the tensors, so they are made when they are looked at. Copies of a handle
-that callers make as plain tuples are recognized by one of the tensors.
+Nobody but tests reads the tensors, so they are made when they are looked at, for as long as the
+handle lives: also once its buffer has grown, or was destroyed. Copies of a handle that callers make
+as plain tuples are recognized by one of the tensors.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from expertlink.compat.deep_ep.handles import TensorTuple, known_of
 from expertlink.compat.deep_ep.pool import Pool, refuse_through
 from expertlink.compat.deep_ep.streams import Streams, on, without_tracking
 from expertlink.errors import ExpertlinkError
+from expertlink.handles import tables_of
 from expertlink.quantization import BLOCK
 from expertlink.types import DispatchHandle, DispatchOutput
 
@@ -88,14 +89,19 @@ class LowLatencyHandle(TensorTuple):
         return handle
 
     def _make(self, position: int) -> Tensor | int:
-        comm, handle = self.known.form.comm, self.known.handle
+        config, handle = self.known.form.comm.config, self.known.handle
         if position == 0:
-            return self.kept[0] if self.kept else comm.source_tokens(handle)
+            return self.kept[0] if self.kept else self._source_tokens()
         if position == 1:
-            starts, counts = comm.expert_ranges(handle)
+            starts, counts = tables_of(handle).expert_ranges(config.layout, config.expert_alignment)
             return counts.long() | (starts.long() << 32)
-        config = comm.config
         return (config.max_tokens_per_rank, config.hidden_size, config.num_experts)[position - 2]
+
+    def _source_tokens(self) -> Tensor:
+        handle = self.known.handle
+        tokens = tables_of(handle).source_tokens(handle.rows_shape[:-1])
+        assert tokens is not None
+        return tokens
 
 
 _FIVE = (None,) * LowLatencyHandle.LENGTH

@@ -9,8 +9,10 @@ them grow in the same call. Handles outlive the communicator that made them. Tho
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
 from expertlink.engines.hybrid.discovery import domain_label
 from expertlink.engines.ranks import handshake
+from expertlink.engines.ranks.agreement import shortened
 from expertlink.engines.ranks.wire import Wire
 from expertlink.errors import ExpertlinkError, TooManyTokensError
 from expertlink.settings import STARTUP_TIMEOUT
@@ -28,13 +31,17 @@ from expertlink.settings import STARTUP_TIMEOUT
 Result = TypeVar("Result")
 
 _FEWEST_TOKENS = 64
+_pretended: ContextVar[str | None] = ContextVar("pretended host", default=None)
 
 
 class Ranks(Protocol):
     """What a pool asks of the other ranks. All calls are collective."""
 
-    def hosts(self, device: torch.device) -> Domains:
-        """Which ranks share a host; their tensors live on such devices."""
+    def hosts(self, device: torch.device, common: Mapping[str, object]) -> Domains:
+        """Which ranks share a host; their tensors live on such devices.
+
+        ConfigurationError on all of them where they do not have the same in common.
+        """
         ...
 
     def largest(self, number: int, device: torch.device) -> int:
@@ -47,7 +54,7 @@ class Ranks(Protocol):
         """A communicator with these fields of its configuration, initialized."""
         ...
 
-    def refuse(self, error: ExpertlinkError, device: torch.device) -> NoReturn:
+    def refuse(self, error: Exception, device: torch.device) -> NoReturn:
         """Raises `error`; ranks in one of the calls above raise PeerError."""
         ...
 
@@ -62,12 +69,14 @@ class GroupRanks:
     def __init__(self, group: Any) -> None:
         self._group = group
 
-    def hosts(self, device: torch.device) -> Domains:
+    def hosts(self, device: torch.device, common: Mapping[str, object]) -> Domains:
         """Which ranks share a host, as the engines find it. Collective, unless R = 1."""
         if self._group.size() == 1:
             return Domains.one(1)
-        label = domain_label(device)
-        return Domains.of(handshake.texts_of(self._wire(device), label, what="host"))
+        own = {"host": shortened(_pretended.get() or domain_label(device))}
+        common = {**common, "device type": device.type}
+        answers = handshake.agree_on(self._wire(device), common, own, what="buffer")
+        return Domains.of([answer["host"] for answer in answers])
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of all ranks' numbers. Collective; bounded by EXPERTLINK_STARTUP_TIMEOUT."""
@@ -82,7 +91,7 @@ class GroupRanks:
         made.initialize()
         return made
 
-    def refuse(self, error: ExpertlinkError, device: torch.device) -> NoReturn:
+    def refuse(self, error: Exception, device: torch.device) -> NoReturn:
         """Raises `error`, after telling the ranks that are in one of the calls above."""
         handshake.refuse(self._wire(device), error)
 
@@ -93,7 +102,7 @@ class GroupRanks:
 class _Nobody:
     """The ranks of a pool that is closed, which must not hold on to their group."""
 
-    def hosts(self, device: torch.device) -> Domains:
+    def hosts(self, device: torch.device, common: Mapping[str, object]) -> Domains:
         raise CallError("this buffer has been destroyed")
 
     def largest(self, number: int, device: torch.device) -> int:
@@ -104,7 +113,7 @@ class _Nobody:
     ) -> MoECommunicator:
         raise CallError("this buffer has been destroyed")
 
-    def refuse(self, error: ExpertlinkError, device: torch.device) -> NoReturn:
+    def refuse(self, error: Exception, device: torch.device) -> NoReturn:
         raise error
 
 
@@ -252,7 +261,7 @@ class Pool:
         self._ranks.refuse(error, self.device)
 
     def _tell_nobody_of_captures(self, error: ExpertlinkError) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _is_capturing(self.device):
             raise error
 
     def has(self, routing: Routing, hidden: int, capacity: int) -> bool:
@@ -351,19 +360,26 @@ def refuse_through(
     comm.refuse(op, error, cached=cached)
 
 
-def connect(group: Any) -> Pool:
+def connect(group: Any, made_by: str, **common: object) -> Pool:
     """The pool of a new buffer: on CUDA's current device, or on the CPU where there is no GPU.
 
     Collective: the ranks tell each other which hosts they are on.
 
+    Args:
+        group: the process group.
+        made_by: constructor or function; the same on all ranks.
+        common: arguments that have to be the same on all ranks.
+
     Raises:
         CallError: the group cannot move rows between GPUs of several hosts, on every rank; or a
             CUDA graph is captured.
+        ConfigurationError: ranks differ, on every rank.
+        PeerError: another rank has called `refuse_buffer`.
     """
     device, ranks = current_device(), GroupRanks(group)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         raise CallError("a buffer cannot be made while a CUDA graph is captured")
-    domains = ranks.hosts(device)
+    domains = ranks.hosts(device, {"made by": made_by, **common})
     if domains.num_hosts > 1:
         reason = handshake.cannot_move(group, device)
         if reason is not None:
@@ -372,6 +388,35 @@ def connect(group: Any) -> Pool:
                 "has NCCL"
             )
     return Pool(ranks, device, domains)
+
+
+@contextlib.contextmanager
+def on_host(name: str) -> Iterator[None]:
+    """Takes this rank for one of the host of that name where `connect` is called meanwhile.
+
+    For measuring: NCCL, which heeds NCCL_HOSTID, sees the machine as it is.
+    """
+    token = _pretended.set(name)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def refuse_buffer(group: Any, error: Exception) -> NoReturn:
+    """Raises `error` in place of `connect`: the ranks that are there raise PeerError. Collective.
+
+    Raises:
+        PeerTimeoutError: a rank did not come.
+    """
+    device = current_device()
+    if _is_capturing(device):
+        raise error  # nobody can be told
+    GroupRanks(group).refuse(error, device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def current_device() -> torch.device:

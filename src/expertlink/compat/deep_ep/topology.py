@@ -10,12 +10,13 @@ from expertlink.domains import Domains
 
 def get_physical_domain_size(group: Any) -> tuple[int, int]:
     """`(RDMA ranks, NVLink ranks)`: hosts, and the ranks on one. Collective."""
-    return physical_size(pools.connect(group).domains)
+    return physical_size(pools.connect(group, "domain size").domains)
 
 
 def get_logical_domain_size(group: Any, allow_hybrid_mode: bool = True) -> tuple[int, int]:
     """`(scale-out ranks, scale-up ranks)`: as above; `(1, R)` without hybrid mode. Collective."""
-    return logical_size(pools.connect(group).domains, allow_hybrid_mode=allow_hybrid_mode)
+    domains = pools.connect(group, "domain size").domains
+    return logical_size(domains, allow_hybrid_mode=allow_hybrid_mode)
 
 
 def physical_size(domains: Domains) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from expertlink import layouts
 from expertlink.config import MoECommunicatorConfig
 from expertlink.domains import Domains
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
@@ -144,31 +143,9 @@ class CollectiveEngine:
         assert isinstance(state, Route)
         return list(state.splits.send), list(state.splits.receive)
 
-    def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
-        """Expanded layouts: first slot and rows of each source in each group, `[E_loc, R]`."""
-        starts, counts = layouts.source_ranges(
-            self._config.layout, finished(state).tokens_per_source, self._config.expert_alignment
-        )
-        both = torch.tensor([starts, counts], dtype=torch.int32, device="cpu")
-        both = both.view(2, len(counts), self._wire.num_ranks)
-        starts_ER, counts_ER = both.to(self._wire.device)
-        return starts_ER, counts_ER
-
     def slot_weights(self, state: object) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
         return finished(state, self._config.weight_dtype).slot_weights()
-
-    def arrivals(self, state: object) -> Tensor:
-        """`[N, K]`: slot (expanded layouts), else local expert, of each choice, or -1."""
-        route = finished(state, self._config.weight_dtype)
-        assert route.plan is not None
-        if self._config.layout.expanded:
-            return route.plan.slots_of_row.clone()
-        assert route.local_ids_NK is not None
-        return route.local_ids_NK.to(torch.int64)
-
-    def source_tokens(self, state: object, shape: tuple[int, ...]) -> None:
-        """They come with the rows or not at all."""
 
     # -- SMs, memory and statistics ---------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from expertlink.engines.collective.exchange import Splits
-from expertlink.layouts import LayoutPlan
+from expertlink.layouts import LayoutPlan, source_ranges
+from expertlink.types import DispatchLayout
 
 
 @dataclass
@@ -65,6 +66,25 @@ class Route:
         weights = self.weights_NK.new_zeros(total + 1)  # the last entry takes what has no slot
         weights[torch.where(slots >= 0, slots, total)] = self.weights_NK.view(-1)
         return weights[:total].view(self.plan.shape)
+
+    def arrivals(self) -> Tensor:
+        """See `Tables`."""
+        assert self.plan is not None
+        if self.plan.layout.expanded:
+            return self.plan.slots_of_row.clone()
+        assert self.local_ids_NK is not None
+        return self.local_ids_NK.to(torch.int64)
+
+    def expert_ranges(self, layout: DispatchLayout, alignment: int) -> tuple[Tensor, Tensor]:
+        """See `Tables`."""
+        starts, counts = source_ranges(layout, self.tokens_per_source, alignment)
+        both = torch.tensor([starts, counts], dtype=torch.int32, device="cpu")
+        both = both.view(2, len(counts), len(self.tokens_per_source))
+        starts_ER, counts_ER = both.to(self.rows_per_rank.device)
+        return starts_ER, counts_ER
+
+    def source_tokens(self, shape: tuple[int, ...]) -> None:
+        """They come with the rows or not at all."""
 
 
 def finished(state: object, weight_dtype: torch.dtype | None = None) -> Route:

@@ -256,21 +256,9 @@ class NvlinkEngine:
         """Rows sent to and received from each rank, own rank included."""
         return as_route(state).wire_rows()
 
-    def expert_ranges(self, state: object) -> tuple[Tensor, Tensor]:
-        """Expanded layouts: first slot and rows of each source in each group, `[E_loc, R]`."""
-        return as_route(state).expert_ranges(self._config.layout)
-
     def slot_weights(self, state: object) -> Tensor | None:
         """Expanded layouts: routing weight of every slot, 0 where none is filled."""
         return as_route(state).slot_weights()
-
-    def arrivals(self, state: object) -> Tensor:
-        """`[N, K]`: slot (expanded layouts), else local expert, of each choice, or -1."""
-        return as_route(state).arrivals()
-
-    def source_tokens(self, state: object, shape: tuple[int, ...]) -> Tensor | None:
-        """Source token of every row, where the mode's tables have them; see `Engine`."""
-        return self._mode.source_tokens(state, shape)
 
     # -- memory, statistics, masks ----------------------------------------------------------------
 

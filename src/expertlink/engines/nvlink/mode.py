@@ -132,10 +132,6 @@ class Mode(Protocol):
 
     # -- the rest, as `Engine` has it -------------------------------------------------------------
 
-    def source_tokens(self, state: object, shape: tuple[int, ...]) -> Tensor | None:
-        """As `Engine.source_tokens`."""
-        ...
-
     def set_tokens_bound(self, tokens_bound: int | None) -> None:
         """As `Engine.set_tokens_bound`."""
         ...

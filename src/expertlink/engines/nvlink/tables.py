@@ -188,8 +188,9 @@ class Route:
         sent = torch.bincount(ranks.to(torch.int64), minlength=self.layout.num_ranks)
         return sent.tolist(), self.table("rows_from").tolist()
 
-    def expert_ranges(self, layout: DispatchLayout) -> tuple[Tensor, Tensor]:
-        """See `Engine.expert_ranges`."""
+    def expert_ranges(self, layout: DispatchLayout, alignment: int) -> tuple[Tensor, Tensor]:
+        """See `Tables`. Slots are in a table, whatever the alignment."""
+        del alignment
         first_ER = self.table("first_slot").t()
         ends_E = first_ER[:, 0] + self.table("counts")
         counts_ER = torch.cat([first_ER[:, 1:], ends_E[:, None]], dim=1) - first_ER
@@ -200,8 +201,13 @@ class Route:
         return first_ER - groups_E[:, None], counts_ER
 
     def arrivals(self) -> Tensor:
-        """See `Engine.arrivals`. Waits for the device."""
+        """See `Tables`. Waits for the device."""
         return self.table("choices")[self._arrived()].to(torch.int64)
+
+    def source_tokens(self, shape: tuple[int, ...]) -> Tensor | None:
+        """These tables do not say; see `Tables`."""
+        del shape
+        return None
 
     def _arrived(self) -> Tensor:
         """`[rows of the tables]` bool: rows that arrived."""

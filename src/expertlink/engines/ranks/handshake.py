@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -80,24 +81,11 @@ def handshake(
         "share_with": shared_with,
     }
     mine = {
-        "common": common,
         "block": [config.local_expert_start, config.num_local_experts],
         "peer": [here.host, here.pid],
         "key": uuid.uuid4().hex,
     }
-    answers: list[dict[str, Any]] = []
-    for rank, text in enumerate(texts_of(wire, json.dumps(mine), what="configuration")):
-        try:
-            answers.append(json.loads(text))
-        except ValueError as error:
-            raise ConfigurationError(
-                f"rank {rank} sent an unreadable configuration: make sure that all ranks run the "
-                "same version of expertlink, and no other collective on this group meanwhile"
-            ) from error
-    names = dict.fromkeys(name for answer in answers for name in answer["common"])
-    differing = compare({name: [a["common"].get(name) for a in answers] for name in names})
-    if differing:
-        raise ConfigurationError("ranks disagree about the configuration; " + "; ".join(differing))
+    answers = agree_on(wire, common, mine, what="configuration")
     wire.peers = [Peer(*answer["peer"]) for answer in answers]
     wire.set_key(answers[0]["key"])
     wire.number = int(answers[0]["key"][:7], 16)
@@ -107,6 +95,45 @@ def handshake(
         num_ranks=wire.num_ranks,
         device=wire.device,
     )
+
+
+def agree_on(
+    wire: Wire, common: Mapping[str, object], own: Mapping[str, object], *, what: str
+) -> list[dict[str, Any]]:
+    """What every rank has of its own, where all have the same in common. Collective.
+
+    In the order of the group's handshakes.
+
+    Args:
+        wire: the ranks' connection.
+        common: what has to be the same on all ranks, by name.
+        own: what need not be.
+        what: as of `texts_of`.
+
+    Raises:
+        ConfigurationError: on every rank, naming what differs and on which ranks.
+        PeerError, PeerTimeoutError: see `texts_of`.
+    """
+    answers: list[dict[str, Any]] = []
+    mine = json.dumps({**own, "common": common})
+    for rank, text in enumerate(texts_of(wire, mine, what=what)):
+        try:
+            answers.append(json.loads(text))
+        except ValueError as error:
+            raise ConfigurationError(
+                f"rank {rank} sent an unreadable {what}: make sure that all ranks run the "
+                "same version of expertlink, and no other collective on this group meanwhile"
+            ) from error
+    check_common([answer["common"] for answer in answers], what=what)
+    return answers
+
+
+def check_common(common: Sequence[Mapping[str, object]], *, what: str) -> None:
+    """Raises the ConfigurationError of `agree_on` where ranks differ; `common` of every rank."""
+    names = dict.fromkeys(name for one in common for name in one)
+    differing = compare({name: [one.get(name) for one in common] for name in names})
+    if differing:
+        raise ConfigurationError(f"ranks disagree about the {what}; " + "; ".join(differing))
 
 
 def largest_of(wire: Wire, number: int) -> int:
@@ -119,7 +146,7 @@ def largest_of(wire: Wire, number: int) -> int:
 
 
 def refuse(wire: Wire, error: Exception) -> NoReturn:
-    """Raises `error`, after telling the ranks that are in `handshake` or `largest_of`. Collective.
+    """Raises `error`, after telling the ranks that come to a handshake. Collective.
 
     They raise PeerError with the same text.
 
@@ -153,7 +180,7 @@ def texts_of(wire: Wire, text: str, *, what: str) -> list[str]:
     }
     if refused:
         reasons = "; ".join(f"rank {rank} refused it: {why}" for rank, why in refused.items())
-        raise PeerError(f"no communicator was made for a call: {reasons}", ranks=list(refused))
+        raise PeerError(f"a handshake of the ranks has failed: {reasons}", ranks=list(refused))
     words = [text.partition(": ")[0] for text in texts]
     if len(set(words)) > 1:
         found = "; ".join(f"rank {rank}: {shortened(word)}" for rank, word in enumerate(words))

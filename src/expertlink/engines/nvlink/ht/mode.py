@@ -265,9 +265,6 @@ class HtMode:
         )
         raise error
 
-    def source_tokens(self, state: object, shape: tuple[int, ...]) -> None:
-        """The tables of this mode do not say."""
-
     # -- memory, statistics, masks ----------------------------------------------------------------
 
     def occupied_sms(self, operation: Operation, num_sms: int | None) -> int:

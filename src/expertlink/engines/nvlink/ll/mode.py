@@ -205,13 +205,6 @@ class LlMode:
 
         return receive
 
-    def source_tokens(self, state: object, shape: tuple[int, ...]) -> Tensor:
-        """Source token of every row, -1 where there is none: `shape` int32."""
-        assert isinstance(state, LlRoute)
-        tokens = torch.empty(shape, dtype=torch.int32, device=state.block.device)
-        state.write_source_tokens(tokens)
-        return tokens
-
     # -- memory, statistics, masks ----------------------------------------------------------------
 
     def occupied_sms(self, operation: Operation, num_sms: int | None) -> int:

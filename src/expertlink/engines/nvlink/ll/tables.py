@@ -45,6 +45,12 @@ class LlRoute(Route):
         """Address of the weights of this rank's tokens, where there are any."""
         return self.block.data_ptr() + self.layout.at["own_weights"]
 
+    def source_tokens(self, shape: tuple[int, ...]) -> Tensor:
+        """Source token of every row, -1 where there is none: `shape` int32."""
+        tokens = torch.empty(shape, dtype=torch.int32, device=self.block.device)
+        self.write_source_tokens(tokens)
+        return tokens
+
     def write_source_tokens(self, out: Tensor) -> None:
         """Writes which token of its rank every output row is, -1 where no row is.
 
