@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from expertlink.bench import rails
-from expertlink.bench.cases import Case
+from expertlink.bench.cases import Case, Plan
+from expertlink.bench.clock import Clock
 from expertlink.bench.options import BenchOptions, build_cases
+from expertlink.bench.rails import RailCeiling
 from expertlink.bench.records import PHASES, read_records
 from expertlink.cli import app
 from expertlink.engines.hybrid import schedule
@@ -82,6 +85,26 @@ def test_hosts_divide_ranks() -> None:
     with pytest.raises(ConfigurationError, match="rail='sockets'"):
         Case(**SHAPE, rail="sockets")
     assert "2 hosts" in Case(**SHAPE, hosts=2, rail="sockets").label()
+
+
+def bytes_alone(context: RankContext) -> list[dict[str, float]]:
+    in_ll = {"ranks": 2, "mode": "ll", "variant": "eager", "layout": "expert_major"}
+    few, many = (
+        Case(**{**SHAPE, **in_ll, "tokens": tokens}, hosts=2, rail="sockets") for tokens in (1, 5)
+    )
+    clock = Clock(context.device)
+    ids = torch.zeros((5, few.topk), dtype=torch.int64)
+    with closing(RailCeiling(few, Plan(iters=1, warmup=0, inputs=1), clock)) as rail:
+        [moves] = rail.moves(many, [ids])
+        for move in moves.values():
+            move()
+        return [rail.bytes_sent(few, [ids[:1]]), rail.bytes_sent(many, [ids])]
+
+
+def test_cases_of_one_rail_have_their_own_bytes(rank_pools) -> None:
+    few, many = rank_pools(2).run(bytes_alone, timeout_s=60)[0]
+    assert few["dispatch"] > 0
+    assert many == {phase: 5 * size for phase, size in few.items()}
 
 
 def test_nccl_takes_ranks_for_hosts() -> None:

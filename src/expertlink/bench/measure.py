@@ -159,8 +159,8 @@ class _Batch:
         with torch.no_grad():
             inputs = prepare_inputs(self.comm, cases[0], self.plan, self.clock)
         copies = self.ceilings.moves(self.comm.rank, [item.wire.rows_to for item in inputs])
-        rails = self.rail.moves([item.topk_ids_TK for item in inputs])
-        rail_bytes = self.rail.bytes_sent([item.topk_ids_TK for item in inputs])
+        rails = self.rail.moves(cases[0], [item.topk_ids_TK for item in inputs])
+        rail_bytes = self.rail.bytes_sent(cases[0], [item.topk_ids_TK for item in inputs])
         moves = [{**of_item, **rail} for of_item, rail in zip(copies, rails, strict=True)]
         gc.collect()
         for case in cases:

@@ -59,7 +59,7 @@ class RailCeiling:
     """
 
     def __init__(self, case: Case, plan: Plan, clock: Clock) -> None:
-        self._case, self._clock = case, clock
+        self._clock = clock
         self._rail: Rail | None = None
         if case.hosts == 1:
             return
@@ -80,23 +80,22 @@ class RailCeiling:
         )
         self._rail = rail if clock.on_gpu else _bounded(rail, domains, rank, plan.timeout_s)
 
-    def moves(self, ids_of_inputs: Sequence[Tensor]) -> list[Moves]:
-        """For each input, the exchanges of a dispatch and a combine. Collective.
+    def moves(self, case: Case, ids_of_inputs: Sequence[Tensor]) -> list[Moves]:
+        """For each input of a case, the exchanges of a dispatch and a combine. Collective.
 
         `ids_of_inputs`: `[T, K]` each.
         """
         if self._rail is None:
             return [{} for _ in ids_of_inputs]
-        mine = torch.stack([rows_of_chunks(ids_TK.cpu(), self._case) for ids_TK in ids_of_inputs])
+        mine = torch.stack([rows_of_chunks(ids_TK.cpu(), case) for ids_TK in ids_of_inputs])
         everyone = self._clock.gather(mine)
         own = self.domains.rail(self.domains.local_of(dist.get_rank()))
         return [
-            self._moves_of(rows_CNN.tolist())
+            self._moves_of(case, rows_CNN.tolist())
             for rows_CNN in everyone[list(own)].permute(1, 2, 0, 3)  # inputs, chunks, from, to
         ]
 
-    def _moves_of(self, rows_CNN: list[list[list[int]]]) -> Moves:
-        case = self._case
+    def _moves_of(self, case: Case, rows_CNN: list[list[list[int]]]) -> Moves:
         back_CNN = [[list(column) for column in zip(*rows, strict=True)] for rows in rows_CNN]
         return {
             (phase, KIND): self._exchanges(rows, case.row_bytes(phase))
@@ -119,18 +118,18 @@ class RailCeiling:
 
         return exchange
 
-    def bytes_sent(self, ids_of_inputs: Sequence[Tensor]) -> dict[str, float]:
+    def bytes_sent(self, case: Case, ids_of_inputs: Sequence[Tensor]) -> dict[str, float]:
         """By phase, bytes that a rank sends in `moves`, its mean over ranks and inputs. Collective.
 
         `ids_of_inputs`: `[T, K]` each.
         """
         if self._rail is None:
             return {}
-        mine = torch.stack([rows_of_chunks(ids.cpu(), self._case).sum(0) for ids in ids_of_inputs])
+        mine = torch.stack([rows_of_chunks(ids.cpu(), case).sum(0) for ids in ids_of_inputs])
         mine[:, self._host] = 0
         rows = self._clock.gather(mine.sum(dim=1)).double().mean().item()
         # As many rows come back as have been sent.
-        return {phase: rows * self._case.row_bytes(phase) for phase in ("dispatch", "combine")}
+        return {phase: rows * case.row_bytes(phase) for phase in ("dispatch", "combine")}
 
     def close(self) -> None:
         """Releases the rail. Safe to repeat."""
