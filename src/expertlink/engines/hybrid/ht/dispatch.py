@@ -586,9 +586,7 @@ def tell_chunk(a: Arguments, messages: Messages, chunk: int) -> None:
     a.chunk = chunk
     starts = messages.plan.starts
     a.chunk_begin, a.chunk_end = starts[chunk], starts[chunk + 1]
-    slot = chunk % len(messages.send)
-    a.rail_send = messages.send[slot].data_ptr()
-    a.rail_receive = messages.receive[slot].data_ptr()
+    a.rail_send, a.rail_receive = messages.addresses[chunk % RING]
 
 
 def tell_tables(a: Arguments, layout: HybridTables, base: int, num_tokens: int) -> None:

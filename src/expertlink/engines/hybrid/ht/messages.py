@@ -23,6 +23,7 @@ class Messages:
         plan: as given.
         send: `[RING, bytes]` to other hosts.
         receive: `[RING, bytes]` from them.
+        addresses: of the messages of a chunk, to send and received.
         own_sums: sums of this host for the tokens of a chunk.
     """
 
@@ -30,6 +31,10 @@ class Messages:
         self.plan, self._rail, self._device = plan, rail, device
         memory = torch.empty((2 * RING, plan.messages), dtype=torch.uint8, device=device)
         self.send, self.receive = memory[:RING], memory[RING:]
+        self.addresses = [
+            (sent.data_ptr(), received.data_ptr())
+            for sent, received in zip(self.send, self.receive, strict=True)
+        ]
         self.own_sums = torch.empty(plan.own_sums, dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)
         self._filled = [torch.cuda.Event() for _ in range(RING)]

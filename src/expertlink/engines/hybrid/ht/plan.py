@@ -89,7 +89,9 @@ def message(send: Sequence[int], receive: Sequence[int], *, host: int, head: int
     """Of a chunk with so many tokens for and from every host."""
 
     def with_heads(rows: Sequence[int]) -> tuple[int, ...]:
-        return tuple(0 if other == host else head + rows[other] for other in range(len(rows)))
+        lengths = [head + count for count in rows]
+        lengths[host] = 0
+        return tuple(lengths)
 
     return Message(with_heads(send), with_heads(receive))
 
