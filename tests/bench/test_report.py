@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,26 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", str(results), "--table"])
     assert done.exit_code == 2
     assert "no record of" in done.output
+
+
+def test_across_hosts_the_rail_is_what_times_are_compared_with(tmp_path: Path) -> None:
+    """Where few blocks of NCCL make NVLink a network, its exchange of all ranks has all of it."""
+    for rail, nccl in (("sockets", "1 of 1 calls"), ("nvlink", "")):
+        record = make_record(
+            hosts=2,
+            rail=rail,
+            rail_us=make_record(40.0).time_us,
+            rail_ratio=0.4,
+            ceiling_us=make_record(20.0).time_us,
+            put_ratio=0.2,
+            wire_bytes=2_000_000,
+            environment=replace(make_record().environment, backend="nccl"),
+        )
+        write_records(tmp_path / "hybrid-1.jsonl", [record])
+        page = next(page for page in PAGES if page.name == "hybrid")
+        text = page_text(page, tmp_path, pictures_at=".")
+        assert text is not None
+        assert "100 (0.40)" in text
+        assert "what the rail alone takes" in text
+        assert nccl in text
+        assert ("all_to_all_single" in text) == bool(nccl)

@@ -84,6 +84,7 @@ class Page(NamedTuple):
 PAGES = (
     Page("nvlink-ll", 'Engine `nvlink`, mode `"ll"`', "nvlink-ll-"),
     Page("nvlink-ht", 'Engine `nvlink`, mode `"ht"`', "nvlink-"),
+    Page("hybrid", "Engine `hybrid`, on pretended hosts", "hybrid-"),
     Page("collective", "Engine `collective`", "collective-"),
     *(Page(one.prefix.removesuffix("-"), one.title, one.prefix, one) for one in LISTINGS),
 )
@@ -173,6 +174,12 @@ def _part(path: Path, pictures_at: str) -> list[str]:
 
 def _wire(records: Sequence[Record]) -> list[str]:
     """What stands for the wire in the brackets."""
+    if any(record.rail_ratio is not None for record in records):
+        return [
+            "In brackets stands what the rail alone takes for the same rows between the hosts, in"
+            " the same chunks, over that time.",
+            "",
+        ]
     floors = [record for record in records if record.floor_us is not None]
     if floors:
         return [
@@ -235,9 +242,13 @@ def _times_nccl(own: dict[str, Record]) -> str:
 
 
 def _nccl_ratio(record: Record) -> float | None:
-    """Time over that of NCCL's `all_to_all_single`, where plain copies were measured as well."""
+    """Time over that of NCCL's `all_to_all_single`, where plain copies were measured as well.
+
+    None where NVLink stands for a network: that exchange has all of it.
+    """
     measured = record.ceiling_us is not None and record.environment.backend == "nccl"
-    return record.raw_ratio if measured and not record.prepared else None
+    alike = not record.prepared and record.rail != "nvlink"
+    return record.raw_ratio if measured and alike else None
 
 
 def _exceptions(records: Sequence[Record], names: Sequence[str]) -> list[str]:
@@ -284,8 +295,8 @@ def _rows(
 def _cell(record: Record | None) -> str:
     if record is None:
         return ""
-    ratio = "" if record.wire_ratio is None else f" ({record.wire_ratio:.2f})"
-    return number(record.time_us.median) + ratio
+    ratio = record.wire_ratio if record.rail_ratio is None else record.rail_ratio
+    return number(record.time_us.median) + ("" if ratio is None else f" ({ratio:.2f})")
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
