@@ -16,13 +16,11 @@ from expertlink.bench.cases import Case, Plan, batches, recorded_as
 from expertlink.bench.ceilings import Floor
 from expertlink.bench.clock import Clock
 from expertlink.bench.flag_latency import FlagLatency
-from expertlink.bench.host_time import HostTimeRecord
-from expertlink.bench.layer import LayerRecord
 from expertlink.bench.measured import Measured, make_records
 from expertlink.bench.options import BenchOptions, build_cases
-from expertlink.bench.overlap import OverlapRecord
 from expertlink.bench.records import PHASES, Record, latest, read_records
 from expertlink.bench.runner import CaseResult, Job, run_on_own_ranks
+from expertlink.bench.tables import LISTINGS
 from expertlink.cli import app
 from expertlink.errors import ConfigurationError, InputError
 from expertlink.launch import RankContext
@@ -158,9 +156,9 @@ def test_results_of_earlier_versions_are_read() -> None:
     folder = Path(__file__).parents[2] / "benchmarks" / "results"
     files = sorted(folder.glob("*.jsonl"))
     assert files
-    kinds = {"overlap-": OverlapRecord, "layer-": LayerRecord, "host-time-": HostTimeRecord}
     for path in files:
-        kind = next((kind for name, kind in kinds.items() if path.name.startswith(name)), Record)
+        named = (one.record for one in LISTINGS if path.name.startswith(one.prefix))
+        kind: Any = next(named, Record)
         records = read_records(path, kind)
         assert records, path.name
         assert kind is not Record or latest(records)
