@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expertlink.engines.hybrid import connect as connecting
-from expertlink.engines.hybrid import ending, nccl_rail
+from expertlink.engines.hybrid import ending, gloo_rail, nccl_rail
 from expertlink.engines.hybrid.connect import connect
 from expertlink.engines.hybrid.nccl_rail import NcclRail
 from expertlink.engines.hybrid.rail import CopyRail, Rail, RailError
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 SIZES = (1, 2, 3, 5)
 
 
-def gloo_rail(store: Any, index: int, size: int, timeout_s: float = 20.0) -> Rail:
+def gloo_rail_on(store: Any, index: int, size: int, timeout_s: float = 20.0) -> Rail:
     return connect(store, index=index, size=size, device=CPU, max_ctas=None, timeout_s=timeout_s)
 
 
@@ -43,7 +44,7 @@ def together(size: int, job: Callable[[int], Any]) -> list[Any]:
 def rails_of(kind: str, size: int) -> list[Any]:
     if kind != "copy":
         store = dist.HashStore()
-        return together(size, lambda index: gloo_rail(store, index, size))
+        return together(size, lambda index: gloo_rail_on(store, index, size))
     return list(CopyRail.connected(size, timeout_s=20.0))
 
 
@@ -132,7 +133,7 @@ def test_a_rank_that_leaves_is_noticed() -> None:
 
 def test_a_meeting_is_bounded() -> None:
     with pytest.raises(RailError):
-        gloo_rail(dist.HashStore(), 0, 2, timeout_s=0.3)
+        gloo_rail_on(dist.HashStore(), 0, 2, timeout_s=0.3)
 
 
 def test_copies_need_everybody_in_time() -> None:
@@ -145,8 +146,8 @@ def test_own_groups_only() -> None:
     """No group by name appears, and none goes, in a process that has others."""
     before = dict(dist.distributed_c10d._world.pg_names)
     store = dist.HashStore()
-    rails = together(2, lambda index: gloo_rail(dist.PrefixStore("a", store), index, 2))
-    others = together(2, lambda index: gloo_rail(dist.PrefixStore("b", store), index, 2))
+    rails = together(2, lambda index: gloo_rail_on(dist.PrefixStore("a", store), index, 2))
+    others = together(2, lambda index: gloo_rail_on(dist.PrefixStore("b", store), index, 2))
     assert dict(dist.distributed_c10d._world.pg_names) == before
     for rail in rails:
         rail.close()
@@ -154,6 +155,62 @@ def test_own_groups_only() -> None:
     together(2, lambda index: use(others[index], calls, 8, "cpu"))
     for rail in others:
         rail.close()
+
+
+class FakeGloo:
+    """A group whose operations end when connections are closed, if `ends`."""
+
+    made: list[FakeGloo]
+    ends = True
+
+    def __init__(self, *_: object) -> None:
+        self.closed, self.used = threading.Event(), list[Any]()
+        self.at_the_end: Callable[[], None] = lambda: None
+        self.made.append(self)
+
+    def alltoall_base(self, receive: Tensor, send: Tensor, *_: object) -> Any:
+        self.used = [weakref.ref(receive), weakref.ref(send)]
+
+        def wait(*_: object) -> None:
+            time.sleep(0.01)
+            raise RuntimeError("not yet")
+
+        closed, ends = self.closed, self.ends  # the work does not hold the group
+        return types.SimpleNamespace(is_completed=lambda: closed.is_set() and ends, wait=wait)
+
+    def recv(self, *_: object) -> None:
+        self.closed.set()
+        raise RuntimeError("expired")
+
+    def __del__(self) -> None:
+        self.at_the_end()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_tensors_of_an_operation_outlive_gloos_group(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ends: bool
+) -> None:
+    """Its destructor waits for threads, with Python's lock, which letting go of a tensor needs."""
+    monkeypatch.setattr(gloo_rail, "_ENDING_S", 0.05)
+    monkeypatch.setattr(dist, "ProcessGroupGloo", FakeGloo)
+    monkeypatch.setattr(FakeGloo, "made", [], raising=False)
+    monkeypatch.setattr(FakeGloo, "ends", ends)
+    rail = gloo_rail.GlooRail(None, index=0, size=2, timeout_s=1.0)
+    threading.Timer(0.05, rail.abort).start()
+    with pytest.raises(RailError):
+        rail.exchange(torch.zeros(1, 8), torch.zeros(1, 8), [0, 1], [0, 1])
+    [group] = FakeGloo.made
+    gc.collect()
+    alive: list[bool] = []
+    used = group.used
+    group.at_the_end = lambda: alive.extend(each() is not None for each in used)
+    FakeGloo.made.clear()
+    del group
+    with caplog.at_level(logging.WARNING, logger="expertlink"):
+        rail.close()
+    # One that does not end is kept for ever: Python would wait with it.
+    assert alive == ([True, True] if ends else [])
+    assert bool(caplog.records) == (not ends)
 
 
 GPU = torch.device("cuda")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
+from expertlink.engines.hybrid import ending
 from expertlink.engines.hybrid.rail import Marked, RailError
 from expertlink.engines.ranks.wire import WAIT_SLICE
 
 _FOREVER = datetime.timedelta(days=3650)  # the monitor bounds the waits of a rail
 _SHORT = datetime.timedelta(milliseconds=1)
 _UNUSED_TAG = 0x7EADBEF
+_ENDING_S = 2.0
+_POLL_S = 0.001
+
+logger = logging.getLogger("expertlink")
 
 
 class GlooRail:
@@ -42,14 +49,15 @@ class GlooRail:
         self._process = os.getpid()
         self._ended: str | None = None
         self._under_way: Any = None
+        self._held: tuple[Tensor, ...] = ()  # that the latest operation uses
         self._exchange_options, self._gather_options = AllToAllOptions(), AllgatherOptions()
         for options in (self._exchange_options, self._gather_options):
             options.timeout = _FOREVER
 
     def gather(self, row: Tensor, rows: Tensor, stream: torch.cuda.Stream | None = None) -> None:
         """See `Rail`."""
-        options = self._gather_options
-        self._run(lambda: self._group._allgather_base(rows.view(-1), row, options))
+        to, options = rows.view(-1), self._gather_options
+        self._run(lambda: self._group._allgather_base(to, row, options), to, row)
 
     def exchange(
         self,
@@ -64,11 +72,12 @@ class GlooRail:
         """See `Rail`."""
         assert send_rows[self.index] == receive_rows[self.index] == 0
         splits, options = (list(receive_rows), list(send_rows)), self._exchange_options
-        self._run(lambda: self._group.alltoall_base(receive, send, *splits, options))
+        self._run(lambda: self._group.alltoall_base(receive, send, *splits, options), send, receive)
 
-    def _run(self, issue: Callable[[], Any]) -> None:
+    def _run(self, issue: Callable[[], Any], *tensors: Tensor) -> None:
         if self._ended is not None:
             raise RailError(self._ended)
+        self._held = tensors
         try:
             self._complete(issue())
         except RuntimeError as error:
@@ -100,9 +109,21 @@ class GlooRail:
         if os.getpid() != self._process:  # a fork shares the connections, and has no threads
             return
         group, self._group = self._group, None
-        if group is not None:
-            self._ended = "the rail is closed"
-            self._disconnect(group)
+        if group is None:
+            return
+        self._ended = "the rail is closed"
+        self._disconnect(group)
+        work, deadline = self._under_way, time.monotonic() + _ENDING_S
+        while work is not None and not work.is_completed():
+            if time.monotonic() > deadline:  # the destructor would wait, and Python with it
+                ending.keep(group)
+                logger.warning("gloo did not end an operation of a rail within %g s", _ENDING_S)
+                break
+            time.sleep(_POLL_S)
+        # The destructor waits for threads that let go of tensors. The last reference to one takes
+        # Python's lock, which this thread has, so they must not have it.
+        del group
+        self._held = ()
 
     def _disconnect(self, group: Any) -> None:
         """Ends an operation of gloo, which has no abort: a receive that expires closes connections.
