@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from expertlink.errors import InputError
@@ -97,6 +97,7 @@ def test_balanced_experts_are_chosen_equally_often(
 
 
 @given(shape=shapes(), fraction=st.floats(0, 1))
+@example(shape=([26], 5, 5, 0), fraction=0.45)  # between two numbers
 def test_masked_hits_its_fraction_and_whole_tokens(
     shape: tuple[list[int], int, int, int], fraction: float
 ) -> None:

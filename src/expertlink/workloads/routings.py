@@ -215,7 +215,7 @@ def _one_hot_ids(total: int, experts: int, topk: int, generator: torch.Generator
 def _mask(ids_NK: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
     """Exactly `round(fraction * N * K)` choices become -1, about half of them in whole tokens."""
     total, topk = ids_NK.shape
-    masked = round(fraction * total * topk)
+    masked = round(fraction * (total * topk))
     whole = masked // 2 // topk if masked < total * topk else total
     order = torch.randperm(total, generator=generator)
     ids_NK = ids_NK.clone()
