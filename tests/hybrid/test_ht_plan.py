@@ -12,7 +12,7 @@ import torch
 
 from expertlink import MoECommunicatorConfig
 from expertlink.domains import Domains
-from expertlink.engines.hybrid.ht.dispatch import exchange, full_message
+from expertlink.engines.hybrid.ht.chunks import exchange, full_message
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.mode import seats_of, unavailable_reason
 from expertlink.engines.hybrid.ht.order import Step, combine_steps, dispatch_steps

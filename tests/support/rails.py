@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from expertlink.domains import Domains
 from expertlink.engines.hybrid.connect import connect
-from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
+from expertlink.engines.hybrid.monitor import Monitor, Neighbours
 from expertlink.engines.hybrid.rail import CopyRail
+from expertlink.engines.hybrid.watched_rail import WatchedRail
 from expertlink.engines.hybrid.words import DeviceWords, HostWords
 from expertlink.engines.ranks.status import StatusStore
 from expertlink.engines.ranks.wire import Peer

@@ -19,9 +19,10 @@ from expertlink.bench.ceilings import Moves
 from expertlink.bench.clock import Clock
 from expertlink.domains import Domains
 from expertlink.engines.hybrid.connect import connect
-from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
+from expertlink.engines.hybrid.monitor import Monitor, Neighbours
 from expertlink.engines.hybrid.rail import Rail
 from expertlink.engines.hybrid.schedule import chunk_sizes, rows_per_chunk, splits
+from expertlink.engines.hybrid.watched_rail import WatchedRail
 from expertlink.engines.hybrid.words import HostWords
 from expertlink.routing import even_blocks, rows_per_host
 from expertlink.settings import RAIL_CTAS

@@ -22,8 +22,9 @@ from expertlink.engines.hybrid.engine import Connection, HybridEngine
 from expertlink.engines.hybrid.ht import mode as ht
 from expertlink.engines.hybrid.ll import mode as ll
 from expertlink.engines.hybrid.mode import HybridMode
-from expertlink.engines.hybrid.monitor import Monitor, Neighbours, WatchedRail
+from expertlink.engines.hybrid.monitor import Monitor, Neighbours
 from expertlink.engines.hybrid.rail import Rail
+from expertlink.engines.hybrid.watched_rail import WatchedRail
 from expertlink.engines.hybrid.words import DeviceWords
 from expertlink.engines.nvlink.arena import Plan
 from expertlink.engines.nvlink.build import all_or_none, new_memory

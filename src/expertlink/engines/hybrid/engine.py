@@ -14,7 +14,8 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall, Combined, DispatchCall, Dispatched
 from expertlink.engines.hybrid.mode import HybridMode
-from expertlink.engines.hybrid.monitor import Monitor, WatchedRail
+from expertlink.engines.hybrid.monitor import Monitor
+from expertlink.engines.hybrid.watched_rail import WatchedRail
 from expertlink.engines.nvlink.capture import is_capturing
 from expertlink.engines.nvlink.engine import NvlinkEngine
 from expertlink.engines.nvlink.mode import Memory
@@ -32,6 +33,7 @@ from expertlink.routing import Placement
 
 _WAITS = (AbortError, PeerTimeoutError)
 _VERDICTS = (CapacityError, InputError, PeerError)
+_FAILURES = (*_WAITS, *_VERDICTS, torch.OutOfMemoryError)
 
 
 class Connection:
@@ -104,38 +106,23 @@ class HybridEngine(NvlinkEngine):
         queued = self._rail_mode.dispatches_queued
         try:
             return super().dispatch(call)
-        except _WAITS as error:
-            self._raise_cause(error)
-        except _VERDICTS as error:
-            self._raise_verdict(error)
-        except torch.OutOfMemoryError as error:
-            if self._rail_mode.dispatches_queued == queued:  # else nobody waits for this rank
-                self._end_call(error)
-            raise
+        except _FAILURES as error:
+            # A dispatch that is queued runs without this rank: nobody waits for it.
+            self._raise_failure(error, is_awaited=self._rail_mode.dispatches_queued == queued)
 
     def combine(self, call: CombineCall) -> Combined:
         """Queues a combine."""
         try:
             return super().combine(call)
-        except _WAITS as error:
-            self._raise_cause(error)
-        except _VERDICTS as error:
-            self._raise_verdict(error)
-        except torch.OutOfMemoryError as error:
-            self._end_call(error)
-            raise
+        except _FAILURES as error:
+            self._raise_failure(error)
 
     def weight_grads(self, state: object, weight_grads: Tensor) -> Tensor:
         """Returns per-slot weight gradients to the tokens' ranks: `[T, K]` float32."""
         try:
             return super().weight_grads(state, weight_grads)
-        except _WAITS as error:
-            self._raise_cause(error)
-        except _VERDICTS as error:
-            self._raise_verdict(error)
-        except torch.OutOfMemoryError as error:
-            self._end_call(error)
-            raise
+        except _FAILURES as error:
+            self._raise_failure(error)
 
     def refuse(self, operation: Operation, error: Exception) -> NoReturn:
         """Raises `error` here; the ranks that make the call learn that it does not happen."""
@@ -144,10 +131,18 @@ class HybridEngine(NvlinkEngine):
         except _WAITS as failure:
             self._raise_cause(failure)
 
-    def _end_call(self, error: Exception) -> None:
-        """Ends a call that this rank cannot go on with, as its peers would wait for it."""
-        if not is_capturing():  # a capture is no call: nobody waits
+    def _raise_failure(self, error: Exception, *, is_awaited: bool = True) -> NoReturn:
+        """Raises what a failed call comes from.
+
+        `is_awaited`: the peers would wait for this rank, so one without memory ends the call.
+        """
+        if isinstance(error, _WAITS):
+            self._raise_cause(error)
+        if isinstance(error, _VERDICTS):
+            self._raise_verdict(error)
+        if is_awaited and not is_capturing():  # a capture is no call: nobody waits
             self.abort(f"{type(error).__name__}: {error}")
+        raise error
 
     def _raise_verdict(self, error: Exception) -> NoReturn:
         """Raises what kernels say of a call, unless its rail has failed: then the counts and
@@ -174,10 +169,8 @@ class HybridEngine(NvlinkEngine):
         self._monitor.check()
         try:
             super().check_health()
-        except _WAITS as error:
-            self._raise_cause(error)
-        except _VERDICTS as error:
-            self._raise_verdict(error)
+        except _FAILURES as error:
+            self._raise_failure(error)
 
     def set_timeout(self, timeout_s: float) -> None:
         """Bounds later waits, in seconds; those of the rail that are under way too."""

@@ -1,9 +1,8 @@
 """Communicators of NCCL, through its C interface.
 
-A process group of torch has costs that a rail cannot pay. Each of its calls takes several times as
-long on the host. And its watchdog, which sees that a peer is gone, sleeps for a minute, keeps the
-group's destructor waiting for so long, and makes the watchdog of the default group end the process.
-Here the monitor (monitor.py) is what watches.
+A process group of torch has a watchdog of its own. Once that sees that a peer is gone, it sleeps
+for a minute, keeps the group's destructor waiting for so long, and signals the watchdog of the
+default group, which may end the process. Here the monitor (monitor.py) is what watches.
 
 Sources: nccl.h of NCCL 2.17 to 2.28, whose structures later versions accept.
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import CombineCall
 from expertlink.engines.hybrid.ht.arguments import COMBINE
-from expertlink.engines.hybrid.ht.dispatch import (
+from expertlink.engines.hybrid.ht.chunks import (
     exchange,
     full_message,
     tell_chunk,

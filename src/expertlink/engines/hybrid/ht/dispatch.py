@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +11,21 @@ from torch import Tensor
 from expertlink.config import MoECommunicatorConfig
 from expertlink.engines.base import DispatchCall
 from expertlink.engines.hybrid.ht.arguments import DISPATCH
+from expertlink.engines.hybrid.ht.chunks import (
+    Rows,
+    exchange,
+    full_message,
+    tell_chunk,
+    tell_tables,
+)
+from expertlink.engines.hybrid.ht.launch import ChunkLaunches, HybridDispatchPlanner
 from expertlink.engines.hybrid.ht.messages import Messages
 from expertlink.engines.hybrid.ht.order import Step, dispatch_steps
 from expertlink.engines.hybrid.ht.plan import (
-    MESSAGE_ALIGNMENT,
     RING,
     HybridPlan,
     RailRow,
     head_rows,
-    message,
 )
 from expertlink.engines.hybrid.ht.tables import HybridRoute, HybridTables, as_hybrid_route
 from expertlink.engines.nvlink.ht.arguments import Flag
@@ -37,65 +41,11 @@ from expertlink.engines.outputs import OutputTensors, PublicCounts
 from expertlink.engines.ranks import capacity, metadata
 from expertlink.engines.ranks.agreement import refusal
 from expertlink.engines.ranks.header import Operation
-from expertlink.jit.kernel import Arguments
 from expertlink.layouts import align
 from expertlink.types import DispatchLayout
 
 _MOVES, _WITHIN_HOST = int(Flag.SEND | Flag.PLACE), int(Flag.WITHIN_HOST)
 _CLEAR = int(Flag.CLEAR)
-_Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
-
-
-class ChunkLaunches(NamedTuple):
-    """Launches of a dispatch, and what the kernels are told of them."""
-
-    num_senders: int
-    slot_bytes: int
-    warp_bytes: int
-    batch: int
-    groups: int
-    counting: Launch
-    planning: Launch
-    packing: Launch
-    moving: Launch
-
-
-@dataclass(frozen=True)
-class HybridDispatchPlanner:
-    """Plans launches.
-
-    Attributes:
-        inside: plans launches inside a host.
-        num_peers: G.
-    """
-
-    inside: DispatchPlanner
-    num_peers: int
-
-    def __call__(self, row_bytes: int, num_sms: int | None) -> ChunkLaunches:
-        """The launches for rows of a size and a caller's number of SMs."""
-        moving = self.inside(row_bytes, num_sms, True, 0)
-        counting = self.inside(row_bytes, num_sms, True, 1).launch
-        threads = moving.launch.block
-        return ChunkLaunches(
-            *moving[:5],
-            counting=Launch(
-                grid=counting.grid, block=threads, shared_bytes=counting.shared_bytes, local=True
-            ),
-            planning=Launch(
-                grid=min(self.num_peers, counting.grid),
-                block=threads,
-                shared_bytes=counting.shared_bytes,
-            ),
-            # No warp announces rows: whoever reads messages is a later launch.
-            packing=Launch(
-                grid=counting.grid,
-                block=threads - 32,
-                shared_bytes=moving.launch.shared_bytes,
-                local=True,
-            ),
-            moving=moving.launch,
-        )
 
 
 class HybridDispatcher:
@@ -298,7 +248,7 @@ class HybridDispatcher:
             self._pack(call, chunk)
         return self._watchdog.wait_for_mail(before, call=number, num_local=self._num_local)
 
-    def _first_chunks(self, rows: _Rows | None) -> range:
+    def _first_chunks(self, rows: Rows | None) -> range:
         """Those whose messages are in memory at a time when a call begins."""
         return range(min(RING, self._plan.num_chunks if rows is None else len(rows)))
 
@@ -311,7 +261,7 @@ class HybridDispatcher:
         a.flags = flags
 
     def _move(
-        self, call: DispatchCall, rows: _Rows | None, *, filled: int, clear: bool = True
+        self, call: DispatchCall, rows: Rows | None, *, filled: int, clear: bool = True
     ) -> None:
         """Moves the rows of all chunks.
 
@@ -339,7 +289,7 @@ class HybridDispatcher:
             a.flags, first = flags, False
         self.dispatches_queued += 1
 
-    def _discard(self, call: DispatchCall, rows: _Rows | None) -> None:
+    def _discard(self, call: DispatchCall, rows: Rows | None) -> None:
         """Takes part in a new dispatch without an output: what arrives is dropped.
 
         Its own rows, and those that it relays, reach the other ranks.
@@ -347,7 +297,7 @@ class HybridDispatcher:
         self.arguments.max_slots = 0
         self._move(call, rows, filled=RING, clear=False)
 
-    def _fill(self, call: DispatchCall, chunk: int, rows: _Rows | None) -> None:
+    def _fill(self, call: DispatchCall, chunk: int, rows: Rows | None) -> None:
         self._pack(call, chunk)
         self._exchange(call, chunk, rows)
 
@@ -356,7 +306,7 @@ class HybridDispatcher:
         self._tell_chunk(call, chunk)
         self._run(KernelName.PACK, a, self._launches[a.row_bytes, call.num_sms].packing)
 
-    def _exchange(self, call: DispatchCall, chunk: int, rows: _Rows | None) -> None:
+    def _exchange(self, call: DispatchCall, chunk: int, rows: Rows | None) -> None:
         self._tell_lengths(chunk, cached=call.previous is not None)
         exchange(self.arguments, self._messages, chunk, rows, host=self._host)
 
@@ -365,7 +315,7 @@ class HybridDispatcher:
         words = HEADER_WORDS if self._mails or cached or chunk else self._plan.count_words
         return head_rows(words, self.arguments.rail_stride)
 
-    def _rows_of(self, mail: Mail) -> _Rows:
+    def _rows_of(self, mail: Mail) -> Rows:
         hosts, words = self._plan.num_hosts, mail.rail
         return [
             (words[at : at + hosts], words[at + hosts : at + 2 * hosts])
@@ -546,66 +496,3 @@ class _Scratch:
             "chunk_starts": self.starts.data_ptr(),
             "count_row": self.count_row.data_ptr(),
         }
-
-
-def full_message(a: Arguments, plan: HybridPlan, chunk: int) -> int:
-    """Bytes of a message with room for all tokens of a chunk."""
-    return (a.head_rows + plan.starts[chunk + 1] - plan.starts[chunk]) * a.rail_stride
-
-
-def exchange(
-    a: Arguments,
-    messages: Messages,
-    chunk: int,
-    rows: _Rows | None,
-    *,
-    host: int,
-    back: bool = False,
-) -> None:
-    """The rail moves the messages of a chunk that the kernels have been told of.
-
-    Args:
-        a: says how long they are.
-        messages: where they are.
-        chunk: which one.
-        rows: by chunk, rows for and from every host; None: messages have `a.message_bytes`.
-        host: this one.
-        back: of a combine, where what came goes back.
-    """
-    if a.message_bytes:
-        same = [a.message_bytes // MESSAGE_ALIGNMENT] * messages.plan.num_hosts
-        messages.exchange(chunk, message(same, same, host=host, head=0), MESSAGE_ALIGNMENT)
-        return
-    assert rows is not None
-    send, receive = reversed(rows[chunk]) if back else rows[chunk]
-    messages.exchange(chunk, message(send, receive, host=host, head=a.head_rows), a.rail_stride)
-
-
-def tell_chunk(a: Arguments, messages: Messages, chunk: int) -> None:
-    """Tells a kernel which tokens a chunk has, and where its messages are."""
-    a.chunk = chunk
-    starts = messages.plan.starts
-    a.chunk_begin, a.chunk_end = starts[chunk], starts[chunk + 1]
-    a.rail_send, a.rail_receive = messages.addresses[chunk % RING]
-
-
-def tell_tables(a: Arguments, layout: HybridTables, base: int, num_tokens: int) -> None:
-    """Tells a kernel where the tables of a routing are that all calls use."""
-    at = layout.at
-    a.slots_of_token = base + at["slots"]
-    for name, table in _TABLES.items():
-        setattr(a, name, base + at[table])
-    a.host_slots = layout.host_slots(base, num_tokens)
-
-
-_TABLES = {
-    "rows_from": "rows_from",
-    "rows_to": "rows_to",
-    "first_row": "first_row",
-    "choices_of_row": "choices",
-    "rows_before": "rows_before",
-    "relayed_before": "relayed_before",
-    "relayed": "relayed",
-    "sent": "sent",
-    "relay_codes": "relay_codes",
-}
